@@ -1,0 +1,86 @@
+"""One sequence of tokens on its way through the engine. Knows tokens and blocks; knows nothing of tensors or text.
+
+There is no "prefill" and no "decode": a sequence has tokens, of which `num_computed_tokens` are in the KV cache,
+and each step lets it catch up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to end. Already validated; every value is concrete.
+
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. `seed` makes the
+    sequence's tokens a function of (prompt, parameters, seed) alone. `num_logprobs` None: none are wanted;
+    0: the chosen token's only. Stop strings live with the text, in the engine's detokenizer.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    num_logprobs: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class Sequence:
+    """The mutable state of one sequence. Only the device thread touches it after it was queued.
+
+    `block_ids[i]` holds the keys and values of tokens [16 i, 16 i + 16). `salt` keeps tenants' prefixes apart.
+    `leader` is an earlier sequence with the same prompt (another choice of one request): this one waits until the
+    leader's prompt is computed, then shares its blocks.
+    """
+
+    __slots__ = (
+        "arrival_time", "block_ids", "block_keys", "first_scheduled_time", "id", "leader", "num_cached_tokens",
+        "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params", "queue_position", "salt", "token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sequence_id: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        salt: str = "",
+        leader: Sequence | None = None,
+    ) -> None:
+        assert prompt_ids, "an empty prompt is refused before it becomes a sequence"
+        self.id = sequence_id
+        self.token_ids = list(prompt_ids)
+        self.num_prompt_tokens = len(prompt_ids)
+        self.params = params
+        self.salt = salt
+        self.leader = leader
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.block_ids: list[int] = []
+        self.block_keys: list[bytes] = []
+        self.queue_position = 0
+        self.arrival_time = time.monotonic()
+        self.first_scheduled_time: float | None = None
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens

@@ -1,0 +1,56 @@
+"""What every provider can do, in the fewest verbs. Knows requests and events; knows nothing of any one provider."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Literal, Protocol
+
+import msgspec
+
+from autobot_llm.types import Event, LLMRequest
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One model a provider serves. `context_length` is in tokens; None where the provider does not tell."""
+
+    id: str
+    provider: str
+    context_length: int | None = None
+    created: int = 0
+
+
+class ProviderStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a provider can answer now. `details` holds figures worth showing, by name."""
+
+    name: str
+    state: Literal["ready", "starting", "stopped", "failed"]
+    message: str = ""
+    details: dict[str, float | int | str] = msgspec.field(default_factory=dict)
+
+
+class Streamer(Protocol):
+    """The one verb of the chain: a provider, and every optimization that wraps one.
+
+    Closing the returned generator (`aclose`, or cancelling the task that reads it) gives the work up at once and
+    frees what it held. Errors are raised from the generator as `LLMError`s, before `Start` where possible.
+    """
+
+    def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]: ...
+
+
+class Provider(Streamer, Protocol):
+    """A place where answers come from. `start` and `close` may be called more than once."""
+
+    name: str
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def models(self) -> list[ModelInfo]: ...
+
+    def status(self) -> ProviderStatus: ...
+
+    def metrics(self) -> dict[str, float]:
+        """Current figures by name, for the metrics endpoint; names are listed in observability/metrics.py."""
+        ...

@@ -1,0 +1,197 @@
+"""What goes into a model and what comes out of it. Knows shapes; knows nothing of providers or of HTTP.
+
+A request is one frozen `LLMRequest`. An answer is a stream of events, always in this order:
+
+    Start, (TextDelta | ToolCallDelta)*, one ChoiceEnd for each choice, Finish
+
+and `LLMResponse` is what `collect` makes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from autobot_llm.report import OptimizationOutcome
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+class ChatMessage(msgspec.Struct, kw_only=False, omit_defaults=True):
+    """One turn of a conversation. `content` is text, or OpenAI content parts, or None beside `tool_calls`."""
+
+    role: Role
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Everything that determines one answer. None means "the provider's or the model's own default".
+
+    Exactly one of `messages` (a conversation, put through the model's chat template) and `prompt` (text to
+    continue, or token ids) is given. `n` is the number of independent choices. `tenant` separates callers whose
+    caches must not touch. `timeout` is in seconds, for the whole answer. `logprobs=k` asks for the chosen
+    token's log probability and the k best ones'.
+    """
+
+    messages: list[ChatMessage] | None = None
+    prompt: str | list[int] | None = None
+    model: str | None = None
+    provider: str | None = None
+    llm_type: str = "general"
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: list[str] = msgspec.field(default_factory=list)
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    ignore_eos: bool = False
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    n: int = 1
+    logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    stream: bool = False
+    timeout: float | None = None
+    tenant: str = ""
+    metadata: dict[str, Any] = msgspec.field(default_factory=dict)
+    request_id: str | None = None
+    extra_body: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts. `cached_tokens` of the prompt were not computed again; `completion_tokens` sums all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One generated token: its id, text, log probability (natural logarithm) and the best alternatives at its place."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request's time went, in seconds. `queue_position` is how many requests were ahead at arrival."""
+
+    queued: float | None = None
+    queue_position: int | None = None
+    time_to_first_token: float | None = None
+    total: float | None = None
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """The request was accepted: which model and provider answer it."""
+
+    request_id: str
+    model: str
+    provider: str
+
+
+class TextDelta(msgspec.Struct, frozen=True):
+    """More text of one choice. `logprobs` covers the tokens that completed in this delta, if asked for."""
+
+    text: str
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a tool call: `call_id` and `name` come with the first piece, `arguments` (JSON text) in pieces."""
+
+    position: int
+    index: int = 0
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+class ChoiceEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice is complete."""
+
+    finish_reason: FinishReason
+    index: int = 0
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole answer is complete. Without it, the stream was cut short and nothing may be cached."""
+
+    usage: Usage
+    timings: Timings = Timings()
+    optimizations: tuple[OptimizationOutcome, ...] = ()
+
+
+Event = Start | TextDelta | ToolCallDelta | ChoiceEnd | Finish
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished tool call; `arguments` is the JSON text exactly as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the `n` answers to a request."""
+
+    index: int
+    content: str
+    finish_reason: FinishReason
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A complete answer. `content`, `tool_calls` and `finish_reason` are the first choice's; times are in seconds.
+
+    Callers of the older interface may read it as a mapping: `response["content"]`, `response.get("content")`.
+    """
+
+    content: str
+    model: str
+    provider: str
+    usage: Usage
+    finish_reason: FinishReason
+    choices: tuple[Choice, ...]
+    request_id: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    cached: bool = False
+    fallback_used: bool = False
+    processing_time: float = 0.0
+    time_to_first_token: float | None = None
+    timings: Timings = Timings()
+    optimizations: tuple[OptimizationOutcome, ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.__struct_fields__:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self.__struct_fields__ else default
+
+
+Messages = list[ChatMessage] | list[Mapping[str, Any]] | list[dict[str, Any]]
