@@ -9,7 +9,6 @@ and `LLMResponse` is what `collect` makes of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -57,7 +56,7 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
     n: int = 1
     logprobs: int | None = None
@@ -192,6 +191,3 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in self.__struct_fields__ else default
-
-
-Messages = list[ChatMessage] | list[Mapping[str, Any]] | list[dict[str, Any]]

@@ -9,6 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autobot_llm.engine.kv_cache.block_pool import PrefixBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +46,15 @@ class SamplingParams:
 class Sequence:
     """The mutable state of one sequence. Only the device thread touches it after it was queued.
 
-    `block_ids[i]` holds the keys and values of tokens [16 i, 16 i + 16). `salt` keeps tenants' prefixes apart.
+    `block_ids[i]` holds the keys and values of tokens [16 i, 16 i + 16), and `published[i]` is that block's entry in
+    the pool's prefix index (the list is as long as its computed full blocks). `salt` keeps tenants' prefixes apart.
     `leader` is an earlier sequence with the same prompt (another choice of one request): this one waits until the
     leader's prompt is computed, then shares its blocks.
     """
 
     __slots__ = (
-        "arrival_time", "block_ids", "block_keys", "first_scheduled_time", "id", "leader", "num_cached_tokens",
-        "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params", "queue_position", "salt", "token_ids",
+        "arrival_time", "block_ids", "first_scheduled_time", "id", "leader", "num_cached_tokens", "num_computed_tokens",
+        "num_preemptions", "num_prompt_tokens", "params", "published", "queue_position", "salt", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +77,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.block_ids: list[int] = []
-        self.block_keys: list[bytes] = []
+        self.published: list[PrefixBlock] = []
         self.queue_position = 0
         self.arrival_time = time.monotonic()
         self.first_scheduled_time: float | None = None

@@ -1,0 +1,113 @@
+"""`autobot-llm serve`: start the server and say how to use it. Knows what to print; knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+
+import click
+
+from autobot_llm.cli.options import given
+from autobot_llm.cli.progress import Progress
+from autobot_llm.interface import LLMInterface
+from autobot_llm.providers.base import ProviderStatus
+from autobot_llm.settings import Settings, ineffective_settings, load_settings
+
+QUESTION = "Tell me a story about a fox."
+
+
+@click.command(
+    short_help="Start the OpenAI-compatible server.",
+    epilog="""\b
+Examples:
+  autobot-llm serve
+  autobot-llm serve --model ~/models/Qwen3-0.6B --port 9000
+  AUTOBOT_API_KEYS=a-long-secret autobot-llm serve --host 0.0.0.0""",
+)
+@click.option("-m", "--model", help="A model's name or folder, instead of AUTOBOT_DEFAULT_LLM_MODEL.")
+@click.option("--provider", help="Who answers, instead of AUTOBOT_LLM_PROVIDER.")
+@click.option("--host", help="The address to listen on, instead of AUTOBOT_HOST (127.0.0.1: this machine only).")
+@click.option("--port", help="The port to listen on, instead of AUTOBOT_PORT (8100).")
+@click.option("--api-key", help="Demand this key. Others on this machine may see it here; AUTOBOT_API_KEYS hides it.")
+@click.option("--log-level", help="debug, info, warning or error, instead of AUTOBOT_LOG_LEVEL.")
+def serve(
+    model: str | None,
+    provider: str | None,
+    host: str | None,
+    port: str | None,
+    api_key: str | None,
+    log_level: str | None,
+) -> None:
+    """Start the OpenAI-compatible server; Ctrl-C lets running answers finish, a second one does not.
+
+    Every setting can be given as an AUTOBOT_* variable or in .env; `autobot-llm config` lists them.
+    """
+    settings = load_settings(
+        overrides=given(
+            default_model=model, provider=provider, host=host, port=port, api_keys=api_key, log_level=log_level
+        )
+    )
+    log_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(stream=_Stderr(), level=settings.log_level.upper(), format=log_format)
+    with asyncio.Runner(loop_factory=_event_loop()) as runner:
+        runner.run(_serve(settings))
+
+
+class _Stderr:
+    """Whatever stderr is now: a moving spinner stands in for it, and lets lines pass above itself."""
+
+    def write(self, text: str) -> object:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's maker of event loops; None, asyncio's own choice, on Windows, for which there is no uvloop."""
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+async def _serve(settings: Settings) -> None:
+    from autobot_llm.server.lifecycle import serve as run_server
+
+    with Progress(f"Loading {settings.default_model}") as progress:
+        llm = LLMInterface(settings, on_progress=progress.advance)
+
+        def announce(address: str) -> None:
+            progress.stop()
+            click.echo("\n".join(start_lines(settings, llm.get_all_provider_status(), address)))
+
+        await run_server(settings, llm=llm, on_ready=announce)
+    click.echo("stopped")
+
+
+def start_lines(settings: Settings, statuses: Mapping[str, ProviderStatus], address: str) -> Iterable[str]:
+    """What a user needs to know at the start: who answers and how, what is without effect, and what to type next."""
+    for status in statuses.values():
+        yield f"provider    {status.name}: {status.state} {status.message}".rstrip()
+        for name, value in status.details.items():
+            yield f"  {name.replace('_', ' '):14}{value}"
+    if idle := ineffective_settings(settings):
+        yield "no effect   " + ", ".join(f"{row.variable} ({row.effect})" for row in idle)
+    for warning in settings.warnings:
+        yield f"warning     {warning}"
+    yield f"API         {address}/v1"
+    yield f"try         {curl_line(settings, address)}"
+    yield "stop        Ctrl-C"
+
+
+def curl_line(settings: Settings, address: str) -> str:
+    """A command that asks the server at `address`, to be pasted into a shell. It never shows a key."""
+    # An address for listening everywhere is none to connect to.
+    reachable = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}]})
+    key = ' -H "Authorization: Bearer $AUTOBOT_API_KEY"' if settings.api_keys else ""
+    return f"curl {reachable}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"

@@ -1,0 +1,184 @@
+"""Token ids to text, one at a time, as they are generated. Knows characters and stop strings; knows nothing of why a
+token was chosen.
+
+What is emitted is never taken back: half a character waits for its other half, and what may be the beginning of a stop
+string waits until it is one or is not.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from functools import lru_cache
+from typing import Protocol
+
+from autobot_llm.engine.tokenizer import Tokenizer
+
+BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
+MAX_HEAD_TOKENS = 8
+
+
+class Detokenizer:
+    """One answer's text. The pieces that `push` and `flush` return add up to `tokenizer.decode` of all the ids, less an
+    incomplete character at the end, and cut before the first stop string.
+
+    With several stop strings the one that is complete first counts, so the text does not depend on how it fell into
+    tokens. Each call costs time for the new token alone, however long the answer. Not thread-safe; one per choice.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, skip_special_tokens: bool = True) -> None:
+        self._text = _text_stream(tokenizer, skip_special_tokens)
+        self._stop = _StopStrings(stop) if stop else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met. The text ended before it, and later tokens add nothing."""
+        return self._stop is not None and self._stop.matched
+
+    def push(self, token_id: int, *, match_stop: bool = True) -> str:
+        """The text that is certain now, after one more token; often a little late, sometimes empty.
+
+        With `match_stop` False a stop string that ends in this token's text does not count (`min_tokens`).
+        """
+        text = self._text.push(token_id)
+        return text if self._stop is None else self._stop.push(text, match_stop)
+
+    def flush(self) -> str:
+        """The rest, once no token follows: what was held back for a stop string, without an incomplete character."""
+        text = self._text.flush()
+        return text if self._stop is None else self._stop.push(text, match=True) + self._stop.flush()
+
+
+class _StopStrings:
+    """Passes text on up to the first stop string, holding back what may be the beginning of one."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        assert all(stop), "an empty stop string is refused with the request"
+        self._stop = stop
+        self._held = ""
+        self.matched = False
+
+    def push(self, text: str, match: bool) -> str:
+        if self.matched or not text:
+            return ""
+        buffer = self._held + text
+        ends = [(start + len(stop), start) for stop in self._stop if (start := buffer.find(stop)) >= 0]
+        if ends and match:
+            self.matched = True
+            self._held = ""
+            return buffer[: min(ends)[1]]
+        num_held = max(_overlap(buffer, stop) for stop in self._stop)
+        self._held = buffer[len(buffer) - num_held :]
+        return buffer[: len(buffer) - num_held]
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class _TextStream(Protocol):
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+def _text_stream(tokenizer: Tokenizer, skip_special_tokens: bool) -> _TextStream:
+    if tokenizer.decoder_kind == "byte_level":
+        return _ByteLevelText(tokenizer, skip_special_tokens)
+    return _PieceText(tokenizer, skip_special_tokens, has_bytes=tokenizer.decoder_kind == "byte_fallback")
+
+
+class _ByteLevelText:
+    """For vocabularies of byte strings (GPT-2's scheme; Llama 3, Qwen): UTF-8, decoded incrementally."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        return self._utf8.decode(_piece_bytes(self._tokenizer.piece(token_id) or ""))
+
+    def flush(self) -> str:
+        self._utf8.reset()
+        return ""
+
+
+@lru_cache(maxsize=65_536)
+def _piece_bytes(piece: str) -> bytes:
+    """The bytes that a piece of a byte-level vocabulary stands for; one that is not of its alphabet is plain text."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in piece)
+    except KeyError:
+        return piece.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: visible Latin-1 characters stand for themselves, other bytes for U+0100 and up, in order."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+class _PieceText:
+    """For vocabularies of text pieces (SentencePiece's scheme), some with single bytes for what they lack.
+
+    The library's decoder treats pieces one by one, except at the beginning (it drops a space there) and in a run of
+    bytes: a run that is not UTF-8 as a whole becomes U+FFFD for each byte, so a run is held until it ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, *, has_bytes: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._has_bytes = has_bytes
+        self._bytes: list[int] = []
+        self._head: list[int] = []
+        """The first tokens, while they may still all be the space that is dropped."""
+        self._head_text = ""
+        self._is_past_head = False
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        piece = self._tokenizer.piece(token_id)
+        if piece is None:
+            return ""
+        if self._has_bytes and BYTE_PIECE.match(piece):
+            self._bytes.append(token_id)
+            return ""
+        run, self._bytes = self._bytes, []
+        return self._decode([*run, token_id])
+
+    def flush(self) -> str:
+        run, self._bytes = self._bytes, []
+        return self._decode(run[: len(run) - self._num_incomplete(run)]) if run else ""
+
+    def _decode(self, ids: list[int]) -> str:
+        if self._is_past_head:
+            return self._tokenizer.decode_after_text(ids, skip_special_tokens=self._skip_special_tokens)
+        self._head += ids
+        before = len(self._head_text)
+        self._head_text = self._tokenizer.decode(self._head, skip_special_tokens=self._skip_special_tokens)
+        self._is_past_head = bool(self._head_text.strip(" ")) or len(self._head) >= MAX_HEAD_TOKENS
+        return self._head_text[before:]
+
+    def _num_incomplete(self, run: list[int]) -> int:
+        """Bytes at the end of a run that begin a character and do not end it."""
+        data = bytes(int((self._tokenizer.piece(token_id) or "<0x00>")[3:5], 16) for token_id in run)
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        utf8.decode(data)
+        return len(utf8.getstate()[0])

@@ -1,0 +1,38 @@
+"""Run steps in plain torch. Knows arrays and tensors; knows nothing of scheduling or sampling.
+
+The slow twin of every faster executor, and what runs where none of them can.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from autobot_llm.engine.attention.backend import AttentionBackend
+from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.models.decoder import Decoder
+
+
+class EagerExecutor:
+    """Executor over a decoder and an attention backend on the same device. `reason` says why it was chosen."""
+
+    name = "eager"
+
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, *, reason: str) -> None:
+        self.reason = reason
+        self._decoder = decoder
+        self._attention = attention
+        self._device = decoder.weights.device
+
+    # R rows whose logits are wanted, V vocabulary
+    def execute(self, batch: StepBatch) -> torch.Tensor:
+        """Run one step. Returns float32 logits_RV, a new tensor each time."""
+        return self._decoder.forward(
+            torch.from_numpy(batch.ids_T).to(self._device),
+            torch.from_numpy(batch.positions_T).to(self._device),
+            torch.from_numpy(batch.logit_rows_R).to(self._device),
+            self._attention,
+            self._attention.prepare(batch),
+        )
+
+    def close(self) -> None:
+        """Nothing to release: the cache goes with the attention backend."""

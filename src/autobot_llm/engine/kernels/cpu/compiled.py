@@ -1,0 +1,268 @@
+"""The compiled step as an executor. Knows how step.cpp wants its weights and how to call it; knows no scheduling."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.kernels.cpu.build import CannotCompileError
+from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.models.decoder import rope_tables
+from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE = 16
+THREAD_TRIAL_SECONDS = 0.25
+THREAD_TRIAL_STEPS = 40
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("n", ctypes.c_int64), ("k", ctypes.c_int64))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
+                "num_blocks", "max_tokens", "bf16_weights",
+            )
+        ),
+        ("rms_norm_eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("layers", "embedding", "norm")),
+        ("lm_head", _Linear),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values")),
+    )  # fmt: skip
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "ids", "slots", "logit_rows", "positions", "query_starts", "context_lens", "block_tables",
+            )
+        ),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_sequences", "max_blocks", "num_logit_rows")),
+        ("logits", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class _Packer:
+    """Lays weights out for step.cpp, in panels of `width` outputs, and keeps every tensor it hands a pointer of."""
+
+    def __init__(self, dtype: torch.dtype, width: int) -> None:
+        self.dtype = dtype
+        self.width = width
+        self._kept: list[torch.Tensor] = []
+
+    def pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+        if tensor is None:
+            return None
+        kept = tensor.detach().to("cpu", dtype).contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    # N outputs, K inputs, P panels of W outputs
+    def linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> _Linear:
+        num_outputs, num_inputs = weight_NK.shape
+        padding = -num_outputs % self.width
+        padded_NK = torch.nn.functional.pad(weight_NK.to(self.dtype), (0, 0, 0, padding))
+        packed_PKW = padded_NK.view(-1, self.width, num_inputs).transpose(1, 2)
+        bias = None if bias_N is None else torch.nn.functional.pad(bias_N.float(), (0, padding))
+        return _Linear(self.pointer(packed_PKW, self.dtype), self.pointer(bias), num_outputs, num_inputs)
+
+    def gated(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> _Linear:
+        """Gates and ups side by side in each panel, so that one thread has both halves of its outputs."""
+        half = self.width // 2
+        size = weight_NK.shape[0] // 2
+        padding = -size % half
+
+        def interleave(rows: torch.Tensor) -> torch.Tensor:
+            gate, up = (
+                torch.nn.functional.pad(part, (0, 0) * (part.dim() - 1) + (0, padding)).view(-1, half, *part.shape[1:])
+                for part in (rows[:size], rows[size:])
+            )
+            return torch.stack((gate, up), 1).flatten(0, 2)
+
+        return self.linear(interleave(weight_NK), None if bias_N is None else interleave(bias_N))
+
+    def layer(self, weights: LayerWeights, window: int) -> _Layer:
+        return _Layer(
+            qkv=self.linear(weights.qkv_weight, weights.qkv_bias),
+            o=self.linear(weights.o_weight, weights.o_bias),
+            gate_up=self.gated(weights.gate_up_weight, weights.gate_up_bias),
+            down=self.linear(weights.down_weight, weights.down_bias),
+            input_norm=self.pointer(weights.input_norm_E),
+            post_norm=self.pointer(weights.post_norm_E),
+            q_norm=self.pointer(weights.q_norm_D),
+            k_norm=self.pointer(weights.k_norm_D),
+            window=window,
+        )
+
+
+class CompiledExecutor:
+    """Runs steps through step.cpp: float32 arithmetic over the checkpoint's bfloat16 or float32 weights.
+
+    `library` is the compiled step (build.py). Raises CannotCompileError for a model whose shapes it does not cover.
+    `num_threads` None: the quickest count for one-token steps, found by trying. Memory: the packed weights, and
+    `num_blocks` blocks of 16 tokens of keys and values, touched when first used.
+    """
+
+    name = "compiled"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        library: ctypes.CDLL,
+        *,
+        num_blocks: int,
+        max_tokens: int,
+        max_model_len: int,
+        num_threads: int | None = None,
+    ) -> None:
+        check_coverage(config)
+        self._library = library
+        self._vocab_size = config.vocab_size
+        # float16 is widened (exactly): a half's conversion is not as cheap everywhere as a shift.
+        keeps_bf16 = weights.embed_VE.dtype == torch.bfloat16
+        packer = _Packer(torch.bfloat16 if keeps_bf16 else torch.float32, self._library.autobot_panel_width())
+        layers = (_Layer * config.num_layers)(
+            *(packer.layer(*pair) for pair in zip(weights.layers, config.sliding_windows, strict=True))
+        )
+        cos_PD, sin_PD = rope_tables(config, max_model_len)
+        half = config.head_size // 2  # both halves of a row are alike
+        cache_size = config.num_layers * num_blocks * config.num_kv_heads * config.head_size * BLOCK_SIZE
+        # calloc'ed: pages that no block has used yet take no memory
+        self.keys, self.values = np.zeros(cache_size, np.float32), np.zeros(cache_size, np.float32)
+        self._config = _Config(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
+            num_blocks=num_blocks,
+            max_tokens=max_tokens,
+            bf16_weights=keeps_bf16,
+            rms_norm_eps=config.rms_norm_eps,
+            layers=ctypes.addressof(layers),
+            embedding=packer.pointer(weights.embed_VE, packer.dtype),
+            norm=packer.pointer(weights.norm_E),
+            lm_head=packer.linear(weights.lm_head_VE, None),
+            cos=packer.pointer(cos_PD[:, :half]),
+            sin=packer.pointer(sin_PD[:, :half]),
+            keys=self.keys.ctypes.data,
+            values=self.values.ctypes.data,
+        )
+        self._kept = (layers, packer)
+        self.num_threads = num_threads or fastest_num_threads(self._time_with, num_usable_cores())
+        self._model: int | None = self._create(self.num_threads)
+        self.reason = f"{'bfloat16' if keeps_bf16 else 'float32'} weights, {self.num_threads} threads"
+
+    def execute(self, batch: StepBatch) -> torch.Tensor:
+        logits_RV = torch.empty(len(batch.logit_rows_R), self._vocab_size)
+        self._run(self._model, batch, logits_RV)
+        return logits_RV
+
+    def close(self) -> None:
+        if self._model:
+            self._library.autobot_destroy(self._model)
+            self._model = None
+
+    def _create(self, num_threads: int) -> int:
+        model: int | None = self._library.autobot_create(ctypes.byref(self._config), num_threads)
+        if not model:
+            raise MemoryError(f"no memory or threads for a step of {self._config.max_tokens} tokens")
+        return model
+
+    def _run(self, model: int | None, batch: StepBatch, logits_RV: torch.Tensor) -> None:
+        assert model, "the executor is closed"
+        arguments = _Batch(
+            batch.ids_T.ctypes.data,
+            batch.slots_T.ctypes.data,
+            batch.logit_rows_R.ctypes.data,
+            batch.positions_T.ctypes.data,
+            batch.query_starts.ctypes.data,
+            batch.context_lens.ctypes.data,
+            batch.block_tables_SB.ctypes.data,
+            batch.num_tokens,
+            batch.num_sequences,
+            batch.block_tables_SB.shape[1],
+            len(batch.logit_rows_R),
+            logits_RV.data_ptr(),
+        )
+        self._library.autobot_run(model, ctypes.byref(arguments))
+
+    def _time_with(self, num_threads: int) -> float:
+        """Seconds of a one-token step with this many threads: the best of a short trial, as others disturb it."""
+        zero = np.zeros(1, np.int64)
+        small = np.zeros(1, np.int32)
+        batch = StepBatch(
+            ids_T=zero,
+            positions_T=small,
+            slots_T=zero,
+            query_starts=np.array([0, 1], np.int32),
+            context_lens=np.ones(1, np.int32),
+            block_tables_SB=np.zeros((1, 1), np.int32),
+            logit_rows_R=zero,
+        )
+        logits_RV = torch.empty(1, self._vocab_size)
+        model = self._create(num_threads)
+        try:
+            self._run(model, batch, logits_RV)  # touches every page once
+            best = float("inf")
+            deadline = time.perf_counter() + THREAD_TRIAL_SECONDS
+            for _ in range(THREAD_TRIAL_STEPS):
+                start = time.perf_counter()
+                self._run(model, batch, logits_RV)
+                end = time.perf_counter()
+                best = min(best, end - start)
+                if end > deadline:
+                    break
+            return best
+        finally:
+            self._library.autobot_destroy(model)
+
+
+def check_coverage(config: ModelConfig) -> None:
+    """Raise CannotCompileError for a model that step.cpp does not compute."""
+    if config.head_size % BLOCK_SIZE:
+        raise CannotCompileError(f"head size {config.head_size} is not a multiple of {BLOCK_SIZE}")
+
+
+def fastest_num_threads(seconds_with: Callable[[int], float], limit: int) -> int:
+    """The smallest count within 5 % of the best one, of 1, 2, 4 ... `limit`.
+
+    Past the memory's bandwidth more threads only disturb each other, so the search ends where they clearly do.
+    """
+    seconds = {1: seconds_with(1)}
+    candidate = 1
+    while candidate < limit and seconds[candidate] < 1.3 * min(seconds.values()):
+        candidate = min(candidate * 2, limit)
+        seconds[candidate] = seconds_with(candidate)
+    log.debug("milliseconds of a one-token step by threads: %s", {n: round(s * 1e3, 3) for n, s in seconds.items()})
+    good = 1.05 * min(seconds.values())
+    return next(count for count, took in seconds.items() if took <= good)
+
+
+def num_usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,201 @@
+"""Hand out the blocks of the paged KV cache and find prefixes already in it. Knows blocks, token ids and reference
+counts; knows nothing of tensors, sequences or schedules.
+
+A block is *in use* (somebody holds a reference) or *free*. A free block that was published keeps its content, and a
+later sequence with the same prefix takes it back; allocation overwrites the least recently used one last of all.
+
+Published blocks form chains, and a chain is trusted by identity, never by hash: a lookup finds a candidate by its
+key, then checks its salt, its token ids, and that its parent is the very entry the walk came from. So a collision
+costs a miss and cannot return another prefix's block. An entry whose parent was overwritten can no longer be
+reached; whoever publishes the same prefix next replaces it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+
+from autobot_llm.errors import ConfigurationError
+
+_NOWHERE = -1
+
+
+def blake2b_key(parent_key: bytes, content: bytes) -> bytes:
+    """128-bit key of a block, from its parent's key and its own token ids."""
+    return blake2b(parent_key + content, digest_size=16).digest()
+
+
+class PrefixBlock:
+    """One full block of a known prefix: which tokens, after which parent, and where it is stored.
+
+    `block_id` holds its keys and values. An entry that is not in the pool's index (overwritten, or published after
+    its parent was) has none, and `is_live` is false.
+    """
+
+    __slots__ = ("block_id", "key", "parent", "salt", "tokens")
+
+    def __init__(self, key: bytes, parent: PrefixBlock | None, salt: str, tokens: bytes) -> None:
+        self.key = key
+        self.parent = parent
+        self.salt = salt
+        self.tokens = tokens
+        self.block_id = _NOWHERE
+
+    @property
+    def is_live(self) -> bool:
+        return self.block_id != _NOWHERE
+
+    def continues(self, parent: PrefixBlock | None, salt: str, tokens: bytes) -> bool:
+        """Whether this entry is the block of these tokens after this parent, for this tenant."""
+        return self.parent is parent and self.tokens == tokens and self.salt == salt
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens each. Every operation costs O(1) per block it names.
+
+    `num_query_tokens` and `num_hit_tokens` count prompt tokens looked up and found, as told to `count_lookup`.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        prefix_caching: bool = True,
+        hash_block: Callable[[bytes, bytes], bytes] = blake2b_key,
+    ) -> None:
+        if num_blocks < 1:
+            raise ConfigurationError(f"num_blocks={num_blocks}: expected at least 1")
+        if block_size < 1:
+            raise ConfigurationError(f"block_size={block_size}: expected at least 1")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.num_hit_tokens = 0
+        self.num_query_tokens = 0
+        self._hash_block = hash_block
+        self._num_references = [0] * num_blocks
+        # Next to be overwritten first: blocks without content worth keeping, then published ones by last use.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._index: dict[bytes, PrefixBlock] = {}
+        self._entry_of: list[PrefixBlock | None] = [None] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out, those with a reusable prefix included."""
+        return len(self._free)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the looked-up prompt tokens that were found, 0 to 1."""
+        return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0
+
+    def num_references(self, block_id: int) -> int:
+        return self._num_references[block_id]
+
+    def allocate(self, num_blocks: int) -> list[int] | None:
+        """Take blocks to write to, one reference each; None, and nothing taken, where fewer are free."""
+        if num_blocks > len(self._free):
+            return None
+        block_ids = []
+        for _ in range(num_blocks):
+            block_id, _nothing = self._free.popitem(last=False)
+            if self._entry_of[block_id] is not None:
+                self._unpublish(block_id)
+            self._num_references[block_id] = 1
+            block_ids.append(block_id)
+        return block_ids
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Give back one reference on each block of a sequence, listed from its first block to its last.
+
+        The last ones become the first to be overwritten: a prefix without its tail is useful, a tail without its
+        prefix is not.
+        """
+        for block_id in reversed(block_ids):
+            count = self._num_references[block_id] - 1
+            assert count >= 0, f"block {block_id} was freed more often than it was taken"
+            self._num_references[block_id] = count
+            if count == 0:
+                self._free[block_id] = None
+                if self._entry_of[block_id] is None:
+                    self._free.move_to_end(block_id, last=False)
+
+    def match(self, token_ids: Sequence[int], salt: str, max_tokens: int) -> list[PrefixBlock]:
+        """Find the longest published prefix of at most `max_tokens` tokens and take a reference on each block of it.
+
+        Only entries published under the same salt are found. The caller frees the blocks like allocated ones; they
+        are full and shared, and must not be written to.
+        """
+        found: list[PrefixBlock] = []
+        if not self.prefix_caching:
+            return found
+        parent: PrefixBlock | None = None
+        for start in range(0, min(max_tokens, len(token_ids)) - self.block_size + 1, self.block_size):
+            tokens = _pack(token_ids[start : start + self.block_size])
+            entry = self._index.get(self._key(parent, salt, tokens))
+            if entry is None or not entry.continues(parent, salt, tokens):
+                break
+            found.append(entry)
+            parent = entry
+        self._take(found)
+        return found
+
+    def publish(self, block_id: int, token_ids: Sequence[int], parent: PrefixBlock | None, salt: str) -> PrefixBlock:
+        """Make a full, computed block in use findable by later sequences; returns its entry, the next one's parent.
+
+        `token_ids` are the block's own; `parent` is the entry of the sequence's previous block (None for its first).
+        Where the same prefix is published already, that entry is returned and `block_id` stays private.
+        """
+        assert self._num_references[block_id] > 0, f"block {block_id} is free"
+        assert len(token_ids) == self.block_size, f"{len(token_ids)} tokens are not a full block"
+        tokens = _pack(token_ids)
+        key = self._key(parent, salt, tokens)
+        incumbent = self._index.get(key)
+        if incumbent is not None and incumbent.continues(parent, salt, tokens):
+            return incumbent
+        entry = PrefixBlock(key, parent, salt, tokens)
+        if parent is not None and not parent.is_live:
+            return entry  # no walk from the root can reach it
+        if incumbent is not None:  # a collision, or a leftover that lost its parent
+            self._unpublish(incumbent.block_id)
+        assert self._entry_of[block_id] is None, f"block {block_id} was published already"
+        entry.block_id = block_id
+        self._entry_of[block_id] = entry
+        self._index[key] = entry
+        return entry
+
+    def count_lookup(self, num_query_tokens: int, num_hit_tokens: int) -> None:
+        """Record one admitted prompt for `hit_rate`; a lookup repeated for the same prompt is not counted again."""
+        self.num_query_tokens += num_query_tokens
+        self.num_hit_tokens += num_hit_tokens
+
+    def reset(self) -> None:
+        """Forget every published prefix. Blocks in use stay with their holders, as private ones."""
+        for entry in list(self._index.values()):
+            self._unpublish(entry.block_id)
+
+    def _take(self, entries: Iterable[PrefixBlock]) -> None:
+        for entry in entries:
+            if self._num_references[entry.block_id] == 0:
+                del self._free[entry.block_id]
+            self._num_references[entry.block_id] += 1
+
+    def _key(self, parent: PrefixBlock | None, salt: str, tokens: bytes) -> bytes:
+        parent_key = self._hash_block(b"", salt.encode()) if parent is None else parent.key
+        return self._hash_block(parent_key, tokens)
+
+    def _unpublish(self, block_id: int) -> None:
+        entry = self._entry_of[block_id]
+        assert entry is not None
+        del self._index[entry.key]
+        entry.block_id = _NOWHERE
+        self._entry_of[block_id] = None
+        if block_id in self._free:
+            self._free.move_to_end(block_id, last=False)
+
+
+def _pack(token_ids: Sequence[int]) -> bytes:
+    return array("q", token_ids).tobytes()

@@ -1,0 +1,50 @@
+"""The memory that cached keys and values live in. Knows shapes and bytes; knows nothing of who owns which block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from autobot_llm.engine.models.config import ModelConfig
+
+
+# N slots = num_blocks * block_size, K key/value heads, D head size
+@dataclass(frozen=True, slots=True)
+class KVStorage:
+    """One tensor of keys and one of values for each layer; block b holds slots [b * block_size, (b + 1) * block_size).
+
+    It starts as zeros, because a masked position still enters attention as 0 * value, which must not be 0 * NaN.
+    On a CPU an unused block costs nothing: the system hands its pages out when they are first written.
+    """
+
+    keys_NKD: tuple[torch.Tensor, ...]
+    values_NKD: tuple[torch.Tensor, ...]
+    num_blocks: int
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> KVStorage:
+        shape = (num_blocks * block_size, config.num_kv_heads, config.head_size)
+
+        def tensors() -> tuple[torch.Tensor, ...]:
+            return tuple(_zeros(shape, dtype, torch.device(device)) for _ in range(config.num_layers))
+
+        return cls(keys_NKD=tensors(), values_NKD=tensors(), num_blocks=num_blocks, block_size=block_size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page; numpy leaves that to calloc
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Memory that one block takes over all layers, keys and values, in bytes."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_size * dtype.itemsize

@@ -1,0 +1,282 @@
+"""`LLMInterface`: ask a model, whoever serves it. The only place where everything is put together.
+
+Knows settings, routing and the life of providers; knows nothing of HTTP servers or of how an answer is computed.
+There is one path: `stream()`; every other way to ask collects it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import secrets
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from autobot_llm.call_shapes import MessagesLike, make_request
+from autobot_llm.collect import collect
+from autobot_llm.deadline import Deadline
+from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderError, ProviderUnavailable
+from autobot_llm.providers.base import ModelInfo, Provider, ProviderStatus, Streamer
+from autobot_llm.routing import ProviderType, build_chain, build_provider, choose_route, unknown_provider
+from autobot_llm.settings import Settings, load_settings
+from autobot_llm.types import ChatMessage, Event, Finish, LLMRequest, LLMResponse, Usage
+from autobot_llm.validation import validate_request
+
+
+class LLMInterface:
+    """One async interface in front of every provider; `async with LLMInterface.from_env() as llm: ...`.
+
+    `settings` None reads the environment and `.env`. `providers` replaces the built-in ones, by name; the default is
+    then the one that settings name, else the first. `on_progress` hears (done, in all), from any thread, while a
+    provider loads a model. Belongs to one event loop. Every method that asks a provider
+    raises the errors of `autobot_llm.errors`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        providers: Mapping[str, Provider] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.settings = load_settings() if settings is None else settings
+        self._on_progress = on_progress
+        self._given = dict(providers) if providers is not None else None
+        self._known: tuple[str, ...] = tuple(self._given if self._given is not None else ProviderType)
+        if not self._known:
+            raise ConfigurationError("providers is empty: expected at least one")
+        wanted = self.settings.provider
+        self._default = wanted if wanted in self._known else self._known[0]
+        self._in_use: dict[str, _InUse] = {}
+        self._starting = asyncio.Lock()
+        self._is_closed = False
+        self._counts = _Counts()
+
+    @classmethod
+    def from_env(
+        cls, *, environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env")
+    ) -> LLMInterface:
+        """An interface with the settings of the environment and of `env_file`. Raises ConfigurationError."""
+        return cls(load_settings(environ=environ, env_file=env_file))
+
+    async def __aenter__(self) -> LLMInterface:
+        await self.initialize()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def initialize(self) -> None:
+        """Start the default provider. Called again, it does nothing; after `aclose`, it starts anew."""
+        self._is_closed = False
+        await self._started(self._default)
+
+    async def aclose(self) -> None:
+        """Stop every provider; answers that are still running end with ProviderUnavailable. May be called again."""
+        self._is_closed = True
+        async with self._starting:
+            in_use, self._in_use = list(self._in_use.values()), {}
+            failures = await asyncio.gather(*(one.provider.close() for one in in_use), return_exceptions=True)
+        for failure in failures:
+            if isinstance(failure, BaseException):
+                raise failure
+
+    async def cleanup(self) -> None:
+        """The older name of `aclose`."""
+        await self.aclose()
+
+    async def stream(
+        self,
+        messages: LLMRequest | MessagesLike | None = None,
+        llm_type: str = "general",
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Event, None]:
+        """Ask, and read the answer as it comes: Start, TextDelta and ToolCallDelta, ChoiceEnd, Finish.
+
+        `messages` is a list of dicts or ChatMessages, or a whole LLMRequest; `options` are LLMRequest's fields, and
+        those that are given replace the request's own. Closing the generator, or cancelling the task that reads it,
+        cancels the work at the provider. Raises RequestTimeout when the timeout (seconds; the request's own, else
+        the settings') passes before the answer is complete, and ProviderError when the provider cuts it short.
+        """
+        if llm_type != "general":
+            options["llm_type"] = llm_type
+        request = make_request(messages, {**options, "model": model, "provider": provider})
+        counts = self._counts
+        counts.num_requests += 1
+        counts.num_in_flight += 1
+        ending = Ending.CANCELLED
+        try:
+            timeout = request.timeout if request.timeout is not None else self.settings.timeout
+            validate_request(request)
+            with Deadline(timeout) as deadline:
+                chain, request = await self._routed(request)
+                async with aclosing(chain.stream(request)) as events:
+                    async for event in events:
+                        deadline.pause()
+                        if type(event) is Finish:
+                            ending = Ending.COMPLETED
+                            counts.add_usage(event.usage)
+                            yield event
+                            return
+                        yield event
+                        deadline.resume()
+            raise ProviderError("the answer was cut short: the provider's stream ended without a Finish event")
+        except Exception:
+            ending = Ending.FAILED
+            raise
+        finally:
+            counts.num_in_flight -= 1
+            counts.num_ended[ending] += 1
+
+    async def chat_completion(
+        self,
+        messages: LLMRequest | MessagesLike | None = None,
+        llm_type: str = "general",
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        **options: Any,
+    ) -> LLMResponse:
+        """Ask as `stream` does, and return the complete answer. An error is raised, never told in the content."""
+        async with aclosing(self.stream(messages, llm_type, model=model, provider=provider, **options)) as events:
+            return await collect(events)
+
+    async def generate_response(self, prompt: str, **options: Any) -> LLMResponse:
+        """The answer to `prompt` as one user message. For raw continuation: `chat_completion(prompt=...)`."""
+        return await self.chat_completion([ChatMessage(role="user", content=prompt)], **options)
+
+    @property
+    def default_provider(self) -> str:
+        """The name of the provider that answers where a request names none."""
+        return self._default
+
+    async def switch_provider(self, name: str) -> None:
+        """Start the provider `name` and make it the default; the one before stays, for those that name it.
+
+        Raises ModelNotFoundError for an unknown name and ConfigurationError for one that cannot be used; the
+        default is then what it was.
+        """
+        if name not in self._known:
+            raise unknown_provider(name, self._known)
+        await self._started(name)
+        self._default = name
+
+    async def get_available_models(self) -> list[ModelInfo]:
+        """The models of every provider in use, the default provider's first."""
+        default = await self._started(self._default)
+        others = [one for one in self._in_use.values() if one is not default]
+        return [model for one in (default, *others) for model in await one.provider.models()]
+
+    def get_all_provider_status(self) -> dict[str, ProviderStatus]:
+        """The state of every provider in use and of the default one, by name."""
+        statuses = {name: one.provider.status() for name, one in self._in_use.items()}
+        if self._default not in statuses:
+            statuses[self._default] = ProviderStatus(name=self._default, state="stopped", message="not started")
+        return statuses
+
+    def get_metrics(self) -> dict[str, dict[str, float]]:
+        """Figures since the interface was made: its own under "interface", each provider's under its name."""
+        return {"interface": self._counts.figures()} | {
+            name: one.provider.metrics() for name, one in self._in_use.items()
+        }
+
+    def get_cache_metrics(self) -> dict[str, bool | str]:
+        """Whether answers are cached. There is no response cache yet, and so there are no figures of one."""
+        return {"enabled": False, "reason": "the response cache is not implemented yet"}
+
+    async def clear_cache(self, l1: bool = True, l2: bool = True) -> dict[str, int]:
+        """The number of cached answers removed from each level asked for: none, as long as there is no cache."""
+        return {level: 0 for level, asked in (("l1", l1), ("l2", l2)) if asked}
+
+    async def _routed(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
+        """The chain that answers, and the request as the chain gets it."""
+        route = choose_route(request, self.settings, default=self._default, known=self._known)
+        try:
+            chosen = await self._started(route.provider)
+        except ConfigurationError as exc:
+            if route.provider == self._default:
+                raise
+            raise ModelNotFoundError(f"provider '{route.provider}' cannot be used: {exc}", param="provider") from exc
+        return chosen.chain, msgspec.structs.replace(
+            request,
+            provider=route.provider,
+            model=route.model,
+            request_id=request.request_id or f"req-{secrets.token_hex(12)}",
+        )
+
+    async def _started(self, name: str) -> _InUse:
+        if (one := self._in_use.get(name)) is not None:
+            return one
+        async with self._starting:
+            if self._is_closed:
+                raise ProviderUnavailable("the interface is closed")
+            if name not in self._in_use:
+                provider = (
+                    self._given[name]
+                    if self._given is not None
+                    else build_provider(self.settings, name, self._on_progress)
+                )
+                try:
+                    await provider.start()
+                except BaseException:
+                    await provider.close()
+                    raise
+                self._in_use[name] = _InUse(provider, build_chain(provider, self.settings))
+            return self._in_use[name]
+
+    def _built(self, name: str) -> Provider:
+        return build_provider(self.settings, name, self._on_progress)
+
+
+class Ending(enum.StrEnum):
+    """How a request can end."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class _InUse:
+    """A started provider and the chain in front of it."""
+
+    provider: Provider
+    chain: Streamer
+
+
+class _Counts:
+    """What the interface itself has seen."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self.num_in_flight = 0
+        self.num_ended = dict.fromkeys(Ending, 0)
+        self.num_prompt_tokens = 0
+        self.num_completion_tokens = 0
+        self.num_cached_tokens = 0
+
+    def add_usage(self, usage: Usage) -> None:
+        self.num_prompt_tokens += usage.prompt_tokens
+        self.num_completion_tokens += usage.completion_tokens
+        self.num_cached_tokens += usage.cached_tokens
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "num_requests": self.num_requests,
+            "num_in_flight": self.num_in_flight,
+            **{f"num_{ending}": count for ending, count in self.num_ended.items()},
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_completion_tokens": self.num_completion_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+        }

@@ -1,0 +1,238 @@
+"""Count what the service does, for Prometheus. Knows names, events and clocks; knows nothing of HTTP or of engines.
+
+Every name is declared once, as data, below. `RequestRecord.observe` wraps the event stream of one request and is the
+only place that records figures from events; a provider's own figures are read when the page is scraped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from autobot_llm.types import Event, Finish, Start, TextDelta, ToolCallDelta
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
+QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+POSITION_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric: counters are exposed with Prometheus' `_total` ending. `figure` is the provider's name for it."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    figure: str = ""
+
+
+REQUESTS = MetricSpec(
+    "autobot_llm_requests", "counter", "Requests answered, by HTTP status.", ("endpoint", "model", "status")
+)
+IN_FLIGHT = MetricSpec("autobot_llm_in_flight", "gauge", "Requests being answered now.", ("endpoint",))
+ERRORS = MetricSpec("autobot_llm_errors", "counter", "Requests that ended in an error, by its code.", ("code",))
+LATENCY = MetricSpec(
+    "autobot_llm_request_latency_seconds",
+    "histogram",
+    "Time from a request's arrival to the end of its answer.",
+    ("endpoint", "model"),
+    LATENCY_BUCKETS,
+)
+FIRST_TOKEN = MetricSpec(
+    "autobot_llm_time_to_first_token_seconds",
+    "histogram",
+    "Time from a request's arrival to the first piece of its answer.",
+    ("model",),
+    LATENCY_BUCKETS,
+)
+INTER_TOKEN = MetricSpec(
+    "autobot_llm_inter_token_latency_seconds",
+    "histogram",
+    "Time between two pieces of the same choice.",
+    ("model",),
+    TOKEN_BUCKETS,
+)
+TOKENS = MetricSpec(
+    "autobot_llm_tokens",
+    "counter",
+    "Tokens of finished answers; kind is prompt, completion, or cached (the part of prompt not computed again).",
+    ("model", "kind"),
+)
+QUEUE_WAIT = MetricSpec(
+    "autobot_llm_queue_wait_seconds",
+    "histogram",
+    "Time a finished request had waited before its work began.",
+    ("model",),
+    QUEUE_BUCKETS,
+)
+QUEUE_POSITION = MetricSpec(
+    "autobot_llm_queue_position",
+    "histogram",
+    "Number of requests that were ahead of a finished request when it arrived.",
+    ("model",),
+    POSITION_BUCKETS,
+)
+REQUEST_METRICS = (
+    REQUESTS,
+    IN_FLIGHT,
+    ERRORS,
+    LATENCY,
+    FIRST_TOKEN,
+    INTER_TOKEN,
+    TOKENS,
+    QUEUE_WAIT,
+    QUEUE_POSITION,
+)
+
+
+def _figure(name: str, figure: str, kind: Literal["counter", "gauge"], help: str) -> MetricSpec:
+    return MetricSpec(name, kind, help, ("provider",), figure=figure)
+
+
+PROVIDER_METRICS = (
+    _figure("autobot_kv_cache_memory_mb", "kv_cache_memory_mb", "gauge", "KV cache memory in use, in megabytes."),
+    _figure(
+        "autobot_prefix_cache_hit_rate",
+        "prefix_cache_hit_rate",
+        "gauge",
+        "Share of prompt tokens found in the prefix cache, 0 to 1.",
+    ),
+    _figure("autobot_llm_engine_running", "num_running", "gauge", "Sequences in the running batch."),
+    _figure("autobot_llm_engine_waiting", "num_waiting", "gauge", "Sequences that wait to be scheduled."),
+    _figure("autobot_llm_engine_free_blocks", "num_free_blocks", "gauge", "KV cache blocks that nobody holds."),
+    _figure("autobot_llm_engine_blocks", "num_blocks", "gauge", "KV cache blocks in all."),
+    _figure("autobot_llm_engine_preemptions", "num_preemptions", "counter", "Sequences put back for want of blocks."),
+    _figure("autobot_llm_engine_steps", "num_steps", "counter", "Steps of the engine."),
+    _figure(
+        "autobot_llm_engine_generated_tokens",
+        "num_generated_tokens",
+        "counter",
+        "Tokens generated, those of cancelled requests included.",
+    ),
+)
+
+ProviderFigures = Callable[[], Mapping[str, Mapping[str, float]]]
+
+
+class Metrics:
+    """The metrics of one service, in a registry of their own. Used from one event loop."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self.requests = self._counter(REQUESTS)
+        self.errors = self._counter(ERRORS)
+        self.tokens = self._counter(TOKENS)
+        self.in_flight = Gauge(IN_FLIGHT.name, IN_FLIGHT.help, IN_FLIGHT.labels, registry=self.registry)
+        self.latency = self._histogram(LATENCY)
+        self.first_token = self._histogram(FIRST_TOKEN)
+        self.inter_token = self._histogram(INTER_TOKEN)
+        self.queue_wait = self._histogram(QUEUE_WAIT)
+        self.queue_position = self._histogram(QUEUE_POSITION)
+
+    def _counter(self, spec: MetricSpec) -> Counter:
+        return Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+
+    def _histogram(self, spec: MetricSpec) -> Histogram:
+        return Histogram(spec.name, spec.help, spec.labels, buckets=spec.buckets, registry=self.registry)
+
+    def watch_providers(self, figures: ProviderFigures) -> None:
+        """Read `figures()`, provider name -> figure -> value, at every scrape."""
+        self.registry.register(_ProviderCollector(figures))
+
+    def begin(self, endpoint: str) -> RequestRecord:
+        """Open the record of one request; its `end` must be called."""
+        return RequestRecord(self, endpoint)
+
+    def page(self) -> bytes:
+        """The whole registry in Prometheus' text format; its content type is `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+
+class RequestRecord:
+    """What is measured of one request, from its arrival to `end`."""
+
+    __slots__ = ("_endpoint", "_metrics", "_model", "_started")
+
+    def __init__(self, metrics: Metrics, endpoint: str) -> None:
+        self._metrics = metrics
+        self._endpoint = endpoint
+        # The name a client asked for is no label: anyone could fill the registry with names that do not exist.
+        self._model = "unknown"
+        self._started = time.perf_counter()
+        metrics.in_flight.labels(endpoint).inc()
+
+    async def observe(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """Pass the events through, recording the pace of their pieces and the totals at their `Finish`."""
+        last_at: dict[int, float] = {}  # choice index -> when its latest piece came
+        inter_token: Histogram | None = None
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, TextDelta | ToolCallDelta):
+                    now, index = time.perf_counter(), event.index
+                    if inter_token is None:
+                        inter_token = self._metrics.inter_token.labels(self._model)
+                        self._metrics.first_token.labels(self._model).observe(now - self._started)
+                    elif index in last_at:
+                        inter_token.observe(now - last_at[index])
+                    last_at[index] = now
+                elif isinstance(event, Start):
+                    self._model = event.model
+                elif isinstance(event, Finish):
+                    self._count(event)
+                yield event
+
+    def _count(self, finish: Finish) -> None:
+        metrics, model, usage, timings = self._metrics, self._model, finish.usage, finish.timings
+        metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
+        metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
+        metrics.tokens.labels(model, "cached").inc(usage.cached_tokens)
+        if timings.queued is not None:
+            metrics.queue_wait.labels(model).observe(timings.queued)
+        if timings.queue_position is not None:
+            metrics.queue_position.labels(model).observe(timings.queue_position)
+
+    def end(self, status: int, error_code: str | None) -> None:
+        """Close the record with the HTTP status, 499 where the client left, and the error's code if there was one."""
+        metrics = self._metrics
+        metrics.in_flight.labels(self._endpoint).dec()
+        metrics.requests.labels(self._endpoint, self._model, str(status)).inc()
+        metrics.latency.labels(self._endpoint, self._model).observe(time.perf_counter() - self._started)
+        if error_code is not None:
+            metrics.errors.labels(error_code).inc()
+
+
+class _ProviderCollector(Collector):
+    """Turns the providers' own figures into samples when Prometheus asks; a figure that none gives is left out."""
+
+    def __init__(self, figures: ProviderFigures) -> None:
+        self._figures = figures
+
+    def describe(self) -> Iterator[Metric]:
+        return (_family(spec) for spec in PROVIDER_METRICS)
+
+    def collect(self) -> Iterator[Metric]:
+        by_provider = self._figures()
+        for spec in PROVIDER_METRICS:
+            family = _family(spec)
+            for provider, figures in by_provider.items():
+                if spec.figure in figures:
+                    family.add_metric([provider], figures[spec.figure])
+            if family.samples:
+                yield family
+
+
+def _family(spec: MetricSpec) -> CounterMetricFamily | GaugeMetricFamily:
+    family = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
+    return family(spec.name, spec.help, labels=spec.labels)

@@ -1,0 +1,90 @@
+"""The engine's outputs as events, and the report at the end. Knows both sides' types."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from autobot_llm.engine.engine import Engine, Output, RequestStats
+from autobot_llm.report import OptimizationOutcome
+from autobot_llm.types import ChoiceEnd, Finish, TextDelta, Timings, TokenLogprob, Usage
+
+
+class Answer:
+    """One request's answer as it grows. `stats` is complete once every choice has ended."""
+
+    def __init__(self, engine: Engine, stats: RequestStats, *, num_prompt_tokens: int) -> None:
+        self._engine = engine
+        self._stats = stats
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens: dict[int, int] = {}
+        self._first_token_time: float | None = None
+
+    def events(self, outputs: list[Output]) -> Iterator[TextDelta | ChoiceEnd]:
+        """What became visible, a choice's consecutive pieces joined: a slow reader gets fewer and longer deltas."""
+        if self._first_token_time is None:
+            self._first_token_time = time.monotonic()
+        by_choice: dict[int, list[Output]] = {}
+        for output in outputs:
+            by_choice.setdefault(output.index, []).append(output)
+        for index, parts in by_choice.items():
+            last = parts[-1]
+            self._num_tokens[index] = last.num_tokens
+            text = "".join(part.text for part in parts)
+            logprobs = tuple(logprob for part in parts for logprob in self._described(part))
+            if text or logprobs:
+                yield TextDelta(text, index, logprobs)
+            if last.end is not None:
+                yield ChoiceEnd(finish_reason=last.end, index=index)
+
+    def finish(self) -> Finish:
+        stats = self._stats
+        usage = Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=sum(self._num_tokens.values()),
+            cached_tokens=stats.num_cached_tokens,
+        )
+        return Finish(usage=usage, timings=self._timings(), optimizations=tuple(self._outcomes()))
+
+    def _described(self, output: Output) -> Iterator[TokenLogprob]:
+        text_of = self._engine.tokenizer.token_text
+        for info in output.logprobs:
+            top = tuple((token_id, text_of(token_id), logprob) for token_id, logprob in info.top)
+            yield TokenLogprob(info.token_id, text_of(info.token_id), info.logprob, top)
+
+    def _timings(self) -> Timings:
+        stats = self._stats
+
+        def since_arrival(moment: float | None) -> float | None:
+            return None if moment is None else moment - stats.arrival_time
+
+        return Timings(
+            queued=since_arrival(stats.first_scheduled_time),
+            queue_position=stats.queue_position,
+            time_to_first_token=since_arrival(self._first_token_time),
+            total=since_arrival(time.monotonic()),
+        )
+
+    def _outcomes(self) -> Iterable[OptimizationOutcome]:
+        stats, engine = self._stats, self._engine
+        pool = engine.scheduler.block_pool
+        cached = stats.num_cached_tokens
+        if not pool.prefix_caching:
+            reason = "switched off by AUTOBOT_PREFIX_CACHING"
+        elif cached:
+            reason = f"{cached} of {self._num_prompt_tokens} prompt tokens were in the cache"
+        else:
+            reason = "no earlier prompt of this tenant begins with the same full block of tokens"
+        yield OptimizationOutcome(
+            name="prefix_caching", applied=cached > 0, reason=reason, tokens_saved=cached if cached else None
+        )
+        others = stats.largest_batch - 1
+        yield OptimizationOutcome(
+            name="continuous_batching",
+            applied=others > 0,
+            reason=f"shared steps with up to {others} other sequences"
+            if others > 0
+            else "nobody else was being served",
+        )
+        executor = engine.executor
+        yield OptimizationOutcome(name="compiled_step", applied=executor.name == "compiled", reason=executor.reason)

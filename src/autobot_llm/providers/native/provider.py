@@ -1,0 +1,171 @@
+"""Our own engine as a provider, and the one door into engine/. Knows requests and the engine's own types.
+
+torch is imported with this module, so routing imports it only when the native provider is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from pathlib import Path
+
+from autobot_llm.engine.engine import EngineRequest
+from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.service import EngineService
+from autobot_llm.errors import ConfigurationError, ModelNotFoundError
+from autobot_llm.providers.base import ModelInfo, ProviderStatus
+from autobot_llm.providers.native.from_engine import Answer
+from autobot_llm.providers.native.to_engine import encode_prompt, refuse_unsupported, sampling_params
+from autobot_llm.settings import Settings
+from autobot_llm.types import Event, LLMRequest, Start
+
+EMBEDDED_MODEL = "tiny"
+ASSETS = Path(__file__).parents[2] / "assets"
+
+
+class NativeProvider:
+    """Answers from model folders on this machine. Each model has an engine of its own, started when first asked for.
+
+    The models are the default one and those that settings map to a type of request, and no others: a request cannot
+    make the process load a folder of its choice.
+    """
+
+    name = "native"
+
+    def __init__(self, settings: Settings, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+        self._settings = settings
+        self._on_progress = on_progress
+        self._default = settings.default_model.removeprefix(f"{self.name}/")
+        self._folders = {self._default: model_folder(self._default)}
+        # A type of request may be mapped to another provider's model, so what is no model here is no error here.
+        for name in (name.removeprefix(f"{self.name}/") for name in settings.models.values()):
+            with contextlib.suppress(ConfigurationError):
+                self._folders[name] = model_folder(name)
+        self._services: dict[str, EngineService] = {}
+        self._starting = asyncio.Lock()
+        self._created = int(time.time())
+
+    async def start(self) -> None:
+        """Load the default model. Raises ModelLoadError or ConfigurationError."""
+        await self._service(self._default)
+
+    async def close(self) -> None:
+        services, self._services = list(self._services.values()), {}
+        await asyncio.gather(*(service.close() for service in services))
+
+    async def models(self) -> list[ModelInfo]:
+        return [
+            ModelInfo(id=name, provider=self.name, context_length=self._context_length(name), created=self._created)
+            for name in self._folders
+        ]
+
+    def status(self) -> ProviderStatus:
+        service = self._services.get(self._default)
+        if service is None:
+            return ProviderStatus(name=self.name, state="stopped", message="the engine was not started")
+        engine = service.engine
+        if service.state != "ready" or engine is None:
+            return ProviderStatus(name=self.name, state=service.state, message=str(service.failure or ""))
+        details: dict[str, float | int | str] = {
+            "model": self._default,
+            "step": engine.executor.name,
+            "step_reason": engine.executor.reason,
+            "max_model_len": engine.scheduler.max_model_len,
+        }
+        return ProviderStatus(name=self.name, state="ready", details=details)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over the engines that run; see observability/metrics.py for the names."""
+        engines = [service.engine for service in self._services.values() if service.engine is not None]
+        schedulers = [engine.scheduler for engine in engines]
+        pools = [scheduler.block_pool for scheduler in schedulers]
+        num_query_tokens = sum(pool.num_query_tokens for pool in pools)
+        num_used_blocks = sum(pool.num_blocks - pool.num_free for pool in pools)
+        return {
+            "num_running": sum(scheduler.num_running for scheduler in schedulers),
+            "num_waiting": sum(scheduler.num_waiting for scheduler in schedulers),
+            "num_preemptions": sum(scheduler.num_preemptions for scheduler in schedulers),
+            "num_blocks": sum(pool.num_blocks for pool in pools),
+            "num_free_blocks": sum(pool.num_free for pool in pools),
+            "num_used_blocks": num_used_blocks,
+            "kv_cache_memory_mb": sum(engine.kv_cache_bytes for engine in engines) / 1e6,
+            "prefix_cache_hit_rate": sum(pool.num_hit_tokens for pool in pools) / max(1, num_query_tokens),
+            "num_steps": sum(engine.num_steps for engine in engines),
+            "num_generated_tokens": sum(engine.num_generated_tokens for engine in engines),
+        }
+
+    async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
+        """Answer with the engine. Everything that can be refused is refused before `Start`."""
+        model = request.model or self._default
+        service = await self._service(model)
+        engine = service.engine
+        assert engine is not None, "a started service has an engine"
+        refuse_unsupported(request)
+        prompt_ids = await encode_prompt(engine, request)
+        engine_request = EngineRequest(
+            prompt_ids=prompt_ids,
+            params=sampling_params(engine, request, len(prompt_ids)),
+            stop=tuple(request.stop),
+            salt=request.tenant,
+        )
+        with service.submit(engine_request) as handle:
+            yield Start(request_id=request.request_id or secrets.token_hex(12), model=model, provider=self.name)
+            answer = Answer(engine, handle.stats, num_prompt_tokens=len(prompt_ids))
+            while handle.is_open:
+                for event in answer.events(await handle.next_outputs()):
+                    yield event
+        yield answer.finish()
+
+    async def _service(self, model: str) -> EngineService:
+        if model not in self._folders:
+            raise ModelNotFoundError(
+                f"model {model!r} is not served here; served are {', '.join(self._folders)}", param="model"
+            )
+        service = self._services.get(model)
+        if service is not None and service.state in ("ready", "failed"):
+            return service
+        async with self._starting:
+            if model not in self._services:
+                options = engine_options(self._settings, self._folders[model])
+                service = EngineService(
+                    partial(load_engine, options, self._on_progress),
+                    max_queued_requests=self._settings.max_queued_requests,
+                )
+                await service.start()
+                self._services[model] = service
+            return self._services[model]
+
+    def _context_length(self, model: str) -> int | None:
+        service = self._services.get(model)
+        return service.engine.scheduler.max_model_len if service and service.engine else None
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: the embedded one by its name, any other by its path."""
+    if name == EMBEDDED_MODEL:
+        return ASSETS / EMBEDDED_MODEL
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"model {name!r}: expected {EMBEDDED_MODEL} (the embedded model), or the path of a Hugging Face folder"
+        )
+    return folder
+
+
+def engine_options(settings: Settings, folder: Path) -> EngineOptions:
+    return EngineOptions(
+        folder=folder,
+        cache_dir=settings.cache_dir,
+        device=settings.device,
+        compiled_step=settings.compiled_step,
+        prefix_caching=settings.prefix_caching,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_memory=settings.kv_cache_memory,
+        cpu_threads=settings.cpu_threads,
+    )

@@ -1,0 +1,156 @@
+"""Choose the provider and the model of a request, and form the chain that runs in front of the provider.
+
+Knows the kinds of providers, what can apply to each, and the order of the chain; knows nothing of how any of it works.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from autobot_llm.errors import ConfigurationError, ModelNotFoundError
+from autobot_llm.providers.base import Provider, Streamer
+from autobot_llm.settings import Settings
+from autobot_llm.types import LLMRequest
+
+
+class ProviderType(enum.StrEnum):
+    """The kinds of providers."""
+
+    LOCAL_NATIVE = "native"
+    LOCAL_VLLM = "vllm"
+    LOCAL_OLLAMA = "ollama"
+    CLOUD_OPENAI = "openai"
+    CLOUD_ANTHROPIC = "anthropic"
+    CLOUD_OTHER = "cloud"
+
+
+_LOCAL = (
+    "speculative_decoding",
+    "flash_attention",
+    "cuda_graphs",
+    "medusa_heads",
+    "quantization",
+    "kv_cache_optimization",
+    "continuous_batching",
+    "prefix_caching",
+)
+_OVER_HTTP = ("request_batching", "connection_pooling", "retry_with_backoff", "rate_limit_handling")
+_EVERYWHERE = ("response_caching", "prompt_compression", "request_deduplication")
+OPTIMIZATIONS = (*_LOCAL, *_OVER_HTTP, *_EVERYWHERE)
+
+# vLLM dropped Medusa in 0.33. Ollama drafts only with a model that its own package attaches, and its graphs are its
+# own; it does run flash attention, a quantized KV cache, parallel slots and prompt reuse when told to.
+_COULD_APPLY: Mapping[ProviderType, frozenset[str]] = {
+    ProviderType.LOCAL_NATIVE: frozenset(_LOCAL + _EVERYWHERE),
+    ProviderType.LOCAL_VLLM: frozenset(_LOCAL + _OVER_HTTP + _EVERYWHERE) - {"medusa_heads"},
+    ProviderType.LOCAL_OLLAMA: frozenset(_LOCAL + _OVER_HTTP + _EVERYWHERE)
+    - {"speculative_decoding", "cuda_graphs", "medusa_heads"},
+    ProviderType.CLOUD_OPENAI: frozenset(_OVER_HTTP + _EVERYWHERE),
+    ProviderType.CLOUD_ANTHROPIC: frozenset(_OVER_HTTP + _EVERYWHERE),
+    ProviderType.CLOUD_OTHER: frozenset(_OVER_HTTP + _EVERYWHERE),
+}
+
+
+class OptimizationRouter:
+    """What could apply to a kind of provider. What does run, the running provider and the report of a request say."""
+
+    @classmethod
+    def get_optimizations(cls, provider_type: ProviderType) -> dict[str, bool]:
+        """Every optimization by name, True where this kind of provider could use it."""
+        could_apply = _COULD_APPLY[ProviderType(provider_type)]
+        return {name: name in could_apply for name in OPTIMIZATIONS}
+
+    @classmethod
+    def should_apply(cls, name: str, provider_type: ProviderType) -> bool:
+        """Whether this kind of provider could use the optimization; an unknown name is False."""
+        return name in _COULD_APPLY[ProviderType(provider_type)]
+
+
+class Wrapper(msgspec.Struct, frozen=True):
+    """One link of the chain: its optimization's name, and what puts it around the rest of the chain."""
+
+    optimization: str
+    wrap: Callable[[Streamer, Settings], Streamer]
+
+
+# From the caller inwards. An optimization joins the chain by one line here.
+WRAPPERS: tuple[Wrapper, ...] = ()
+
+
+def build_chain(provider: Provider, settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> Streamer:
+    """`provider` behind every wrapper that could apply to its kind, the first of `wrappers` outermost."""
+    kind = _kind_of(provider.name)
+    chain: Streamer = provider
+    for wrapper in reversed(wrappers):
+        if OptimizationRouter.should_apply(wrapper.optimization, kind):
+            chain = wrapper.wrap(chain, settings)
+    return chain
+
+
+def _kind_of(name: str) -> ProviderType:
+    """A provider with a name of its own is one more OpenAI-compatible cloud."""
+    return ProviderType(name) if name in _COULD_APPLY else ProviderType.CLOUD_OTHER
+
+
+def build_provider(settings: Settings, name: str, on_progress: Callable[[int, int], None] | None = None) -> Provider:
+    """The provider called `name`, not yet started. Imports the engine, torch with it, only for "native".
+
+    Raises ConfigurationError where it does not exist yet or a part that it needs is not installed, and
+    ModelNotFoundError where there is no such provider.
+    """
+    if name not in _COULD_APPLY:
+        raise unknown_provider(name, list(ProviderType))
+    if name != ProviderType.LOCAL_NATIVE:
+        raise ConfigurationError(f"provider '{name}' is not implemented yet: expected native")
+    try:
+        from autobot_llm.providers.native import NativeProvider
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").startswith("autobot_llm"):
+            raise
+        raise ConfigurationError(
+            f"provider 'native' needs {exc.name}, which is not installed: pip install \"autobot_llm[engine]\""
+        ) from exc
+    return NativeProvider(settings, on_progress=on_progress)
+
+
+def unknown_provider(name: str, known: Sequence[str]) -> ModelNotFoundError:
+    return ModelNotFoundError(f"no provider is called '{name}'; known are {', '.join(known)}", param="provider")
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Who answers. `model` None is the provider's own default, which it knows from the settings."""
+
+    provider: str
+    model: str | None
+
+
+def choose_route(request: LLMRequest, settings: Settings, *, default: str, known: Sequence[str]) -> Route:
+    """The provider and model for `request`: its own, else its `llm_type`'s, else the default ones.
+
+    A model may name its provider: "native/tiny". Only a known provider's name is taken for one, so that the names of
+    model hubs ("meta-llama/Llama-3.2-1B") stay whole; an explicit `provider` is obeyed before a prefix.
+    Raises ModelNotFoundError for an unknown provider; whether it serves the model, the provider itself says.
+    """
+    if request.provider is not None and request.provider not in known:
+        raise unknown_provider(request.provider, known)
+    if request.model is not None:
+        return _split(request.model, request.provider, default, known)
+    if (model := settings.models.get(_type_key(request.llm_type))) is not None:
+        route = _split(model, None, default, known)
+        if request.provider in (None, route.provider):
+            return route
+    return Route(request.provider or default, None)
+
+
+def _split(model: str, provider: str | None, default: str, known: Sequence[str]) -> Route:
+    prefix, slash, rest = model.partition("/")
+    if slash and rest and prefix in known and provider in (None, prefix):
+        return Route(prefix, rest)
+    return Route(provider or default, model)
+
+
+def _type_key(llm_type: str) -> str:
+    return llm_type.lower().replace("-", "_").replace(" ", "_")

@@ -1,0 +1,153 @@
+"""Write an answer as server-sent events while it grows. Knows OpenAI's chunks; knows nothing of connections.
+
+Everything in a chunk but the text is the same for a whole choice, so it is encoded once: a chunk costs one JSON string
+and one concatenation.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from autobot_llm.errors import LLMError
+from autobot_llm.server.openai_api.replies import (
+    chat_logprobs,
+    completion_logprobs,
+    encode,
+    error_body,
+    report_fields,
+    usage_fields,
+)
+from autobot_llm.types import ChoiceEnd, Event, Finish, Start, TextDelta, ToolCallDelta
+
+CONTENT_TYPE = b"text/event-stream; charset=utf-8"
+DONE = b"data: [DONE]\n\n"
+# JSON may hold these line ends of Unicode as they are, but a client that cuts an event stream into lines as Python's
+# `str.splitlines` does would cut there; the escaped form means the same.
+_LINE_ENDS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"), ("\x85".encode(), b"\\u0085"))
+
+
+class ChunkEncoder(Protocol):
+    """Turns the events of one answer into bytes for the wire; `b""` where an event has none."""
+
+    def encode(self, event: Event) -> bytes: ...
+
+
+def error_event(error: LLMError) -> bytes:
+    """An error after the stream began: an event of its own, and no `[DONE]` follows."""
+    return b"data: " + _one_line(error_body(error)) + b"\n\n"
+
+
+def _one_line(data: bytes) -> bytes:
+    if not data.isascii():
+        for line_end, escaped in _LINE_ENDS:
+            data = data.replace(line_end, escaped)
+    return data
+
+
+def _json(value: object) -> bytes:
+    return _one_line(encode(value))
+
+
+class _Chunks:
+    """What both endpoints' chunks share: their frame, the usage chunk and the end."""
+
+    object_name: str
+    id_prefix: str
+
+    def __init__(self, request_id: str, created: int, num_choices: int, include_usage: bool) -> None:
+        self._id = self.id_prefix + request_id
+        self._created = created
+        self._num_choices = num_choices
+        self._include_usage = include_usage
+        self._frame = b""
+        self._heads: list[bytes] = []  # choice index -> everything up to the choice's own fields
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def _open(self, start: Start) -> None:
+        frame = {"id": self._id, "object": self.object_name, "created": self._created, "model": start.model}
+        self._frame = b"data: " + _json(frame)[:-1]
+        self._heads = [self._frame + b',"choices":[{"index":%d,' % index for index in range(self._num_choices)]
+
+    def _finish(self, finish: Finish) -> bytes:
+        if not self._include_usage:
+            return DONE
+        usage = _json(usage_fields(finish.usage))
+        report = _json(report_fields(finish.timings, finish.optimizations))
+        return self._frame + b',"choices":[],"usage":' + usage + b',"autobot":' + report + b"}\n\n" + DONE
+
+
+class ChatChunks(_Chunks):
+    """`chat.completion.chunk` events: the role, the pieces, the finish reason, the usage if asked for, `[DONE]`."""
+
+    object_name = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    def __init__(self, request_id: str, created: int, num_choices: int, include_usage: bool) -> None:
+        super().__init__(request_id, created, num_choices, include_usage)
+        self._after_text = b'},"logprobs":null,"finish_reason":null}' + self._tail
+
+    def encode(self, event: Event) -> bytes:
+        if isinstance(event, TextDelta):
+            return self._text(event)
+        if isinstance(event, ToolCallDelta):
+            delta = b'"delta":{"tool_calls":[' + _json(_tool_call_delta(event)) + b"]"
+            return self._heads[event.index] + delta + self._after_text
+        if isinstance(event, ChoiceEnd):
+            ending = b'"delta":{},"logprobs":null,"finish_reason":"' + event.finish_reason.encode() + b'"}'
+            return self._heads[event.index] + ending + self._tail
+        if isinstance(event, Start):
+            self._open(event)
+            role = b'"delta":{"role":"assistant","content":"","refusal":null'
+            return b"".join(head + role + self._after_text for head in self._heads)
+        return self._finish(event)
+
+    def _text(self, event: TextDelta) -> bytes:
+        begin = self._heads[event.index] + b'"delta":{"content":' + _json(event.text)
+        if event.logprobs:
+            logprobs = _json(chat_logprobs(event.logprobs))
+            return begin + b'},"logprobs":' + logprobs + b',"finish_reason":null}' + self._tail
+        return begin + self._after_text if event.text else b""
+
+
+def _tool_call_delta(event: ToolCallDelta) -> dict[str, object]:
+    function: dict[str, object] = {"arguments": event.arguments}
+    piece: dict[str, object] = {"index": event.position, "function": function}
+    if event.name is not None:
+        function["name"] = event.name
+    if event.call_id is not None:
+        piece |= {"id": event.call_id, "type": "function"}
+    return piece
+
+
+class CompletionChunks(_Chunks):
+    """`text_completion` events: the pieces, the finish reason, the usage if asked for, `[DONE]`."""
+
+    object_name = "text_completion"
+    id_prefix = "cmpl-"
+
+    def __init__(self, request_id: str, created: int, num_choices: int, include_usage: bool) -> None:
+        super().__init__(request_id, created, num_choices, include_usage)
+        self._after_text = b',"logprobs":null,"finish_reason":null}' + self._tail
+        self._text_offsets = [0] * num_choices
+
+    def encode(self, event: Event) -> bytes:
+        if isinstance(event, TextDelta):
+            return self._text(event)
+        if isinstance(event, ChoiceEnd):
+            ending = b'"text":"","logprobs":null,"finish_reason":"' + event.finish_reason.encode() + b'"}'
+            return self._heads[event.index] + ending + self._tail
+        if isinstance(event, Start):
+            self._open(event)
+            return b""
+        # A text completion has no tools, so no provider makes tool calls for one.
+        assert isinstance(event, Finish)
+        return self._finish(event)
+
+    def _text(self, event: TextDelta) -> bytes:
+        begin = self._heads[event.index] + b'"text":' + _json(event.text)
+        if event.logprobs:
+            offset = self._text_offsets[event.index]
+            self._text_offsets[event.index] = offset + sum(len(token.token) for token in event.logprobs)
+            logprobs = _json(completion_logprobs(event.logprobs, text_offset=offset))
+            return begin + b',"logprobs":' + logprobs + b',"finish_reason":null}' + self._tail
+        return begin + self._after_text if event.text else b""

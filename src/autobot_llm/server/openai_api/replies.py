@@ -1,0 +1,178 @@
+"""Write answers in OpenAI's shapes: whole bodies, errors, models. Knows the wire; knows nothing of connections."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgspec
+
+from autobot_llm.errors import LLMError
+from autobot_llm.providers.base import ModelInfo
+from autobot_llm.report import OptimizationOutcome
+from autobot_llm.types import Choice, LLMResponse, Timings, TokenLogprob, ToolCall, Usage
+
+LOWEST_LOGPROB = -9999.0  # what OpenAI writes for a token that could not be chosen; JSON has no infinity
+_HEADER_UNSAFE = re.compile(r"[^A-Za-z0-9_.:-]+")
+
+
+def encode(value: object) -> bytes:
+    """Encode as JSON. Half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_without_surrogates(msgspec.to_builtins(value)))
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_surrogates(item) for item in value]
+    return value
+
+
+def error_body(error: LLMError) -> bytes:
+    """The JSON of an error, as OpenAI's clients read it."""
+    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return encode({"error": fields})
+
+
+def usage_fields(usage: Usage) -> dict[str, object]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def report_fields(timings: Timings, optimizations: tuple[OptimizationOutcome, ...]) -> dict[str, object]:
+    """What we add to OpenAI's shape, under the key "autobot": times in seconds, and the report."""
+    return {"timings": timings, "optimizations": optimizations}
+
+
+def optimizations_header(optimizations: tuple[OptimizationOutcome, ...]) -> bytes:
+    """The applied optimizations in one line, as in `prefix_cache;tokens_saved=512, response_cache`."""
+    return ", ".join(_applied(outcome) for outcome in optimizations if outcome.applied).encode("ascii")
+
+
+def _applied(outcome: OptimizationOutcome) -> str:
+    savings = {
+        "tokens_saved": outcome.tokens_saved,
+        "ms_saved": None if outcome.milliseconds_saved is None else round(outcome.milliseconds_saved, 1),
+        "bytes_saved": outcome.bytes_saved,
+    }
+    parts = [_HEADER_UNSAFE.sub("_", outcome.name)]
+    parts += [f"{name}={value}" for name, value in savings.items() if value is not None]
+    return ";".join(parts)
+
+
+def chat_body(response: LLMResponse, request_id: str, created: int) -> bytes:
+    """The body of a whole chat completion."""
+    choices: list[dict[str, object]] = [
+        {
+            "index": choice.index,
+            "message": _message(choice),
+            "logprobs": chat_logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in response.choices
+    ]
+    return _body(response, f"chatcmpl-{request_id}", "chat.completion", choices, created)
+
+
+def completion_body(response: LLMResponse, request_id: str, created: int) -> bytes:
+    """The body of a whole text completion."""
+    choices: list[dict[str, object]] = [
+        {
+            "index": choice.index,
+            "text": choice.content,
+            "logprobs": completion_logprobs(choice.logprobs, text_offset=0),
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in response.choices
+    ]
+    return _body(response, f"cmpl-{request_id}", "text_completion", choices, created)
+
+
+def _body(response: LLMResponse, id: str, object_name: str, choices: list[dict[str, object]], created: int) -> bytes:
+    return encode(
+        {
+            "id": id,
+            "object": object_name,
+            "created": created,
+            "model": response.model,
+            "choices": choices,
+            "usage": usage_fields(response.usage),
+            "autobot": report_fields(response.timings, response.optimizations),
+        }
+    )
+
+
+def _message(choice: Choice) -> dict[str, object]:
+    message: dict[str, object] = {"role": "assistant", "content": choice.content, "refusal": None}
+    if choice.tool_calls:
+        message["content"] = choice.content or None
+        message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
+    return message
+
+
+def _tool_call(call: ToolCall) -> dict[str, object]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def chat_logprobs(logprobs: tuple[TokenLogprob, ...]) -> dict[str, object] | None:
+    if not logprobs:
+        return None
+    content = [
+        _chat_token(token.token, token.logprob)
+        | {"top_logprobs": [_chat_token(text, logprob) for _, text, logprob in token.top]}
+        for token in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(text: str, logprob: float) -> dict[str, object]:
+    # A token that is part of a character reads as U+FFFD: its bytes are not known here, and null says so.
+    spelled = None if "\ufffd" in text else list(text.encode("utf-8", "replace"))
+    return {"token": text, "logprob": _finite(logprob), "bytes": spelled}
+
+
+def completion_logprobs(logprobs: tuple[TokenLogprob, ...], *, text_offset: int) -> dict[str, object] | None:
+    """OpenAI's older shape, in columns. `text_offset` is where the first token begins, in characters of the answer."""
+    if not logprobs:
+        return None
+    offsets = []
+    for token in logprobs:
+        offsets.append(text_offset)
+        text_offset += len(token.token)
+    return {
+        "tokens": [token.token for token in logprobs],
+        "token_logprobs": [_finite(token.logprob) for token in logprobs],
+        "top_logprobs": [_best(token) for token in logprobs] if logprobs[0].top else None,
+        "text_offset": offsets,
+    }
+
+
+def _best(token: TokenLogprob) -> dict[str, float]:
+    return {text: _finite(logprob) for _, text, logprob in token.top} | {token.token: _finite(token.logprob)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB) if not math.isnan(logprob) else LOWEST_LOGPROB
+
+
+def model_fields(model: ModelInfo) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": model.provider,
+    }
+    if model.context_length is not None:
+        fields["max_model_len"] = model.context_length  # the name vLLM gives it
+    return fields

@@ -1,0 +1,197 @@
+"""What each setting means, who reads it and on which providers it acts. Knows words; knows no types and no values."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import msgspec
+
+ProviderName = Literal["native", "vllm", "ollama", "openai", "anthropic", "cloud"]
+
+EVERY = frozenset(get_args(ProviderName))
+NATIVE = frozenset({"native"})
+VLLM = frozenset({"vllm"})
+OLLAMA = frozenset({"ollama"})
+OPENAI = frozenset({"openai"})
+ANTHROPIC = frozenset({"anthropic"})
+CLOUD = frozenset({"cloud"})
+ENGINES = NATIVE | VLLM
+LOCAL = ENGINES | OLLAMA
+PAID = OPENAI | ANTHROPIC | CLOUD
+OVER_HTTP = EVERY - NATIVE
+
+
+class About(msgspec.Struct, frozen=True):
+    """One setting in words. `read_by` is the part that acts on it, `on` the providers it can act on.
+
+    `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect.
+    `variable` is AUTOBOT_ and the field's name unless it is given.
+    """
+
+    doc: str
+    read_by: str
+    on: frozenset[str] = EVERY
+    now: bool = False
+    secret: bool = False
+    variable: str = ""
+    alias: str | None = None
+
+
+ABOUT: dict[str, About] = {
+    # Providers and models
+    "provider": About("Provider that answers by default.", "interface", now=True, variable="AUTOBOT_LLM_PROVIDER"),
+    "default_model": About(
+        "Model that answers by default: the embedded `tiny`, or the path of a model folder.",
+        "interface, providers/native",
+        now=True,
+        variable="AUTOBOT_DEFAULT_LLM_MODEL",
+    ),
+    "models": About(
+        "Model for one `llm_type`: AUTOBOT_CHAT_MODEL for chat, AUTOBOT_RAG_MODEL for rag, and so on for any name.",
+        "routing",
+        now=True,
+        variable="AUTOBOT_<TYPE>_MODEL",
+    ),
+    "timeout": About(
+        "Seconds that one whole answer may take, unless the request has its own timeout; off for no limit.",
+        "interface",
+        now=True,
+        variable="AUTOBOT_LLM_TIMEOUT",
+    ),
+    "ollama_endpoint": About("Where Ollama listens.", "providers/ollama", OLLAMA),
+    "vllm_endpoints": About("Where vLLM servers listen.", "providers/vllm", VLLM),
+    "openai_endpoint": About("OpenAI's base address.", "providers/openai", OPENAI),
+    "anthropic_endpoint": About("Anthropic's base address.", "providers/anthropic", ANTHROPIC),
+    "clouds": About(
+        "Base address of a named OpenAI-compatible cloud; its key is AUTOBOT_CLOUD_<NAME>_API_KEY.",
+        "providers/openai",
+        CLOUD,
+        variable="AUTOBOT_CLOUD_<NAME>_ENDPOINT",
+    ),
+    "openai_api_key": About("Key for OpenAI.", "providers/openai", OPENAI, secret=True, variable="OPENAI_API_KEY"),
+    "anthropic_api_key": About(
+        "Key for Anthropic.", "providers/anthropic", ANTHROPIC, secret=True, variable="ANTHROPIC_API_KEY"
+    ),
+    # Server
+    "host": About("Address the server listens on; the default is this machine only.", "server", now=True),
+    "port": About("Port the server listens on; 0 takes a free one.", "server", now=True),
+    "api_keys": About(
+        "Keys of which a client of the server must send one, separated by commas; unset asks for none.",
+        "server",
+        now=True,
+        secret=True,
+        alias="AUTOBOT_API_KEY",
+    ),
+    "max_body_bytes": About("Largest request body that the server accepts.", "server", now=True),
+    "shutdown_grace": About("Seconds that running answers may still take when the server stops.", "server", now=True),
+    "log_level": About("Least important log messages that are still written.", "cli, server", now=True),
+    # Our own engine
+    "device": About("Where the engine computes.", "providers/native", NATIVE, now=True),
+    "compiled_step": About(
+        "Compiled decode step on a CPU: auto uses it where there is a compiler, on insists on it.",
+        "engine/kernels/cpu",
+        NATIVE,
+        now=True,
+    ),
+    "cpu_threads": About("Threads of the engine; unset measures.", "providers/native", NATIVE, now=True),
+    "max_model_len": About(
+        "Most tokens of prompt and answer together; unset takes the model's own limit.",
+        "providers/native",
+        LOCAL,
+        now=True,
+    ),
+    "max_queued_requests": About(
+        "Requests that may wait for the engine; one more is refused with status 429.",
+        "providers/native",
+        NATIVE,
+        now=True,
+    ),
+    "max_num_seqs": About(
+        "Most sequences computed together; unset leaves it to the engine.", "engine/batching", ENGINES, now=True
+    ),
+    "max_num_batched_tokens": About(
+        "Most tokens computed in one step; unset leaves it to the engine.", "engine/batching", ENGINES, now=True
+    ),
+    "kv_cache_memory": About(
+        "Memory of the KV cache; unset leaves it to the engine.", "engine/kv_cache", NATIVE, now=True
+    ),
+    "prefix_caching": About(
+        "Reuse what was computed for an equal beginning of a prompt of the same tenant.",
+        "engine/kv_cache",
+        NATIVE,
+        now=True,
+    ),
+    "cache_dir": About(
+        "Where compiled kernels and other files that can be made again are kept.",
+        "engine/kernels",
+        NATIVE,
+        now=True,
+    ),
+    "workload": About("What the batching is tuned for.", "engine/batching", ENGINES),
+    "attention_backend": About("Attention kernels; auto chooses by hardware.", "engine/attention", ENGINES),
+    "cuda_graphs": About("Replay decode steps as CUDA graphs.", "engine/cuda_graphs", ENGINES),
+    "gpu_memory_utilization": About("Share of a GPU's memory that the engine may use.", "engine", ENGINES),
+    "kv_cache_dtype": About(
+        "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy.",
+        "engine/kv_cache",
+        LOCAL,
+    ),
+    "kv_sliding_window": About(
+        "Tokens that attention looks back (lossy); 0 is the model's own window.", "engine/kv_cache", NATIVE
+    ),
+    "kv_heavy_hitters": About(
+        "Most attended tokens that stay in the KV cache beside the recent ones (lossy); 0 is off.",
+        "engine/kv_cache",
+        NATIVE,
+    ),
+    # Speculation
+    "speculation_enabled": About(
+        "Draft tokens and verify them in one step; the answers stay the same.", "engine/speculative", ENGINES
+    ),
+    "speculation_method": About("Who drafts.", "engine/speculative", ENGINES),
+    "speculation_draft_model": About("Model that drafts; unset chooses one that fits.", "engine/speculative", ENGINES),
+    "speculation_num_tokens": About("Most tokens drafted at a time.", "engine/speculative", ENGINES),
+    "speculation_use_ngram": About(
+        "Let earlier text of the request itself serve as a draft.", "engine/speculative", ENGINES
+    ),
+    "speculation_min_acceptance_rate": About(
+        "Share of accepted tokens below which drafting stops; unset decides by measured cost.",
+        "engine/speculative",
+        NATIVE,
+    ),
+    # Quantization
+    "quantization_type": About(
+        "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only.",
+        "engine/quantization",
+        ENGINES,
+    ),
+    "use_quantized_models": About(
+        "Prefer a known quantized variant of a model where there is one (lossy).", "engine/quantization", LOCAL
+    ),
+    # vLLM
+    "vllm_multi_step": About("Steps that vLLM plans at a time.", "tuning/knobs", VLLM),
+    "vllm_prefix_caching": About("Let vLLM reuse equal beginnings of prompts.", "tuning/knobs", VLLM),
+    "vllm_async_output": About("Let vLLM overlap output with computing.", "tuning/knobs", VLLM),
+    # Everything over HTTP
+    "cloud_connection_pool_size": About("Connections kept per provider.", "cloud/http_pool", OVER_HTTP),
+    "cloud_batch_window_ms": About(
+        "Milliseconds to wait for requests that can share a call.", "cloud/request_batching", OVER_HTTP
+    ),
+    "cloud_max_batch_size": About("Most requests that share a call.", "cloud/request_batching", OVER_HTTP),
+    "cloud_retry_max_attempts": About("Retries after a failed call.", "cloud/retry", OVER_HTTP),
+    "cloud_budget_per_day": About("US dollars that a day may cost.", "cloud/pricing", PAID),
+    "cloud_budget_per_month": About("US dollars that a month may cost.", "cloud/pricing", PAID),
+    # Every provider
+    "prompt_compression_enabled": About("Shorten prompts (lossy).", "universal/compression"),
+    "prompt_compression_ratio": About(
+        "Length of a compressed prompt as a share of the original.", "universal/compression"
+    ),
+    "cache_enabled": About("Answer a repeated request from a cache.", "universal/response_cache"),
+    "cache_l1_size": About("Answers kept in memory.", "universal/response_cache"),
+    "cache_l2_ttl": About("Seconds that a shared answer is kept.", "universal/response_cache"),
+    "redis_url": About("Redis for the shared cache; unset uses SQLite.", "universal/response_cache", secret=True),
+    "semantic_cache_threshold": About(
+        "Similarity from which the answer to another request is reused (lossy); unset is off.",
+        "universal/semantic_cache",
+    ),
+}
