@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,10 +185,10 @@ def test_a_head_size_the_kernel_does_not_cover_is_refused_with_its_reason(tmp_pa
 
 def test_the_library_is_built_once_and_kept(tmp_path: Path) -> None:
     load_library(tmp_path)
-    (kept,) = (tmp_path / "kernels").iterdir()
-    built = kept.stat().st_mtime_ns
+    built = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kernels").iterdir()}
     load_library(tmp_path)
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "kernels").iterdir()] == [built]
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kernels").iterdir()} == built
+    assert len(built) == 2, "the library and its digest"
 
 
 def test_a_cache_that_cannot_be_written_costs_a_build_and_no_answer(
@@ -199,12 +200,15 @@ def test_a_cache_that_cannot_be_written_costs_a_build_and_no_answer(
     assert "cannot be kept" in caplog.text
 
 
-def test_a_damaged_library_in_the_cache_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_library_in_the_cache_is_built_again(
+    tmp_path: Path, kernels: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_library(kernels)
+    shutil.copytree(build.library_path(kernels).parent, tmp_path / "kernels")
     path = build.library_path(tmp_path)
-    path.parent.mkdir()
-    path.write_bytes(b"half a library")
+    path.write_bytes(path.read_bytes()[:20_000])
     assert load_library(tmp_path).autobot_panel_width() > 0
-    assert "cannot be loaded: building it again" in caplog.text
+    assert "is damaged: building it again" in caplog.text
 
 
 @pytest.mark.parametrize("body", ["exit 1", "echo broken >&2; exit 1"])

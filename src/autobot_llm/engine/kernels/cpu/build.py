@@ -35,12 +35,12 @@ def load_library(cache_dir: Path) -> ctypes.CDLL:
     path = library_path(cache_dir)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            try:
-                return _open(path)
-            except OSError as error:
-                log.warning("%s cannot be loaded: building it again (%s)", path, error)
-        _compile(path)
+        if path.exists() and not _is_whole(path):
+            log.warning("%s is damaged: building it again", path)
+            path.unlink()
+        if not path.exists():
+            _compile(path)
+            _digest_path(path).write_text(_digest(path))
         return _open(path)
     except OSError as error:
         # An unwritable cache costs a build at each start, not the speed of every answer.
@@ -57,6 +57,22 @@ def load_library(cache_dir: Path) -> ctypes.CDLL:
 def library_path(cache_dir: Path) -> Path:
     """Where the library for this source, compiler and processor is kept. Raises CannotCompileError."""
     return cache_dir / "kernels" / f"step-{_fingerprint(_compiler_or_raise())}.so"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a kept library is what was built. Loading half of one would kill the process, not raise."""
+    try:
+        return _digest_path(path).read_text() == _digest(path)
+    except FileNotFoundError:
+        return False
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _compiler_or_raise() -> str:
