@@ -34,13 +34,17 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def _long_prompts(num_tokens: int) -> list[list[int]]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     records = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
     texts = [r["prompt"] if "prompt" in r else "\n".join(m["content"] for m in r["messages"]) for r in records]
-    encoded = (tokenizer.encode(text).ids for text in texts)
+    encode = tokenizer().encode
+    encoded = (encode(text).ids for text in texts)
     return [ids for ids in encoded if len(ids) >= num_tokens]
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 
 
 # --- the two sides, each in its own process: a JSON request a line in, a JSON answer a line out -----------------------
@@ -53,9 +57,11 @@ class TransformersSide:
 
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        self.model.generation_config.eos_token_id = None  # every answer has the length that is asked for
+        self.tokenizer = tokenizer()
 
     def generate(self, batch: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """All prompts in one static batch (they have one length). Seconds, and the generated ids."""
+        """All prompts in one static batch (they have one length). Seconds, and the texts."""
         ids = self.torch.tensor(batch)
         start = time.perf_counter()
         with self.torch.inference_mode():
@@ -63,12 +69,13 @@ class TransformersSide:
                 ids,
                 attention_mask=self.torch.ones_like(ids),
                 max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
             )
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "ids": out[:, ids.shape[1] :].tolist()}
+        answers = out[:, ids.shape[1] :]
+        assert answers.shape[1] == new_tokens
+        return {"seconds": seconds, "texts": self.tokenizer.decode_batch(answers.tolist())}
 
 
 class EngineSide:
@@ -104,21 +111,21 @@ class EngineSide:
         return {"cold": cold, "warm": warm}
 
     async def _generate(self, batch: list[list[int]], new_tokens: int, tenants: list[str]) -> dict[str, Any]:
-        from autobot_llm.types import LLMRequest, TextDelta
+        from autobot_llm.types import Finish, LLMRequest, TextDelta
 
-        async def one(ids: list[int], tenant: str) -> list[int]:
-            request = LLMRequest(
-                prompt=ids, max_tokens=new_tokens, ignore_eos=True, temperature=0, logprobs=0, tenant=tenant
-            )
-            out: list[int] = []
+        async def one(ids: list[int], tenant: str) -> str:
+            request = LLMRequest(prompt=ids, max_tokens=new_tokens, ignore_eos=True, temperature=0, tenant=tenant)
+            text = ""
             async for event in self.provider.stream(request):
                 if isinstance(event, TextDelta):
-                    out += [token.token_id for token in event.logprobs]
-            return out
+                    text += event.text
+                elif isinstance(event, Finish):
+                    assert event.usage.completion_tokens == new_tokens
+            return text
 
         start = time.perf_counter()
-        ids = await asyncio.gather(*(one(*pair) for pair in zip(batch, tenants, strict=True)))
-        return {"seconds": time.perf_counter() - start, "ids": ids}
+        texts = await asyncio.gather(*(one(*pair) for pair in zip(batch, tenants, strict=True)))
+        return {"seconds": time.perf_counter() - start, "texts": texts}
 
 
 def bandwidth(megabytes: int) -> float:
@@ -180,7 +187,7 @@ class Side:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ["transformers", "compiled", "eager"]
+    names = arguments.sides.split(",")
     sides = {}
     for name in names:
         try:
@@ -196,22 +203,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rates: dict[str, dict[str, list[float]]] = {
         name: {"decode": [], "whole": [], "first": [], "at_once": []} for name in sides
     }
-    reference: list[list[int]] | None = None
+    reference: list[str] | None = None
     differing: dict[str, int] = {}
     for round_number in range(arguments.rounds):
         for name, side in sides.items():
-            first, whole, ids = 0.0, 0.0, []
+            first, whole, texts = 0.0, 0.0, []
             for prompt in batch[: arguments.prompts]:
                 first += side.call("generate", [prompt], 1)["seconds"]
                 one = side.call("generate", [prompt], new_tokens)
                 whole += one["seconds"]
-                ids += one["ids"]
+                texts += one["texts"]
             num = arguments.prompts
             rates[name]["first"].append(first / num)
             rates[name]["decode"].append(num * (new_tokens - 1) / (whole - first))
             rates[name]["whole"].append(num * new_tokens / whole)
             if name == "transformers":
-                reference = ids
+                reference = texts
                 at_once = {"seconds": sum(side.call("generate", [p], new_tokens)["seconds"] for p in batch)}
                 static = side.call("generate", batch, new_tokens)
                 rates[name].setdefault("static", []).append(NUM_CONCURRENT * new_tokens / static["seconds"])
@@ -220,7 +227,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             rates[name]["at_once"].append(NUM_CONCURRENT * new_tokens / at_once["seconds"])
             if round_number == 0 and name != "transformers":
                 assert reference is not None
-                differing[name] = sum(a != b for a, b in zip(reference, ids, strict=True))
+                differing[name] = sum(a != b for a, b in zip(reference, texts, strict=True))
     shared = _long_prompts(700)[0]
     shared = (shared * 4)[:PREFIX_TOKENS]
     best = "compiled" if "compiled" in sides else "eager"
@@ -275,6 +282,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns each side takes (default 3)")
     parser.add_argument("--prompts", type=int, default=6, help="prompts per turn at batch 1 (default 6)")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens per answer (default 128)")
+    parser.add_argument(
+        "--sides", default="transformers,compiled,eager", help="which to compare; transformers comes first"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

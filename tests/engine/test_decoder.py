@@ -163,8 +163,8 @@ def test_both_routes_of_a_product_agree() -> None:
     for b in (None, bias):
         expected = x @ weight.t() + (0 if b is None else b)
         for linear in (chosen, TORCH_LINEAR):
-            torch.testing.assert_close(linear.apply(x, weight, b), expected)
-            torch.testing.assert_close(linear.add(residual, x, weight, b), residual + expected)
+            torch.testing.assert_close(linear.apply(x, linear.pack(weight), b), expected)
+            torch.testing.assert_close(linear.add(residual, x, linear.pack(weight), b), residual + expected)
 
 
 def test_the_old_spelling_of_rope_scaling_means_the_same(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class EagerExecutor:
         self.reason = reason
         self._decoder = decoder
         self._attention = attention
-        self._device = decoder.weights.device
+        self._device = decoder.device
 
     # R rows whose logits are wanted, V vocabulary
     def execute(self, batch: StepBatch) -> torch.Tensor:

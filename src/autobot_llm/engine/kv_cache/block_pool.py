@@ -77,15 +77,17 @@ class BlockPool:
         self.num_query_tokens = 0
         self._hash_block = hash_block
         self._num_references = [0] * num_blocks
-        # Next to be overwritten first: blocks without content worth keeping, then published ones by last use.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        # Free blocks. Blank ones are taken first, in order, so that a lone sequence's blocks lie in a row, which spares
+        # attention a gather; then those with a prefix worth keeping, by last use.
+        self._blank: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._reusable: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, PrefixBlock] = {}
         self._entry_of: list[PrefixBlock | None] = [None] * num_blocks
 
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out, those with a reusable prefix included."""
-        return len(self._free)
+        return len(self._blank) + len(self._reusable)
 
     @property
     def hit_rate(self) -> float:
@@ -97,13 +99,13 @@ class BlockPool:
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """Take blocks to write to, one reference each; None, and nothing taken, where fewer are free."""
-        if num_blocks > len(self._free):
+        if num_blocks > self.num_free:
             return None
         block_ids = []
         for _ in range(num_blocks):
-            block_id, _nothing = self._free.popitem(last=False)
-            if self._entry_of[block_id] is not None:
-                self._unpublish(block_id)
+            if not self._blank:
+                self._unpublish(next(iter(self._reusable)))
+            block_id, _nothing = self._blank.popitem(last=False)
             self._num_references[block_id] = 1
             block_ids.append(block_id)
         return block_ids
@@ -119,9 +121,8 @@ class BlockPool:
             assert count >= 0, f"block {block_id} was freed more often than it was taken"
             self._num_references[block_id] = count
             if count == 0:
-                self._free[block_id] = None
-                if self._entry_of[block_id] is None:
-                    self._free.move_to_end(block_id, last=False)
+                free = self._blank if self._entry_of[block_id] is None else self._reusable
+                free[block_id] = None
 
     def match(self, token_ids: Sequence[int], salt: str, max_tokens: int) -> list[PrefixBlock]:
         """Find the longest published prefix of at most `max_tokens` tokens and take a reference on each block of it.
@@ -180,7 +181,7 @@ class BlockPool:
     def _take(self, entries: Iterable[PrefixBlock]) -> None:
         for entry in entries:
             if self._num_references[entry.block_id] == 0:
-                del self._free[entry.block_id]
+                del self._reusable[entry.block_id]
             self._num_references[entry.block_id] += 1
 
     def _key(self, parent: PrefixBlock | None, salt: str, tokens: bytes) -> bytes:
@@ -193,8 +194,9 @@ class BlockPool:
         del self._index[entry.key]
         entry.block_id = _NOWHERE
         self._entry_of[block_id] = None
-        if block_id in self._free:
-            self._free.move_to_end(block_id, last=False)
+        if block_id in self._reusable:
+            del self._reusable[block_id]
+            self._blank[block_id] = None
 
 
 def _pack(token_ids: Sequence[int]) -> bytes:

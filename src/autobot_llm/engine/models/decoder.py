@@ -9,6 +9,7 @@ that of Hugging Face transformers: rotary embeddings by halves, RMSNorm and soft
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, *, max_context: int | None = None) -> None:
-        self.config = config
-        self.weights = weights
+        self.device = weights.device
         self._norm = _RMSNorm(config, weights)
         self._linear = choose_linear(weights.dtype, weights.device)
+        self._embed_VE = weights.embed_VE
+        self._norm_E = weights.norm_E
+        self._lm_head = self._linear.pack(weights.lm_head_VE)
         self._layers = tuple(_Layer(config, layer, self._norm, self._linear) for layer in weights.layers)
         num_positions = max_context or config.max_position_embeddings
         cos_PD, sin_PD = rope_tables(config, num_positions)
@@ -57,7 +60,7 @@ class Decoder:
         with torch.inference_mode():
             normed_RE = self._hidden(ids_T, positions_T, logit_rows_R, attention, metadata)
         with torch.no_grad():  # outside of inference mode, so that a sampler may change the logits in place
-            return self._linear.apply(normed_RE, self.weights.lm_head_VE, None).float()
+            return self._linear.apply(normed_RE, self._lm_head, None).float()
 
     def _hidden(
         self,
@@ -68,7 +71,7 @@ class Decoder:
         metadata: Any,
     ) -> torch.Tensor:
         num_rows, num_tokens = logit_rows_R.shape[0], ids_T.shape[0]
-        hidden_TE = F.embedding(ids_T, self.weights.embed_VE)
+        hidden_TE = F.embedding(ids_T, self._embed_VE)
         cos_sin_T2D = self._cos_sin_P2D.index_select(0, positions_T)
         cos_T1D, sin_T1D = cos_sin_T2D[:, :1], cos_sin_T2D[:, 1:]
         last = len(self._layers) - 1
@@ -79,7 +82,7 @@ class Decoder:
                 hidden_TE = hidden_TE.index_select(0, logit_rows_R)
                 attended_THD = attended_THD.index_select(0, logit_rows_R)
             hidden_TE = layer.finish(hidden_TE, attended_THD)
-        return self._norm(hidden_TE, self.weights.norm_E)
+        return self._norm(hidden_TE, self._norm_E)
 
 
 class _Layer:
@@ -88,7 +91,13 @@ class _Layer:
     def __init__(self, config: ModelConfig, weights: LayerWeights, norm: _RMSNorm, linear: Linear) -> None:
         self._norm = norm
         self._apply, self._add = linear.apply, linear.add
-        self._weights = weights
+        self._weights = replace(
+            weights,
+            qkv_weight=linear.pack(weights.qkv_weight),
+            o_weight=linear.pack(weights.o_weight),
+            gate_up_weight=linear.pack(weights.gate_up_weight),
+            down_weight=linear.pack(weights.down_weight),
+        )
         self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self._num_rotated = config.num_heads + config.num_kv_heads
         self._head_size = config.head_size

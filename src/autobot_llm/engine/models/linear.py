@@ -1,8 +1,9 @@
 """y = x W^T + b, and the same added to a residual, by torch's fastest route. Knows operators; knows nothing of models.
 
 In float32 on the CPU, torch hands a product of few rows to a matrix-vector routine that reads a large W at a third of
-the memory's bandwidth. oneDNN, which comes with torch, reads the same W at nearly all of it; its operators are the ones
-that torch.compile emits. Every other dtype and device, and a torch without oneDNN, takes torch's own route.
+the memory's bandwidth. oneDNN, which comes with torch, is about twice as fast from 1 to 16 rows once W is packed in its
+own layout (docs/log.md); its operators are the ones that torch.compile emits. Every other dtype and device, and a torch
+without oneDNN, takes torch's own route.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 # T rows, I inputs, O outputs
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`apply(x_TI, weight_OI, bias_O)` is the product TO; `add(residual_TO, x_TI, weight_OI, bias_O)` adds it."""
+    """`apply(x_TI, weight, bias_O)` is the product TO; `add(residual_TO, x_TI, weight, bias_O)` adds it.
+
+    `weight` is what `pack(weight_OI)` returned, once: W in the layout of this route.
+    """
 
     name: str
+    pack: Callable[[torch.Tensor], torch.Tensor]
     apply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -38,12 +43,21 @@ def _add(
     return added if bias is None else added.add_(bias)
 
 
-TORCH_LINEAR = Linear("torch", F.linear, _add)
+def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+TORCH_LINEAR = Linear("torch", _as_it_is, F.linear, _add)
 
 
 def _onednn_linear() -> Linear:
+    reorder_op = torch.ops.mkldnn._reorder_linear_weight.default
     apply_op = torch.ops.mkldnn._linear_pointwise.default
     add_op = torch.ops.mkldnn._linear_pointwise.binary
+
+    def pack(weight: torch.Tensor) -> torch.Tensor:
+        packed: torch.Tensor = reorder_op(weight, None)
+        return packed
 
     def apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         product: torch.Tensor = apply_op(x, weight, bias, "none", [], "")
@@ -55,4 +69,4 @@ def _onednn_linear() -> Linear:
         added: torch.Tensor = add_op(x, residual, weight, bias, "add")
         return added
 
-    return Linear("oneDNN", apply, add)
+    return Linear("oneDNN", pack, apply, add)
