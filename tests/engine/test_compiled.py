@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import stat
 from collections.abc import Iterator
@@ -42,13 +43,15 @@ FAMILIES = {
 }
 
 
-def compiled(folder: Path, cache_dir: Path, num_threads: int = 2) -> CompiledExecutor:
+def compiled(
+    folder: Path, cache_dir: Path, num_threads: int = 2, flags: tuple[str, ...] = build.FLAGS
+) -> CompiledExecutor:
     config = load_config(folder)
     weights = load_weights(folder, config, dtype=None, device="cpu")
     return CompiledExecutor(
         config,
         weights,
-        load_library(cache_dir),
+        load_library(cache_dir, flags),
         num_blocks=NUM_BLOCKS,
         max_tokens=MAX_TOKENS,
         max_model_len=MAX_LEN,
@@ -108,6 +111,18 @@ def test_the_compiled_step_computes_what_torch_computes(family: str, dtype: str,
     for parts in steps:
         np.testing.assert_allclose(run(fast, *parts), run(slow, *parts), atol=1e-4, rtol=0)
     fast.close()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_a_processor_with_narrower_vectors_computes_the_same(processor: str, tmp_path: Path, kernels: Path) -> None:
+    flags = tuple(f"-march={processor}" if flag.startswith("-march") else flag for flag in build.FLAGS)
+    write_random_model(tmp_path, "llama", dtype="bfloat16")
+    narrow, slow = compiled(tmp_path, kernels, flags=flags), eager(tmp_path)
+    one = sequence(np.random.default_rng(1).integers(0, 1000, 40).tolist(), [5, 6, 7])
+    for start, stop in ((0, 30), (30, 31), (31, 40)):
+        np.testing.assert_allclose(run(narrow, (one, start, stop)), run(slow, (one, start, stop)), atol=1e-4, rtol=0)
+    narrow.close()
 
 
 # Lengths and cuts of up to six sequences, computed together in chunks, then each of them alone in one piece.

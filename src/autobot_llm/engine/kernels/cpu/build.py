@@ -15,6 +15,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("step.cpp")
+HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in ("attention", "linear", "threads", "vectors"))
 # -march=native, because the step is built where it runs. Never -ffast-math: the order of operations is a promise.
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
 COMPILE_TIMEOUT = 120.0
@@ -30,16 +31,16 @@ def compiler() -> str | None:
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
-def load_library(cache_dir: Path) -> ctypes.CDLL:
+def load_library(cache_dir: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     """The compiled step, built now if `cache_dir` does not hold it for this source, compiler and processor."""
-    path = library_path(cache_dir)
+    path = library_path(cache_dir, flags)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not _is_whole(path):
             log.warning("%s is damaged: building it again", path)
             path.unlink()
         if not path.exists():
-            _compile(path)
+            _compile(path, flags)
             _digest_path(path).write_text(_digest(path))
         return _open(path)
     except OSError as error:
@@ -48,15 +49,15 @@ def load_library(cache_dir: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="autobot_llm-") as temporary:
         path = Path(temporary) / path.name
         try:
-            _compile(path)
+            _compile(path, flags)
             return _open(path)
         except OSError as error:
             raise CannotCompileError(f"the compiled step cannot be written or loaded: {error}") from error
 
 
-def library_path(cache_dir: Path) -> Path:
+def library_path(cache_dir: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     """Where the library for this source, compiler and processor is kept. Raises CannotCompileError."""
-    return cache_dir / "kernels" / f"step-{_fingerprint(_compiler_or_raise())}.so"
+    return cache_dir / "kernels" / f"step-{_fingerprint(_compiler_or_raise(), flags)}.so"
 
 
 def _is_whole(path: Path) -> bool:
@@ -82,14 +83,15 @@ def _compiler_or_raise() -> str:
     return path
 
 
-def _fingerprint(compiler_path: str) -> str:
+def _fingerprint(compiler_path: str, flags: tuple[str, ...]) -> str:
     """Changes with anything that would make another library: source, flags, compiler version, processor features."""
     try:
         version = subprocess.run([compiler_path, "--version"], capture_output=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise CannotCompileError(f"{compiler_path} --version failed: {error}") from error
     digest = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor().encode()):
+    sources = [path.read_bytes() for path in (SOURCE, *HEADERS)]
+    for part in (*sources, " ".join(flags).encode(), version, _processor().encode()):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
 
@@ -103,12 +105,12 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _compile(library: Path) -> None:
+def _compile(library: Path, flags: tuple[str, ...]) -> None:
     # Built beside its place and moved there, so that another process never loads half a file.
     handle, unfinished = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
     os.close(handle)
     compiler_path = _compiler_or_raise()
-    command = [compiler_path, *FLAGS, str(SOURCE), "-o", unfinished]
+    command = [compiler_path, *flags, str(SOURCE), "-o", unfinished]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False)
         if done.returncode != 0:
@@ -125,7 +127,7 @@ def _open(library: Path) -> ctypes.CDLL:
     opened.autobot_panel_width.restype = ctypes.c_int64
     opened.autobot_create.restype = ctypes.c_void_p
     opened.autobot_create.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    opened.autobot_run.restype = None
+    opened.autobot_run.restype = ctypes.c_int32
     opened.autobot_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     opened.autobot_destroy.restype = None
     opened.autobot_destroy.argtypes = [ctypes.c_void_p]

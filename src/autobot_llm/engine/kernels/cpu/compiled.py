@@ -210,7 +210,8 @@ class CompiledExecutor:
             len(batch.logit_rows_R),
             logits_RV.data_ptr(),
         )
-        self._library.autobot_run(model, ctypes.byref(arguments))
+        if self._library.autobot_run(model, ctypes.byref(arguments)) != 0:
+            raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")
 
     def _time_with(self, num_threads: int) -> float:
         """Seconds of a one-token step with this many threads: the best of a short trial, as others disturb it."""
