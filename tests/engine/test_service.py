@@ -190,6 +190,16 @@ async def test_closing_ends_every_request_with_an_error(service: EngineService) 
         service.submit(request(PROMPT, greedy(3)))
 
 
+async def test_a_reader_that_comes_back_after_the_end_is_told_too(service: EngineService) -> None:
+    with service.submit(request(PROMPT, greedy(300))) as handle:
+        await handle.next_outputs()
+        await service.close()
+        with pytest.raises(ProviderUnavailable, match="stopped"):
+            while handle.is_open:
+                await handle.next_outputs()
+            pytest.fail("the stream was cut short, and looked complete")
+
+
 async def test_an_engine_that_cannot_be_built_raises_the_reason(tmp_path: Path) -> None:
     def build() -> Engine:
         raise ModelLoadError("model.safetensors: truncated")

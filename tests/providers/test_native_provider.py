@@ -220,3 +220,22 @@ async def test_a_damaged_model_folder_is_an_error_before_anything_runs(damage: s
     with pytest.raises(ModelLoadError):
         await provider.start()
     await provider.close()
+
+
+async def test_without_a_compiler_torch_answers_the_same_and_says_why(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with LLMInterface(settings) as llm:
+        expected = (await llm.chat_completion(FOX, max_tokens=30, temperature=0)).content
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    async with LLMInterface(settings) as llm:
+        answer = await llm.chat_completion(FOX, max_tokens=30, temperature=0)
+    assert answer.content == expected
+    (step,) = [outcome for outcome in answer.optimizations if outcome.name == "compiled_step"]
+    assert not step.applied
+    assert "no C++ compiler found" in step.reason
+    assert "no C++ compiler found" in caplog.text
+    with pytest.raises(ConfigurationError, match=r"AUTOBOT_COMPILED_STEP='on': no C\+\+ compiler found"):
+        async with LLMInterface(native_settings(compiled_step="on")):
+            pass

@@ -84,7 +84,7 @@ class RequestHandle:
         """Everything that arrived since the last call; waits for at least one. Raises what ended the request."""
         while not self._pending:
             if self._failure is not None:
-                raise self._failure
+                raise _again(self._failure)
             await self._arrived.wait()
         outputs, self._pending = self._pending, []
         self._arrived.clear()
@@ -100,8 +100,7 @@ class RequestHandle:
         self._arrived.set()
 
     def _fail(self, error: LLMError) -> None:
-        self._failure = error
-        self._num_open = 0
+        self._failure = error  # the handle stays open until its reader has been told
         self._arrived.set()
 
 
@@ -161,7 +160,7 @@ class EngineService:
         """Queue a request. Raises OverloadedError when the queue is full, ProviderUnavailable when not running."""
         with self._lock:
             if self.state != "ready" or self.engine is None:
-                raise self.failure or ProviderUnavailable(f"the engine is {self.state}")
+                raise _again(self.failure or ProviderUnavailable(f"the engine is {self.state}"))
             num_queued = self.engine.scheduler.num_waiting + self._commands.qsize()
             if num_queued >= self._max_queued_requests:
                 raise OverloadedError(
@@ -270,6 +269,13 @@ class EngineService:
             self._handles.clear()
         for handle in handles:
             _call(handle.loop, handle._fail, failure)
+
+
+def _again(error: LLMError) -> LLMError:
+    """A new exception for each caller: one that is raised over and over grows a longer traceback each time."""
+    copy = type(error)(error.message)
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def _deliver_all(parts: list[tuple[RequestHandle, list[Output]]]) -> None:
