@@ -83,7 +83,7 @@ class EngineSide:
         from autobot_llm.providers.native import NativeProvider
         from autobot_llm.settings import load_settings
 
-        overrides = {"compiled_step": "on" if compiled else "off"}
+        overrides = {"device": "cpu", "compiled_step": "on" if compiled else "off"}
         settings = load_settings(environ={}, env_file=None, overrides=overrides)
         self.loop = asyncio.new_event_loop()
         self.provider = NativeProvider(settings)

@@ -138,6 +138,8 @@ def _executor(
 ) -> Executor:
     """The compiled step where it can run, else torch, and why."""
     if device.type != "cpu":
+        if options.compiled_step == "on":
+            raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
         why_eager = "the compiled step is for CPUs"
     elif options.compiled_step == "off":
         why_eager = "switched off by AUTOBOT_COMPILED_STEP"

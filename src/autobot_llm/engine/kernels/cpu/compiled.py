@@ -174,7 +174,7 @@ class CompiledExecutor:
             values=self.values.ctypes.data,
         )
         self._kept = (layers, packer)
-        self.num_threads = num_threads or fastest_num_threads(self._time_with, num_usable_cores())
+        self.num_threads = num_threads or fastest_num_threads(self._time_with, max_num_threads())
         self._model: int | None = self._create(self.num_threads)
         self.reason = f"{'bfloat16' if keeps_bf16 else 'float32'} weights, {self.num_threads} threads"
 
@@ -265,5 +265,10 @@ def fastest_num_threads(seconds_with: Callable[[int], float], limit: int) -> int
     return next(count for count, took in seconds.items() if took <= good)
 
 
-def num_usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def max_num_threads() -> int:
+    """Cores this process may use, less one for the event loop: a thread that loses its core holds up all the others.
+
+    Of two cores both are taken, because half of them is more than the event loop costs (docs/log.md).
+    """
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return num_cores if num_cores <= 2 else num_cores - 1
