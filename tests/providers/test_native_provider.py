@@ -195,6 +195,7 @@ async def test_a_type_of_request_can_have_a_model_of_its_own(settings: Settings,
         ({"default_model": "no/such/folder"}, "model 'no/such/folder': expected tiny"),
         ({"max_model_len": 4096}, "AUTOBOT_MAX_MODEL_LEN=4096: the model's context is 2048 tokens"),
         ({"kv_cache_memory": 1_000_000}, "AUTOBOT_MAX_MODEL_LEN to at most 112"),
+        ({"kv_cache_memory": 2**50}, "does not suffice for tiny and 1,073,741,824 MiB of cache"),
         ({"device": "cuda"}, "AUTOBOT_DEVICE='cuda': this torch sees no GPU"),
     ],
 )

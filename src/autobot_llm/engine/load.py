@@ -33,6 +33,9 @@ MAX_NUM_SEQS = 64
 # A step with a full chunk is a pause between two tokens of everyone else: about 40 ms for the embedded model on two
 # cores (docs/log.md), and rows beyond 64 make it no more efficient.
 MAX_NUM_BATCHED_TOKENS = {"cpu": 256, "cuda": 4096}
+# The cache holds so many sequences of full length, or more shorter ones and the prefixes worth keeping; unless that is
+# more than this share of the free memory.
+NUM_FULL_SEQUENCES = 16
 KV_MEMORY_SHARE = 0.25
 
 
@@ -48,9 +51,7 @@ class EngineOptions:
     max_model_len: int | None = None  # the model's own
     max_num_seqs: int | None = None  # 64
     max_num_batched_tokens: int | None = None  # 256 on a CPU, 4096 on a GPU
-    kv_cache_memory: int | None = (
-        None  # bytes; enough for all sequences at full length, within a quarter of what is free
-    )
+    kv_cache_memory: int | None = None  # bytes; see NUM_FULL_SEQUENCES
     cpu_threads: int | None = None  # measured
 
 
@@ -78,7 +79,14 @@ def load_engine(options: EngineOptions, on_progress: Callable[[int, int], None] 
     cache_dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
     sizes = _sizes(config, options, device, block_bytes)
-    executor = _executor(config, options, sizes, device, on_progress)
+    try:
+        executor = _executor(config, options, sizes, device, on_progress)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigurationError(
+            f"the memory of this {device.type} does not suffice for {options.folder.name} and "
+            f"{sizes.num_blocks * block_bytes / 2**20:,.0f} MiB of cache: {error}; set AUTOBOT_KV_CACHE_MEMORY or "
+            "AUTOBOT_MAX_MODEL_LEN lower"
+        ) from error
     pool = BlockPool(sizes.num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching)
     scheduler = Scheduler(
         pool,
@@ -107,8 +115,10 @@ def _sizes(config: ModelConfig, options: EngineOptions, device: torch.device, bl
         )
     max_num_seqs = options.max_num_seqs or MAX_NUM_SEQS
     blocks_per_sequence = -(-max_model_len // BLOCK_SIZE)
-    memory = options.kv_cache_memory or int(_free_memory(device) * KV_MEMORY_SHARE)
-    num_blocks = min(memory // block_bytes, max_num_seqs * blocks_per_sequence)
+    memory = options.kv_cache_memory or min(
+        int(_free_memory(device) * KV_MEMORY_SHARE), NUM_FULL_SEQUENCES * blocks_per_sequence * block_bytes
+    )
+    num_blocks = memory // block_bytes
     if num_blocks < blocks_per_sequence:
         raise ConfigurationError(
             f"one sequence of {max_model_len} tokens needs {blocks_per_sequence * block_bytes / 2**20:.0f} MiB of "
@@ -149,7 +159,7 @@ def _executor(
         except CannotCompileError as error:
             if options.compiled_step == "on":
                 raise ConfigurationError(f"AUTOBOT_COMPILED_STEP='on': {error}") from error
-            log.warning("torch runs the steps, about half as fast as the compiled step would: %s", error)
+            log.warning("torch runs the steps, several times slower than the compiled step: %s", error)
             why_eager = str(error)
     return _eager_executor(config, options, sizes, device, on_progress, why_eager)
 

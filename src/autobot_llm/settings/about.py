@@ -113,7 +113,10 @@ ABOUT: dict[str, About] = {
         "Most tokens computed in one step; unset leaves it to the engine.", "engine/batching", ENGINES, now=True
     ),
     "kv_cache_memory": About(
-        "Memory of the KV cache; unset leaves it to the engine.", "engine/kv_cache", NATIVE, now=True
+        "Memory of the KV cache; unset: 16 sequences of full length, within a quarter of the free memory.",
+        "engine/kv_cache",
+        NATIVE,
+        now=True,
     ),
     "prefix_caching": About(
         "Reuse what was computed for an equal beginning of a prompt of the same tenant.",
