@@ -222,11 +222,7 @@ class LLMInterface:
             if self._is_closed:
                 raise ProviderUnavailable("the interface is closed")
             if name not in self._in_use:
-                provider = (
-                    self._given[name]
-                    if self._given is not None
-                    else build_provider(self.settings, name, self._on_progress)
-                )
+                provider = self._make(name)
                 try:
                     await provider.start()
                 except BaseException:
@@ -235,7 +231,9 @@ class LLMInterface:
                 self._in_use[name] = _InUse(provider, build_chain(provider, self.settings))
             return self._in_use[name]
 
-    def _built(self, name: str) -> Provider:
+    def _make(self, name: str) -> Provider:
+        if self._given is not None:
+            return self._given[name]
         return build_provider(self.settings, name, self._on_progress)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -142,14 +141,15 @@ class Engine:
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         logits_RV = self.executor.execute(batch)
         sampled = self._sampler.sample(logits_RV, sampling) if sampling else []
-        failed = any(isinstance(outcome, SamplingFailure) for outcome in sampled)
+        failures = [outcome.error for outcome in sampled if isinstance(outcome, SamplingFailure)]
         self.scheduler.commit(
             plan, [None if isinstance(outcome, SamplingFailure) else outcome.token_id for outcome in sampled]
         )
-        if failed:  # what such a sequence left in the cache is suspect, and nobody may find it there
+        # Where the model made NaN, what the sequence left in the cache is suspect, and nobody may find it there.
+        if any(isinstance(error, EngineError) for error in failures):
             self.scheduler.block_pool.reset()
         self.num_steps += 1
-        self.num_generated_tokens += len(sampled)
+        self.num_generated_tokens += len(sampled) - len(failures)
         return [
             self._accept(self._choices[sequence.id], outcome)
             for sequence, outcome in zip(sampling, sampled, strict=True)
@@ -167,11 +167,10 @@ class Engine:
         self.scheduler.block_pool.reset()
         return outputs
 
-    def _note_scheduled(self, scheduled: Iterable[ScheduledSequence]) -> None:
-        items = list(scheduled)
-        for item in items:
+    def _note_scheduled(self, scheduled: tuple[ScheduledSequence, ...]) -> None:
+        for item in scheduled:
             stats = self._choices[item.sequence.id].stats
-            stats.largest_batch = max(stats.largest_batch, len(items))
+            stats.largest_batch = max(stats.largest_batch, len(scheduled))
 
     def _accept(self, choice: _Choice, token: Outcome) -> Output:
         sequence, params = choice.sequence, choice.sequence.params
