@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import greedy, num_leaked_blocks, request, tiny_engine
+from engines import Driver, greedy, num_leaked_blocks, request, tiny_engine
 
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.engine import Engine, Output
@@ -34,6 +34,9 @@ class FaultyExecutor:
         logits_RV = self._inner.execute(batch)
         self._fault(batch, logits_RV)
         return logits_RV
+
+    def discard(self, block_ids: list[int]) -> None:
+        self._inner.discard(block_ids)
 
     def close(self) -> None:
         self._inner.close()
@@ -176,6 +179,34 @@ async def test_nan_logits_end_their_own_sequence_only(tmp_path: Path) -> None:
     assert (await first)[-1].end == "length"
     assert num_leaked_blocks(await settled(service)) == 0
     await service.close()
+
+
+def test_nan_in_the_cache_does_not_reach_the_blocks_next_owners(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, compiled=False, num_blocks=20)
+    healthy, attention = engine.executor, engine.executor._attention
+
+    def poison(batch: StepBatch, logits_RV: torch.Tensor) -> None:
+        logits_RV[:] = torch.nan
+        for tensor_NKD in (*attention.storage.keys_NKD, *attention.storage.values_NKD):
+            tensor_NKD[batch.slots_T] = torch.nan
+
+    def two_answers(first_id: int) -> list[str]:
+        """Of two lengths, so that they are computed together with padding."""
+        driver = Driver(engine)
+        driver.add(first_id, request(PROMPT, greedy(4)))
+        driver.add(first_id + 1, request(PROMPT * 5, greedy(4)))
+        driver.run()
+        return list(driver.texts.values())
+
+    expected = two_answers(0)
+    engine.executor = FaultyExecutor(healthy, poison)
+    failing = Driver(engine)
+    failing.add(2, request(list(range(100, 400)), greedy(4)))  # 19 of the 20 blocks
+    failing.run()
+    assert isinstance(failing.ended[2, 0].error, EngineError)
+    engine.executor = healthy
+    for first_id in range(3, 25, 2):  # every block is taken again
+        assert two_answers(first_id) == expected
 
 
 async def test_closing_ends_every_request_with_an_error(service: EngineService) -> None:

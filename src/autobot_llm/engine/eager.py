@@ -34,5 +34,8 @@ class EagerExecutor:
             self._attention.prepare(batch),
         )
 
+    def discard(self, block_ids: list[int]) -> None:
+        self._attention.discard(block_ids)
+
     def close(self) -> None:
         """Nothing to release: the cache goes with the attention backend."""

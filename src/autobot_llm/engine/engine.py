@@ -141,15 +141,13 @@ class Engine:
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         logits_RV = self.executor.execute(batch)
         sampled = self._sampler.sample(logits_RV, sampling) if sampling else []
-        failures = [outcome.error for outcome in sampled if isinstance(outcome, SamplingFailure)]
-        self.scheduler.commit(
-            plan, [None if isinstance(outcome, SamplingFailure) else outcome.token_id for outcome in sampled]
-        )
-        # Where the model made NaN, what the sequence left in the cache is suspect, and nobody may find it there.
-        if any(isinstance(error, EngineError) for error in failures):
-            self.scheduler.block_pool.reset()
+        tokens = [None if isinstance(outcome, SamplingFailure) else outcome.token_id for outcome in sampled]
+        self.scheduler.commit(plan, tokens)
+        for sequence, outcome in zip(sampling, sampled, strict=True):
+            if isinstance(outcome, SamplingFailure) and isinstance(outcome.error, EngineError):
+                self._discard_cache(sequence)
         self.num_steps += 1
-        self.num_generated_tokens += len(sampled) - len(failures)
+        self.num_generated_tokens += len(tokens) - tokens.count(None)
         return [
             self._accept(self._choices[sequence.id], outcome)
             for sequence, outcome in zip(sampling, sampled, strict=True)
@@ -166,6 +164,12 @@ class Engine:
             outputs.append(Output(choice.request_id, choice.index, "", choice.sequence.num_output_tokens, error=error))
         self.scheduler.block_pool.reset()
         return outputs
+
+    def _discard_cache(self, sequence: Sequence) -> None:
+        """The model made NaN: what the sequence left in the cache is suspect, and nobody may find it there."""
+        pool = self.scheduler.block_pool
+        pool.reset()
+        self.executor.discard([block_id for block_id in sequence.block_ids if pool.num_references(block_id) == 1])
 
     def _note_scheduled(self, scheduled: tuple[ScheduledSequence, ...]) -> None:
         for item in scheduled:

@@ -27,3 +27,7 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Write this layer's new keys and values to their slots, then attend. Returns out_THD."""
         ...
+
+    def discard(self, block_ids: list[int]) -> None:
+        """Make blocks harmless whose content is suspect: a masked position still enters as 0 * value."""
+        ...

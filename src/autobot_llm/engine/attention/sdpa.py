@@ -129,6 +129,12 @@ class SdpaAttention:
             out_THD[span.start : span.stop] = self._attend_span(q_THD, keys, values, span, window)
         return out_THD
 
+    def discard(self, block_ids: list[int]) -> None:
+        """Zero these blocks: a masked position still enters attention as 0 * value, which must not be 0 * NaN."""
+        blocks = self._to_device(block_ids)
+        for tensor_NKD in (*self._keys, *self._values):
+            tensor_NKD.view(-1, self._block_size, self._num_kv_heads, self._head_size).index_fill_(0, blocks, 0)
+
     def _attend_single(
         self, q_1HD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: _Context, window: int
     ) -> torch.Tensor:

@@ -183,6 +183,9 @@ class CompiledExecutor:
         self._run(self._model, batch, logits_RV)
         return logits_RV
 
+    def discard(self, block_ids: list[int]) -> None:
+        """Nothing to do: step.cpp never reads a position beyond a sequence's own."""
+
     def close(self) -> None:
         if self._model:
             self._library.autobot_destroy(self._model)
