@@ -31,9 +31,19 @@ class Linear:
 
 def choose_linear(dtype: torch.dtype, device: torch.device) -> Linear:
     """The route for weights of this dtype on this device."""
-    if dtype == torch.float32 and device.type == "cpu" and torch._C._has_mkldnn:
+    if dtype == torch.float32 and device.type == "cpu" and _has_onednn_operators():
         return _onednn_linear()
     return TORCH_LINEAR
+
+
+def _has_onednn_operators() -> bool:
+    """They are not part of torch's public interface, so a later torch may name them otherwise."""
+    operators = torch.ops.mkldnn
+    return (
+        torch._C._has_mkldnn
+        and hasattr(operators, "_linear_pointwise")
+        and hasattr(operators, "_reorder_linear_weight")
+    )
 
 
 def _add(
