@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,6 +226,21 @@ def test_a_damaged_library_in_the_cache_is_built_again(
     path.write_bytes(path.read_bytes()[:20_000])
     assert load_library(tmp_path).autobot_panel_width() > 0
     assert "is damaged: building it again" in caplog.text
+
+
+def test_processes_that_start_together_on_an_empty_cache_disturb_nobody(tmp_path: Path) -> None:
+    program = (
+        "import sys, logging, pathlib; logging.basicConfig(); "
+        "from autobot_llm.engine.kernels.cpu.build import load_library; "
+        "print(load_library(pathlib.Path(sys.argv[1])).autobot_panel_width())"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+        assert int(out) > 0
+    assert sorted(path.suffix for path in (tmp_path / "kernels").iterdir()) == [".sha256", ".so"]
 
 
 @pytest.mark.parametrize("body", ["exit 1", "echo broken >&2; exit 1"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autobot_llm import ChatMessage, LLMInterface, load_settings
 from autobot_llm.errors import (
@@ -240,3 +241,15 @@ async def test_without_a_compiler_torch_answers_the_same_and_says_why(
     with pytest.raises(ConfigurationError, match=r"AUTOBOT_COMPILED_STEP='on': no C\+\+ compiler found"):
         async with LLMInterface(native_settings(compiled_step="on")):
             pass
+
+
+async def test_the_engine_leaves_the_programs_torch_threads_as_they_were(settings: Settings) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        async with LLMInterface(settings) as llm:
+            await llm.chat_completion(FOX, max_tokens=3)
+            assert torch.get_num_threads() == 2
+            assert await asyncio.to_thread(torch.get_num_threads) == 2
+    finally:
+        torch.set_num_threads(before)

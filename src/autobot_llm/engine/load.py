@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from autobot_llm.engine.models.decoder import Decoder
 from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.tokenizer import Tokenizer
-from autobot_llm.errors import ConfigurationError
+from autobot_llm.errors import ConfigurationError, ModelLoadError
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[int, int], None] 
     config = load_config(options.folder)
     tokenizer = Tokenizer.from_folder(options.folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigurationError(
+        raise ModelLoadError(
             f"{options.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     device = _device(options)
@@ -136,7 +137,8 @@ def _sizes(config: ModelConfig, options: EngineOptions, device: torch.device, bl
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has the latter only
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _executor(
@@ -171,8 +173,7 @@ def _compiled_executor(
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
     # The weights as they are stored: the step widens bfloat16 by itself.
     weights = load_weights(options.folder, config, dtype=None, device="cpu", on_progress=on_progress)
-    # Sampling is all that torch does here, on rows too short to share among threads that would spin in between.
-    torch.set_num_threads(1)
+    _use_one_torch_thread_here()
     return CompiledExecutor(
         config,
         weights,
@@ -182,6 +183,20 @@ def _compiled_executor(
         max_model_len=sizes.max_model_len,
         num_threads=options.cpu_threads,
     )
+
+
+def _use_one_torch_thread_here() -> None:
+    """Let torch compute on the calling thread alone, and leave every other thread of the program as it was.
+
+    Beside the compiled step torch only samples, and rows so short lose more by being shared out than they gain: 16
+    sequences with top-k decode half as fast on two torch threads (docs/log.md). The number is kept twice, for the
+    calling thread and for the process; a second thread puts the process's back.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restorer = threading.Thread(target=torch.set_num_threads, args=(num_threads,))
+    restorer.start()
+    restorer.join()
 
 
 def _eager_executor(

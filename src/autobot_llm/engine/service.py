@@ -172,10 +172,6 @@ class EngineService:
         self._commands.put(_Submit(handle, request))
         return handle
 
-    @property
-    def num_open_requests(self) -> int:
-        return len(self._handles)
-
     def _seconds_until_room(self) -> float:
         """How long a tenth of the queue takes at the recent rate of finishing; 1 s where nothing finished yet."""
         recent = self._finish_times

@@ -84,14 +84,12 @@ class NativeProvider:
         schedulers = [engine.scheduler for engine in engines]
         pools = [scheduler.block_pool for scheduler in schedulers]
         num_query_tokens = sum(pool.num_query_tokens for pool in pools)
-        num_used_blocks = sum(pool.num_blocks - pool.num_free for pool in pools)
         return {
             "num_running": sum(scheduler.num_running for scheduler in schedulers),
             "num_waiting": sum(scheduler.num_waiting for scheduler in schedulers),
             "num_preemptions": sum(scheduler.num_preemptions for scheduler in schedulers),
             "num_blocks": sum(pool.num_blocks for pool in pools),
             "num_free_blocks": sum(pool.num_free for pool in pools),
-            "num_used_blocks": num_used_blocks,
             "kv_cache_memory_mb": sum(engine.kv_cache_bytes for engine in engines) / 1e6,
             "prefix_cache_hit_rate": sum(pool.num_hit_tokens for pool in pools) / max(1, num_query_tokens),
             "num_steps": sum(engine.num_steps for engine in engines),
@@ -125,9 +123,8 @@ class NativeProvider:
             raise ModelNotFoundError(
                 f"model {model!r} is not served here; served are {', '.join(self._folders)}", param="model"
             )
-        service = self._services.get(model)
-        if service is not None and service.state in ("ready", "failed"):
-            return service
+        if (running := self._services.get(model)) is not None:
+            return running
         async with self._starting:
             if model not in self._services:
                 options = engine_options(self._settings, self._folders[model])

@@ -34,25 +34,15 @@ def compiler() -> str | None:
 def load_library(cache_dir: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     """The compiled step, built now if `cache_dir` does not hold it for this source, compiler and processor."""
     path = library_path(cache_dir, flags)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not _is_whole(path):
-            log.warning("%s is damaged: building it again", path)
-            path.unlink()
-        if not path.exists():
-            _compile(path, flags)
-            _digest_path(path).write_text(_digest(path))
+    if _is_whole(path):
         return _open(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix="autobot_llm-") as folder:
+            built = Path(folder) / path.name
+            _compile(built, flags)
+            return _open(path if _keep(built, path) else built)
     except OSError as error:
-        # An unwritable cache costs a build at each start, not the speed of every answer.
-        log.warning("the compiled step cannot be kept in %s (%s): building it for this process only", cache_dir, error)
-    with tempfile.TemporaryDirectory(prefix="autobot_llm-") as temporary:
-        path = Path(temporary) / path.name
-        try:
-            _compile(path, flags)
-            return _open(path)
-        except OSError as error:
-            raise CannotCompileError(f"the compiled step cannot be written or loaded: {error}") from error
+        raise CannotCompileError(f"the compiled step cannot be written or loaded: {error}") from error
 
 
 def library_path(cache_dir: Path, flags: tuple[str, ...] = FLAGS) -> Path:
@@ -61,11 +51,31 @@ def library_path(cache_dir: Path, flags: tuple[str, ...] = FLAGS) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a kept library is what was built. Loading half of one would kill the process, not raise."""
+    """Whether the cache holds what was built. Loading half a library would kill the process, not raise."""
     try:
-        return _digest_path(path).read_text() == _digest(path)
-    except FileNotFoundError:
+        whole = _digest_path(path).read_text() == _digest(path)
+    except OSError:
         return False
+    if not whole:
+        log.warning("%s is damaged: building it again", path)
+    return whole
+
+
+def _keep(built: Path, path: Path) -> bool:
+    """Copy a library into the cache, whole or not at all, the digest first: processes that start together only ever
+    find a library that they can check. A cache that cannot be written costs a build at each start, and no answer."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            copy = Path(shutil.copy(built, folder))
+            digest = copy.with_suffix(".digest")
+            digest.write_text(_digest(built))
+            digest.replace(_digest_path(path))
+            copy.replace(path)
+    except OSError as error:
+        log.warning("the compiled step cannot be kept at %s (%s): it is built for this process only", path, error)
+        return False
+    return True
 
 
 def _digest_path(path: Path) -> Path:
@@ -106,20 +116,14 @@ def _processor() -> str:
 
 
 def _compile(library: Path, flags: tuple[str, ...]) -> None:
-    # Built beside its place and moved there, so that another process never loads half a file.
-    handle, unfinished = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
-    os.close(handle)
     compiler_path = _compiler_or_raise()
-    command = [compiler_path, *flags, str(SOURCE), "-o", unfinished]
+    command = [compiler_path, *flags, str(SOURCE), "-o", str(library)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False)
-        if done.returncode != 0:
-            raise CannotCompileError(f"{compiler_path} failed on {SOURCE.name}: {done.stderr.strip()[-500:]}")
-        Path(unfinished).replace(library)
     except subprocess.TimeoutExpired as error:
         raise CannotCompileError(f"{compiler_path} took more than {COMPILE_TIMEOUT:.0f} s on {SOURCE.name}") from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    if done.returncode != 0:
+        raise CannotCompileError(f"{compiler_path} failed on {SOURCE.name}: {done.stderr.strip()[-500:]}")
 
 
 def _open(library: Path) -> ctypes.CDLL:
