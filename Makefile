@@ -2,18 +2,24 @@
 #
 #   make run PYTHON=python3.12        another Python          make run ARGS="--port 9000"   options for the server
 #   make test ARGS="-k scheduler"     options for pytest      make run PIP_ARGS="..."       options for pip
+#   make bench-gpu MODELS=/dev/shm    where the two 7B model folders (28 GB) are, or are made
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
+MODELS ?= build/models
 
 BIN := $(VENV)/bin
 # A stamp is the time of the last successful install of one set of extras: nothing is installed while it is newest.
 RUN_READY := $(VENV)/.ready-run
 TEST_READY := $(VENV)/.ready-test
 LINT_READY := $(VENV)/.ready-lint
-CPU_BENCHMARKS := $(filter-out %_gpu.py,$(wildcard benchmarks/[a-z]*.py))
+# A benchmark for the CPU is a program of benchmarks/ named after what it measures; the others make models or need a GPU.
+CPU_BENCHMARKS := $(filter-out %_gpu.py,$(wildcard benchmarks/engine_*.py))
+EMBEDDED_MODEL := src/autobot_llm/assets/tiny
+RANDOM_MODEL := $(MODELS)/mistral-7b-random
+WIDENED_MODEL := $(MODELS)/mistral-7b-widened
 
 define PYTHON_CHECK
 import sys
@@ -29,14 +35,15 @@ export PYTHON_CHECK
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-gpu lint bench clean
+.PHONY: help run test test-gpu lint bench bench-gpu clean
 
 help:
 	@echo "make run       install, and start the server with the embedded model on 127.0.0.1:8100"
 	@echo "make test      install what tests need, and run them (no GPU needed)"
-	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-gpu  the tests that need a CUDA device, and the kernels' tests on it"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     the benchmarks that run on a CPU; each ends with one JSON line"
+	@echo "make bench-gpu the engine at 7B size on a GPU; makes two models of 14 GB first, if they are not there"
 	@echo "make clean     remove the environment, caches and build output"
 
 run: $(RUN_READY)
@@ -46,7 +53,9 @@ test: $(TEST_READY)
 	$(BIN)/python -m pytest -q $(ARGS)
 
 test-gpu: $(TEST_READY)
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
+	    echo "make test-gpu needs a CUDA device that torch can use" >&2; exit 1; }
+	$(BIN)/python -m pytest -q -m "gpu or not gpu" tests/gpu tests/kernels $(ARGS)
 
 lint: $(LINT_READY)
 	$(BIN)/ruff check .
@@ -57,6 +66,15 @@ lint: $(LINT_READY)
 bench: $(TEST_READY)
 	@test -n "$(CPU_BENCHMARKS)" || { echo "there is no CPU benchmark in benchmarks/" >&2; exit 1; }
 	@set -e; for benchmark in $(CPU_BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" $(ARGS); done
+
+bench-gpu: $(TEST_READY) | $(RANDOM_MODEL) $(WIDENED_MODEL)
+	$(BIN)/python benchmarks/engine_gpu.py --random $(RANDOM_MODEL) --widened $(WIDENED_MODEL) $(ARGS)
+
+$(RANDOM_MODEL): | $(TEST_READY)
+	$(BIN)/python benchmarks/random_model.py $@ --shape mistral-7b --vocab 32000
+
+$(WIDENED_MODEL): | $(TEST_READY)
+	$(BIN)/python benchmarks/widen.py $(EMBEDDED_MODEL) $@ --shape mistral-7b
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

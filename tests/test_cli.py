@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ import pytest
 
 from autobot_llm.cli.answer import for_terminal, print_answer
 from autobot_llm.cli.main import main
-from autobot_llm.cli.serve import curl_line, start_lines
+from autobot_llm.cli.serve import curl_line, serve, start_lines
 from autobot_llm.cli.session import Session
 from autobot_llm.errors import ProviderError
 from autobot_llm.interface import LLMInterface
@@ -469,6 +470,34 @@ def test_serve_on_a_port_in_use_says_so(run: Run) -> None:
 def test_serve_with_a_bad_option_names_the_setting_and_what_it_accepts(run: Run) -> None:
     assert_one_clear_error(run("serve", "--port", "high"), 2, "AUTOBOT_PORT='high'", "from 0 to 65535")
     assert_one_clear_error(run("serve", "--log-level", "loud"), 2, "AUTOBOT_LOG_LEVEL='loud'", "debug, info")
+
+
+def test_every_option_of_serve_is_a_setting_and_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    variables = {setting.field: setting.variable for setting in SETTINGS}
+    for option in serve.params:
+        assert option.name in variables
+        assert variables[option.name] in text
+
+
+def test_serve_checks_every_engine_option_before_it_loads_anything(run: Run) -> None:
+    done = run("serve", "--workload", "fast", "--attention-backend", "magic", "--gpu-memory-utilization", "90%")
+    assert_one_clear_error(
+        done,
+        2,
+        "AUTOBOT_WORKLOAD='fast' (command line): expected interactive, batch or mixed",
+        "AUTOBOT_ATTENTION_BACKEND='magic' (command line): expected auto, triton, flashinfer, flash_attention or sdpa",
+        "AUTOBOT_GPU_MEMORY_UTILIZATION='90%' (command line): expected a number above 0 and at most 1",
+    )
+
+
+def test_serve_says_how_much_was_warmed(tmp_path: Path, cache: Path) -> None:
+    prefixes = json.dumps(["You are a librarian who answers every question in one short and friendly sentence."])
+    with started(["serve", "--port", "0", "--cached-prefixes", prefixes], tmp_path, environment(cache)) as process:
+        assert process.stdout is not None
+        lines = [line.strip() for line in takewhile(lambda line: not line.startswith("stop"), process.stdout)]
+    assert any(re.fullmatch(r"warmed\s+16 tokens: 1 prefixes for 1 tenants", line) for line in lines), lines
 
 
 def test_options_win_over_the_environment(run: Run) -> None:

@@ -371,6 +371,7 @@ async def test_no_timeout_means_no_timeout() -> None:
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": 2, "min_tokens": 3}, "min_tokens", r"at most max_tokens \(2\)"),
         ({"min_tokens": -1}, "min_tokens", "at least 0"),
+        ({"priority": 2**31}, "priority", "from -2.14748e\\+09 to 2.14748e\\+09"),
         ({"logprobs": 21}, "logprobs", "from 0 to 20"),
         ({"seed": 2**64}, "seed", "an integer from"),
         ({"stop": [""]}, "stop", "none of them empty"),

@@ -51,13 +51,23 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "max_queued_requests": ("5", 5, "0"),
     "max_num_seqs": ("8", 8, "1.5"),
     "max_num_batched_tokens": ("512", 512, "many"),
-    "kv_cache_memory": ("512MB", 512_000_000, "0"),
-    "prefix_caching": ("no", False, "perhaps"),
-    "cache_dir": ("/tmp/x", Path("/tmp/x"), "~nobody-of-this-name/x"),
     "workload": ("batch", "batch", "fast"),
+    "max_waiting_time_ms": ("12.5", 12.5, "0"),
+    "scheduling_policy": ("Priority", "priority", "lifo"),
+    "preemption": ("swap", "swap", "kill"),
+    "swap_memory": ("1GiB", 2**30, "-1"),
+    "kv_cache_memory": ("512MB", 512_000_000, "0"),
+    "gpu_memory_utilization": ("0.5", 0.5, "1.1"),
+    "prefix_caching": ("no", False, "perhaps"),
+    "cached_prefixes": (
+        '["You are kind.", "Be brief, \u00e4."]',
+        ("You are kind.", "Be brief, \u00e4."),
+        "You are kind.",
+    ),
+    "warm_prefixes": ("no", False, "-"),
+    "cache_dir": ("/tmp/x", Path("/tmp/x"), "~nobody-of-this-name/x"),
     "attention_backend": ("triton", "triton", "magic"),
     "cuda_graphs": ("on", "on", "2"),
-    "gpu_memory_utilization": ("0.5", 0.5, "1.1"),
     "kv_cache_dtype": ("int8", "int8", "int9"),
     "kv_sliding_window": ("4096", 4096, "-1"),
     "kv_heavy_hitters": ("64", 64, "x"),
@@ -124,6 +134,32 @@ def test_the_accepted_values_are_listed_in_words() -> None:
     with pytest.raises(ConfigurationError) as refusal:
         load({"AUTOBOT_KV_CACHE_DTYPE": "int9"})
     assert str(refusal.value) == "AUTOBOT_KV_CACHE_DTYPE='int9': expected auto, int8, fp8 or float16"
+
+
+def test_a_choice_that_may_be_unset_lists_its_values_too() -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        load({"AUTOBOT_SCHEDULING_POLICY": "lifo"})
+    assert str(refusal.value) == "AUTOBOT_SCHEDULING_POLICY='lifo': expected fcfs, priority or off"
+    assert load({"AUTOBOT_SCHEDULING_POLICY": "off"}).scheduling_policy is None
+
+
+def test_texts_are_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prefixes.json"
+    path.write_text('["First,\\nwith two lines.", "Second."]', encoding="utf-8")
+    assert load({"AUTOBOT_CACHED_PREFIXES": f"@{path}"}).cached_prefixes == ("First,\nwith two lines.", "Second.")
+
+
+@pytest.mark.parametrize("content", ["", "First.", '"First."', "[1]", '[""]', '{"a": "b"}', "\xff"])
+def test_a_file_that_holds_no_texts_is_refused_with_its_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "prefixes.json"
+    path.write_text(content, encoding="latin-1")
+    for name in (path, tmp_path, tmp_path / "missing.json"):
+        with pytest.raises(ConfigurationError) as refusal:
+            load({"AUTOBOT_CACHED_PREFIXES": f"@{name}"})
+        assert str(refusal.value) == (
+            f"AUTOBOT_CACHED_PREFIXES='@{name}': "
+            "expected a JSON list of texts, or @ and the path of a file that holds one"
+        )
 
 
 def test_all_bad_values_are_reported_at_once() -> None:

@@ -3,10 +3,13 @@
     async with LLMInterface.from_env() as llm:
         answer = await llm.chat_completion([{"role": "user", "content": "Tell me a story about a fox"}])
 
-Importing this package never imports torch; the engine comes with the native provider, when that is started.
+Importing this package never imports torch; the engine comes with the native provider, when that is started, and with
+the names of its own that are asked for (`PrefixCacheManager`).
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from autobot_llm.errors import (
     AuthenticationError,
@@ -40,6 +43,13 @@ from autobot_llm.types import (
     ToolCallDelta,
     Usage,
 )
+
+if TYPE_CHECKING:
+    from autobot_llm.providers.native import CACHED_PREFIXES as CACHED_PREFIXES
+    from autobot_llm.providers.native import BatchingConfig as BatchingConfig
+    from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
+    from autobot_llm.providers.native import PrefixCacheManager as PrefixCacheManager
+    from autobot_llm.providers.native import get_batching_config as get_batching_config
 
 __version__ = "0.1.0"
 
@@ -75,3 +85,16 @@ __all__ = [
     "__version__",
     "load_settings",
 ]
+
+# Not in __all__: a light install has no engine, and `import *` would ask for them.
+_OF_THE_ENGINE = frozenset(
+    {"CACHED_PREFIXES", "BatchingConfig", "PrefixCacheConfig", "PrefixCacheManager", "get_batching_config"}
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_THE_ENGINE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from autobot_llm.providers import native
+
+    return getattr(native, name)

@@ -36,7 +36,7 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Exactly one of `messages` (a conversation, put through the model's chat template) and `prompt` (text to
     continue, or token ids) is given. `n` is the number of independent choices. `tenant` separates callers whose
     caches must not touch. `timeout` is in seconds, for the whole answer. `logprobs=k` asks for the chosen
-    token's log probability and the k best ones'.
+    token's log probability and the k best ones'. `priority`: a lower one is served sooner, where the engine heeds it.
     """
 
     messages: list[ChatMessage] | None = None
@@ -65,6 +65,7 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     response_format: dict[str, Any] | None = None
     stream: bool = False
     timeout: float | None = None
+    priority: int = 0
     tenant: str = ""
     metadata: dict[str, Any] = msgspec.field(default_factory=dict)
     request_id: str | None = None

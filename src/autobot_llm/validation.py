@@ -54,6 +54,7 @@ _RANGES: tuple[tuple[str, _Range], ...] = (
 _RANGES_WITH_DEFAULT: tuple[tuple[str, _Range], ...] = (
     ("n", _Range(1, 128, whole=True)),
     ("min_tokens", _Range(0, _INF, whole=True)),
+    ("priority", _Range(-(2**31), 2**31 - 1, whole=True)),
     ("presence_penalty", _Range(-2, 2)),
     ("frequency_penalty", _Range(-2, 2)),
 )

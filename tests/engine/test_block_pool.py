@@ -222,3 +222,99 @@ def test_a_hash_collision_never_returns_another_prefixs_block(num_key_values: in
     for block_ids in held:
         pool.free(block_ids)
     assert pool.num_free == 12
+
+
+def test_a_pinned_prefix_is_overwritten_by_nobody_until_it_is_unpinned() -> None:
+    pool = BlockPool(6, SIZE)
+    prompt = list(range(8))
+    stored = store(pool, prompt)
+    pinned = pool.pin([*prompt, 8], "")
+    assert ([entry.block_id for entry in pinned], pool.num_pinned, pool.num_free) == (stored, 2, 4)
+    assert pool.allocate(5) is None
+    rest = pool.allocate(4)
+    assert rest is not None and not set(stored) & set(rest)
+    assert look_up(pool, [*prompt, 8]) == stored
+    pool.unpin(pinned)
+    assert (pool.num_pinned, pool.num_free) == (0, 2)
+    assert look_up(pool, [*prompt, 8]) == stored, "unpinned is not forgotten"
+    assert pool.allocate(2) == stored[::-1], "the end of the prefix goes first"
+
+
+def test_a_block_of_two_pinned_prefixes_stays_until_both_are_unpinned() -> None:
+    pool = BlockPool(6, SIZE)
+    store(pool, [1] * 8)
+    store(pool, [1] * 4 + [2] * 4)
+    first, second = pool.pin([1] * 8, ""), pool.pin([1] * 4 + [2] * 4, "")
+    assert first[0] is second[0] and pool.num_pinned == 3
+    assert pool.num_references(first[0].block_id) == 1, "the pool holds one reference, however many prefixes there are"
+    pool.unpin(first)
+    assert (pool.num_pinned, pool.num_free) == (2, 4)
+    pool.unpin(second)
+    assert (pool.num_pinned, pool.num_free) == (0, 6)
+
+
+def test_only_what_is_published_for_the_tenant_is_pinned() -> None:
+    pool = BlockPool(6, SIZE)
+    store(pool, [1] * 4, salt="alice")
+    assert pool.pin([1] * 8, "bob") == []
+    assert len(pool.pin([1] * 8, "alice")) == pool.num_pinned == 1
+
+
+def test_reset_drops_pins_and_a_late_unpin_does_no_harm() -> None:
+    pool = BlockPool(4, SIZE)
+    store(pool, [1] * 4)
+    pinned = pool.pin([1] * 4, "")
+    (shared,) = pool.match([1] * 4, "", 4)
+    block_id = shared.block_id
+    pool.reset()
+    assert (pool.num_pinned, pool.num_references(block_id), shared.is_live) == (0, 1, False)
+    pool.free([block_id])
+    assert pool.num_free == 4
+    store(pool, [2] * 4)
+    others = pool.pin([2] * 4, "")
+    pool.unpin(pinned)
+    assert pool.num_pinned == len(others) == 1
+
+
+@pytest.mark.parametrize("num_key_values", [2, 1000])
+@pytest.mark.parametrize("seed", range(6))
+def test_pins_lose_no_block_and_keep_what_they_pin(num_key_values: int, seed: int) -> None:
+    """Prefixes come, are pinned, unpinned and forgotten in any order; with 2 key values nearly all of them collide."""
+
+    def weak(parent_key: bytes, content: bytes) -> bytes:
+        return (int.from_bytes(blake2b_key(parent_key, content), "big") % num_key_values).to_bytes(2, "big")
+
+    rng = random.Random(seed)
+    pool = BlockPool(12, SIZE, hash_block=weak)
+    pinned: list[tuple[list[PrefixBlock], list[int]]] = []
+    for _ in range(500):
+        prompt = [token for _ in range(rng.randint(1, 3)) for token in [rng.randrange(3)] * SIZE]
+        action = rng.random()
+        if action < 0.5 and len(prompt) // SIZE <= pool.num_free:
+            store(pool, prompt)
+        elif action < 0.75 and pool.num_pinned < 6:
+            entries = pool.pin(prompt, "")
+            pinned.append((entries, [entry.block_id for entry in entries]))
+        elif action < 0.98 and pinned:
+            entries, _ = pinned.pop(rng.randrange(len(pinned)))
+            pool.unpin(entries)
+        elif action > 0.99:
+            pool.reset()
+            assert pool.num_pinned == 0
+        live = {entry.block_id for entries, _ in pinned for entry in entries if entry.is_live}
+        assert pool.num_pinned == len(live) and pool.num_free == 12 - len(live)
+        for entries, block_ids in pinned:
+            assert all(entry.block_id == at for entry, at in zip(entries, block_ids, strict=True) if entry.is_live)
+    for entries, _ in pinned:
+        pool.unpin(entries)
+    assert (pool.num_pinned, pool.num_free) == (0, 12)
+
+
+def test_a_full_cache_takes_only_what_is_not_pinned() -> None:
+    pool = BlockPool(12, SIZE)
+    store(pool, [1] * 8)
+    pinned = pool.pin([1] * 8, "")
+    kept = {entry.block_id for entry in pinned}
+    for token in range(2, 40):
+        assert not kept & set(store(pool, [token] * 12))
+    assert [entry.block_id for entry in pinned] == look_up(pool, [1] * 9)

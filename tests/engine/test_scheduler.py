@@ -62,7 +62,7 @@ class Harness:
     def abort(self, sequence: Sequence) -> None:
         self.scheduler.abort(sequence)
         del self.alive[sequence.id]
-        assert sequence.block_ids == []
+        assert not sequence.block_ids
         self.check_blocks()
 
     def step(self) -> StepPlan | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from model_folders import TINY, change_json, write_random_model
 
+from autobot_llm.engine.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from autobot_llm.engine.models.config import load_config
-from autobot_llm.engine.models.weights import INDEX_FILE, SINGLE_FILE, DecoderWeights, load_weights
+from autobot_llm.engine.models.weights import DecoderWeights, expected_shapes, load_weights, measure_weights
 from autobot_llm.errors import ModelLoadError
 
 
@@ -82,14 +86,52 @@ def test_weights_do_not_change_with_the_file(tmp_path: Path) -> None:
     assert torch.equal(weights.embed_VE, before)
 
 
-def test_progress_counts_every_stored_tensor(tmp_path: Path) -> None:
-    model = write_random_model(tmp_path, "qwen3", tie_word_embeddings=False)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_progress_counts_the_bytes_of_the_files(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    model = write_random_model(tmp_path, "qwen3", tie_word_embeddings=False, dtype="bfloat16", intermediate_size=60_000)
     calls: list[tuple[int, int]] = []
     load_weights(
-        tmp_path, load_config(tmp_path), dtype=None, device="cpu", on_progress=lambda *call: calls.append(call)
+        tmp_path, load_config(tmp_path), dtype=dtype, device="cpu", on_progress=lambda *call: calls.append(call)
     )
-    num_total = len(model.state_dict())
-    assert calls == [(i + 1, num_total) for i in range(num_total)]
+    num_total = sum(tensor.numel() * 2 for tensor in model.state_dict().values())
+    done = [num_done for num_done, _ in calls]
+    assert len(done) > 5  # 71 MB in spans of 8 MiB
+    assert done == sorted(set(done))
+    assert {total for _, total in calls} == {num_total} == {done[-1]}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_what_a_model_will_take_up_is_known_from_its_headers(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    for name, folder in (("tied", TINY), ("untied", tmp_path)):
+        if name == "untied":
+            write_random_model(folder, "qwen2", tie_word_embeddings=False)
+        measured = measure_weights(folder, load_config(folder), dtype=dtype)
+        assert measured == load(folder, dtype).num_bytes, name
+
+
+def test_measuring_reads_no_weight(tmp_path: Path) -> None:
+    transformers.MistralConfig(vocab_size=32_000, dtype="bfloat16").save_pretrained(tmp_path)  # Mistral 7B's sizes
+    config = load_config(tmp_path)
+    file = write_without_content(tmp_path, expected_shapes(config))
+    start = time.perf_counter()
+    assert measure_weights(tmp_path, config, dtype=None) == 2 * 7_241_732_096  # parameters, as its makers say
+    assert time.perf_counter() - start < 2
+    assert file.stat().st_size > 14e9 > 2**24 > file.stat().st_blocks * 512
+
+
+def write_without_content(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A safetensors file with a header and a hole for its weights, which takes no room on the disk."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / SINGLE_FILE
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -182,3 +224,38 @@ def test_the_tied_head_may_be_stored_a_second_time(tmp_path: Path) -> None:
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.zeros(8192, 64)}))
     weights = load(tmp_path)
     assert weights.lm_head_VE is weights.embed_VE
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("change", ["written to", "replaced", "removed"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    change: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    write_random_model(tmp_path, "llama")
+    path = tmp_path / SINGLE_FILE
+    content = path.read_bytes()
+
+    def change_it(num_done: int, num_total: int) -> None:
+        if change == "written to":
+            path.write_bytes(content[:-4] + bytes(4))
+            return
+        path.unlink()
+        if change == "replaced":
+            path.write_bytes(content)
+
+    with pytest.raises(ModelLoadError, match=rf"{SINGLE_FILE}: (changed|removed) while it was read"):
+        load_weights(tmp_path, load_config(tmp_path), dtype=dtype, device="cpu", on_progress=change_it)
+
+
+def test_a_header_with_a_hole_is_refused(tmp_path: Path) -> None:
+    """The tensors' places come from the header, so it must account for every byte."""
+    write_random_model(tmp_path, "llama")
+    path = tmp_path / SINGLE_FILE
+    content = path.read_bytes()
+    num_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + num_bytes])
+    header["model.norm.weight"]["data_offsets"] = [n + 8 for n in header["model.norm.weight"]["data_offsets"]]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + num_bytes :] + bytes(8))
+    with pytest.raises(ModelLoadError, match="not a safetensors file"):
+        load(tmp_path)

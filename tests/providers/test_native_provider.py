@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,16 +16,20 @@ import pytest
 import torch
 
 from autobot_llm import ChatMessage, LLMInterface, load_settings
+from autobot_llm.engine.description import GpuDescription
+from autobot_llm.engine.executor import Executor
 from autobot_llm.errors import (
     ConfigurationError,
     ContextLengthError,
     InvalidRequestError,
     ModelLoadError,
     ModelNotFoundError,
+    ProviderUnavailable,
     UnsupportedError,
 )
 from autobot_llm.providers.native import NativeProvider
-from autobot_llm.settings import Settings
+from autobot_llm.providers.native.provider import engine_options
+from autobot_llm.settings import SETTINGS, Settings, tenant_of
 from autobot_llm.types import ChoiceEnd, Finish, LLMRequest, Start, TextDelta
 
 TINY = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"
@@ -253,3 +259,179 @@ async def test_the_engine_leaves_the_programs_torch_threads_as_they_were(setting
             assert await asyncio.to_thread(torch.get_num_threads) == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_setting_of_the_engine_reaches_it() -> None:
+    values = {
+        "workload": "batch",
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 99,
+        "max_waiting_time_ms": 7.5,
+        "scheduling_policy": "priority",
+        "preemption": "swap",
+        "swap_memory": 2**20,
+        "kv_cache_memory": 2**21,
+        "gpu_memory_utilization": 0.4,
+        "attention_backend": "flashinfer",
+        "cuda_graphs": "off",
+        "prefix_caching": False,
+        "device": "cpu",
+        "compiled_step": "off",
+        "max_model_len": 100,
+        "cpu_threads": 1,
+        "cache_dir": Path("/cache"),
+    }
+    defaults = {setting.field: setting.default for setting in SETTINGS}
+    options = engine_options(native_settings(**values), TINY)
+    assert {field: getattr(options, field) for field in values} == values
+    assert set(values) | {"folder"} == set(options.__slots__)
+    assert all(defaults[field] != value for field, value in values.items())
+
+
+def test_a_batching_profile_is_looked_up_without_torch_and_the_cache_manager_is_found_by_name() -> None:
+    code = (
+        "import sys, autobot_llm; print(autobot_llm.get_batching_config('batch').max_num_seqs, 'torch' in sys.modules);"
+        "from autobot_llm import *; print('torch' in sys.modules);"
+        "print(autobot_llm.PrefixCacheManager.CACHED_PREFIXES == autobot_llm.CACHED_PREFIXES)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["256", "False", "False", "True"]
+
+
+# --- warmed prefixes
+
+SYSTEM = "You are a patient storyteller. You tell short stories about animals, and every story ends well. " * 2
+CONVERSATION = [{"role": "system", "content": SYSTEM}, *FOX]
+
+
+def with_prefixes(settings: Settings, **overrides: Any) -> Settings:
+    return native_settings(cache_dir=settings.cache_dir, cpu_threads=2, cached_prefixes=(SYSTEM,), **overrides)
+
+
+async def test_the_first_request_with_a_cached_prefix_finds_it_computed(settings: Settings) -> None:
+    provider = NativeProvider(with_prefixes(settings))
+    async with LLMInterface(settings, providers={"native": provider}) as llm:
+        config = provider.get_prefix_cache_config()
+        answer = await llm.chat_completion(CONVERSATION, max_tokens=8, temperature=0)
+        assert answer.usage.cached_tokens == config.num_pinned_tokens > 0
+        assert provider.status().details["warmed"] == f"{config.num_pinned_tokens} tokens: 1 prefixes for 1 tenants"
+        stranger = await llm.chat_completion(CONVERSATION, max_tokens=8, temperature=0, tenant="someone else")
+        assert stranger.usage.cached_tokens == 0
+        assert stranger.content == answer.content
+    with pytest.raises(ProviderUnavailable, match="the engine of model 'tiny' was not started"):
+        provider.get_prefix_cache_config()
+
+
+async def test_prefixes_are_warmed_for_the_owner_of_each_key(settings: Settings) -> None:
+    provider = NativeProvider(with_prefixes(settings, api_keys=("red", "blue")))
+    async with LLMInterface(settings, providers={"native": provider}) as llm:
+        assert {prefix.salt for prefix in provider.get_prefix_cache_config().warmed} == {
+            tenant_of("red"),
+            tenant_of("blue"),
+        }
+        answer = await llm.chat_completion(CONVERSATION, max_tokens=2, tenant=tenant_of("blue"))
+        assert answer.usage.cached_tokens > 0
+
+
+async def test_without_warming_the_first_request_computes_its_prefix(settings: Settings) -> None:
+    provider = NativeProvider(with_prefixes(settings, warm_prefixes=False))
+    async with LLMInterface(settings, providers={"native": provider}) as llm:
+        config = provider.get_prefix_cache_config()
+        assert (config.prefixes, config.warmed) == ((SYSTEM,), ())
+        assert "warmed" not in provider.status().details
+        answers = [await llm.chat_completion(CONVERSATION, max_tokens=2) for _ in range(2)]
+    assert answers[0].usage.cached_tokens == 0 < answers[1].usage.cached_tokens
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"prefix_caching": False}, "AUTOBOT_PREFIX_CACHING is false"),
+        ({"max_model_len": 32}, "expected fewer than the context of 32"),
+        ({"api_keys": tuple(map(str, range(2000)))}, "each of 2000 tenants has its own copy"),
+    ],
+)
+async def test_prefixes_that_cannot_be_kept_stop_the_start(
+    settings: Settings, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        async with LLMInterface(with_prefixes(settings, **overrides)):
+            pass
+
+
+async def test_a_template_without_a_place_for_system_prompts_is_an_error_that_says_so(
+    settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    )
+    with pytest.raises(ConfigurationError, match="AUTOBOT_CACHED_PREFIXES: 'You are a patient .* no system messages"):
+        async with LLMInterface(with_prefixes(settings, default_model=str(folder))):
+            pass
+
+
+async def test_the_prefix_of_a_model_without_a_template_begins_a_plain_prompt(
+    settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    async with LLMInterface(with_prefixes(settings, default_model=str(folder))) as llm:
+        answer = await llm.chat_completion(LLMRequest(prompt=SYSTEM + "Once upon a time", max_tokens=2))
+        assert answer.usage.cached_tokens > 0
+
+
+# --- priorities, and what a GPU says of itself
+
+
+async def test_a_priority_is_refused_where_it_would_be_ignored(llm: LLMInterface, settings: Settings) -> None:
+    with pytest.raises(UnsupportedError, match="priority=-1: .* AUTOBOT_SCHEDULING_POLICY=priority") as caught:
+        await llm.chat_completion(FOX, max_tokens=2, priority=-1)
+    assert caught.value.param == "priority"
+    own = native_settings(cache_dir=settings.cache_dir, cpu_threads=2, scheduling_policy="priority")
+    async with LLMInterface(own) as heeding:
+        answer = await heeding.chat_completion(FOX, max_tokens=2, temperature=0, priority=-1)
+    assert answer.usage.completion_tokens == 2
+
+
+class DescribedExecutor:
+    """The executor it wraps, with the description of a GPU."""
+
+    def __init__(self, inner: Executor, description: GpuDescription) -> None:
+        self.name, self.reason, self.description = "gpu", "a GPU is here", description
+        self.execute, self.discard, self.close = inner.execute, inner.discard, inner.close
+
+
+@pytest.mark.parametrize(
+    ("num_graphs", "line"), [(9, "9 captured in 2.3 s, kernel cache warm"), (0, "none (switched off)")]
+)
+async def test_the_start_lines_and_the_report_of_a_gpu_name_its_attention_and_graphs(
+    settings: Settings, num_graphs: int, line: str
+) -> None:
+    provider = NativeProvider(settings)
+    description = GpuDescription(
+        device="a GPU",
+        attention="triton",
+        attention_reason="the only one that is installed",
+        num_graphs=num_graphs,
+        graphs_reason="switched off",
+        capture_seconds=2.34,
+        had_compiled_kernels=True,
+    )
+    async with LLMInterface(settings, providers={"native": provider}) as llm:
+        (service,) = provider._services.values()
+        assert service.engine is not None
+        service.engine.executor = DescribedExecutor(service.engine.executor, description)
+        details = provider.status().details
+        answer = await llm.chat_completion(FOX, max_tokens=2)
+    assert details["device"] == "a GPU"
+    assert details["attention"] == "triton (the only one that is installed)"
+    assert details["cuda_graphs"] == line
+    assert str(details["kv_cache"]).endswith(" sequences of full length")
+    outcomes = {outcome.name: outcome for outcome in answer.optimizations}
+    assert (outcomes["cuda_graphs"].applied, outcomes["cuda_graphs"].reason) == (num_graphs > 0, line)
+    assert outcomes["flash_attention"].applied

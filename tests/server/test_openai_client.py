@@ -217,6 +217,7 @@ async def test_every_sampling_field_reaches_the_provider() -> None:
         "top_k": 40,
         "min_p": 0.1,
         "min_tokens": 2,
+        "priority": -3,
         "seed": 7,
         "presence_penalty": 0.25,
         "frequency_penalty": -0.5,

@@ -1,14 +1,16 @@
-"""Show that something slow is going on. Knows the terminal; knows nothing of what is slow."""
+"""Show that something slow is going on, and how far it is. Knows terminals and bytes; knows nothing of what is slow."""
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.status import Status
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 PATIENCE = 1.0  # seconds; quicker work is not worth a word
 
@@ -16,13 +18,16 @@ PATIENCE = 1.0  # seconds; quicker work is not worth a word
 class Progress:
     """A context in which a message appears on stderr after `PATIENCE`, and goes away at its end.
 
-    On a terminal it is a moving spinner, otherwise one line. It has a thread of its own, so that it also moves while
-    the caller's thread is busy. `stop` may be called before the context ends, and more than once.
+    On a terminal it moves, and has a bar with bytes and their rate from the first `advance` until all are there;
+    otherwise it is one line. It has a thread of its own, so that it also moves while the caller's thread is busy.
+    `stop` may be called before the context ends, and more than once.
     """
 
     def __init__(self, message: str) -> None:
         self._message = message
-        self._status: Status | None = None
+        self._shown: tuple[Bar, TaskID] | None = None
+        self._begun: float | None = None  # when the first bytes were counted
+        self._num_before = 0  # bytes that had come by then
         self._timer = threading.Timer(PATIENCE, self._show)
         self._timer.daemon = True
 
@@ -31,21 +36,40 @@ class Progress:
             print(f"{self._message} ...", file=sys.stderr, flush=True)  # noqa: T201
             return
         from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        self._status = Console(stderr=True).status(f"{self._message} ...")
-        self._status.start()
+        text, figures = TextColumn("{task.description} ...", markup=False), TextColumn("{task.fields[figures]}")
+        bar = Progress(SpinnerColumn(), text, BarColumn(), figures, console=Console(stderr=True), transient=True)
+        self._shown = bar, self._add_task(bar)
+        bar.start()
+
+    def _add_task(self, bar: Bar) -> TaskID:
+        """A line without a measure."""
+        return bar.add_task(self._message, total=None, figures="")
 
     def advance(self, num_done: int, num_total: int) -> None:
-        """Say how far the work is; may be called from any thread."""
-        if (status := self._status) is not None:
-            status.update(f"{self._message} ... {num_done / num_total:.0%}")
+        """Say how many bytes of how many have come; may be called from any thread."""
+        if self._begun is None:
+            self._begun, self._num_before = time.perf_counter(), num_done
+        if self._shown is None:
+            return
+        bar, task = self._shown
+        if num_done >= num_total:  # what comes after loading has no measure
+            bar.remove_task(task)
+            self._shown = bar, self._add_task(bar)
+            return
+        seconds = time.perf_counter() - self._begun
+        rate = f"  {(num_done - self._num_before) / seconds / 1e9:.1f} GB/s" if seconds else ""
+        figures = f"{num_done / 1e9:.1f} of {num_total / 1e9:.1f} GB{rate}"
+        bar.update(task, completed=num_done, total=num_total, figures=figures)
 
     def stop(self) -> None:
         self._timer.cancel()
         self._timer.join()
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._shown is not None:
+            bar, _ = self._shown
+            self._shown = None
+            bar.stop()
 
     def __enter__(self) -> Progress:
         self._timer.start()

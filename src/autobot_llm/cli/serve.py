@@ -25,31 +25,45 @@ QUESTION = "Tell me a story about a fox."
 Examples:
   autobot-llm serve
   autobot-llm serve --model ~/models/Qwen3-0.6B --port 9000
+  autobot-llm serve --model ~/models/Mistral-7B --workload interactive --max-model-len 8192
+  autobot-llm serve --model ~/models/Mistral-7B --gpu-memory-utilization 0.5 --attention-backend triton
+  autobot-llm serve --cached-prefixes '["You are a librarian. Answer in one sentence."]'
   AUTOBOT_API_KEYS=a-long-secret autobot-llm serve --host 0.0.0.0""",
 )
-@click.option("-m", "--model", help="A model's name or folder, instead of AUTOBOT_DEFAULT_LLM_MODEL.")
+@click.option("-m", "--model", "default_model", help="A model's name or folder, instead of AUTOBOT_DEFAULT_LLM_MODEL.")
 @click.option("--provider", help="Who answers, instead of AUTOBOT_LLM_PROVIDER.")
 @click.option("--host", help="The address to listen on, instead of AUTOBOT_HOST (127.0.0.1: this machine only).")
 @click.option("--port", help="The port to listen on, instead of AUTOBOT_PORT (8100).")
-@click.option("--api-key", help="Demand this key. Others on this machine may see it here; AUTOBOT_API_KEYS hides it.")
+@click.option(
+    "--api-key",
+    "api_keys",
+    help="Demand this key. Others on this machine may see it here; AUTOBOT_API_KEYS hides it.",
+)
 @click.option("--log-level", help="debug, info, warning or error, instead of AUTOBOT_LOG_LEVEL.")
-def serve(
-    model: str | None,
-    provider: str | None,
-    host: str | None,
-    port: str | None,
-    api_key: str | None,
-    log_level: str | None,
-) -> None:
+@click.option("--device", help="auto, cpu or cuda, instead of AUTOBOT_DEVICE.")
+@click.option("--workload", help="interactive, batch or mixed, instead of AUTOBOT_WORKLOAD.")
+@click.option("--scheduling-policy", help="fcfs or priority, instead of AUTOBOT_SCHEDULING_POLICY.")
+@click.option("--max-model-len", help="Most tokens of prompt and answer, instead of AUTOBOT_MAX_MODEL_LEN.")
+@click.option("--max-num-seqs", help="Most sequences computed together, instead of AUTOBOT_MAX_NUM_SEQS.")
+@click.option(
+    "--gpu-memory-utilization",
+    help="Share of the GPU's memory to use, instead of AUTOBOT_GPU_MEMORY_UTILIZATION (0.9).",
+)
+@click.option(
+    "--attention-backend",
+    help="auto, triton, flashinfer, flash_attention or sdpa, instead of AUTOBOT_ATTENTION_BACKEND.",
+)
+@click.option("--cuda-graphs", help="auto, on or off, instead of AUTOBOT_CUDA_GRAPHS.")
+@click.option(
+    "--cached-prefixes",
+    help="System prompts to compute now and to keep: a JSON list, or @FILE; instead of AUTOBOT_CACHED_PREFIXES.",
+)
+def serve(**options: str | None) -> None:
     """Start the OpenAI-compatible server; Ctrl-C lets running answers finish, a second one does not.
 
     Every setting can be given as an AUTOBOT_* variable or in .env; `autobot-llm config` lists them.
     """
-    settings = load_settings(
-        overrides=given(
-            default_model=model, provider=provider, host=host, port=port, api_keys=api_key, log_level=log_level
-        )
-    )
+    settings = load_settings(overrides=given(**options))
     log_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(stream=_Stderr(), level=settings.log_level.upper(), format=log_format)
     with asyncio.Runner(loop_factory=_event_loop()) as runner:

@@ -81,6 +81,11 @@ class ChatTemplate:
                     raise ModelLoadError(f"{path}: {exc}") from exc
         return cls(sources, special_tokens)
 
+    @property
+    def is_given(self) -> bool:
+        """Whether conversations can be rendered at all."""
+        return "default" in self._templates
+
     def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """The prompt's text, up to where the assistant's answer begins.
 

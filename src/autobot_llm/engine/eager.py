@@ -5,19 +5,22 @@ The slow twin of every faster executor, and what runs where none of them can.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from autobot_llm.engine.attention.backend import AttentionBackend
+from autobot_llm.engine.attention.sdpa import HostBlocks, SdpaAttention
 from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.preemption import SwappedBlocks
 from autobot_llm.engine.models.decoder import Decoder
 
 
 class EagerExecutor:
-    """Executor over a decoder and an attention backend on the same device. `reason` says why it was chosen."""
+    """SwappingExecutor over a decoder and attention on the same device. `reason` says why it was chosen."""
 
     name = "eager"
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend, *, reason: str) -> None:
+    def __init__(self, decoder: Decoder, attention: SdpaAttention, *, reason: str) -> None:
         self.reason = reason
         self._decoder = decoder
         self._attention = attention
@@ -36,6 +39,13 @@ class EagerExecutor:
 
     def discard(self, block_ids: list[int]) -> None:
         self._attention.discard(block_ids)
+
+    def copy_out(self, block_ids: Sequence[int]) -> SwappedBlocks:
+        return self._attention.copy_out(block_ids)
+
+    def copy_in(self, swapped: SwappedBlocks, block_ids: Sequence[int]) -> None:
+        assert isinstance(swapped, HostBlocks), "blocks come back to the executor that gave them"
+        self._attention.copy_in(swapped, block_ids)
 
     def close(self) -> None:
         """Nothing to release: the cache goes with the attention backend."""

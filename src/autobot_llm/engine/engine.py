@@ -1,31 +1,50 @@
-"""One step after another: plan, run, sample, commit, decode. Knows the engine's parts; knows no threads, no asyncio."""
+"""One step after another: plan, run, sample, resolve, decode. Knows the engine's parts; knows no threads, no loops."""
 
 from __future__ import annotations
 
+import logging
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Literal
 
-from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
+from autobot_llm.engine.batching.plan import StepPlan, build_batch
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor
+from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
 from autobot_llm.engine.models.config import ModelConfig
-from autobot_llm.engine.sampler import Outcome, Sampler, SamplingFailure
+from autobot_llm.engine.sampler import (
+    Outcome,
+    SampledToken,
+    Sampler,
+    SamplingArraysBuilder,
+    SamplingFailure,
+    broken_logits,
+    needs_host,
+)
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import EngineError, LLMError
+
+log = logging.getLogger(__name__)
 
 EndReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One prompt, to be continued once per entry of `params` (the choices; they differ in their seeds only)."""
+    """One prompt, to be continued once per entry of `params` (the choices; they differ in their seeds only).
+
+    `priority`: lower goes sooner, where the scheduling policy heeds it.
+    """
 
     prompt_ids: list[int]
     params: tuple[SamplingParams, ...]
     stop: tuple[str, ...] = ()
     salt: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +56,12 @@ class TokenInfo:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
-    """What one step added to one choice. With `end` or `error` the choice is over and its blocks are free."""
+    """What one step added to one choice. With `end` or `error` the choice is over and its blocks are free.
+
+    One is made for each token, which is why it is not frozen: that would take three times as long.
+    """
 
     request_id: int
     index: int
@@ -71,7 +93,17 @@ class _Choice:
     sequence: Sequence
     detokenizer: Detokenizer
     stats: RequestStats
+    num_tokens: int = 0
     withheld_logprobs: list[TokenInfo] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """A step that was launched, and when."""
+
+    plan: StepPlan
+    launched: LaunchedStep
+    start_time: float
 
 
 class Engine:
@@ -86,18 +118,34 @@ class Engine:
         sampler: Sampler,
         *,
         bytes_per_block: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.executor = executor
         self.scheduler = scheduler
         self.bytes_per_block = bytes_per_block
         self.num_steps = 0
         self.num_generated_tokens = 0
+        self._clock = clock
         self._sampler = sampler
+        self._sampling_arrays = SamplingArraysBuilder(sampler.vocab_size)
+        self._in_flight: _StepInFlight | None = None
+        self._last_end_time = 0.0
         self._choices: dict[int, _Choice] = {}
         self._requests: dict[int, list[_Choice]] = {}
         self._next_sequence_id = 0
+        self._num_host_sampled = 0  # choices whose tokens the host has to choose
+        self.executor = executor
+
+    @property
+    def executor(self) -> Executor:
+        return self._executor
+
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        assert self._in_flight is None, "a step is under way on the executor that there was"
+        self._executor = executor
+        self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -107,19 +155,27 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._choices)
+        return bool(self._choices) or self._in_flight is not None
 
     def add(self, request_id: int, request: EngineRequest, stats: RequestStats) -> None:
         """Queue every choice of a request. `stats` is filled in as the request advances."""
         leader: Sequence | None = None
         choices = self._requests[request_id] = []
         for index, params in enumerate(request.params):
-            sequence = Sequence(self._next_sequence_id, request.prompt_ids, params, salt=request.salt, leader=leader)
+            sequence = Sequence(
+                self._next_sequence_id,
+                request.prompt_ids,
+                params,
+                salt=request.salt,
+                leader=leader,
+                priority=request.priority,
+            )
             self._next_sequence_id += 1
             leader = leader or sequence
             choice = _Choice(request_id, index, sequence, Detokenizer(self.tokenizer, request.stop), stats)
             choices.append(choice)
             self._choices[sequence.id] = choice
+            self._num_host_sampled += needs_host(params)
             self.scheduler.add(sequence)
         assert leader is not None, "a request has at least one choice"
         stats.arrival_time = leader.arrival_time
@@ -132,38 +188,129 @@ class Engine:
             self._forget(choice)
 
     def step(self) -> list[Output]:
-        """Advance every sequence the scheduler chooses, and return what became visible."""
+        """Advance every sequence the scheduler chooses, and return what became visible.
+
+        Where the executor works beside the host, a call launches one step and then waits for the one before it, so the
+        device computes while the host plans, decodes and delivers.
+        """
+        if self._pipelined is not None and self._num_host_sampled == 0:
+            return self._step_beside_device(self._pipelined)
+        # Bias, penalties and log probabilities are the host's work: it needs each step's logits and tokens before the
+        # next one. While anybody asks for them, nothing overlaps, for anybody.
+        if self._in_flight is not None:
+            return self._resolve(self._take_in_flight())
+        return self._step_on_host()
+
+    def _step_beside_device(self, executor: PipelinedExecutor) -> list[Output]:
+        plan = self.scheduler.plan()
+        launched = None if plan is None else self._launch(executor, plan)
+        previous, self._in_flight = self._in_flight, launched
+        return [] if previous is None else self._resolve(previous)
+
+    def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
+        batch = build_batch(plan.scheduled, self.scheduler.block_pool.block_size)
+        sampling = self._sampling_arrays.build([item.sequence for item in plan.scheduled if item.samples])
+        start_time = self._clock()
+        launched = executor.launch(batch, sampling)
+        self.scheduler.advance(plan)
+        return _StepInFlight(plan, launched, start_time)
+
+    def _resolve(self, step: _StepInFlight) -> list[Output]:
+        tokens, best_logits = step.launched.wait()
+        end_time = self._clock()
+        seconds = end_time - max(step.start_time, self._last_end_time)
+        self._last_end_time = end_time
+        if all(map(math.isfinite, best_logits)):
+            return self._accept_all(step.plan, tokens, None, seconds)
+        outcomes = [
+            SampledToken(token) if math.isfinite(best) else broken_logits(best)
+            for token, best in zip(tokens, best_logits, strict=True)
+        ]
+        return self._accept_all(step.plan, _tokens_of(outcomes), outcomes, seconds)
+
+    def _step_on_host(self) -> list[Output]:
         plan = self.scheduler.plan()
         if plan is None:
             return []
         batch = build_batch(plan.scheduled, self.scheduler.block_pool.block_size)
-        self._note_scheduled(plan.scheduled)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
+        start_time = self._clock()
         logits_RV = self.executor.execute(batch)
-        sampled = self._sampler.sample(logits_RV, sampling) if sampling else []
-        tokens = [None if isinstance(outcome, SamplingFailure) else outcome.token_id for outcome in sampled]
-        self.scheduler.commit(plan, tokens)
-        for sequence, outcome in zip(sampling, sampled, strict=True):
-            if isinstance(outcome, SamplingFailure) and isinstance(outcome.error, EngineError):
-                self._discard_cache(sequence)
+        outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
+        seconds = self._clock() - start_time
+        self.scheduler.advance(plan)
+        return self._accept_all(plan, _tokens_of(outcomes), outcomes, seconds)
+
+    def _accept_all(
+        self, plan: StepPlan, tokens: SequenceABC[int | None], outcomes: list[Outcome] | None, seconds: float
+    ) -> list[Output]:
+        """Resolve a step. `outcomes` None: every token is plain. Rows whose choice has left meanwhile are dropped."""
+        scheduler, choices = self.scheduler, self._choices
+        scheduler.step_cost.record(plan.num_prompt_tokens, seconds)
+        scheduler.resolve(plan, tokens)
         self.num_steps += 1
-        self.num_generated_tokens += len(tokens) - tokens.count(None)
-        return [
-            self._accept(self._choices[sequence.id], outcome)
-            for sequence, outcome in zip(sampling, sampled, strict=True)
-        ]
+        num_scheduled = len(plan.scheduled)
+        outputs = []
+        row = -1
+        for sequence, start, num_tokens, samples, _epoch in plan.scheduled:
+            row += samples
+            choice = choices.get(sequence.id)
+            if choice is None:
+                continue
+            if choice.stats.largest_batch < num_scheduled:
+                choice.stats.largest_batch = num_scheduled
+            if not samples:
+                continue
+            token, info = tokens[row], None
+            if outcomes is not None:
+                outcome = outcomes[row]
+                if isinstance(outcome, SamplingFailure):
+                    outputs.append(self._fail(choice, outcome.error))
+                    continue
+                if outcome.logprob is not None:
+                    info = TokenInfo(outcome.token_id, outcome.logprob, outcome.top)
+            assert token is not None
+            choice.num_tokens = start + num_tokens + 1 - sequence.num_prompt_tokens
+            self.num_generated_tokens += 1
+            outputs.append(self._accept(choice, token, info))
+        return outputs
 
     def fail_all(self, message: str, cause: BaseException) -> list[Output]:
         """End every request with an error and empty the cache, after a step that raised: its blocks are suspect."""
+        self._abandon_in_flight()
         outputs = []
         for choice in list(self._choices.values()):
             error = EngineError(message)
             error.__cause__ = cause
             self.scheduler.abort(choice.sequence)
             self._forget(choice)
-            outputs.append(Output(choice.request_id, choice.index, "", choice.sequence.num_output_tokens, error=error))
+            outputs.append(Output(choice.request_id, choice.index, "", choice.num_tokens, error=error))
         self.scheduler.block_pool.reset()
         return outputs
+
+    def close(self) -> None:
+        """Free the device, once it has finished what it was given."""
+        self._abandon_in_flight()
+        self.executor.close()
+
+    def _take_in_flight(self) -> _StepInFlight:
+        step, self._in_flight = self._in_flight, None
+        assert step is not None
+        return step
+
+    def _abandon_in_flight(self) -> None:
+        """Wait for a step whose outcome nobody wants any more."""
+        if self._in_flight is None:
+            return
+        try:
+            self._take_in_flight().launched.wait()
+        except Exception:
+            log.debug("a step that was given up failed, too", exc_info=True)
+
+    def _fail(self, choice: _Choice, error: LLMError) -> Output:
+        if isinstance(error, EngineError):
+            self._discard_cache(choice.sequence)
+        return self._end(choice, "", error=error)
 
     def _discard_cache(self, sequence: Sequence) -> None:
         """The model made NaN: what the sequence left in the cache is suspect, and nobody may find it there."""
@@ -171,39 +318,30 @@ class Engine:
         pool.reset()
         self.executor.discard([block_id for block_id in sequence.block_ids if pool.num_references(block_id) == 1])
 
-    def _note_scheduled(self, scheduled: tuple[ScheduledSequence, ...]) -> None:
-        for item in scheduled:
-            stats = self._choices[item.sequence.id].stats
-            stats.largest_batch = max(stats.largest_batch, len(scheduled))
-
-    def _accept(self, choice: _Choice, token: Outcome) -> Output:
-        sequence, params = choice.sequence, choice.sequence.params
-        num_tokens = sequence.num_output_tokens
-        if isinstance(token, SamplingFailure):
-            return self._end(choice, "", error=token.error)
+    def _accept(self, choice: _Choice, token_id: int, info: TokenInfo | None) -> Output:
+        params, num_tokens, detokenizer = choice.sequence.params, choice.num_tokens, choice.detokenizer
         may_end = num_tokens >= params.min_tokens
-        if may_end and token.token_id in params.stop_token_ids:
-            return self._end(choice, choice.detokenizer.flush(), "stop")
-        if token.logprob is not None:
-            choice.withheld_logprobs.append(TokenInfo(token.token_id, token.logprob, token.top))
-        text = choice.detokenizer.push(token.token_id, match_stop=may_end)
-        if choice.detokenizer.stopped:
+        if may_end and token_id in params.stop_token_ids:
+            return self._end(choice, detokenizer.flush(), "stop")
+        if info is not None:
+            choice.withheld_logprobs.append(info)
+        text = detokenizer.push(token_id, match_stop=may_end)
+        if detokenizer.stopped:
             return self._end(choice, text, "stop")
         if num_tokens >= params.max_tokens:
-            return self._end(choice, text + choice.detokenizer.flush(), "length")
+            return self._end(choice, text + detokenizer.flush(), "length")
+        if not text or not choice.withheld_logprobs:
+            return Output(choice.request_id, choice.index, text, num_tokens)
         # Text held back (half a character, the beginning of a stop string) holds its log probabilities back too.
-        logprobs = tuple(choice.withheld_logprobs) if text else ()
-        if text:
-            choice.withheld_logprobs.clear()
+        logprobs = tuple(choice.withheld_logprobs)
+        choice.withheld_logprobs.clear()
         return Output(choice.request_id, choice.index, text, num_tokens, logprobs)
 
     def _end(self, choice: _Choice, text: str, end: EndReason | None = None, error: LLMError | None = None) -> Output:
-        num_tokens = choice.sequence.num_output_tokens
         self.scheduler.finish(choice.sequence)
         self._forget(choice)
-        return Output(
-            choice.request_id, choice.index, text, num_tokens, tuple(choice.withheld_logprobs), end=end, error=error
-        )
+        logprobs = tuple(choice.withheld_logprobs)
+        return Output(choice.request_id, choice.index, text, choice.num_tokens, logprobs, end=end, error=error)
 
     def _forget(self, choice: _Choice) -> None:
         sequence, stats = choice.sequence, choice.stats
@@ -212,8 +350,13 @@ class Engine:
             stats.num_cached_tokens = sequence.num_cached_tokens
             stats.first_scheduled_time = sequence.first_scheduled_time
         del self._choices[sequence.id]
+        self._num_host_sampled -= needs_host(sequence.params)
         siblings = self._requests[choice.request_id]
         siblings.remove(choice)
         if not siblings:
             del self._requests[choice.request_id]
         self._sampler.forget(sequence)
+
+
+def _tokens_of(outcomes: list[Outcome]) -> list[int | None]:
+    return [None if isinstance(outcome, SamplingFailure) else outcome.token_id for outcome in outcomes]

@@ -1,12 +1,23 @@
-"""What runs a step on a device. Knows a step's arrays and logits; knows nothing of scheduling or sampling."""
+"""What runs a step on a device. Knows a step's arrays, logits and sampled tokens; knows nothing of scheduling.
+
+Two ways to use one: `execute` gives logits to a sampler on the host, and every executor has it. A device that works
+beside the host also has `launch`: it samples by itself, and the host prepares the next step meanwhile, with tokens that
+it does not know yet (`StepBatch.pending_rows_T`).
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.batching.preemption import BlockCopier
+
+Float32Array = npt.NDArray[np.float32]
 
 
 # R rows whose logits are wanted, V vocabulary
@@ -26,3 +37,57 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingArrays:
+    """How each of R rows is sampled by the device. Where `any_drawn` is false all are greedy, and the arrays are empty.
+
+    A row with `is_drawn_R` false takes the best of its logits, the lowest id among equals; its other entries are
+    neutral. The others are restricted in the order temperature, top_k, top_p, min_p as in sampler.py, and drawn with
+    the noise of `keys_R` (noise.py). top_k 0, top_p 1 and min_p 0 are off; temperatures are above 0; a top_k that
+    the vocabulary does not exceed is 0. `any_restricted`: some drawn row has one of the three.
+    """
+
+    any_drawn: bool
+    any_restricted: bool
+    is_drawn_R: npt.NDArray[np.bool_]
+    temperature_R: Float32Array
+    top_k_R: Int32Array
+    top_p_R: Float32Array
+    min_p_R: Float32Array
+    keys_R: npt.NDArray[np.uint64]
+
+
+class SampledRows(NamedTuple):
+    """What a step sampled. A row whose best logit (the maximum, NaN if any is NaN) is not finite has no valid token."""
+
+    tokens: list[int]
+    best_logits: list[float]
+
+
+class LaunchedStep(Protocol):
+    """A step that the device computes, or has computed."""
+
+    def wait(self) -> SampledRows:
+        """Block until its sampled tokens are on the host; called once. Raises what the device raised."""
+        ...
+
+
+@runtime_checkable
+class PipelinedExecutor(Executor, Protocol):
+    """An executor that computes and samples beside the host.
+
+    Launched steps, `execute`, `discard` and block copies take effect in the order of their calls. At most one step
+    is neither waited for nor the last one launched. `execute` is called only while every launched step was waited
+    for.
+    """
+
+    def launch(self, batch: StepBatch, sampling: SamplingArrays) -> LaunchedStep:
+        """Queue a step and return at once. The arrays are the callee's: nobody changes them afterwards."""
+        ...
+
+
+@runtime_checkable
+class SwappingExecutor(Executor, BlockCopier, Protocol):
+    """An executor that can move blocks to host memory and back."""

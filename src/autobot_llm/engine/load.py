@@ -7,16 +7,20 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from autobot_llm.engine.attention.sdpa import SdpaAttention
+from autobot_llm.engine.batching.preemption import SwapSpace
+from autobot_llm.engine.batching.profiles import SchedulingPolicy, get_batching_config
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.eager import EagerExecutor
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.executor import Executor
+from autobot_llm.engine.executor import Executor, SwappingExecutor
+from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions, why_not_fused
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError, load_library
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE, CompiledExecutor, check_coverage
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
@@ -30,10 +34,9 @@ from autobot_llm.errors import ConfigurationError, ModelLoadError
 
 log = logging.getLogger(__name__)
 
-MAX_NUM_SEQS = 64
-# A step with a full chunk is a pause between two tokens of everyone else: about 40 ms for the embedded model on two
-# cores (docs/log.md), and rows beyond 64 make it no more efficient.
-MAX_NUM_BATCHED_TOKENS = {"cpu": 256, "cuda": 4096}
+# On a CPU, a step with a full chunk is a pause between two tokens of everyone else: about 40 ms for the embedded model
+# on two cores (docs/log.md), and rows beyond 64 make it no more efficient.
+MAX_NUM_BATCHED_TOKENS_ON_CPU = 256
 # The cache holds so many sequences of full length, or more shorter ones and the prefixes worth keeping; unless that is
 # more than this share of the free memory.
 NUM_FULL_SEQUENCES = 16
@@ -50,22 +53,33 @@ class EngineOptions:
     compiled_step: Literal["auto", "on", "off"] = "auto"
     prefix_caching: bool = True
     max_model_len: int | None = None  # the model's own
-    max_num_seqs: int | None = None  # 64
-    max_num_batched_tokens: int | None = None  # 256 on a CPU, 4096 on a GPU
-    kv_cache_memory: int | None = None  # bytes; see NUM_FULL_SEQUENCES
+    workload: Literal["interactive", "batch", "mixed"] = "mixed"  # the profile of the four that follow
+    max_num_seqs: int | None = None  # the workload's
+    max_num_batched_tokens: int | None = None  # the workload's
+    max_waiting_time_ms: float | None = None  # the workload's
+    scheduling_policy: Literal["fcfs", "priority"] | None = None  # the workload's
+    preemption: Literal["auto", "recompute", "swap"] = "auto"  # swap on a GPU
+    swap_memory: int = 4 * 2**30  # bytes of the host's memory
+    kv_cache_memory: int | None = None  # bytes; on a CPU see NUM_FULL_SEQUENCES, on a GPU what the share leaves
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory, for everything
+    attention_backend: Literal["auto", "triton", "flashinfer", "flash_attention", "sdpa"] = "auto"  # on a GPU
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # on a GPU
     cpu_threads: int | None = None  # measured
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
+    """What the options come to for this model: the profile's values where they name none."""
+
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    num_blocks: int
+    max_waiting_time_ms: float
+    scheduling_policy: SchedulingPolicy
 
 
 def load_engine(options: EngineOptions, on_progress: Callable[[int, int], None] | None = None) -> Engine:
-    """Read, check and set up everything; nothing is left half-made. `on_progress` gets (tensors read, in all).
+    """Read, check and set up everything; nothing is left half-made. `on_progress` gets bytes (read, in all).
 
     Raises ModelLoadError for the folder, ConfigurationError for an option or for memory that does not suffice.
     """
@@ -76,62 +90,82 @@ def load_engine(options: EngineOptions, on_progress: Callable[[int, int], None] 
             f"{options.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     device = _device(options)
+    sizes = _sizes(config, options, device)
     # A CPU computes in float32, whatever the checkpoint holds; a GPU in the checkpoint's own type.
     cache_dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
-    sizes = _sizes(config, options, device, block_bytes)
-    try:
-        executor = _executor(config, options, sizes, device, on_progress)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ConfigurationError(
-            f"the memory of this {device.type} does not suffice for {options.folder.name} and "
-            f"{sizes.num_blocks * block_bytes / 2**20:,.0f} MiB of cache: {error}; set AUTOBOT_KV_CACHE_MEMORY or "
-            "AUTOBOT_MAX_MODEL_LEN lower"
-        ) from error
-    pool = BlockPool(sizes.num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching)
+    executor, num_blocks = _executor(config, options, sizes, device, cache_dtype, block_bytes, on_progress)
+    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching)
     scheduler = Scheduler(
         pool,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
+        max_waiting_time_ms=sizes.max_waiting_time_ms,
+        scheduling_policy=sizes.scheduling_policy,
+        swap_space=_swap_space(options, executor, device, block_bytes),
     )
-    log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, sizes.num_blocks)
-    sampler = Sampler(config.vocab_size)
-    return Engine(config, tokenizer, executor, scheduler, sampler, bytes_per_block=block_bytes)
+    log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
+    return Engine(config, tokenizer, executor, scheduler, Sampler(config.vocab_size), bytes_per_block=block_bytes)
 
 
 def _device(options: EngineOptions) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("AUTOBOT_DEVICE='cuda': this torch sees no GPU; expected auto or cpu")
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(options.device)
+    if options.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def _sizes(config: ModelConfig, options: EngineOptions, device: torch.device, block_bytes: int) -> _Sizes:
+def _sizes(config: ModelConfig, options: EngineOptions, device: torch.device) -> _Sizes:
     max_model_len = options.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         raise ConfigurationError(
             f"AUTOBOT_MAX_MODEL_LEN={max_model_len}: the model's context is {config.max_position_embeddings} tokens"
         )
-    max_num_seqs = options.max_num_seqs or MAX_NUM_SEQS
-    blocks_per_sequence = -(-max_model_len // BLOCK_SIZE)
+    profile = get_batching_config(options.workload)
+    max_num_seqs = options.max_num_seqs or profile.max_num_seqs
+    max_num_batched_tokens = profile.max_num_batched_tokens
+    if device.type == "cpu":
+        max_num_batched_tokens = min(max_num_batched_tokens, MAX_NUM_BATCHED_TOKENS_ON_CPU)
+    return _Sizes(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(options.max_num_batched_tokens or max_num_batched_tokens, max_num_seqs),
+        max_waiting_time_ms=options.max_waiting_time_ms or profile.max_waiting_time_ms,
+        scheduling_policy=options.scheduling_policy or profile.scheduling_policy,
+    )
+
+
+def _swap_space(options: EngineOptions, executor: Executor, device: torch.device, block_bytes: int) -> SwapSpace | None:
+    """On a GPU, copying a cache back costs a tenth of computing it again; on a CPU it is the same memory."""
+    can_swap = isinstance(executor, SwappingExecutor)
+    if options.preemption == "swap" and not can_swap:
+        raise ConfigurationError(
+            f"AUTOBOT_PREEMPTION='swap': the {executor.name} step cannot move its cache; expected auto or recompute"
+        )
+    if not can_swap or options.preemption == "recompute" or (options.preemption == "auto" and device.type == "cpu"):
+        return None
+    assert isinstance(executor, SwappingExecutor)
+    return SwapSpace(executor, max_bytes=max(options.swap_memory, block_bytes), bytes_per_block=block_bytes)
+
+
+def _num_blocks(
+    config: ModelConfig, options: EngineOptions, sizes: _Sizes, device: torch.device, block_bytes: int
+) -> int:
+    """Blocks of a cache that nothing measured has sized: see NUM_FULL_SEQUENCES."""
+    blocks_per_sequence = -(-sizes.max_model_len // BLOCK_SIZE)
     memory = options.kv_cache_memory or min(
         int(_free_memory(device) * KV_MEMORY_SHARE), NUM_FULL_SEQUENCES * blocks_per_sequence * block_bytes
     )
     num_blocks = memory // block_bytes
     if num_blocks < blocks_per_sequence:
         raise ConfigurationError(
-            f"one sequence of {max_model_len} tokens needs {blocks_per_sequence * block_bytes / 2**20:.0f} MiB of "
-            f"cache, and there are {memory / 2**20:.0f} MiB: set AUTOBOT_KV_CACHE_MEMORY higher, or "
+            f"one sequence of {sizes.max_model_len} tokens needs {blocks_per_sequence * block_bytes / 2**20:.0f} MiB "
+            f"of cache, and there are {memory / 2**20:.0f} MiB: set AUTOBOT_KV_CACHE_MEMORY higher, or "
             f"AUTOBOT_MAX_MODEL_LEN to at most {memory // block_bytes * BLOCK_SIZE}"
         )
-    return _Sizes(
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device.type], max_num_seqs),
-        num_blocks=num_blocks,
-    )
+    return num_blocks
 
 
 def _free_memory(device: torch.device) -> int:
@@ -146,28 +180,85 @@ def _executor(
     options: EngineOptions,
     sizes: _Sizes,
     device: torch.device,
+    cache_dtype: torch.dtype,
+    block_bytes: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Executor, int]:
+    """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch."""
+    if device.type == "cuda":
+        if options.compiled_step == "on":
+            raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
+        why_eager = why_not_fused(config, cache_dtype)
+        if why_eager is None:
+            return _gpu_executor(config, options, sizes, device, on_progress)
+        log.warning("torch runs the steps, several times slower than the GPU kernels: %s", why_eager)
+        num_blocks = _num_blocks(config, options, sizes, device, block_bytes)
+        make: Callable[..., Executor] = partial(_eager_executor, reason=why_eager)
+    else:
+        num_blocks = _num_blocks(config, options, sizes, device, block_bytes)
+        make = _cpu_executor
+    try:
+        return make(config, options, sizes, device, num_blocks, on_progress), num_blocks
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigurationError(
+            f"the memory of this {device.type} does not suffice for {options.folder.name} and "
+            f"{num_blocks * block_bytes / 2**20:,.0f} MiB of cache: {error}; set AUTOBOT_KV_CACHE_MEMORY or "
+            "AUTOBOT_MAX_MODEL_LEN lower"
+        ) from error
+
+
+def _gpu_executor(
+    config: ModelConfig,
+    options: EngineOptions,
+    sizes: _Sizes,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Executor, int]:
+    from autobot_llm.engine.gpu.build import build_gpu_executor  # triton is needed only here
+
+    executor, plan = build_gpu_executor(
+        config,
+        GpuOptions(
+            folder=options.folder,
+            attention_backend=options.attention_backend,
+            cuda_graphs=options.cuda_graphs,
+            memory_utilization=options.gpu_memory_utilization,
+            cache_memory=options.kv_cache_memory,
+        ),
+        GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len),
+        device,
+        on_progress,
+    )
+    return executor, plan.num_blocks
+
+
+def _cpu_executor(
+    config: ModelConfig,
+    options: EngineOptions,
+    sizes: _Sizes,
+    device: torch.device,
+    num_blocks: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> Executor:
     """The compiled step where it can run, else torch, and why."""
-    if device.type != "cpu":
-        if options.compiled_step == "on":
-            raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
-        why_eager = "the compiled step is for CPUs"
-    elif options.compiled_step == "off":
-        why_eager = "switched off by AUTOBOT_COMPILED_STEP"
-    else:
+    why_eager = "switched off by AUTOBOT_COMPILED_STEP"
+    if options.compiled_step != "off":
         try:
-            return _compiled_executor(config, options, sizes, on_progress)
+            return _compiled_executor(config, options, sizes, num_blocks, on_progress)
         except CannotCompileError as error:
             if options.compiled_step == "on":
                 raise ConfigurationError(f"AUTOBOT_COMPILED_STEP='on': {error}") from error
             log.warning("torch runs the steps, several times slower than the compiled step: %s", error)
             why_eager = str(error)
-    return _eager_executor(config, options, sizes, device, on_progress, why_eager)
+    return _eager_executor(config, options, sizes, device, num_blocks, on_progress, reason=why_eager)
 
 
 def _compiled_executor(
-    config: ModelConfig, options: EngineOptions, sizes: _Sizes, on_progress: Callable[[int, int], None] | None
+    config: ModelConfig,
+    options: EngineOptions,
+    sizes: _Sizes,
+    num_blocks: int,
+    on_progress: Callable[[int, int], None] | None,
 ) -> CompiledExecutor:
     check_coverage(config)
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
@@ -178,7 +269,7 @@ def _compiled_executor(
         config,
         weights,
         library,
-        num_blocks=sizes.num_blocks,
+        num_blocks=num_blocks,
         max_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
         num_threads=options.cpu_threads,
@@ -204,15 +295,15 @@ def _eager_executor(
     options: EngineOptions,
     sizes: _Sizes,
     device: torch.device,
+    num_blocks: int,
     on_progress: Callable[[int, int], None] | None,
+    *,
     reason: str,
 ) -> EagerExecutor:
     dtype = torch.float32 if device.type == "cpu" else None
     weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=on_progress)
     if device.type == "cpu" and options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
-    attention = SdpaAttention(
-        config, num_blocks=sizes.num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device
-    )
+    attention = SdpaAttention(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device)
     decoder = Decoder(config, weights, max_context=sizes.max_model_len)
     return EagerExecutor(decoder, attention, reason=reason)

@@ -11,6 +11,7 @@ Log probabilities are those of the model's own distribution, before any adjustme
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from autobot_llm.engine.executor import SamplingArrays
 from autobot_llm.engine.logit_adjuster import LogitAdjuster, needs_adjustment
 from autobot_llm.engine.noise import exponential_noise, exponential_noise_on_device, noise_keys
 from autobot_llm.engine.sequence import SamplingParams, Sequence
@@ -52,6 +54,11 @@ class SamplingFailure:
 
 
 Outcome = SampledToken | SamplingFailure
+
+
+def needs_host(params: SamplingParams) -> bool:
+    """Whether a request's tokens can only be chosen here, from logits: a device samples without looking back."""
+    return needs_adjustment(params) or params.num_logprobs is not None
 
 
 class _Row:
@@ -88,7 +95,7 @@ class Sampler:
         model_bests, tokens = _best_of_rows(logits_RV)
         if all(row.is_plain for row in rows):
             return [
-                SampledToken(token) if math.isfinite(best) else _broken_logits(best)
+                SampledToken(token) if math.isfinite(best) else broken_logits(best)
                 for token, best in zip(tokens, model_bests, strict=True)
             ]
         adjusted_RV, bests = logits_RV, model_bests
@@ -96,7 +103,7 @@ class Sampler:
             adjusted_RV = _adjust(logits_RV, sequences, rows)
             bests, tokens = _best_of_rows(adjusted_RV)
         failures = {
-            r: _broken_logits(model_best) if not math.isfinite(model_best) else _broken_adjustment(best)
+            r: broken_logits(model_best) if not math.isfinite(model_best) else _broken_adjustment(best)
             for r, (model_best, best) in enumerate(zip(model_bests, bests, strict=True))
             if not (math.isfinite(model_best) and math.isfinite(best))
         }
@@ -194,6 +201,56 @@ class Sampler:
         }
 
 
+class SamplingArraysBuilder:
+    """Describes rows to an executor that samples by itself. Rows that stay the same from step to step cost little."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._ids: list[int] = []
+        self._arrays = _ALL_GREEDY
+
+    def build(self, sequences: SequenceABC[Sequence]) -> SamplingArrays:
+        """One row for each sequence, each about to draw the token after its last one, be that known or not."""
+        ids = [s.id for s in sequences]
+        if ids != self._ids:
+            self._ids = ids
+            self._arrays = self._describe(sequences)
+        if not self._arrays.any_drawn:
+            return _ALL_GREEDY
+        return dataclasses.replace(self._arrays, keys_R=_keys(sequences).ravel())
+
+    def _describe(self, sequences: SequenceABC[Sequence]) -> SamplingArrays:
+        params = [s.params for s in sequences]
+        if all(p.is_greedy for p in params):
+            return _ALL_GREEDY
+        drawn = [None if p.is_greedy else p for p in params]
+        top_ks = [p.top_k if p and p.top_k < self._vocab_size else 0 for p in drawn]
+        top_ps = [p.top_p if p else 1.0 for p in drawn]
+        min_ps = [p.min_p if p else 0.0 for p in drawn]
+        return SamplingArrays(
+            any_drawn=True,
+            any_restricted=any(top_ks) or any(min_ps) or min(top_ps) < 1.0,
+            is_drawn_R=np.array([p is not None for p in drawn]),
+            temperature_R=np.array([max(p.temperature, _LOWEST_TEMPERATURE) if p else 1.0 for p in drawn], np.float32),
+            top_k_R=np.array(top_ks, np.int32),
+            top_p_R=np.array(top_ps, np.float32),
+            min_p_R=np.array(min_ps, np.float32),
+            keys_R=np.zeros(len(drawn), np.uint64),
+        )
+
+
+_ALL_GREEDY = SamplingArrays(
+    any_drawn=False,
+    any_restricted=False,
+    is_drawn_R=np.zeros(0, np.bool_),
+    temperature_R=np.zeros(0, np.float32),
+    top_k_R=np.zeros(0, np.int32),
+    top_p_R=np.zeros(0, np.float32),
+    min_p_R=np.zeros(0, np.float32),
+    keys_R=np.zeros(0, np.uint64),
+)
+
+
 def draw_from_all(logits_RV: torch.Tensor, sequences: SequenceABC[Sequence]) -> list[int]:
     """Draw from the whole vocabulary, on the host."""
     ids_V = np.arange(logits_RV.shape[1])
@@ -261,7 +318,8 @@ def _keys(sequences: SequenceABC[Sequence]) -> npt.NDArray[np.uint64]:
     return noise_keys((s.params.seed, len(s.token_ids)) for s in sequences)
 
 
-def _broken_logits(best: float) -> SamplingFailure:
+def broken_logits(best: float) -> SamplingFailure:
+    """What a row is whose best logit is not finite."""
     name = "NaN" if math.isnan(best) else "infinity" if best > 0 else "minus infinity for every token"
     return SamplingFailure(EngineError(f"the model's logits for this sequence hold {name}, so no token can be chosen"))
 

@@ -7,12 +7,16 @@ and each step lets it catch up.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autobot_llm.engine.kv_cache.block_pool import PrefixBlock
+
+UNKNOWN_TOKEN = -1  # stands in token_ids for a token that the device has not told yet
+NO_ROW = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +51,21 @@ class Sequence:
     """The mutable state of one sequence. Only the device thread touches it after it was queued.
 
     `block_ids[i]` holds the keys and values of tokens [16 i, 16 i + 16), and `published[i]` is that block's entry in
-    the pool's prefix index (the list is as long as its computed full blocks). `salt` keeps tenants' prefixes apart.
+    the pool's prefix index (the list is as long as its full blocks of resolved steps). `salt` keeps tenants' prefixes
+    apart. `priority`: lower goes sooner, where the scheduling policy heeds it.
+
+    Between a step's launch and its end the sequence counts the step as done, with UNKNOWN_TOKEN as its last token;
+    `pending_row` is then the row of that step which samples it, else NO_ROW. `epoch` counts how often the sequence
+    lost its blocks, so that what a step says of blocks it no longer has can be told apart.
+
     `leader` is an earlier sequence with the same prompt (another choice of one request): this one waits until the
     leader's prompt is computed, then shares its blocks.
     """
 
     __slots__ = (
-        "arrival_time", "block_ids", "first_scheduled_time", "id", "leader", "num_cached_tokens", "num_computed_tokens",
-        "num_preemptions", "num_prompt_tokens", "params", "published", "queue_position", "salt", "token_ids",
+        "arrival_time", "block_ids", "epoch", "first_scheduled_time", "id", "leader", "max_num_tokens",
+        "num_cached_tokens", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params", "pending_row",
+        "priority", "published", "queue_position", "salt", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -65,18 +76,23 @@ class Sequence:
         *,
         salt: str = "",
         leader: Sequence | None = None,
+        priority: int = 0,
     ) -> None:
         assert prompt_ids, "an empty prompt is refused before it becomes a sequence"
         self.id = sequence_id
         self.token_ids = list(prompt_ids)
         self.num_prompt_tokens = len(prompt_ids)
+        self.max_num_tokens = len(prompt_ids) + params.max_tokens
         self.params = params
         self.salt = salt
         self.leader = leader
+        self.priority = priority
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.block_ids: list[int] = []
+        self.pending_row = NO_ROW
+        self.epoch = 0
+        self.block_ids: array[int] = array("i")  # int32, so that a step's block table takes it as one copy
         self.published: list[PrefixBlock] = []
         self.queue_position = 0
         self.arrival_time = time.monotonic()

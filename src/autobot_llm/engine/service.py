@@ -12,7 +12,6 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -95,8 +94,8 @@ class RequestHandle:
                 self._num_open -= 1
         return outputs
 
-    def _deliver(self, outputs: list[Output]) -> None:
-        self._pending += outputs
+    def _deliver(self, output: Output) -> None:
+        self._pending.append(output)
         self._arrived.set()
 
     def _fail(self, error: LLMError) -> None:
@@ -207,7 +206,7 @@ class EngineService:
         else:
             self._end("stopped", ProviderUnavailable("the engine was stopped"))
         finally:
-            engine.executor.close()
+            engine.close()
 
     def _loop(self, engine: Engine) -> None:
         num_failures = 0
@@ -237,22 +236,19 @@ class EngineService:
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Wake each event loop once per step, with everything for it."""
-        by_handle: dict[RequestHandle, list[Output]] = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestHandle, Output]]] = {}
         for output in outputs:
-            if (handle := self._handles.get(output.request_id)) is not None:
-                by_handle[handle].append(output)
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestHandle, list[Output]]]] = defaultdict(list)
-        for handle, some in by_handle.items():
-            by_loop[handle.loop].append((handle, some))
-            self._note_ends(handle, some)
+            handle = self._handles.get(output.request_id)
+            if handle is None:
+                continue
+            by_loop.setdefault(handle.loop, []).append((handle, output))
+            if output.end is not None or output.error is not None:
+                self._note_end(handle)
         for loop, parts in by_loop.items():
             _call(loop, _deliver_all, parts)
 
-    def _note_ends(self, handle: RequestHandle, outputs: list[Output]) -> None:
-        num_ended = sum(output.end is not None or output.error is not None for output in outputs)
-        if not num_ended:
-            return
-        handle.num_unfinished -= num_ended
+    def _note_end(self, handle: RequestHandle) -> None:
+        handle.num_unfinished -= 1
         if handle.num_unfinished == 0:
             self._handles.pop(handle.id, None)
             self._finish_times = [*self._finish_times[-63:], time.monotonic()]
@@ -274,9 +270,9 @@ def _again(error: LLMError) -> LLMError:
     return copy
 
 
-def _deliver_all(parts: list[tuple[RequestHandle, list[Output]]]) -> None:
-    for handle, outputs in parts:
-        handle._deliver(outputs)
+def _deliver_all(parts: list[tuple[RequestHandle, Output]]) -> None:
+    for handle, output in parts:
+        handle._deliver(output)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:

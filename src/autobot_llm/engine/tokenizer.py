@@ -76,6 +76,11 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the model says how a conversation is written; a base model does not."""
+        return self._chat_template.is_given
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._special_id("bos_token")
 

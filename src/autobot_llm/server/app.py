@@ -6,7 +6,6 @@ A raw ASGI application, so that a request passes through no framework on its way
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import math
@@ -34,7 +33,7 @@ from autobot_llm.server.merge import merge_streams
 from autobot_llm.server.openai_api import chunks, replies
 from autobot_llm.server.openai_api.bodies import Call, read_chat, read_completion
 from autobot_llm.server.openai_api.chunks import ChatChunks, ChunkEncoder, CompletionChunks
-from autobot_llm.settings import Settings
+from autobot_llm.settings import Settings, tenant_of
 from autobot_llm.types import ChoiceEnd, Event, Finish, Start
 
 logger = logging.getLogger("autobot_llm.server")
@@ -93,7 +92,7 @@ class App:
         self._metrics = metrics
         self._max_body_bytes = settings.max_body_bytes
         self._max_choices = settings.max_queued_requests
-        self._tenants = {key.encode(): hashlib.sha256(key.encode()).hexdigest()[:16] for key in settings.api_keys}
+        self._tenants = {key.encode(): tenant_of(key) for key in settings.api_keys}
         self._draining = False
         self._running: set[Exchange] = set()
         self._idle = asyncio.Event()

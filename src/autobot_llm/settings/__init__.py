@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from autobot_llm.settings.about import ProviderName
 from autobot_llm.settings.load import load_settings
-from autobot_llm.settings.registry import SETTINGS, CloudSettings, Setting, Settings
+from autobot_llm.settings.registry import SETTINGS, CloudSettings, Setting, Settings, tenant_of
 from autobot_llm.settings.rows import SettingRow, describe_settings, ineffective_settings, settings_page
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "ineffective_settings",
     "load_settings",
     "settings_page",
+    "tenant_of",
 ]

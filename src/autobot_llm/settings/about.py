@@ -106,17 +106,54 @@ ABOUT: dict[str, About] = {
         NATIVE,
         now=True,
     ),
+    "workload": About(
+        "What the batching is tuned for: short waits, much work at once, or both; "
+        "it chooses what the four settings below leave open.",
+        "engine/batching",
+        ENGINES,
+        now=True,
+    ),
     "max_num_seqs": About(
-        "Most sequences computed together; unset leaves it to the engine.", "engine/batching", ENGINES, now=True
+        "Most sequences computed together; unset takes the workload's.", "engine/batching", ENGINES, now=True
     ),
     "max_num_batched_tokens": About(
-        "Most tokens computed in one step; unset leaves it to the engine.", "engine/batching", ENGINES, now=True
+        "Most tokens computed in one step; unset takes the workload's.", "engine/batching", ENGINES, now=True
+    ),
+    "max_waiting_time_ms": About(
+        "Milliseconds that the prompts of others may delay an answer's next token; unset takes the workload's.",
+        "engine/batching",
+        NATIVE,
+        now=True,
+    ),
+    "scheduling_policy": About(
+        "Who is served first: fcfs, who came first; priority, who has the lowest `priority` in the request; "
+        "unset takes the workload's.",
+        "engine/batching",
+        ENGINES,
+        now=True,
+    ),
+    "preemption": About(
+        "What becomes of an interrupted answer's keys and values when the KV cache is full: recompute drops them, swap "
+        "keeps them in the host's memory, auto swaps on a GPU.",
+        "engine/batching",
+        NATIVE,
+        now=True,
+    ),
+    "swap_memory": About(
+        "Most memory of the host that interrupted answers may take; what does not fit is recomputed.",
+        "engine/batching",
+        NATIVE,
+        now=True,
     ),
     "kv_cache_memory": About(
-        "Memory of the KV cache; unset: 16 sequences of full length, within a quarter of the free memory.",
+        "Memory of the KV cache; unset: on a CPU 16 sequences of full length, within a quarter of the free memory; on "
+        "a GPU what AUTOBOT_GPU_MEMORY_UTILIZATION leaves.",
         "engine/kv_cache",
         NATIVE,
         now=True,
+    ),
+    "gpu_memory_utilization": About(
+        "Share of a GPU's memory that the engine may use.", "engine/memory", ENGINES, now=True
     ),
     "prefix_caching": About(
         "Reuse what was computed for an equal beginning of a prompt of the same tenant.",
@@ -124,16 +161,29 @@ ABOUT: dict[str, About] = {
         NATIVE,
         now=True,
     ),
+    "cached_prefixes": About(
+        "System prompts that stay in the KV cache, for every tenant (of each key in AUTOBOT_API_KEYS).",
+        "engine/kv_cache",
+        NATIVE,
+        now=True,
+    ),
+    "warm_prefixes": About(
+        "Compute AUTOBOT_CACHED_PREFIXES at the start; false leaves that to the first requests, and keeps nothing "
+        "longer than others.",
+        "providers/native",
+        NATIVE,
+        now=True,
+    ),
+    "attention_backend": About(
+        "Attention kernels on a GPU; auto chooses by hardware.", "engine/attention", ENGINES, now=True
+    ),
+    "cuda_graphs": About("Replay decode steps as CUDA graphs.", "engine/gpu", ENGINES, now=True),
     "cache_dir": About(
         "Where compiled kernels and other files that can be made again are kept.",
         "engine/kernels",
         NATIVE,
         now=True,
     ),
-    "workload": About("What the batching is tuned for.", "engine/batching", ENGINES),
-    "attention_backend": About("Attention kernels; auto chooses by hardware.", "engine/attention", ENGINES),
-    "cuda_graphs": About("Replay decode steps as CUDA graphs.", "engine/cuda_graphs", ENGINES),
-    "gpu_memory_utilization": About("Share of a GPU's memory that the engine may use.", "engine", ENGINES),
     "kv_cache_dtype": About(
         "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy.",
         "engine/kv_cache",

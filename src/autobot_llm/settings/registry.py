@@ -6,6 +6,7 @@ To add a setting, add a field here and its entry there.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from autobot_llm.settings.values import (
     Dollars,
     Fraction,
     HttpUrl,
+    Milliseconds,
     NonNegative,
     Port,
     RedisUrl,
@@ -31,6 +33,7 @@ from autobot_llm.settings.values import (
     Size,
     Switch,
     Text,
+    Texts,
     WholeNumber,
     check,
     expected,
@@ -58,6 +61,11 @@ def user_cache_dir(environ: Mapping[str, str]) -> Path:
     except RuntimeError as exc:
         raise ConfigurationError("the home folder is unknown: set AUTOBOT_CACHE_DIR to a folder") from exc
     return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "autobot_llm"
+
+
+def tenant_of(api_key: str) -> str:
+    """The name under which the owner of a key has caches; it does not tell the key."""
+    return hashlib.sha256(api_key.encode()).hexdigest()[:16]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,15 +102,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cpu_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     max_model_len: Count | None = None
     max_queued_requests: Count = 1024
+    workload: Literal["interactive", "batch", "mixed"] = "mixed"
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
+    max_waiting_time_ms: Milliseconds | None = None
+    scheduling_policy: Literal["fcfs", "priority"] | None = None
+    preemption: Literal["auto", "recompute", "swap"] = "auto"
+    swap_memory: Size = 4 * 2**30
     kv_cache_memory: Size | None = None
-    prefix_caching: bool = True
-    cache_dir: Path = msgspec.field(default_factory=lambda: user_cache_dir(os.environ))
-    workload: Literal["interactive", "batch", "mixed"] = "mixed"
-    attention_backend: Literal["auto", "sdpa", "triton", "flashinfer", "flash_attention"] = "auto"
-    cuda_graphs: Switch = "auto"
     gpu_memory_utilization: Share = 0.9
+    prefix_caching: bool = True
+    cached_prefixes: Texts = ()
+    warm_prefixes: bool = True
+    attention_backend: Literal["auto", "triton", "flashinfer", "flash_attention", "sdpa"] = "auto"
+    cuda_graphs: Switch = "auto"
+    cache_dir: Path = msgspec.field(default_factory=lambda: user_cache_dir(os.environ))
     kv_cache_dtype: Literal["auto", "int8", "fp8", "float16"] = "auto"
     kv_sliding_window: WholeNumber = 0
     kv_heavy_hitters: WholeNumber = 0
@@ -155,6 +169,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 problems.append(complaint(setting, setting.variable, value))
         if problems:
             raise ConfigurationError("\n".join(problems))
+
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Whose requests the server tells apart: one for each of its keys, the nameless one where it asks for none."""
+        return tuple(map(tenant_of, self.api_keys)) or ("",)
 
     def __repr__(self) -> str:
         shown = []

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, inspect
 
-# A Meta's `extra` tells how text is read ("size") or what is expected where the limits alone would not tell.
+# A Meta's `extra` tells how text is read ("size", "texts") or what is expected where the limits alone would not tell.
 Count = Annotated[int, Meta(ge=1)]
 WholeNumber = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -24,7 +24,12 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Dollars = Annotated[float, Meta(gt=0)]
 Size = Annotated[int, Meta(ge=1, le=2**62, extra={"reads": "size"})]
+Milliseconds = Annotated[float, Meta(gt=0)]
 Text = Annotated[str, Meta(min_length=1)]
+Texts = Annotated[
+    tuple[Text, ...],
+    Meta(extra={"reads": "texts", "expected": "a JSON list of texts, or @ and the path of a file that holds one"}),
+]
 HttpUrl = Annotated[
     str, Meta(pattern=r"^https?://[^\s/]+\S*$", extra={"expected": "an address that starts with http:// or https://"})
 ]
@@ -64,7 +69,8 @@ def _read(info: inspect.Type, text: str) -> object:
     """Text to a plain value of about the right type; what cannot be read becomes a value that `check` refuses."""
     match info:
         case inspect.Metadata(type=inner, extra=extra):
-            return read_size(text) if (extra or {}).get("reads") == "size" else _read(inner, text)
+            reader = _READERS.get((extra or {}).get("reads"))
+            return _read(inner, text) if reader is None else reader(text)
         case inspect.UnionType(types=types):
             return None if text.lower() in _UNSET else _read(_of_optional(types), text)
         case inspect.BoolType():
@@ -106,6 +112,18 @@ def read_size(text: str) -> object:
     return int(float(number) * scale) if "." in number else int(number) * scale
 
 
+def read_texts(text: str) -> object:
+    """Texts from `["One.", "Two."]`, or from a file that holds such a list: `@prefixes.json`."""
+    try:
+        content = Path(text[1:]).expanduser().read_bytes() if text.startswith("@") else text
+        return tuple(msgspec.json.decode(content, type=list[str]))
+    except (OSError, RuntimeError, ValueError, msgspec.MsgspecError):
+        return _NOT_A_VALUE
+
+
+_READERS: Mapping[str | None, Callable[[str], object]] = {"size": read_size, "texts": read_texts}
+
+
 def expected(kind: Any) -> str:
     """What `kind` accepts, in words that end the sentence "expected ..."."""
     if choices := _choices(kind):
@@ -114,8 +132,10 @@ def expected(kind: Any) -> str:
 
 
 def _choices(kind: Any) -> list[str]:
-    """A Literal's values in the order they were written: msgspec sorts them."""
+    """A Literal's values in the order they were written (msgspec sorts them), and "off" where it may be unset."""
     inner = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(inner) is Union and (choices := _choices(get_args(inner)[0])):
+        return [*choices, "off"]
     return [str(value) for value in get_args(inner)] if get_origin(inner) is Literal else []
 
 
@@ -165,11 +185,13 @@ def show(kind: Any, value: object) -> str:
             return "unset"
         case bool():
             return "true" if value else "false"
+        case tuple() if value and _reads(inspect.type_info(kind)) == "texts":
+            return msgspec.json.encode(value).decode()
         case tuple():
             return ", ".join(str(item) for item in value) or "unset"
         case Mapping():
             return ", ".join(f"{name}={item}" for name, item in value.items()) or "unset"
-        case int() if _is_size(inspect.type_info(kind)):
+        case int() if _reads(inspect.type_info(kind)) == "size":
             return _show_size(value)
         case float():
             return f"{value:g}"
@@ -177,10 +199,10 @@ def show(kind: Any, value: object) -> str:
             return str(value)
 
 
-def _is_size(info: inspect.Type) -> bool:
+def _reads(info: inspect.Type) -> str | None:
     if isinstance(info, inspect.UnionType):
-        return any(_is_size(one) for one in info.types)
-    return isinstance(info, inspect.Metadata) and (info.extra or {}).get("reads") == "size"
+        return _reads(_of_optional(info.types))
+    return (info.extra or {}).get("reads") if isinstance(info, inspect.Metadata) else None
 
 
 def _show_size(num_bytes: int) -> str:

@@ -74,6 +74,13 @@ class SdpaMetadata:
     spans: tuple[_Span, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class HostBlocks:
+    """SwappedBlocks: keys of every layer, then values, each B blocks as they lay in the cache."""
+
+    content: torch.Tensor
+
+
 class SdpaAttention:
     """AttentionBackend for any device that torch has. It owns a cache of num_blocks * block_size slots."""
 
@@ -133,7 +140,23 @@ class SdpaAttention:
         """Zero these blocks: a masked position still enters attention as 0 * value, which must not be 0 * NaN."""
         blocks = self._to_device(block_ids)
         for tensor_NKD in (*self._keys, *self._values):
-            tensor_NKD.view(-1, self._block_size, self._num_kv_heads, self._head_size).index_fill_(0, blocks, 0)
+            self._by_block(tensor_NKD).index_fill_(0, blocks, 0)
+
+    def copy_out(self, block_ids: Sequence[int]) -> HostBlocks:
+        """Copy blocks of every layer to host memory."""
+        blocks = self._to_device(block_ids)
+        gathered = [self._by_block(tensor_NKD).index_select(0, blocks) for tensor_NKD in (*self._keys, *self._values)]
+        return HostBlocks(torch.stack(gathered).cpu())
+
+    def copy_in(self, swapped: HostBlocks, block_ids: Sequence[int]) -> None:
+        """Write blocks that were copied out to these, as many."""
+        blocks = self._to_device(block_ids)
+        content = swapped.content.to(self._device)
+        for tensor_NKD, content_BSKD in zip((*self._keys, *self._values), content, strict=True):
+            self._by_block(tensor_NKD).index_copy_(0, blocks, content_BSKD)
+
+    def _by_block(self, cache_NKD: torch.Tensor) -> torch.Tensor:
+        return cache_NKD.view(-1, self._block_size, self._num_kv_heads, self._head_size)
 
     def _attend_single(
         self, q_1HD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: _Context, window: int

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.sequence import NO_ROW, Sequence
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """Tokens [start, start + num_tokens) of one sequence. It samples when they reach the sequence's end."""
+class ScheduledSequence(NamedTuple):
+    """Tokens [start, start + num_tokens) of one sequence. It samples when they reach the sequence's end.
+
+    `epoch` is the sequence's own at the time of the plan: another one later means that it has lost these blocks.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: at least one sequence, each with blocks for all the tokens it is to compute."""
+    """One step: at least one sequence, each with blocks for all the tokens it is to compute.
+
+    The sequences that decode come first; `num_prompt_tokens` of the `num_tokens` belong to the others.
+    """
 
     scheduled: tuple[ScheduledSequence, ...]
     num_tokens: int
+    num_prompt_tokens: int
 
 
 # T packed tokens, S sequences, B blocks of the longest sequence, R rows whose logits are wanted
@@ -40,6 +48,9 @@ class StepBatch:
     Sequence s owns packed tokens [query_starts[s], query_starts[s + 1]); its context after this step is
     context_lens[s] tokens, stored in blocks block_tables[s]. Token t goes to cache slot slots_T[t] =
     block * block_size + offset. Unused entries of block_tables are 0 and must not be read.
+
+    Where pending_rows_T[t] is not -1, the host does not know token t yet: it is the one that row pending_rows_T[t]
+    (of R) of the step launched last before this one samples, and ids_T[t] is -1.
     """
 
     ids_T: Int64Array
@@ -49,6 +60,7 @@ class StepBatch:
     context_lens: Int32Array
     block_tables_SB: Int32Array
     logit_rows_R: Int64Array
+    pending_rows_T: Int32Array
 
     @property
     def num_tokens(self) -> int:
@@ -61,43 +73,66 @@ class StepBatch:
 
 def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> StepBatch:
     """Pack the scheduled tokens of a plan, in plan order; R rows are those of sequences that sample."""
+    block_tables_SB = _block_tables([item.sequence for item in scheduled])
+    if all(item.num_tokens == 1 for item in scheduled):
+        return _single_token_batch(scheduled, block_tables_SB, block_size)
     num_tokens = sum(item.num_tokens for item in scheduled)
-    num_sequences = len(scheduled)
-    num_blocks = max(len(item.sequence.block_ids) for item in scheduled)
     ids_T = np.empty(num_tokens, np.int64)
     positions_T = np.empty(num_tokens, np.int32)
     slots_T = np.empty(num_tokens, np.int64)
-    query_starts = np.zeros(num_sequences + 1, np.int32)
-    context_lens = np.empty(num_sequences, np.int32)
-    block_tables_SB = np.zeros((num_sequences, num_blocks), np.int32)
-    logit_rows = []
+    pending_rows_T = np.full(num_tokens, NO_ROW, np.int32)
+    ends = []
     row = 0
-    for s, item in enumerate(scheduled):
-        sequence, start, stop = item.sequence, item.start, item.start + item.num_tokens
-        block_ids = sequence.block_ids
-        end = row + item.num_tokens
-        block_tables_SB[s, : len(block_ids)] = block_ids
-        if item.num_tokens == 1:  # the common case, kept free of temporary arrays
-            ids_T[row] = sequence.token_ids[start]
-            positions_T[row] = start
-            slots_T[row] = block_ids[start // block_size] * block_size + start % block_size
-        else:
-            positions = np.arange(start, stop, dtype=np.int32)
-            ids_T[row:end] = sequence.token_ids[start:stop]
-            positions_T[row:end] = positions
-            blocks = block_tables_SB[s, positions // block_size].astype(np.int64)
-            slots_T[row:end] = blocks * block_size + positions % block_size
-        context_lens[s] = stop
+    for s, (sequence, start, num_new_tokens, _samples, _epoch) in enumerate(scheduled):
+        end, stop = row + num_new_tokens, start + num_new_tokens
+        positions = np.arange(start, stop, dtype=np.int32)
+        ids_T[row:end] = sequence.token_ids[start:stop]
+        positions_T[row:end] = positions
+        blocks = block_tables_SB[s, positions // block_size].astype(np.int64)
+        slots_T[row:end] = blocks * block_size + positions % block_size
+        if num_new_tokens == 1:  # only a sequence that decodes has a token that is not known yet
+            pending_rows_T[row] = sequence.pending_row
+        ends.append(end)
         row = end
-        query_starts[s + 1] = row
-        if item.samples:
-            logit_rows.append(row - 1)
+    samples = np.array([item.samples for item in scheduled])
+    query_starts = np.array([0, *ends], np.int32)
     return StepBatch(
         ids_T=ids_T,
         positions_T=positions_T,
         slots_T=slots_T,
         query_starts=query_starts,
-        context_lens=context_lens,
+        context_lens=np.array([item.start + item.num_tokens for item in scheduled], np.int32),
         block_tables_SB=block_tables_SB,
-        logit_rows_R=np.array(logit_rows, np.int64),
+        logit_rows_R=query_starts[1:][samples].astype(np.int64) - 1,
+        pending_rows_T=pending_rows_T,
+    )
+
+
+def _block_tables(sequences: SequenceABC[Sequence]) -> Int32Array:
+    tables = [sequence.block_ids for sequence in sequences]
+    block_tables_SB = np.zeros((len(tables), max(map(len, tables))), np.int32)
+    for s, block_ids in enumerate(tables):
+        block_tables_SB[s, : len(block_ids)] = block_ids
+    return block_tables_SB
+
+
+def _single_token_batch(
+    scheduled: SequenceABC[ScheduledSequence], block_tables_SB: Int32Array, block_size: int
+) -> StepBatch:
+    """The common case, everybody decodes: no Python per sequence beyond reading its fields."""
+    num_sequences = len(scheduled)
+    starts = [item.start for item in scheduled]
+    positions_T = np.array(starts, np.int32)
+    rows_T = np.arange(num_sequences, dtype=np.int64)
+    blocks_T = block_tables_SB[rows_T, positions_T // block_size]
+    samples = [item.samples for item in scheduled]
+    return StepBatch(
+        ids_T=np.array([item.sequence.token_ids[item.start] for item in scheduled], np.int64),
+        positions_T=positions_T,
+        slots_T=blocks_T.astype(np.int64) * block_size + positions_T % block_size,
+        query_starts=np.arange(num_sequences + 1, dtype=np.int32),
+        context_lens=positions_T + np.int32(1),
+        block_tables_SB=block_tables_SB,
+        logit_rows_R=rows_T if all(samples) else rows_T[samples],
+        pending_rows_T=np.array([item.sequence.pending_row for item in scheduled], np.int32),
     )

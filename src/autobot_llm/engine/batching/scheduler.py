@@ -5,34 +5,45 @@ Each step hands out its budget of tokens in this order:
 
 1. Running sequences that lack one token (they decode) get it, so that no prompt can make them stall.
 2. Running sequences that lack more (a long prompt, or a recomputation) get a chunk, oldest first.
-3. Waiting sequences join, first come first served, as long as budget, seats and blocks allow.
+3. Waiting sequences join, first come first served (within their priority), as long as budget, seats and blocks allow.
 
 A prompt longer than a whole step's budget takes no more than half of what is left while somebody else could use the
-rest, so short prompts pass beside it.
+rest, so short prompts pass beside it. While somebody decodes, prompts get no more tokens than add
+`max_waiting_time_ms` to the step, by the measured cost of a token.
 
-Memory. Blocks are taken for the tokens of the step at hand. When a decoding sequence finds none, the last admitted
-one is preempted: its blocks are freed, its tokens are kept, and it waits at the head of the queue to be recomputed
-(its published blocks often survive, which makes that cheap). Sequences are only ever preempted from the tail, so the
-oldest always advances, and a sequence alone always fits: there is no livelock. A chunk preempts nobody; it shrinks to
-the free blocks.
+Memory. Blocks are taken for the tokens of the step at hand. When a decoding sequence finds none, the last one of the
+running (the lowest priority, the latest admission) is preempted: its tokens are kept, its blocks are copied to host
+memory or given up, and it waits at the head of its queue to be brought back or recomputed (its published blocks often
+survive, which makes that cheap). Sequences are only ever preempted from the tail, so the first always advances, and a
+sequence alone always fits: there is no livelock. A chunk preempts nobody; it shrinks to the free blocks.
 
 Admission asks for more than the step needs: blocks for all tokens of the newcomer, beyond what admitted prompts still
 lack, and one to spare for every running sequence. Else the newcomer would be let in, computed, and thrown out when
 its elders grow by a block: work for nothing, again and again.
 
-All calls come from one thread, between steps: `abort` after `plan` and before its `commit` is a programming error.
-The work of a call grows with the sequences of the step and not with those that wait.
+A step's life: `plan`, `advance` when it is under way, `resolve` when its tokens are known. The next step may be planned
+and advanced between the two, so that the host works while the device does: it takes the one under way as done, with
+tokens nobody knows yet. What rests on their values waits for `resolve`: publishing blocks, releasing followers. So
+does letting a preempted sequence back in.
+
+All calls come from one thread, and `abort` between `plan` and `advance` is a programming error. The work of a call
+grows with the sequences of the step and not with those that wait.
 """
 
 from __future__ import annotations
 
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceABC
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
+from autobot_llm.engine.batching.preemption import SwapSpace
+from autobot_llm.engine.batching.profiles import SchedulingPolicy
+from autobot_llm.engine.batching.queue import WaitingQueue
+from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
-from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, Sequence
 from autobot_llm.errors import ConfigurationError, ContextLengthError
 
 
@@ -40,11 +51,20 @@ class Scheduler:
     """Continuous batching over one block pool. `num_preemptions` counts all so far.
 
     `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` the tokens of one step, `max_model_len` the
-    tokens of one sequence, its answer included.
+    tokens of one sequence, its answer included; `max_waiting_time_ms` what prompts add to a step of others (None: no
+    bound), from what the owner tells `step_cost`. Without a `swap_space`, who is preempted is recomputed.
     """
 
     def __init__(
-        self, block_pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        block_pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_waiting_time_ms: float | None = None,
+        scheduling_policy: SchedulingPolicy = "fcfs",
+        swap_space: SwapSpace | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ConfigurationError(f"max_num_seqs={max_num_seqs}: expected at least 1")
@@ -59,25 +79,29 @@ class Scheduler:
                 f"max_model_len={max_model_len} needs {num_blocks_needed} KV cache blocks and there are "
                 f"{block_pool.num_blocks}: expected 1 to {block_pool.num_blocks * block_pool.block_size} tokens"
             )
+        if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
+            raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
+        if scheduling_policy not in ("fcfs", "priority"):
+            raise ConfigurationError(f"scheduling_policy={scheduling_policy!r}: expected fcfs or priority")
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_waiting_time_ms = max_waiting_time_ms
         self.num_preemptions = 0
         self.block_pool = block_pool
+        self.swap_space = swap_space
+        self.step_cost = StepCost()
         self._block_size = block_pool.block_size
-        self._running: OrderedDict[int, Sequence] = OrderedDict()  # in order of admission
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
-        self._followers: dict[
-            int, OrderedDict[int, Sequence]
-        ] = {}  # by their leader's id, until its prompt is computed
-        self._num_followers = 0
+        self._running: OrderedDict[int, Sequence] = OrderedDict()  # by priority, then in order of admission
+        self._waiting = WaitingQueue(heeds_priority=scheduling_policy == "priority")
         # The head of the queue that memory was too short for, and the blocks to spare then: no second look-up of its
         # prefix before there are more of them, or another prompt was published.
         self._refused: tuple[int, int] | None = None
+        self._longest_chunk = max_num_batched_tokens  # in the step at hand
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + self._num_followers
+        return len(self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -88,102 +112,142 @@ class Scheduler:
 
         Raises ContextLengthError where prompt and answer exceed `max_model_len`.
         """
-        num_tokens = sequence.num_prompt_tokens + sequence.params.max_tokens
+        num_tokens = sequence.max_num_tokens
         if num_tokens > self.max_model_len:
             raise ContextLengthError(
                 f"{sequence.num_prompt_tokens} prompt tokens and max_tokens={sequence.params.max_tokens} make "
                 f"{num_tokens}: expected at most {self.max_model_len} together"
             )
         assert not self._holds(sequence), f"sequence {sequence.id} was added already"
-        sequence.queue_position = self.num_waiting
-        leader = sequence.leader
-        if leader is not None and self._is_worth_waiting_for(leader):
-            self._followers.setdefault(leader.id, OrderedDict())[sequence.id] = sequence
-            self._num_followers += 1
+        sequence.queue_position = self._waiting.num_before(sequence)
+        if sequence.leader is not None and self._is_worth_waiting_for(sequence.leader):
+            self._waiting.hold(sequence)
         else:
-            self._waiting[sequence.id] = sequence
+            self._waiting.push(sequence)
 
     def plan(self) -> StepPlan | None:
-        """Choose the next step and take its blocks; None when there is nothing to do."""
+        """Choose the next step and take its blocks; None when there is nothing to do before a step is resolved."""
+        if self._waiting.heeds_priority:
+            self._preempt_for_the_head()
         scheduled = self._plan_decodes()
-        num_blocks_lacking = self._plan_chunks(scheduled)
-        # Admission left a block for everything the admitted prompts lack. Decoding sequences may have used some up;
-        # they give them back when they leave. So a step without any always finds room for the first prompt.
-        assert scheduled or not self._running
-        self._plan_admissions(scheduled, num_blocks_lacking)
+        num_decodes = len(scheduled)
+        budget = self._prompt_budget(num_decodes)
+        num_blocks_lacking = 0
+        if num_decodes < len(self._running):
+            budget, num_blocks_lacking = self._plan_chunks(scheduled, budget)
+        if self._waiting.head is not None:
+            self._plan_admissions(scheduled, budget, num_blocks_lacking)
         if not scheduled:
+            # Admission left a block for everything the admitted prompts lack. Decoding sequences may have used some
+            # up; they give them back when they leave. So without any decoding there is room for the first prompt.
+            assert not self._running or self._has_ending()
             return None
-        return StepPlan(scheduled=tuple(scheduled), num_tokens=sum(item.num_tokens for item in scheduled))
+        num_prompt_tokens = sum(item.num_tokens for item in scheduled[num_decodes:])
+        return StepPlan(tuple(scheduled), num_decodes + num_prompt_tokens, num_prompt_tokens)
 
-    def commit(self, plan: StepPlan, tokens: SequenceABC[int | None]) -> None:
-        """Record that a plan was computed: advance its sequences, publish full blocks, append sampled tokens.
+    def advance(self, plan: StepPlan) -> None:
+        """Take a plan as computed: its sequences go on, those that sample by a token that is not known yet."""
+        row = 0
+        for sequence, start, num_tokens, samples, epoch in plan.scheduled:
+            assert sequence.epoch == epoch, f"sequence {sequence.id} left between plan and advance"
+            assert sequence.num_computed_tokens == start
+            sequence.num_computed_tokens = start + num_tokens
+            if samples:
+                sequence.token_ids.append(UNKNOWN_TOKEN)
+                sequence.pending_row = row
+                row += 1
+
+    def resolve(self, plan: StepPlan, tokens: SequenceABC[int | None]) -> None:
+        """Fill in the tokens of a plan that was computed, publish full blocks, release followers.
 
         `tokens` holds one token for each item of the plan that samples, in the plan's order; None for one whose
-        sampling failed, which the caller must abort before the next plan.
+        sampling failed, which the caller must abort before the next plan. Those of sequences that left are dropped.
         """
         sampled = iter(tokens)
-        for item in plan.scheduled:
-            sequence = item.sequence
-            assert sequence.id in self._running, f"sequence {sequence.id} left between plan and commit"
-            assert sequence.num_computed_tokens == item.start
-            stop = item.start + item.num_tokens
-            sequence.num_computed_tokens = stop
-            if self.block_pool.prefix_caching and stop // self._block_size > len(sequence.published):
-                self._publish_full_blocks(sequence)
-                if item.num_tokens > 1:
+        size, publishes = self._block_size, self.block_pool.prefix_caching
+        for sequence, start, num_tokens, samples, epoch in plan.scheduled:
+            stop = start + num_tokens
+            token = next(sampled) if samples else None
+            has_blocks = sequence.epoch == epoch
+            if samples and (has_blocks or sequence in self._waiting):
+                self._fill_in(sequence, stop, token)
+            if not has_blocks:
+                continue
+            if publishes and stop // size > len(sequence.published):
+                self._publish_full_blocks(sequence, stop)
+                if num_tokens > 1:
                     self._refused = None
-            if item.start < sequence.num_prompt_tokens <= stop and sequence.id in self._followers:
-                self._release_followers(sequence)
-            if item.samples:
-                token = next(sampled)
-                if token is not None:
-                    sequence.token_ids.append(token)
+            if stop >= sequence.num_prompt_tokens and self._waiting.has_followers(sequence):
+                self._waiting.release(sequence)
         assert next(sampled, None) is None, "more tokens than sampling sequences"
 
+    def commit(self, plan: StepPlan, tokens: SequenceABC[int | None]) -> None:
+        """Record a plan that was computed while nothing else was under way: `advance` and `resolve`."""
+        self.advance(plan)
+        self.resolve(plan, tokens)
+
     def finish(self, sequence: Sequence) -> None:
-        """Let a running sequence go: its answer is complete, its blocks are free, its prefix stays reusable."""
-        assert sequence.id in self._running, f"sequence {sequence.id} is not running"
+        """Let a sequence go: its answer is complete, its blocks are free, its prefix stays reusable."""
+        assert self._holds(sequence), f"sequence {sequence.id} has left already"
         self.abort(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Give a sequence up in whatever state it is, its blocks at once; no effect where it has left already."""
-        if self._running.pop(sequence.id, None) is None and self._waiting.pop(sequence.id, None) is None:
-            leader = sequence.leader
-            held = self._followers.get(leader.id) if leader is not None else None
-            if held is None or held.pop(sequence.id, None) is None:
-                return
-            self._num_followers -= 1
+        """Give a sequence up in whatever state it is, its blocks at once; no effect where it has left already.
+
+        A step under way may still write to these blocks: it comes before every later step, so nobody sees that.
+        """
+        if self._running.pop(sequence.id, None) is None and not self._waiting.remove(sequence):
+            return
         self._drop_blocks(sequence)
-        if sequence.id in self._followers:
-            self._release_followers(sequence)
+        if self.swap_space is not None:
+            self.swap_space.drop(sequence)
+        self._waiting.release(sequence)
 
     def _plan_decodes(self) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []
-        for sequence in list(self._running.values()):
-            if sequence.id not in self._running:
+        running, size = self._running, self._block_size
+        for sequence in list(running.values()):
+            if sequence.id not in running:
                 break  # preempted for an elder, and with it everyone behind it
             start = sequence.num_computed_tokens
-            if len(sequence.token_ids) - start != 1:
-                assert len(sequence.token_ids) > start, f"sequence {sequence.id} has nothing to compute: abort it"
+            num_tokens = len(sequence.token_ids)
+            if num_tokens - start != 1:
+                assert num_tokens > start, f"sequence {sequence.id} has nothing to compute: abort it"
                 continue
-            if start == len(sequence.block_ids) * self._block_size and not self._make_room(sequence):
-                break
-            scheduled.append(ScheduledSequence(sequence, start, 1, True))
+            if num_tokens == sequence.max_num_tokens:
+                assert sequence.pending_row != NO_ROW, f"sequence {sequence.id} is complete: finish it"
+                continue
+            if start == len(sequence.block_ids) * size and not self._make_room(sequence):
+                continue
+            scheduled.append(ScheduledSequence(sequence, start, 1, True, sequence.epoch))
         return scheduled
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Give a decoding sequence its next block, preempting from the tail; False where it was the tail itself."""
+        """Give a decoding sequence its next block, preempting from the tail; False where it has to wait for it."""
         while (block_ids := self.block_pool.allocate(1)) is None:
-            if self._preempt_last() is sequence:
+            # The blocks of a sequence whose last token is under way are free after the step: not worth a preemption.
+            if self._has_ending() or self._preempt_last() is sequence:
                 return False
-        sequence.block_ids += block_ids
+        sequence.block_ids.extend(block_ids)
         return True
 
-    def _plan_chunks(self, scheduled: list[ScheduledSequence]) -> int:
-        """Let unfinished prompts catch up; returns how many blocks they will still lack after this step."""
-        if len(scheduled) == len(self._running):
-            return 0
-        budget = self.max_num_batched_tokens - len(scheduled)
+    def _is_ending(self, sequence: Sequence) -> bool:
+        """Whether a step under way samples this sequence's last token."""
+        return sequence.pending_row != NO_ROW and len(sequence.token_ids) == sequence.max_num_tokens
+
+    def _has_ending(self) -> bool:
+        return any(self._is_ending(sequence) for sequence in self._running.values())
+
+    def _prompt_budget(self, num_decodes: int) -> int:
+        self._longest_chunk = self.max_num_batched_tokens
+        if self.max_waiting_time_ms is not None and num_decodes > 0:
+            limit = self.step_cost.num_prompt_tokens_within(self.max_waiting_time_ms / 1e3)
+            if limit is not None:
+                self._longest_chunk = min(limit, self.max_num_batched_tokens)
+        return min(self._longest_chunk, self.max_num_batched_tokens - num_decodes)
+
+    def _plan_chunks(self, scheduled: list[ScheduledSequence], budget: int) -> tuple[int, int]:
+        """Let unfinished prompts catch up; returns what is left of the budget, and the blocks they will still lack."""
         lagging = [s for s in self._running.values() if len(s.token_ids) - s.num_computed_tokens > 1]
         is_contended = len(lagging) > 1 or self._may_admit()
         num_blocks_lacking = 0
@@ -195,13 +259,12 @@ class Scheduler:
                 scheduled.append(self._schedule(sequence, num_tokens))
                 budget -= num_tokens
             num_blocks_lacking += self._num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)
-        return num_blocks_lacking
+        return budget, num_blocks_lacking
 
-    def _plan_admissions(self, scheduled: list[ScheduledSequence], num_blocks_lacking: int) -> None:
-        budget = self.max_num_batched_tokens - sum(item.num_tokens for item in scheduled)
-        while self._waiting and budget > 0 and len(self._running) < self.max_num_seqs:
-            sequence = next(iter(self._waiting.values()))
-            if not self._admit(sequence, num_blocks_lacking):
+    def _plan_admissions(self, scheduled: list[ScheduledSequence], budget: int, num_blocks_lacking: int) -> None:
+        while budget > 0 and len(self._running) < self.max_num_seqs:
+            sequence = self._waiting.head
+            if sequence is None or not self._admit(sequence, num_blocks_lacking):
                 return
             num_tokens = self._chunk(sequence, budget, self._may_admit())
             scheduled.append(self._schedule(sequence, num_tokens))
@@ -209,40 +272,64 @@ class Scheduler:
             num_blocks_lacking += self._num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)
 
     def _admit(self, sequence: Sequence, num_blocks_lacking: int) -> bool:
-        """Move the head of the queue to the running ones with the prefix it shares, if memory allows."""
+        """Move the head of the queue to the running ones with the blocks it has already, if memory allows.
+
+        Those are the prefix it shares, or what it had when it was preempted.
+        """
+        if sequence.pending_row != NO_ROW:
+            return False  # its next token is under way
         pool = self.block_pool
         num_reserved = num_blocks_lacking + len(self._running)
         num_spare_blocks = pool.num_free - num_reserved
         if self._refused is not None and self._refused[0] == sequence.id and num_spare_blocks <= self._refused[1]:
             return False
-        num_tokens = len(sequence.token_ids)
+        num_blocks = self._num_blocks(len(sequence.token_ids))
+        num_swapped = 0 if self.swap_space is None else self.swap_space.num_blocks_of(sequence)
         # The last token is always computed, for its logits.
-        prefix = pool.match(sequence.token_ids, sequence.salt, num_tokens - 1)
+        prefix = [] if num_swapped else pool.match(sequence.token_ids, sequence.salt, len(sequence.token_ids) - 1)
         block_ids = [entry.block_id for entry in prefix]
-        num_new_blocks = self._num_blocks(num_tokens) - len(block_ids)
-        if num_new_blocks + num_reserved > pool.num_free:
+        if num_blocks - len(block_ids) + num_reserved > pool.num_free:
             pool.free(block_ids)
             self._refused = (sequence.id, num_spare_blocks)
             return False
         self._refused = None
-        del self._waiting[sequence.id]
-        self._running[sequence.id] = sequence
-        sequence.block_ids = block_ids
+        self._waiting.remove(sequence)
+        self._start_running(sequence)
+        if num_swapped:
+            self._bring_back(sequence, num_swapped)
+            return True
+        sequence.block_ids = array("i", block_ids)
         sequence.published = prefix
         sequence.num_computed_tokens = len(block_ids) * self._block_size
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
-            pool.count_lookup(num_tokens, sequence.num_cached_tokens)
+            pool.count_lookup(len(sequence.token_ids), sequence.num_cached_tokens)
             sequence.first_scheduled_time = time.monotonic()
         return True
 
+    def _start_running(self, sequence: Sequence) -> None:
+        """Put a sequence behind those of its own priority, and before those of lower ones."""
+        level_of = self._waiting.level_of
+        level = level_of(sequence)
+        later = [s.id for s in self._running.values() if level_of(s) > level] if self._waiting.heeds_priority else ()
+        self._running[sequence.id] = sequence
+        for sequence_id in later:
+            self._running.move_to_end(sequence_id)
+
+    def _bring_back(self, sequence: Sequence, num_swapped: int) -> None:
+        assert self.swap_space is not None
+        block_ids = self.block_pool.allocate(num_swapped)
+        assert block_ids is not None, "admission has looked"
+        sequence.block_ids = array("i", block_ids)
+        self.swap_space.bring_back(sequence)
+
     def _may_admit(self) -> bool:
         """Whether somebody waits, and neither a seat nor, as far as known, memory is missing."""
-        return bool(self._waiting) and self._refused is None and len(self._running) < self.max_num_seqs
+        return self._waiting.head is not None and self._refused is None and len(self._running) < self.max_num_seqs
 
     def _chunk(self, sequence: Sequence, budget: int, is_contended: bool) -> int:
         num_tokens = len(sequence.token_ids) - sequence.num_computed_tokens
-        if is_contended and num_tokens > self.max_num_batched_tokens:
+        if is_contended and num_tokens > self._longest_chunk:
             return (budget + 1) // 2
         return min(num_tokens, budget)
 
@@ -251,31 +338,62 @@ class Scheduler:
         stop = start + num_tokens
         block_ids = self.block_pool.allocate(max(0, self._num_blocks(stop) - len(sequence.block_ids)))
         assert block_ids is not None, "a chunk is cut to the free blocks first"
-        sequence.block_ids += block_ids
-        return ScheduledSequence(sequence, start, num_tokens, stop == len(sequence.token_ids))
+        sequence.block_ids.extend(block_ids)
+        return ScheduledSequence(sequence, start, num_tokens, stop == len(sequence.token_ids), sequence.epoch)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
+    def _preempt_for_the_head(self) -> None:
+        """Make a seat and blocks for the head of the queue where those of lower priority have enough of them."""
+        head = self._waiting.head
+        if head is None or head.pending_row != NO_ROW:
+            return
+        level_of, pool = self._waiting.level_of, self.block_pool
+        lower = [s for s in reversed(self._running.values()) if level_of(s) > level_of(head)]
+        # as `_admit` will count, after every running sequence has taken its blocks
+        num_lacking = {s.id: self._num_blocks(len(s.token_ids)) - len(s.block_ids) for s in self._running.values()}
+        num_spare = pool.num_free - sum(num_lacking.values()) - self._num_blocks(len(head.token_ids))
+        num_running = len(self._running)
+        for num_victims in range(len(lower) + 1):
+            if num_running < self.max_num_seqs and num_spare >= num_running:
+                for _ in range(num_victims):
+                    self._preempt_last()
+                return
+            if num_victims < len(lower):
+                victim = lower[num_victims]
+                num_own = sum(pool.num_references(block_id) == 1 for block_id in victim.block_ids)
+                num_spare += num_own + num_lacking[victim.id]
+                num_running -= 1
+
     def _preempt_last(self) -> Sequence:
-        sequence_id, sequence = self._running.popitem()
+        _, sequence = self._running.popitem()
+        if self.swap_space is None or not self.swap_space.take_in(sequence):
+            sequence.num_computed_tokens = 0
         self._drop_blocks(sequence)
-        sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting[sequence_id] = sequence
-        self._waiting.move_to_end(sequence_id, last=False)
+        self._waiting.push_front(sequence)
         self._refused = None
         return sequence
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         self.block_pool.free(sequence.block_ids)
-        sequence.block_ids = []
+        sequence.block_ids = array("i")
         sequence.published = []
+        sequence.epoch += 1
 
-    def _publish_full_blocks(self, sequence: Sequence) -> None:
+    def _fill_in(self, sequence: Sequence, position: int, token: int | None) -> None:
+        if len(sequence.token_ids) == position + 1:  # else a later step goes on from this token
+            sequence.pending_row = NO_ROW
+        if token is None:
+            del sequence.token_ids[position:]
+        else:
+            sequence.token_ids[position] = token
+
+    def _publish_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         published, size = sequence.published, self._block_size
-        for i in range(len(published), sequence.num_computed_tokens // size):
+        for i in range(len(published), num_tokens // size):
             tokens = sequence.token_ids[i * size : (i + 1) * size]
             parent = published[-1] if published else None
             published.append(self.block_pool.publish(sequence.block_ids[i], tokens, parent, sequence.salt))
@@ -290,14 +408,4 @@ class Scheduler:
         )
 
     def _holds(self, sequence: Sequence) -> bool:
-        if sequence.id in self._running or sequence.id in self._waiting:
-            return True
-        return sequence.leader is not None and sequence.id in self._followers.get(sequence.leader.id, ())
-
-    def _release_followers(self, leader: Sequence) -> None:
-        """Queue the followers where their leader stood: at the head, in their order."""
-        followers = self._followers.pop(leader.id)
-        self._num_followers -= len(followers)
-        for sequence_id, follower in reversed(followers.items()):
-            self._waiting[sequence_id] = follower
-            self._waiting.move_to_end(sequence_id, last=False)
+        return sequence.id in self._running or sequence in self._waiting

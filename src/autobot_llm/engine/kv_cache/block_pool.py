@@ -8,6 +8,9 @@ Published blocks form chains, and a chain is trusted by identity, never by hash:
 key, then checks its salt, its token ids, and that its parent is the very entry the walk came from. So a collision
 costs a miss and cannot return another prefix's block. An entry whose parent was overwritten can no longer be
 reached; whoever publishes the same prefix next replaces it.
+
+A *pinned* prefix stays: the pool itself holds a reference on each of its blocks, until it is unpinned, or forgotten
+because its content is suspect.
 """
 
 from __future__ import annotations
@@ -83,11 +86,17 @@ class BlockPool:
         self._reusable: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, PrefixBlock] = {}
         self._entry_of: list[PrefixBlock | None] = [None] * num_blocks
+        self._num_pins: dict[int, int] = {}  # by block; the pool holds one reference however many prefixes share it
 
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out, those with a reusable prefix included."""
         return len(self._blank) + len(self._reusable)
+
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that stay where they are because a pinned prefix needs them."""
+        return len(self._num_pins)
 
     @property
     def hit_rate(self) -> float:
@@ -168,13 +177,34 @@ class BlockPool:
         self._index[key] = entry
         return entry
 
+    def pin(self, token_ids: Sequence[int], salt: str) -> list[PrefixBlock]:
+        """Keep the longest published prefix from being overwritten; returns its entries, which `unpin` takes.
+
+        How much may be pinned is the caller's to decide: pinned blocks are missing to everybody else.
+        """
+        entries = self.match(token_ids, salt, len(token_ids))
+        for entry in entries:
+            count = self._num_pins.get(entry.block_id, 0)
+            self._num_pins[entry.block_id] = count + 1
+            if count:
+                self.free([entry.block_id])
+        return entries
+
+    def unpin(self, entries: Sequence[PrefixBlock]) -> None:
+        """Let a pinned prefix be overwritten again, from its end; entries that were forgotten meanwhile are skipped."""
+        for entry in reversed(entries):
+            if entry.block_id in self._num_pins:
+                self._num_pins[entry.block_id] -= 1
+                if self._num_pins[entry.block_id] == 0:
+                    self._drop_pins(entry.block_id)
+
     def count_lookup(self, num_query_tokens: int, num_hit_tokens: int) -> None:
         """Record one admitted prompt for `hit_rate`; a lookup repeated for the same prompt is not counted again."""
         self.num_query_tokens += num_query_tokens
         self.num_hit_tokens += num_hit_tokens
 
     def reset(self) -> None:
-        """Forget every published prefix. Blocks in use stay with their holders, as private ones."""
+        """Forget every published prefix, pinned ones too. Blocks in use stay with their holders, as private ones."""
         for entry in list(self._index.values()):
             self._unpublish(entry.block_id)
 
@@ -197,6 +227,12 @@ class BlockPool:
         if block_id in self._reusable:
             del self._reusable[block_id]
             self._blank[block_id] = None
+        elif block_id in self._num_pins:
+            self._drop_pins(block_id)
+
+    def _drop_pins(self, block_id: int) -> None:
+        del self._num_pins[block_id]
+        self.free([block_id])
 
 
 def _pack(token_ids: Sequence[int]) -> bytes:

@@ -48,3 +48,37 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Memory that one block takes over all layers, keys and values, in bytes."""
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_size * dtype.itemsize
+
+
+# L layers, B blocks, K key/value heads, P positions of a block, D head size
+@dataclass(frozen=True, slots=True)
+class PagedStorage:
+    """Keys and values of all layers in one tensor LxBKPD, x being 0 for keys and 1 for values.
+
+    The positions of one head lie together within a block, so that a kernel that works on one head reads whole lines.
+    """
+
+    cache_L2BKPD: torch.Tensor
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> PagedStorage:
+        """All zeros, because some kernels let a masked position enter attention as 0 * value."""
+        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_size)
+        cache = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(cache, tuple(layer[0] for layer in cache), tuple(layer[1] for layer in cache))
+
+    @property
+    def num_blocks(self) -> int:
+        return self.cache_L2BKPD.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.cache_L2BKPD.shape[3]
+
+    @property
+    def block_size(self) -> int:
+        return self.cache_L2BKPD.shape[4]

@@ -1,27 +1,33 @@
-"""Read a model folder's safetensors into the tensors a decoder uses. Knows files and shapes; knows no arithmetic.
+"""Load a model folder's weights into the tensors a decoder uses. Knows names and shapes; knows no arithmetic.
 
-Every header is checked against the configuration before the first tensor is read, so a truncated or foreign folder
-fails at once. Projections that read the same input are stored as one matrix: q, k, v and gate, up.
+Projections that read the same input are stored as one matrix: q, k, v and gate, up.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 
+from autobot_llm.engine.models.checkpoint import Checkpoint, open_checkpoint
 from autobot_llm.engine.models.config import ModelConfig
-from autobot_llm.errors import ModelLoadError
+from autobot_llm.engine.models.transfer import (
+    Carrier,
+    CudaTransport,
+    HostTransport,
+    InPlace,
+    Staged,
+    Transfer,
+    carry,
+    plan_spans,
+)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SPAN_BYTES = 8 * 2**20  # as fast as larger ones, and small enough to share out evenly
+MAX_READERS = 8
 
 
 # E hidden size, H query heads, K key/value heads, D head size, F feed-forward size, V vocabulary
@@ -84,23 +90,36 @@ def load_weights(
     device: torch.device | str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DecoderWeights:
-    """Load the weights of `folder`, one stored tensor at a time, so that peak memory is the model and one tensor.
+    """Load the weights of `folder` onto `device`; peak host memory beside the model is a few small buffers.
 
     `dtype` None keeps the checkpoint's (where a checkpoint mixes dtypes, the narrowest one that holds them all).
-    `on_progress(num_loaded, num_total)` is called after each stored tensor. Raises ModelLoadError, naming file and
-    tensor, for whatever is missing, truncated, of the wrong shape or dtype, or not part of such a model.
+    `on_progress(num_bytes_done, num_bytes_total)` counts bytes of the files, on the calling thread; loading ends at
+    once with whatever it raises. Raises ModelLoadError, naming file and tensor, for whatever is missing, truncated, of
+    the wrong shape or dtype, or not part of such a model, and for files that change under the reader's hands.
     Format: safetensors, single or sharded, with the tensor names of Hugging Face transformers.
     """
-    shapes = expected_shapes(config)
-    with ExitStack() as stack:
-        checkpoint = _Checkpoint(Path(folder), stack)
-        stored_dtype = checkpoint.check(shapes, config)
-        reader = _Reader(checkpoint, dtype or stored_dtype, torch.device(device), len(shapes), on_progress)
-        embed_VE = reader.read("model.embed_tokens.weight")
-        layers = tuple(_read_layer(reader, config, f"model.layers.{i}") for i in range(config.num_layers))
-        norm_E = reader.read("model.norm.weight")
-        lm_head_VE = embed_VE if config.tie_word_embeddings else reader.read("lm_head.weight")
-    return DecoderWeights(embed_VE=embed_VE, layers=layers, norm_E=norm_E, lm_head_VE=lm_head_VE)
+    device = torch.device(device)
+    checkpoint = _open_checkpoint(folder, config)
+    allocator = _Allocator(checkpoint, dtype or checkpoint.dtype, device)
+    weights = _allocate(allocator, config)
+    spans = plan_spans(allocator.transfers, SPAN_BYTES)
+    converts = any(transfer.stored.dtype != transfer.target.dtype for transfer in allocator.transfers)
+    carry(spans, _carriers(device, converts=converts, num_spans=len(spans)), on_progress)
+    checkpoint.refuse_changed_files()
+    return weights
+
+
+def measure_weights(folder: Path, config: ModelConfig, *, dtype: torch.dtype | None) -> int:
+    """Bytes that `load_weights` would take up, from the headers alone. Raises what it would raise for them."""
+    checkpoint = _open_checkpoint(folder, config)
+    itemsize = (dtype or checkpoint.dtype).itemsize
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) * itemsize
+
+
+def _open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
+    # some exports store the tied head a second time
+    may_ignore = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
+    return open_checkpoint(folder, expected_shapes(config), model_type=config.model_type, may_ignore=may_ignore)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -136,157 +155,57 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
+class _Allocator:
+    """Makes the tensors of a model, empty, and notes which stored tensor fills which part of which."""
 
-
-class _Checkpoint:
-    """The open safetensors files of a folder, and which of them holds which tensor."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        index = folder / INDEX_FILE
-        if (folder / SINGLE_FILE).exists():
-            self._open(SINGLE_FILE, stack)
-            self._file_of = dict.fromkeys(self._files[SINGLE_FILE].keys(), SINGLE_FILE)
-        elif index.exists():
-            self._open_shards(index, stack)
-        else:
-            raise ModelLoadError(f"{folder}: {_why_no_safetensors(folder)}")
-
-    def _open_shards(self, index: Path, stack: ExitStack) -> None:
-        try:
-            self._file_of = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-        except (OSError, msgspec.DecodeError) as exc:
-            raise ModelLoadError(f"{index}: {exc}") from exc
-        for file_name in sorted(set(self._file_of.values())):
-            if Path(file_name).name != file_name:
-                raise ModelLoadError(f"{index}: weight_map: {file_name!r} is not the name of a file in the folder")
-            self._open(file_name, stack)
-        for name, file_name in self._file_of.items():
-            if name not in self._files[file_name].keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                raise ModelLoadError(f"{self.folder / file_name}: tensor {name} is missing; {INDEX_FILE} lists it here")
-
-    def _open(self, file_name: str, stack: ExitStack) -> None:
-        path = self.folder / file_name
-        try:
-            self._files[file_name] = stack.enter_context(safe_open(str(path), framework="pt", device="cpu"))
-        except FileNotFoundError as exc:
-            raise ModelLoadError(f"{path}: no such file; {INDEX_FILE} lists it") from exc
-        except (SafetensorError, OSError) as exc:
-            raise ModelLoadError(f"{path}: truncated, or not a safetensors file: {exc}") from exc
-
-    def check(self, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> torch.dtype:
-        """Compare every header with `shapes`; return the narrowest dtype that holds all tensors exactly."""
-        self._refuse_foreign_tensors(shapes, config)
-        common: torch.dtype | None = None
-        for name, shape in shapes.items():
-            if name not in self._file_of:
-                raise ModelLoadError(f"{self.folder}: tensor {name} is missing from the safetensors files")
-            path = self.folder / self._file_of[name]
-            header = self._files[self._file_of[name]].get_slice(name)
-            found = tuple(header.get_shape())
-            if found != shape:
-                raise ModelLoadError(f"{path}: tensor {name} has shape {found}; config.json asks for {shape}")
-            dtype = STORED_DTYPES.get(header.get_dtype())
-            if dtype is None:
-                accepted = ", ".join(STORED_DTYPES)
-                raise ModelLoadError(
-                    f"{path}: tensor {name} has dtype {header.get_dtype()}; expected one of {accepted}"
-                )
-            common = dtype if common is None else torch.promote_types(common, dtype)
-        assert common is not None, "a model has at least its embedding"
-        return common
-
-    def _refuse_foreign_tensors(self, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
-        """A tensor that the decoder would not use means another model: computing without it would be wrong."""
-        # old exports store the rotary frequencies, and some store the tied head a second time
-        foreign = [
-            name
-            for name in self._file_of
-            if name not in shapes
-            and not name.endswith(".rotary_emb.inv_freq")
-            and not (name == "lm_head.weight" and config.tie_word_embeddings)
-        ]
-        if foreign:
-            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-            raise ModelLoadError(
-                f"{self.folder}: a {config.model_type} model of this config.json has no tensor "
-                f"{', '.join(sorted(foreign)[:3])}{more}"
-            )
-
-    def get(self, name: str) -> torch.Tensor:
-        file_name = self._file_of[name]
-        try:
-            tensor: torch.Tensor = self._files[file_name].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as exc:
-            raise ModelLoadError(f"{self.folder / file_name}: tensor {name} cannot be read: {exc}") from exc
-        return tensor
-
-
-def _why_no_safetensors(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    if any(folder.glob("pytorch_model*.bin")):
-        return (
-            "only pytorch_model.bin, which can run code when it is loaded; convert it: in transformers, "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-        )
-    return f"neither {SINGLE_FILE} nor {INDEX_FILE}"
-
-
-class _Reader:
-    """Copies stored tensors into memory of their own: a mapped file that changes later would change the model."""
-
-    def __init__(
-        self,
-        checkpoint: _Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        num_total: int,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self._stored = checkpoint.tensors
         self._dtype = dtype
         self._device = device
-        self._num_total = num_total
-        self._num_loaded = 0
-        self._on_progress = on_progress
+        self.transfers: list[Transfer] = []
 
-    def read(self, *names: str) -> torch.Tensor:
-        """The named tensors, one below the other."""
-        first = self._checkpoint.get(names[0])
-        if len(names) == 1:
-            fused = torch.empty(first.shape, dtype=self._dtype, device=self._device)
-            self._copy(fused, first)
-            return fused
-        parts = [self._checkpoint.get(name) for name in names]  # mapped, hence no memory yet
+    def tensor(self, *names: str) -> torch.Tensor:
+        """Memory for the named tensors, one below the other."""
+        parts = [self._stored[name] for name in names]
         num_rows = sum(part.shape[0] for part in parts)
-        fused = torch.empty((num_rows, *first.shape[1:]), dtype=self._dtype, device=self._device)
+        fused = torch.empty((num_rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
         row = 0
         for part in parts:
-            self._copy(fused[row : row + part.shape[0]], part)
+            self.transfers.append(Transfer(part, fused[row : row + part.shape[0]]))
             row += part.shape[0]
         return fused
 
-    def _copy(self, target: torch.Tensor, stored: torch.Tensor) -> None:
-        target.copy_(stored)
-        self._num_loaded += 1
-        if self._on_progress is not None:
-            self._on_progress(self._num_loaded, self._num_total)
+
+def _carriers(device: torch.device, *, converts: bool, num_spans: int) -> list[Carrier]:
+    """One carrier for each reader."""
+    num_cores = os.cpu_count() or 1
+    if device.type == "cuda":
+        num_readers = min(MAX_READERS, num_cores, num_spans)
+        return [Staged(CudaTransport(device), SPAN_BYTES) for _ in range(num_readers)]
+    if converts or device.type != "cpu":
+        return [Staged(HostTransport(), SPAN_BYTES)]  # torch converts on all cores by itself
+    return [InPlace() for _ in range(min(MAX_READERS, num_cores, num_spans))]
 
 
-def _read_layer(reader: _Reader, config: ModelConfig, layer: str) -> LayerWeights:
+def _allocate(allocator: _Allocator, config: ModelConfig) -> DecoderWeights:
+    embed_VE = allocator.tensor("model.embed_tokens.weight")
+    return DecoderWeights(
+        embed_VE=embed_VE,
+        layers=tuple(_allocate_layer(allocator, config, f"model.layers.{i}") for i in range(config.num_layers)),
+        norm_E=allocator.tensor("model.norm.weight"),
+        lm_head_VE=embed_VE if config.tie_word_embeddings else allocator.tensor("lm_head.weight"),
+    )
+
+
+def _allocate_layer(allocator: _Allocator, config: ModelConfig, layer: str) -> LayerWeights:
     qkv = tuple(f"{layer}.self_attn.{name}_proj" for name in "qkv")
     gate_up = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
 
     def weight(*modules: str) -> torch.Tensor:
-        return reader.read(*(f"{module}.weight" for module in modules))
+        return allocator.tensor(*(f"{module}.weight" for module in modules))
 
     def bias(*modules: str) -> torch.Tensor:
-        return reader.read(*(f"{module}.bias" for module in modules))
+        return allocator.tensor(*(f"{module}.bias" for module in modules))
 
     return LayerWeights(
         input_norm_E=weight(f"{layer}.input_layernorm"),

@@ -1,5 +1,39 @@
-"""Our own engine as a provider: the only package outside of engine/ that imports it."""
+"""Our own engine as a provider: the only package outside of engine/ that imports it.
 
-from autobot_llm.providers.native.provider import NativeProvider
+What is meant for callers is found here by name and loaded when it is asked for, so that looking at a batching profile
+does not load torch.
+"""
 
-__all__ = ["NativeProvider"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autobot_llm.engine.batching.profiles import BatchingConfig, get_batching_config
+    from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
+    from autobot_llm.providers.native.provider import NativeProvider
+
+__all__ = [
+    "CACHED_PREFIXES",
+    "BatchingConfig",
+    "NativeProvider",
+    "PrefixCacheConfig",
+    "PrefixCacheManager",
+    "get_batching_config",
+]
+
+_MODULES = {
+    "NativeProvider": "autobot_llm.providers.native.provider",
+    "BatchingConfig": "autobot_llm.engine.batching.profiles",
+    "get_batching_config": "autobot_llm.engine.batching.profiles",
+    "CACHED_PREFIXES": "autobot_llm.engine.kv_cache.prefix_cache",
+    "PrefixCacheConfig": "autobot_llm.engine.kv_cache.prefix_cache",
+    "PrefixCacheManager": "autobot_llm.engine.kv_cache.prefix_cache",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

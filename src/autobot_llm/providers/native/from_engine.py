@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
+from autobot_llm.engine.description import DescribedExecutor
 from autobot_llm.engine.engine import Engine, Output, RequestStats
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.types import ChoiceEnd, Finish, TextDelta, Timings, TokenLogprob, Usage
@@ -88,3 +89,11 @@ class Answer:
         )
         executor = engine.executor
         yield OptimizationOutcome(name="compiled_step", applied=executor.name == "compiled", reason=executor.reason)
+        if isinstance(executor, DescribedExecutor):
+            gpu = executor.description
+            yield OptimizationOutcome(name="cuda_graphs", applied=gpu.num_graphs > 0, reason=gpu.graphs)
+            yield OptimizationOutcome(
+                name="flash_attention",
+                applied=gpu.attention != "sdpa",
+                reason=f"{gpu.attention}: {gpu.attention_reason}",
+            )

@@ -13,10 +13,13 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
 
-from autobot_llm.engine.engine import EngineRequest
+from autobot_llm.engine.batching.profiles import get_batching_config
+from autobot_llm.engine.description import DescribedExecutor
+from autobot_llm.engine.engine import Engine, EngineRequest
+from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.service import EngineService
-from autobot_llm.errors import ConfigurationError, ModelNotFoundError
+from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
 from autobot_llm.providers.base import ModelInfo, ProviderStatus
 from autobot_llm.providers.native.from_engine import Answer
 from autobot_llm.providers.native.to_engine import encode_prompt, refuse_unsupported, sampling_params
@@ -46,6 +49,9 @@ class NativeProvider:
             with contextlib.suppress(ConfigurationError):
                 self._folders[name] = model_folder(name)
         self._services: dict[str, EngineService] = {}
+        self._prefix_caches: dict[str, PrefixCacheManager] = {}
+        batching = get_batching_config(settings.workload)
+        self._heeds_priority = (settings.scheduling_policy or batching.scheduling_policy) == "priority"
         self._starting = asyncio.Lock()
         self._created = int(time.time())
 
@@ -54,7 +60,7 @@ class NativeProvider:
         await self._service(self._default)
 
     async def close(self) -> None:
-        services, self._services = list(self._services.values()), {}
+        services, self._services, self._prefix_caches = list(self._services.values()), {}, {}
         await asyncio.gather(*(service.close() for service in services))
 
     async def models(self) -> list[ModelInfo]:
@@ -70,13 +76,35 @@ class NativeProvider:
         engine = service.engine
         if service.state != "ready" or engine is None:
             return ProviderStatus(name=self.name, state=service.state, message=str(service.failure or ""))
+        scheduler = engine.scheduler
+        num_cache_tokens = scheduler.block_pool.num_blocks * scheduler.block_pool.block_size
         details: dict[str, float | int | str] = {
             "model": self._default,
             "step": engine.executor.name,
             "step_reason": engine.executor.reason,
-            "max_model_len": engine.scheduler.max_model_len,
+            "max_model_len": scheduler.max_model_len,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "kv_cache": f"{num_cache_tokens:,} tokens, {num_cache_tokens / scheduler.max_model_len:.1f} sequences of "
+            "full length",
         }
+        if isinstance(engine.executor, DescribedExecutor):
+            details |= engine.executor.description.lines()
+        prefix_cache = self.get_prefix_cache_config()
+        if tenants := {prefix.salt for prefix in prefix_cache.warmed}:
+            details["warmed"] = (
+                f"{prefix_cache.num_pinned_tokens:,} tokens: {len(prefix_cache.prefixes)} prefixes for "
+                f"{len(tenants)} tenants"
+            )
         return ProviderStatus(name=self.name, state="ready", details=details)
+
+    def get_prefix_cache_config(self, model: str | None = None) -> PrefixCacheConfig:
+        """What prefix caching does for a model (None: the default one), and what of it was warmed.
+
+        Raises ProviderUnavailable where the model's engine was not started.
+        """
+        if (prefix_cache := self._prefix_caches.get(model or self._default)) is None:
+            raise ProviderUnavailable(f"the engine of model {model or self._default!r} was not started")
+        return prefix_cache.get_prefix_cache_config()
 
     def metrics(self) -> dict[str, float]:
         """Sums over the engines that run; see observability/metrics.py for the names."""
@@ -103,12 +131,19 @@ class NativeProvider:
         engine = service.engine
         assert engine is not None, "a started service has an engine"
         refuse_unsupported(request)
+        if request.priority and not self._heeds_priority:
+            raise UnsupportedError(
+                f"priority={request.priority}: the engine serves who came first; AUTOBOT_SCHEDULING_POLICY=priority "
+                "makes it heed priorities",
+                param="priority",
+            )
         prompt_ids = await encode_prompt(engine, request)
         engine_request = EngineRequest(
             prompt_ids=prompt_ids,
             params=sampling_params(engine, request, len(prompt_ids)),
             stop=tuple(request.stop),
             salt=request.tenant,
+            priority=request.priority,
         )
         with service.submit(engine_request) as handle:
             yield Start(request_id=request.request_id or secrets.token_hex(12), model=model, provider=self.name)
@@ -127,14 +162,27 @@ class NativeProvider:
             return running
         async with self._starting:
             if model not in self._services:
-                options = engine_options(self._settings, self._folders[model])
                 service = EngineService(
-                    partial(load_engine, options, self._on_progress),
+                    partial(self._build, model),
                     max_queued_requests=self._settings.max_queued_requests,
                 )
                 await service.start()
                 self._services[model] = service
             return self._services[model]
+
+    def _build(self, model: str) -> Engine:
+        """Load a model and warm its prefixes: on the thread that will own the engine, before it has requests."""
+        settings = self._settings
+        engine = load_engine(engine_options(settings, self._folders[model]), self._on_progress)
+        try:
+            prefix_cache = PrefixCacheManager(engine, settings.cached_prefixes or CACHED_PREFIXES)
+            if settings.warm_prefixes:
+                prefix_cache.warm(settings.tenants)
+        except BaseException:
+            engine.close()
+            raise
+        self._prefix_caches[model] = prefix_cache
+        return engine
 
     def _context_length(self, model: str) -> int | None:
         service = self._services.get(model)
@@ -161,8 +209,16 @@ def engine_options(settings: Settings, folder: Path) -> EngineOptions:
         compiled_step=settings.compiled_step,
         prefix_caching=settings.prefix_caching,
         max_model_len=settings.max_model_len,
+        workload=settings.workload,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_waiting_time_ms=settings.max_waiting_time_ms,
+        scheduling_policy=settings.scheduling_policy,
+        preemption=settings.preemption,
+        swap_memory=settings.swap_memory,
         kv_cache_memory=settings.kv_cache_memory,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        attention_backend=settings.attention_backend,
+        cuda_graphs=settings.cuda_graphs,
         cpu_threads=settings.cpu_threads,
     )

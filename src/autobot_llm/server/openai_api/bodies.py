@@ -44,6 +44,7 @@ class SharedFields(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     min_p: float | None = None
     min_tokens: int | None = None
+    priority: int | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     top_k: int | None = None
@@ -103,6 +104,7 @@ SAME_NAME = (
     "ignore_eos",
     "min_p",
     "min_tokens",
+    "priority",
     "repetition_penalty",
     "stop_token_ids",
     "top_k",

@@ -228,6 +228,7 @@ class CompiledExecutor:
             context_lens=np.ones(1, np.int32),
             block_tables_SB=np.zeros((1, 1), np.int32),
             logit_rows_R=zero,
+            pending_rows_T=np.full(1, -1, np.int32),
         )
         logits_RV = torch.empty(1, self._vocab_size)
         model = self._create(num_threads)

@@ -1,0 +1,165 @@
+"""First token, time between tokens, memory and bandwidth, by batch size and prompt length.
+
+Definitions, the same as in the table of peers: with T(m) the wall time of generating m tokens for a whole batch, added
+at once to an idle engine, the time to first token is T(1) and the time between tokens (T(n+1) - T(1)) / n. Prompts are
+random tokens, all different; greedy; prefix caching off; end-of-sequence ignored.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from autobot_llm.engine.engine import Engine
+from gpu.bench import Bench, generate, random_prompts, weight_bytes_read_per_step
+from gpu.published import OTHERS, SOURCE, VLLM_BF16
+from gpu.report import Clock, Report, Table
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: `num_new_tokens` is n of the definition, `repeats` at most so many medians of."""
+
+    batch: int
+    prompt_tokens: int
+    num_new_tokens: int = 128
+    repeats: int = 5
+
+    @property
+    def key(self) -> str:
+        return f"{self.batch}x{self.prompt_tokens}"
+
+
+CASES = (
+    Case(1, 512),
+    Case(8, 512),
+    Case(32, 512),
+    Case(128, 512, repeats=3),
+    Case(1, 2048),
+    Case(1, 16384, num_new_tokens=32, repeats=3),
+    Case(8, 16384, num_new_tokens=32, repeats=3),
+)
+QUICK_CASES = (Case(1, 64, 8, 2), Case(4, 64, 8, 2), Case(1, 16384, 8, 2))
+ENGINE_SETTINGS: Mapping[str, object] = {"prefix_caching": False, "max_num_seqs": max(case.batch for case in CASES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Times in ms; `step_gb` is what a step must read at the mean context, `bandwidth_share` that over the time it
+    took, as a share of what the device can read; `memory_gb` counts the cache in use, not the cache reserved."""
+
+    first_token_ms: float
+    inter_token_ms: float
+    inter_token_ms_low: float
+    inter_token_ms_high: float
+    num_repeats: int
+    step_gb: float
+    bandwidth_share: float | None
+    memory_gb: float | None
+    num_preemptions: int
+
+
+def inter_token_seconds(first: float, whole: float, num_new_tokens: int) -> float:
+    """(T(n+1) - T(1)) / n."""
+    return (whole - first) / num_new_tokens
+
+
+def step_bytes(weight_bytes: int, cache_bytes_per_token: float, case: Case) -> float:
+    """Bytes that a decoding step must read: the weights once, and every sequence's cache at its mean length."""
+    mean_context = case.prompt_tokens + case.num_new_tokens / 2
+    return weight_bytes + case.batch * mean_context * cache_bytes_per_token
+
+
+def latency(bench: Bench, clock: Clock, report: Report) -> None:
+    folder = bench.random_model
+    engine = bench.engine(folder, **ENGINE_SETTINGS)
+    table = report.table(
+        f"Latency, {folder.name}, greedy, prefix caching off (ms; vLLM 0.26 bf16: {SOURCE})",
+        *("batch x prompt", "first token", "vLLM", "inter-token", "(low-high)", "vLLM", "repeats"),
+        *("GB/step", "bandwidth", "memory GB"),
+    )
+    if bench.read_bandwidth is None:
+        table.notes.append(f"bandwidth: no measured ceiling for {bench.device_name!r}")
+    cases = QUICK_CASES if bench.quick else CASES
+    for i, case in enumerate(cases):
+        context = case.prompt_tokens + case.num_new_tokens + 1
+        if context > engine.scheduler.max_model_len:
+            table.notes.append(
+                f"{case.key}: {context:,} tokens, the model's context is {engine.scheduler.max_model_len:,}"
+            )
+            continue
+        result = measure(bench, engine, folder, case, clock, until=(i + 1) / len(cases))
+        report.figures[case.key] = asdict(result)
+        _add_row(table, case, result)
+    _add_published(report)
+
+
+def measure(bench: Bench, engine: Engine, folder: Path, case: Case, clock: Clock, *, until: float = 1.0) -> Latency:
+    """One row, after an untimed warm-up of the same shape."""
+    rng = random.Random(case.key)
+
+    def once(num_tokens: int) -> tuple[float, int, int]:
+        prompts = random_prompts(engine.config, case.batch, case.prompt_tokens, rng)
+        result = generate(engine, prompts, num_tokens)
+        return result.seconds, result.num_preemptions, result.peak_cache_bytes
+
+    once(4)
+    if bench.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    pairs = clock.repeat(lambda: (once(1), once(case.num_new_tokens + 1)), case.repeats, until=until)
+    first = statistics.median(short[0] for short, _ in pairs)
+    whole = statistics.median(long[0] for _, long in pairs)
+    between = inter_token_seconds(first, whole, case.num_new_tokens)
+    each = [inter_token_seconds(short[0], long[0], case.num_new_tokens) for short, long in pairs]
+    cache_bytes_per_token = engine.bytes_per_block / engine.scheduler.block_pool.block_size
+    num_bytes = step_bytes(weight_bytes_read_per_step(folder), cache_bytes_per_token, case)
+    ceiling = bench.read_bandwidth
+    memory = bench.memory_needed(engine, max(long[2] for _, long in pairs))
+    return Latency(
+        first_token_ms=first * 1e3,
+        inter_token_ms=between * 1e3,
+        inter_token_ms_low=min(each) * 1e3,
+        inter_token_ms_high=max(each) * 1e3,
+        num_repeats=len(pairs),
+        step_gb=num_bytes / 1e9,
+        bandwidth_share=num_bytes / between / ceiling if ceiling else None,
+        memory_gb=memory / 1e9 if memory is not None else None,
+        num_preemptions=sum(short[1] + long[1] for short, long in pairs),
+    )
+
+
+def _add_row(table: Table, case: Case, result: Latency) -> None:
+    vllm_first, vllm_between = VLLM_BF16.get((case.batch, case.prompt_tokens), (None, None))
+    share = result.bandwidth_share
+    table.add(
+        f"{case.batch} x {case.prompt_tokens:,}",
+        result.first_token_ms,
+        vllm_first,
+        result.inter_token_ms,
+        f"{result.inter_token_ms_low:.2f}-{result.inter_token_ms_high:.2f}",
+        vllm_between,
+        result.num_repeats,
+        result.step_gb,
+        f"{share:.0%}" if share is not None else None,
+        result.memory_gb,
+    )
+    if result.num_preemptions:
+        table.notes.append(f"{case.key}: {result.num_preemptions} preemptions; the cache was too small for this row")
+
+
+def _add_published(report: Report) -> None:
+    """Ours beside the others, in the columns that they have figures for."""
+    table = report.table(
+        f"Inter-token ms beside other engines (theirs: {SOURCE})",
+        *("engine", "batch 1", "batch 8", "batch 32", "batch 128", "first token, batch 1", "start s"),
+    )
+    ours = [report.figures.get(f"{batch}x512", {}) for batch in (1, 8, 32, 128)]
+    table.add("autobot_llm", *(one.get("inter_token_ms") for one in ours), ours[0].get("first_token_ms"), None)
+    for name, figures in OTHERS.items():
+        table.add(name, *figures)
+    table.notes.append("our start: section start. gpt-fast: more than 60 s")

@@ -1,0 +1,261 @@
+"""What a step on a GPU asks of attention, and the host's planning of it. Knows block tables and lengths; knows nothing
+of kernels.
+
+The cache is paged by head: a layer's keys and values are [num_blocks, K, 16, D], so that a block's 16 positions of one
+head are adjacent. Keys and values of the step's own tokens are in the cache before attention runs.
+
+A decode step is bound by reading the cache, and its contexts may differ a thousandfold. So each context is cut into
+work items of one size, chosen per step such that the items fill the device once: one launch, of one fixed grid, is
+evenly loaded whatever the lengths. An item carries all that its program needs, so that no load waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+
+from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+
+BLOCK_SIZE: Final = 16
+"""Positions in a block of the cache: every kernel is built for it."""
+
+MAX_DECODE_QUERIES: Final = 16
+"""New tokens of one sequence that a decode step takes; tree masks have a bit for each."""
+
+CHUNK_QUANTUM: Final = 64
+"""A work item's size is a multiple of so many positions."""
+
+PROGRAMS_PER_PROCESSOR: Final = 4
+"""Decode programs that one multiprocessor holds at a time, and so what a step's items should fill."""
+
+ITEM_FIELDS: Final = 8
+"""sequence (padding is -1 throughout), start, stop, first item of the sequence, its number of items, first query row,
+number of query rows, context length. Positions [start, stop) are this item's part of the context."""
+
+UNEVEN: Final = 1.2
+"""Items of one load may be so much longer than an even share of the positions before shorter ones are worth more."""
+
+_LAST_CANDIDATE: Final = 16
+_CANDIDATES: Final = np.arange(_LAST_CANDIDATE + 1, dtype=np.int32)
+
+
+# T packed tokens, S sequences, B blocks of the longest sequence, I work items
+# H query heads, K key/value heads, D head size
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What attention depends on in a model: `windows` has an entry for each layer, 0 where every position is seen."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    windows: tuple[int, ...]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def widest_window(self) -> int:
+        """The longest context that any layer reads; 0: all of it."""
+        return 0 if 0 in self.windows else max(self.windows)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """A decode step in device memory (int32). `max_queries` bounds the query rows of a sequence.
+
+    The items say all that our kernels need; a step that is captured also has what other kernels do: sequence s owns
+    query rows [query_starts[s], query_starts[s + 1]), and `context_lens_S` include the step's own tokens, with 0 for
+    padding. `tree_masks_T`: bit j of a query row's mask says that it sees new token j of its sequence; None: plain
+    causal.
+    """
+
+    block_tables_SB: torch.Tensor
+    items_I8: torch.Tensor
+    max_queries: int
+    query_starts: torch.Tensor | None = None
+    context_lens_S: torch.Tensor | None = None
+    tree_masks_T: torch.Tensor | None = None
+
+    @classmethod
+    def over(cls, arrays: Mapping[str, torch.Tensor], max_queries: int) -> PagedBatch:
+        """Take the tensors named in `decode_sizes` for one: they stay the caller's, who rewrites them each step."""
+        return cls(
+            query_starts=arrays["query_starts"],
+            context_lens_S=arrays["context_lens"],
+            block_tables_SB=arrays["block_tables"],
+            items_I8=arrays["items"],
+            max_queries=max_queries,
+            tree_masks_T=arrays.get("tree_masks"),
+        )
+
+
+class PagedAttention(Protocol):
+    """Causal, paged, grouped-query attention over caches that already hold the step's own keys and values.
+
+    `reason` says why this one was chosen, for the start-up line. `can_capture`: it takes `prepare_captured`, and its
+    `attend` may then run inside a CUDA graph.
+    """
+
+    name: str
+    reason: str
+    can_capture: bool
+
+    def prepare(self, batch: StepBatch) -> Any:
+        """Build and upload what every layer of this step shares: called once per step that is not captured."""
+        ...
+
+    def prepare_captured(self, batch: PagedBatch, arrays: Mapping[str, Int32Array]) -> Any:
+        """The same for a decode step in fixed device arrays: called before the capture and before each replay.
+
+        `arrays` are the host's copies, as `fill_decode_arrays` left them.
+        """
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        out_THD: torch.Tensor,
+        metadata: Any,
+    ) -> None:
+        """Attend every query row to its context, into `out_THD`. Rows of padding keep what they hold.
+
+        k_TKD and v_TKD are the step's own, rotated, as the cache has them too; q, k and v may be strided in T.
+        """
+        ...
+
+
+def max_items(num_sequences: int, num_kv_heads: int, num_processors: int) -> int:
+    """Work items that are enough for any mix of lengths of so many sequences."""
+    return num_sequences + full_load(num_kv_heads, num_processors)
+
+
+def full_load(num_kv_heads: int, num_processors: int) -> int:
+    """Items that occupy the device once; each is one program for every key/value head."""
+    return -(-PROGRAMS_PER_PROCESSOR * num_processors // num_kv_heads)
+
+
+def decode_sizes(
+    num_sequences: int,
+    *,
+    max_queries: int,
+    table_width: int,
+    num_items: int,
+    has_tree_masks: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the int32 arrays of a decode step: what to allocate, on the host and on the device.
+
+    A step that is padded to `num_sequences` has num_sequences * max_queries query rows at most. `items` starts at a
+    multiple of 32 bytes if the caller can: a program reads its item whole.
+    """
+    sizes: dict[str, tuple[int, ...]] = {
+        "items": (num_items, ITEM_FIELDS),
+        "query_starts": (num_sequences + 1,),
+        "context_lens": (num_sequences,),
+        "block_tables": (num_sequences, table_width),
+    }
+    if has_tree_masks:
+        sizes["tree_masks"] = (num_sequences * max_queries,)
+    return sizes
+
+
+def fill_decode_arrays(
+    arrays: Mapping[str, Int32Array],
+    batch: StepBatch,
+    *,
+    window: int = 0,
+    tree_masks_T: Int32Array | None = None,
+) -> None:
+    """Write a step into arrays of `decode_sizes` (views of a pinned buffer, say), and pad what it leaves.
+
+    `window` is the model's widest: nothing before it is planned. Table entries after a sequence's blocks are whatever
+    was there, and are never read. Raises ValueError where the step has more sequences or blocks than the arrays.
+    """
+    num_sequences, num_blocks = batch.block_tables_SB.shape
+    tables_SB = arrays["block_tables"]
+    if num_sequences > tables_SB.shape[0] or num_blocks > tables_SB.shape[1]:
+        raise ValueError(
+            f"a step of {num_sequences} sequences and {num_blocks} blocks does not fit arrays of {tables_SB.shape}"
+        )
+    tables_SB[:num_sequences, :num_blocks] = batch.block_tables_SB
+    starts, lens = arrays["query_starts"], arrays["context_lens"]
+    starts[: num_sequences + 1] = batch.query_starts
+    starts[num_sequences + 1 :] = batch.query_starts[num_sequences]
+    lens[:num_sequences] = batch.context_lens
+    lens[num_sequences:] = 0
+    items_I8 = arrays["items"]
+    spare_items = len(items_I8) - len(lens)
+    num_items = plan_items(items_I8, batch.query_starts, batch.context_lens, spare_items=spare_items, window=window)
+    items_I8[num_items:] = -1
+    if tree_masks_T is not None:
+        arrays["tree_masks"][: len(tree_masks_T)] = tree_masks_T
+
+
+def plan_items(
+    items_I8: Int32Array,
+    query_starts: Int32Array,
+    context_lens: Int32Array,
+    *,
+    spare_items: int,
+    window: int = 0,
+    members: Int32Array | None = None,
+) -> int:
+    """Cut contexts into work items of one size, the smallest that fits; returns how many were written.
+
+    `spare_items` is the device's full load; there is room for an item per sequence beside them. With `members`, only
+    these sequences are planned; the items name them by their index in the whole step.
+    """
+    if members is None:
+        first_rows, context = query_starts[:-1], context_lens
+        num_queries = query_starts[1:] - first_rows
+        members = np.arange(len(context), dtype=np.int32)
+    else:
+        first_rows, context = query_starts[members], context_lens[members]
+        num_queries = query_starts[members + 1] - first_rows
+    lens, table_S8 = context, np.zeros((len(members), ITEM_FIELDS), np.int32)
+    if window:  # the first query row sees the farthest back
+        table_S8[:, 1] = np.maximum(context - num_queries + 1 - window, 0) // BLOCK_SIZE * BLOCK_SIZE
+        lens = context - table_S8[:, 1]
+    size = _item_size(lens, spare_items)
+    counts = (lens + (size - 1)) // size
+    ends = counts.cumsum(dtype=np.int32)
+    table_S8[:, 0] = members
+    table_S8[:, 3] = ends - counts
+    table_S8[:, 4] = counts
+    table_S8[:, 5] = first_rows
+    table_S8[:, 6] = num_queries
+    table_S8[:, 7] = context
+    num_items = int(ends[-1])
+    planned = items_I8[:num_items]
+    planned[:] = table_S8.repeat(counts, axis=0)
+    planned[:, 1] += (np.arange(num_items, dtype=np.int32) - planned[:, 3]) * size
+    np.minimum(planned[:, 1] + size, planned[:, 7], out=planned[:, 2])
+    return num_items
+
+
+def _item_size(lens: Int32Array, spare_items: int) -> int:
+    """Positions in an item: so many that the items fill the device once, where that loads it evenly; else fewer."""
+    total, longest = int(lens.sum()), int(lens.max())
+    if len(lens) <= spare_items:
+        size = _smallest_fitting(lens, spare_items, -(-total // spare_items), longest)
+        if size * spare_items <= UNEVEN * total or size == CHUNK_QUANTUM:
+            return size
+    # at the upper bound each sequence rounds up to one item more than its share of the spare ones
+    room, enough = len(lens) + spare_items, -(-total // spare_items)
+    return _smallest_fitting(lens, room, -(-total // room), min(longest, enough))
+
+
+def _smallest_fitting(lens: Int32Array, room: int, at_least: int, at_most: int) -> int:
+    """The smallest of some sizes between the bounds that makes `room` items or fewer; `at_most` is such a size."""
+    sizes = at_least + (at_most - at_least) * _CANDIDATES // _LAST_CANDIDATE
+    sizes = (sizes + (CHUNK_QUANTUM - 1)) // CHUNK_QUANTUM * CHUNK_QUANTUM
+    counts = ((lens[:, None] + (sizes - 1)) // sizes).sum(axis=0)
+    return int(sizes[(counts <= room).argmax()])

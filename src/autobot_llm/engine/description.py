@@ -1,0 +1,45 @@
+"""What an engine says of itself when it starts. Knows words and figures; knows nothing of how they come about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDescription:
+    """What runs on a GPU. `attention_reason` and `graphs_reason` say why; the latter is for graphs that are off.
+
+    `num_graphs` were captured in `capture_seconds`, compilation included. `had_compiled_kernels`: the kernel cache
+    was warm, so that nothing had to be compiled.
+    """
+
+    device: str
+    attention: str
+    attention_reason: str
+    num_graphs: int
+    graphs_reason: str
+    capture_seconds: float
+    had_compiled_kernels: bool
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Name and text of each line that a user reads at the start."""
+        yield "device", self.device
+        yield "attention", f"{self.attention} ({self.attention_reason})"
+        yield "cuda_graphs", self.graphs
+
+    @property
+    def graphs(self) -> str:
+        if not self.num_graphs:
+            return f"none ({self.graphs_reason})"
+        cache = "warm" if self.had_compiled_kernels else "cold"
+        return f"{self.num_graphs} captured in {self.capture_seconds:.1f} s, kernel cache {cache}"
+
+
+@runtime_checkable
+class DescribedExecutor(Protocol):
+    """An executor that can say what it runs on; it is asked once the engine is ready."""
+
+    @property
+    def description(self) -> GpuDescription: ...

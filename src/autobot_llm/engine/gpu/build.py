@@ -1,0 +1,195 @@
+"""Put a GPU executor together: weights, memory, attention, graphs. Knows every part's constructor, and the order.
+
+Memory is measured, not guessed: the weights are loaded, the largest step is run once without a cache, and the cache
+gets what that leaves. So nothing later can run out of memory, and what does not fit is known within seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from autobot_llm.engine.attention.choice import make_attention
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
+from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.description import GpuDescription
+from autobot_llm.engine.gpu.decoder import FusedDecoder
+from autobot_llm.engine.gpu.executor import GpuExecutor, decode_graph_sizes
+from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
+from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
+from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
+from autobot_llm.engine.memory import (
+    CachePlan,
+    DeviceMemory,
+    MemoryDemand,
+    estimated_activation_bytes,
+    plan_cache,
+)
+from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.models.weights import DecoderWeights, load_weights, measure_weights
+from autobot_llm.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+# What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
+# docs/log.md.
+BYTES_PER_GRAPH = 16 * 2**20
+
+
+def build_gpu_executor(
+    config: ModelConfig,
+    options: GpuOptions,
+    limits: GpuLimits,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[GpuExecutor, CachePlan]:
+    """Load, measure, allocate and capture. Raises ConfigurationError for what does not fit, and says what would."""
+    builder = _Builder(config, options, limits, device)
+    builder.check_headers()
+    weights = load_weights(options.folder, config, dtype=None, device=device, on_progress=on_progress)
+    activation_bytes = builder.measure_largest_step(weights)
+    plan = builder.plan(weights.num_bytes, activation_bytes)
+    try:
+        return builder.executor(weights, plan), plan
+    except torch.OutOfMemoryError as error:  # somebody else took memory meanwhile
+        raise ConfigurationError(
+            f"{options.folder.name}: the GPU ran out of memory while {plan.num_bytes / 2**30:.1f} GiB of cache were "
+            f"set up: {error}; set AUTOBOT_GPU_MEMORY_UTILIZATION below {options.memory_utilization:g}"
+        ) from error
+
+
+class _Builder:
+    def __init__(self, config: ModelConfig, options: GpuOptions, limits: GpuLimits, device: torch.device) -> None:
+        free, total = torch.cuda.mem_get_info(device)
+        self._config = config
+        self._options = options
+        self._limits = limits
+        self._device = device
+        self._memory = DeviceMemory(total=total, free=free)
+        self._dtype = getattr(torch, config.checkpoint_dtype or "float32")
+        self._shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_size, config.sliding_windows)
+        self._num_compiled_kernels = num_compiled_kernels()
+
+    def check_headers(self) -> None:
+        """Refuse what cannot fit before any weight is read."""
+        config, limits = self._config, self._limits
+        activation_bytes = estimated_activation_bytes(
+            config,
+            num_batched_tokens=limits.max_num_batched_tokens,
+            num_rows=limits.max_num_seqs,
+            num_bytes_each=self._dtype.itemsize,
+        )
+        self.plan(measure_weights(self._options.folder, config, dtype=None), activation_bytes)
+
+    def plan(self, weight_bytes: int, activation_bytes: int) -> CachePlan:
+        options, limits = self._options, self._limits
+        demand = MemoryDemand(
+            weight_bytes=weight_bytes,
+            activation_bytes=activation_bytes,
+            graph_bytes=0 if options.cuda_graphs == "off" else self._graph_bytes(),
+            block_bytes=bytes_per_block(self._config, BLOCK_SIZE, self._dtype),
+            block_size=BLOCK_SIZE,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            utilization=options.memory_utilization,
+            cache_bytes=options.cache_memory,
+            num_weight_bytes_each=self._dtype.itemsize,
+        )
+        return plan_cache(self._memory, demand, name=options.folder.name)
+
+    def measure_largest_step(self, weights: DecoderWeights) -> int:
+        """Bytes that the largest step takes beside the weights: run once, with a cache of one block."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        try:
+            executor = self._bare_executor(weights, num_blocks=1, uses_graphs=False)
+            executor.execute(_largest_batch(self._limits))
+            executor.close()
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                f"{self._options.folder.name}: the GPU has no room for a step of {self._limits.max_num_batched_tokens} "
+                "tokens beside the weights: set AUTOBOT_MAX_NUM_BATCHED_TOKENS lower"
+            ) from error
+        peak = torch.cuda.max_memory_reserved(self._device) - before
+        del executor
+        gc.collect()
+        torch.cuda.empty_cache()
+        return peak
+
+    def executor(self, weights: DecoderWeights, plan: CachePlan) -> GpuExecutor:
+        uses_graphs = self._options.cuda_graphs != "off"
+        executor = self._bare_executor(weights, num_blocks=plan.num_blocks, uses_graphs=uses_graphs)
+        if self._options.cuda_graphs == "on" and not executor.attention.can_capture:
+            raise ConfigurationError(
+                f"AUTOBOT_CUDA_GRAPHS='on': attention by {executor.attention.name} cannot be captured; expected auto "
+                "or off, or AUTOBOT_ATTENTION_BACKEND=triton"
+            )
+        start = time.perf_counter()
+        warm_up(executor)
+        executor.capture()
+        executor.description = GpuDescription(
+            device=torch.cuda.get_device_name(self._device),
+            attention=executor.attention.name,
+            attention_reason=executor.attention.reason,
+            num_graphs=len(executor.graphs.keys),
+            graphs_reason=f"attention by {executor.attention.name} cannot be captured"
+            if uses_graphs
+            else "switched off by AUTOBOT_CUDA_GRAPHS",
+            capture_seconds=time.perf_counter() - start,
+            had_compiled_kernels=num_compiled_kernels() == self._num_compiled_kernels,
+        )
+        return executor
+
+    def _bare_executor(self, weights: DecoderWeights, *, num_blocks: int, uses_graphs: bool) -> GpuExecutor:
+        config, limits = self._config, self._limits
+        storage = PagedStorage.allocate(config, num_blocks, BLOCK_SIZE, weights.dtype, self._device)
+        attention = make_attention(
+            self._options.attention_backend,
+            self._shape,
+            storage.keys,
+            storage.values,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
+        decoder = FusedDecoder(config, weights, storage, attention, max_context=limits.max_model_len)
+        return GpuExecutor(
+            decoder,
+            storage,
+            attention,
+            limits,
+            vocab_size=config.vocab_size,
+            widest_window=self._shape.widest_window,
+            uses_graphs=uses_graphs,
+            reason=f"fused kernels, attention by {attention.name}",
+        )
+
+    def _graph_bytes(self) -> int:
+        sizes = decode_graph_sizes(self._limits.max_num_seqs)
+        shared = estimated_activation_bytes(
+            self._config, num_batched_tokens=sizes[-1], num_rows=sizes[-1], num_bytes_each=self._dtype.itemsize
+        )
+        return shared + BYTES_PER_GRAPH * len(sizes)
+
+
+def _largest_batch(limits: GpuLimits) -> StepBatch:
+    """As many fresh prompts as a step holds, none of which touches the cache."""
+    num_tokens = limits.max_num_batched_tokens
+    length = min(limits.max_model_len, num_tokens)
+    starts = np.append(np.arange(0, num_tokens, length), num_tokens).astype(np.int32)
+    lens = np.diff(starts)
+    num_rows = min(len(lens), limits.max_num_seqs)
+    return StepBatch(
+        ids_T=np.zeros(num_tokens, np.int64),
+        positions_T=np.concatenate([np.arange(n, dtype=np.int32) for n in lens]),
+        slots_T=np.full(num_tokens, -1, np.int64),
+        query_starts=starts,
+        context_lens=lens.astype(np.int32),
+        block_tables_SB=np.zeros((len(lens), -(-length // BLOCK_SIZE)), np.int32),
+        logit_rows_R=(starts[1:].astype(np.int64) - 1)[:num_rows],
+        pending_rows_T=np.full(num_tokens, -1, np.int32),
+    )

@@ -1,0 +1,111 @@
+"""The decoder on a GPU, in fused kernels. Knows weights and arithmetic; knows nothing of sequences, blocks or sampling.
+
+Five products and attention make a layer, and everything between them rides along: a norm in the product that reads it,
+a residual in the product that adds to it, rotary embedding with the write into the cache. The slow twin is
+models/decoder.py; the arithmetic is the same, with fewer roundings to the weights' dtype in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autobot_llm.engine.attention.paged import PagedAttention
+from autobot_llm.engine.kernels.gpu.embedding import embed
+from autobot_llm.engine.kernels.gpu.linear import linear_add, norm_linear, norm_linear_gated
+from autobot_llm.engine.kernels.gpu.rotary import rotate_and_store
+from autobot_llm.engine.kv_cache.storage import PagedStorage
+from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.models.decoder import rope_tables
+from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
+
+
+# T packed tokens, R rows whose logits are wanted, E hidden size, H query heads, K key/value heads, D head size, C the
+# width of q, k and v together, V vocabulary, P positions
+@dataclass(frozen=True, slots=True)
+class DecoderInputs:
+    """One step's tokens on the device, int32. `token_rows_T`[t] >= 0 takes the token from `last_tokens` instead of
+    `ids_T`; `logit_rows_R` None means every row, in order. Slots below 0 are not written."""
+
+    ids_T: torch.Tensor
+    token_rows_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    last_tokens: torch.Tensor
+    logit_rows_R: torch.Tensor | None
+
+
+class FusedDecoder:
+    """A decoder-only transformer over packed tokens, writing into `storage` and attending through `attention`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        storage: PagedStorage,
+        attention: PagedAttention,
+        *,
+        max_context: int,
+    ) -> None:
+        self.device = weights.device
+        self._config = config
+        self._weights = weights
+        self._storage = storage
+        self._attention = attention
+        cos_PD, sin_PD = rope_tables(config, max_context)
+        half = config.head_size // 2  # both halves of a row are alike
+        self._cos_sin_PD = torch.cat((cos_PD[:, :half], sin_PD[:, :half]), dim=-1).to(self.device)
+
+    def forward(self, inputs: DecoderInputs, metadata: Any) -> torch.Tensor:
+        """Compute all tokens; returns float32 logits_RV. `metadata` is the attention backend's for this step."""
+        config, weights = self._config, self._weights
+        num_tokens = inputs.ids_T.shape[0]
+        hidden_TE = torch.empty(num_tokens, config.hidden_size, dtype=weights.dtype, device=self.device)
+        embed(inputs.ids_T, inputs.token_rows_T, inputs.last_tokens, weights.embed_VE, hidden_TE)
+        last = config.num_layers - 1
+        for i, layer in enumerate(weights.layers):
+            attended_TA = self._attend(i, layer, hidden_TE, inputs, metadata)
+            if i == last and inputs.logit_rows_R is not None:  # no later layer needs the other rows
+                hidden_TE = hidden_TE.index_select(0, inputs.logit_rows_R)
+                attended_TA = attended_TA.index_select(0, inputs.logit_rows_R)
+            linear_add(attended_TA, layer.o_weight, layer.o_bias, hidden_TE, out=hidden_TE)
+            activated_TF = norm_linear_gated(
+                hidden_TE, layer.post_norm_E, config.rms_norm_eps, layer.gate_up_weight, layer.gate_up_bias
+            )
+            linear_add(activated_TF, layer.down_weight, layer.down_bias, hidden_TE, out=hidden_TE)
+        return norm_linear(hidden_TE, weights.norm_E, config.rms_norm_eps, weights.lm_head_VE, out_dtype=torch.float32)
+
+    def _attend(
+        self, i: int, layer: LayerWeights, hidden_TE: torch.Tensor, inputs: DecoderInputs, metadata: Any
+    ) -> torch.Tensor:
+        """What the heads of layer i gather, [T, H*D], before the output projection."""
+        config = self._config
+        num_heads, num_kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
+        qkv_TC = norm_linear(hidden_TE, layer.input_norm_E, config.rms_norm_eps, layer.qkv_weight, layer.qkv_bias)
+        rotate_and_store(
+            qkv_TC,
+            inputs.positions_T,
+            inputs.slots_T,
+            self._cos_sin_PD,
+            self._storage.keys[i],
+            self._storage.values[i],
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            q_norm_D=layer.q_norm_D,
+            k_norm_D=layer.k_norm_D,
+            eps=config.rms_norm_eps,
+        )
+        heads = qkv_TC.view(-1, num_heads + 2 * num_kv_heads, head_size)
+        out_THD = torch.empty(heads.shape[0], num_heads, head_size, dtype=qkv_TC.dtype, device=self.device)
+        self._attention.attend(
+            i,
+            heads[:, :num_heads],
+            heads[:, num_heads : num_heads + num_kv_heads],
+            heads[:, num_heads + num_kv_heads :],
+            out_THD,
+            metadata,
+        )
+        return out_THD.view(heads.shape[0], -1)

@@ -1,0 +1,47 @@
+"""What the GPU path is asked for, and whether it can serve a model. Knows values; loads no kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from autobot_llm.engine.models.config import ModelConfig
+
+HEAD_SIZES = (64, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLimits:
+    """The largest step, and the longest sequence, in tokens."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuOptions:
+    """What a user may ask of the GPU. `memory_utilization` is a share of the whole device; `cache_memory` (bytes)
+    None: what that share leaves."""
+
+    folder: Path
+    attention_backend: str
+    cuda_graphs: Literal["auto", "on", "off"]
+    memory_utilization: float
+    cache_memory: int | None
+
+
+def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Why the fused kernels cannot run this model here; None where they can."""
+    if config.head_size not in HEAD_SIZES:
+        return f"head size {config.head_size}: the GPU kernels are written for 64 and 128"
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} weights: the GPU kernels are written for bfloat16 and float16"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None

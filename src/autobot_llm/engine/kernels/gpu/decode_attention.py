@@ -1,0 +1,329 @@
+"""Attention of a few new tokens per sequence to long paged contexts. Knows work items; knows nothing of who made them.
+
+Reading the cache is all the time there is, so one program reads its part of a context once, for every query row that
+needs it: the G query heads of a key/value head and all new tokens of the sequence are the rows of one matrix product.
+A sequence in several parts is put together by whichever of its programs ends last, so a layer is one launch.
+
+Source: split-K attention over the context, "Flash-Decoding" (Dao and others, 2023); the online softmax of
+FlashAttention (arXiv 2205.14135), in base 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, PagedBatch
+from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+
+MAX_ROWS = 128
+"""Query rows (tokens times query heads of a group) of one program: what its accumulators hold without spilling."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """How one program walks its part: positions in a step of it, warps, and loads in flight.
+
+    `prefetch`: cache lines of the first positions are called into L2 before the previous kernel has ended.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    prefetch: bool = False
+
+
+# S sequences, Q query rows, K key/value heads, G query heads of each, D head size, I work items
+# M rows of a program (query token by head of the group), N positions of a tile
+@dataclass(frozen=True, slots=True)
+class DecodeWorkspace:
+    """Where programs leave parts of a sequence for the last of them. Launches of one stream may share it."""
+
+    partials: torch.Tensor
+    stats: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        num_items: int,
+        *,
+        max_queries: int,
+        group_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        device: torch.device,
+    ) -> DecodeWorkspace:
+        """Room for so many items with so many new tokens per sequence; float32, and int32 counters of zero."""
+        num_rows = num_items * num_kv_heads * rows_of(max_queries, group_size)
+        return cls(
+            partials=torch.empty(num_rows * head_size, dtype=torch.float32, device=device),
+            stats=torch.empty(num_rows * 2, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(num_items * num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+def rows_of(max_queries: int, group_size: int) -> int:
+    """M: the rows a program works on, a size that a matrix product takes."""
+    return max(16, 1 << (max_queries * group_size - 1).bit_length())
+
+
+def choose_decode_tile(num_rows: int) -> DecodeTile:
+    """The best measured for M rows."""
+    for most_rows, tile in _TILES:
+        if num_rows <= most_rows:
+            return tile
+    raise ValueError(f"{num_rows} query rows for one key/value head: expected at most {MAX_ROWS}")
+
+
+# by judgement of what fits a multiprocessor four times; benchmarks/attention_gpu.py measures the alternatives
+_TILES = (
+    (16, DecodeTile(block_n=32, num_warps=4, num_stages=4, prefetch=True)),
+    (32, DecodeTile(block_n=32, num_warps=4, num_stages=4, prefetch=True)),
+    (64, DecodeTile(block_n=32, num_warps=4, num_stages=3, prefetch=True)),
+    (MAX_ROWS, DecodeTile(block_n=32, num_warps=8, num_stages=3, prefetch=True)),
+)
+
+
+def paged_decode(
+    q_QHD: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    out_QHD: torch.Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    window: int = 0,
+    tile: DecodeTile | None = None,
+) -> None:
+    """Attend the query rows of the batch's items to their contexts, into `out_QHD`; rows of no item are left alone.
+
+    keys and values are one layer's [num_blocks, K, 16, D], contiguous; q and out may be strided in Q. Launches one
+    kernel of a grid that depends on shapes alone, so it may be captured. `window`: positions a query sees, 0 for all.
+    """
+    num_kv_heads, head_size = keys.shape[1], keys.shape[3]
+    group_size = q_QHD.shape[1] // num_kv_heads
+    num_rows = rows_of(batch.max_queries, group_size)
+    tile = tile or choose_decode_tile(num_rows)
+    num_items = batch.items_I8.shape[0]
+    _decode[(num_kv_heads, num_items)](
+        q_QHD,
+        keys,
+        values,
+        out_QHD,
+        batch.items_I8,
+        batch.block_tables_SB,
+        batch.tree_masks_T,
+        workspace.partials,
+        workspace.stats,
+        workspace.arrivals,
+        q_QHD.stride(0),
+        out_QHD.stride(0),
+        batch.block_tables_SB.stride(0),
+        math.log2(math.e) / math.sqrt(head_size),
+        WINDOW=window,
+        PAGE=BLOCK_SIZE,
+        K=num_kv_heads,
+        G=group_size,
+        D=head_size,
+        M=num_rows,
+        N=tile.block_n,
+        UNROLL=max(1, 64 // num_rows),
+        PREFETCH=tile.prefetch and q_QHD.is_cuda,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **launch_options(q_QHD.device),
+    )
+
+
+@triton.jit
+def _decode(  # type: ignore[no-untyped-def]
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    out_ptr,
+    items_ptr,
+    tables_ptr,
+    trees_ptr,
+    partials_ptr,
+    stats_ptr,
+    arrivals_ptr,
+    q_stride,
+    out_stride,
+    table_stride,
+    scale,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_next_kernel_start(PDL)
+    head = tl.program_id(0)
+    item = tl.program_id(1)
+    # items and tables come with a copy that ends before the step's first kernel starts, and no kernel writes them;
+    # padding is -1 throughout, so that it has no positions
+    item_ptr = items_ptr + item * 8
+    sequence = tl.load(item_ptr)
+    start = tl.load(item_ptr + 1)
+    stop = tl.load(item_ptr + 2)
+    first_item = tl.load(item_ptr + 3)
+    num_items = tl.load(item_ptr + 4)
+    first_query = tl.load(item_ptr + 5)
+    num_queries = tl.load(item_ptr + 6)
+    context = tl.load(item_ptr + 7)
+    table_ptr = tables_ptr + sequence * table_stride
+    if WINDOW:
+        start = tl.maximum(start, tl.maximum(context - num_queries + 1 - WINDOW, 0) // PAGE * PAGE)
+    # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
+    n = start + tl.arange(0, N)
+    blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
+    if PREFETCH:
+        _prefetch_part(keys_ptr, values_ptr, table_ptr, start, stop, head, PAGE, K, D, N)
+    wait_for_previous_kernel(PDL)
+    if sequence < 0:
+        return
+
+    m = tl.arange(0, M)
+    d = tl.arange(0, D)
+    query_M = m // G
+    is_row_M = query_M < num_queries
+    heads_M = head * G + m % G
+    q_MD = tl.load(
+        q_ptr + (first_query + query_M)[:, None] * q_stride + heads_M[:, None] * D + d[None, :],
+        mask=is_row_M[:, None],
+        other=0.0,
+    )
+    first_new = context - num_queries
+    if trees_ptr is not None:
+        trees_M = tl.load(trees_ptr + first_query + query_M, mask=is_row_M, other=0)
+
+    high_M = tl.full((M,), float("-inf"), tl.float32)
+    sum_M = tl.zeros((M,), tl.float32)
+    acc_MD = tl.zeros((M, D), tl.float32)
+    for _ in tl.range(start, stop, N):
+        is_part_N = n < stop
+        offsets_N = (blocks_N.to(tl.int64) * K + head) * (PAGE * D) + (n % PAGE) * D
+        next_blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
+        k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_part_N[:, None], other=0.0)
+        v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :], mask=is_part_N[:, None], other=0.0)
+        scores_MN = tl.dot(q_MD, tl.trans(k_ND)) * scale
+        new_N = n - first_new
+        if trees_ptr is not None:
+            is_seen_MN = (new_N < 0)[None, :] | (((trees_M[:, None] >> tl.maximum(new_N, 0)[None, :]) & 1) != 0)
+        else:
+            is_seen_MN = new_N[None, :] <= query_M[:, None]
+        if WINDOW:
+            is_seen_MN = is_seen_MN & (new_N[None, :] > query_M[:, None] - WINDOW)
+        scores_MN = tl.where(is_seen_MN & is_part_N[None, :], scores_MN, float("-inf"))
+        new_high_M = tl.maximum(high_M, tl.max(scores_MN, 1))
+        base_M = tl.where(new_high_M == float("-inf"), 0.0, new_high_M)  # a row that has seen nothing yet
+        shrink_M = tl.exp2(high_M - base_M)
+        weights_MN = tl.exp2(scores_MN - base_M[:, None])
+        sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
+        acc_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None])
+        high_M = new_high_M
+        n += N
+        blocks_N = next_blocks_N
+
+    out_ptrs_MD = out_ptr + (first_query + query_M)[:, None] * out_stride + heads_M[:, None] * D + d[None, :]
+    if num_items == 1:
+        out_MD = acc_MD / tl.where(is_row_M, sum_M, 1.0)[:, None]
+        tl.store(out_ptrs_MD, out_MD.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None])
+        return
+    rows_M = (item * K + head) * M + m
+    tl.store(partials_ptr + rows_M[:, None] * D + d[None, :], acc_MD, mask=is_row_M[:, None])
+    tl.store(stats_ptr + rows_M * 2, high_M, mask=is_row_M)
+    tl.store(stats_ptr + rows_M * 2 + 1, sum_M, mask=is_row_M)
+    tl.debug_barrier()  # every thread's parts are written before one thread counts them as arrived
+    arrivals_ptr += first_item * K + head
+    if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == num_items - 1:
+        tl.store(arrivals_ptr, 0)  # for the next launch
+        out_MD = _merge(partials_ptr, stats_ptr, first_item, num_items, head, is_row_M, K, D, M, UNROLL)
+        tl.store(out_ptrs_MD, out_MD.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None])
+
+
+@triton.jit
+def _merge(  # type: ignore[no-untyped-def]
+    partials_ptr,
+    stats_ptr,
+    first_item,
+    num_items,
+    head,
+    is_row_M,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The softmax-weighted mean over all parts of a sequence, past the L1 cache: other programs wrote them."""
+    m = tl.arange(0, M)
+    d = tl.arange(0, D)
+    high_M = tl.full((M,), float("-inf"), tl.float32)
+    sum_M = tl.zeros((M,), tl.float32)
+    acc_MD = tl.zeros((M, D), tl.float32)
+    for part in range(0, num_items, UNROLL):
+        for i in tl.static_range(UNROLL):  # so many loads in flight
+            is_there_M = is_row_M & (part + i < num_items)
+            rows_M = ((first_item + part + i) * K + head) * M + m
+            part_high_M = tl.load(stats_ptr + rows_M * 2, mask=is_there_M, other=float("-inf"), cache_modifier=".cg")
+            part_sum_M = tl.load(stats_ptr + rows_M * 2 + 1, mask=is_there_M, other=0.0, cache_modifier=".cg")
+            part_acc_MD = tl.load(
+                partials_ptr + rows_M[:, None] * D + d[None, :],
+                mask=is_there_M[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_high_M = tl.maximum(high_M, part_high_M)
+            base_M = tl.where(new_high_M == float("-inf"), 0.0, new_high_M)
+            shrink_M = tl.exp2(high_M - base_M)
+            part_shrink_M = tl.exp2(part_high_M - base_M)
+            sum_M = sum_M * shrink_M + part_sum_M * part_shrink_M
+            acc_MD = acc_MD * shrink_M[:, None] + part_acc_MD * part_shrink_M[:, None]
+            high_M = new_high_M
+    return acc_MD / tl.where(is_row_M, sum_M, 1.0)[:, None]
+
+
+@triton.jit
+def _prefetch_part(  # type: ignore[no-untyped-def]
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    start,
+    stop,
+    head,
+    PAGE: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Call the first N positions' cache lines into L2. Older steps wrote them; lines of this step's are only early."""
+    LINE: tl.constexpr = 64  # elements of two bytes in a cache line
+    lines = tl.arange(0, N * D // LINE)
+    n = start + lines * LINE // D
+    is_part = n < stop
+    blocks = tl.load(table_ptr + n // PAGE, mask=is_part, other=0).to(tl.int64)
+    offsets = (blocks * K + head) * (PAGE * D) + (n % PAGE) * D + lines * LINE % D
+    _prefetch_lines(keys_ptr + offsets)  # block 0, where there is no part: a line of the cache all the same
+    _prefetch_lines(values_ptr + offsets)
+
+
+@triton.jit
+def _prefetch_lines(pointers):  # type: ignore[no-untyped-def]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,0 +1,45 @@
+"""How our Triton kernels follow each other on the device. Knows launches; knows nothing of what a kernel computes.
+
+On Hopper and later, a kernel may be launched before the one it depends on has ended (programmatic dependent launch):
+its programs start in the room that the last programs of the previous kernel leave, fetch what no kernel writes (the
+weights), and only then wait. A step is a chain of 160 short kernels, so the gaps between them are worth closing.
+
+The rule that makes it safe: every program of every kernel calls `wait_for_previous_kernel` before it reads anything
+an earlier kernel wrote, and before it writes anything at all. So a kernel ends only after its predecessor has.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_HOPPER = (9, 0)
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Block until every earlier kernel's writes are visible."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_kernel_start(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Allow the next kernel's programs onto multiprocessors with room; they wait for this kernel's end themselves."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of every launch on this device: the kernel's PDL constant and the launcher's option for it."""
+    return _options(device.index or 0) if device.type == "cuda" else {"PDL": False}
+
+
+@lru_cache
+def _options(device_index: int) -> dict[str, Any]:
+    pdl = torch.version.hip is None and torch.cuda.get_device_capability(device_index) >= _HOPPER
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}

@@ -1,0 +1,213 @@
+"""A device that computes beside the host, in plain Python: a stand-in for a GPU where timing is what is tested.
+
+Its model is a function of the whole context as it finds it in the paged cache, so a token that was sampled from wrong,
+missing or overwritten content is another one. A `lazy` device computes as late as it may, when somebody waits:
+whatever the host changes after a launch, it would see. The other computes at once: whatever comes late, it misses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.executor import LaunchedStep, SampledRows, SamplingArrays
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.noise import exponential_noise
+
+VOCAB_SIZE = 40
+NOTHING = -7  # what a blank cache holds
+
+
+@lru_cache(maxsize=100_000)
+def logits_of(context: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The model: logits_V after these tokens."""
+    seed = hash(context) & 0xFFFFFFFF
+    return np.random.default_rng(seed).standard_normal(VOCAB_SIZE).astype(np.float32) * 2
+
+
+class FakeDevice:
+    """Executor and BlockCopier. Steps and copies take effect in the order of their calls."""
+
+    name = "fake"
+    reason = "a test"
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.cache = [NOTHING] * (num_blocks * block_size)
+        self.block_size = block_size
+        self.pool: BlockPool | None = None
+        """Where given, every write is checked against it: one owner, and nothing that others may find."""
+        self.is_closed = False
+
+    def execute(self, batch: StepBatch) -> torch.Tensor:
+        self.check_writes(batch)
+        assert (batch.pending_rows_T == -1).all(), "every token is known to a step whose logits are wanted"
+        return torch.from_numpy(self.compute(batch, []))
+
+    def discard(self, block_ids: list[int]) -> None:
+        for block_id in block_ids:
+            self.cache[self.slots(block_id)] = [NOTHING] * self.block_size
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def copy_out(self, block_ids: Sequence[int]) -> HostBlocks:
+        copied = HostBlocks()
+        self.do(copied.fill, self, list(block_ids))
+        return copied
+
+    def copy_in(self, swapped: Any, block_ids: Sequence[int]) -> None:
+        self.do(swapped.write, self, list(block_ids))
+
+    def do(self, act: Callable[..., None], *arguments: Any) -> None:
+        act(*arguments)
+
+    def slots(self, block_id: int) -> slice:
+        return slice(block_id * self.block_size, (block_id + 1) * self.block_size)
+
+    def check_writes(self, batch: StepBatch) -> None:
+        if self.pool is None:
+            return
+        blocks = set((batch.slots_T // self.block_size).tolist())
+        for block_id in blocks:
+            assert self.pool.num_references(block_id) == 1, "a block that is written has one owner"
+            assert self.pool._entry_of[block_id] is None, "a published block is never written"
+
+    # S sequences, T packed tokens, R rows whose logits are wanted, V vocabulary
+    def compute(self, batch: StepBatch, last_tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Write the step's tokens into the cache, and look at every position of every context."""
+        logits_TV: dict[int, Any] = {}
+        for s, (first, end) in enumerate(itertools.pairwise(batch.query_starts.tolist())):
+            num_positions = int(batch.context_lens[s])
+            assert batch.positions_T[first:end].tolist() == list(range(num_positions - (end - first), num_positions))
+            for t in range(first, end):
+                pending = int(batch.pending_rows_T[t])
+                token = last_tokens[pending] if pending >= 0 else int(batch.ids_T[t])
+                assert (pending >= 0) == (batch.ids_T[t] == -1)
+                self.cache[batch.slots_T[t]] = token
+            table = batch.block_tables_SB[s]
+            context = [self.cache[table[p // self.block_size] * self.block_size + p % self.block_size]
+                       for p in range(num_positions)]  # fmt: skip
+            for t in range(first, end):
+                logits_TV[t] = logits_of(tuple(context[: int(batch.positions_T[t]) + 1]))
+        return np.array([logits_TV[row] for row in batch.logit_rows_R.tolist()], np.float32).reshape(-1, VOCAB_SIZE)
+
+
+class HostBlocks:
+    """Copied blocks, once the device has come to it."""
+
+    def __init__(self) -> None:
+        self.content: list[list[int]] | None = None
+
+    def fill(self, device: FakeDevice, block_ids: list[int]) -> None:
+        self.content = [device.cache[device.slots(block_id)] for block_id in block_ids]
+
+    def write(self, device: FakeDevice, block_ids: list[int]) -> None:
+        assert self.content is not None and len(block_ids) == len(self.content)
+        for block_id, content in zip(block_ids, self.content, strict=True):
+            device.cache[device.slots(block_id)] = content
+
+
+@dataclass(eq=False)
+class _Launched:
+    device: FakePipelinedDevice
+    num_rows: int
+    sampled: SampledRows | None = None
+    error: Exception | None = None
+    is_waited_for: bool = False
+
+    def wait(self) -> SampledRows:
+        assert not self.is_waited_for, "a step is waited for once"
+        self.is_waited_for = True
+        while self.sampled is None and self.error is None:
+            self.device.work()
+        self.device.num_unwaited -= 1
+        if self.error is not None:
+            raise self.error
+        assert self.sampled is not None
+        return self.sampled
+
+
+class FakePipelinedDevice(FakeDevice):
+    """PipelinedExecutor over the same model. `fault(step number, logits_RV)` may raise or spoil the logits."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        lazy: bool = True,
+        fault: Callable[[int, Any], None] | None = None,
+    ) -> None:
+        super().__init__(num_blocks, block_size)
+        self.lazy = lazy
+        self.fault = fault
+        self.num_launched = 0
+        self.num_unwaited = 0
+        self.most_unwaited = 0
+        self.last_tokens: list[int] = []
+        self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+
+    def launch(self, batch: StepBatch, sampling: SamplingArrays) -> LaunchedStep:
+        self.check_writes(batch)
+        assert not sampling.any_drawn or len(sampling.is_drawn_R) == len(batch.logit_rows_R)
+        step = _Launched(self, len(batch.logit_rows_R))
+        self.num_unwaited += 1
+        self.most_unwaited = max(self.most_unwaited, self.num_unwaited)
+        self.do(self._run, step, batch, sampling, self.num_launched)
+        self.num_launched += 1
+        return step
+
+    def execute(self, batch: StepBatch) -> torch.Tensor:
+        assert self.num_unwaited == 0, "logits are asked for while a step is under way"
+        self.drain()
+        return super().execute(batch)
+
+    def discard(self, block_ids: list[int]) -> None:
+        self.do(super().discard, block_ids)
+
+    def close(self) -> None:
+        assert self.num_unwaited == 0, "closed while a step is under way"
+        super().close()
+
+    def do(self, act: Callable[..., None], *arguments: Any) -> None:
+        self._queue.append((act, arguments))
+        if not self.lazy:
+            self.drain()
+
+    def work(self) -> None:
+        act, arguments = self._queue.popleft()
+        act(*arguments)
+
+    def drain(self) -> None:
+        while self._queue:
+            self.work()
+
+    def _run(self, step: _Launched, batch: StepBatch, sampling: SamplingArrays, number: int) -> None:
+        logits_RV = self.compute(batch, self.last_tokens)
+        try:
+            if self.fault is not None:
+                self.fault(number, logits_RV)
+        except Exception as error:
+            step.error = error
+            self.last_tokens = [0] * step.num_rows
+            return
+        tokens = [sample(logits_V, sampling, r) for r, logits_V in enumerate(logits_RV)]
+        self.last_tokens = tokens
+        step.sampled = SampledRows(tokens, [float(logits_V.max()) for logits_V in logits_RV])
+
+
+def sample(logits_V: Any, sampling: SamplingArrays, row: int) -> int:
+    """One row as a device would, unrestricted."""
+    if not sampling.any_drawn or not sampling.is_drawn_R[row]:
+        return int(logits_V.argmax())
+    weights_V = np.exp((logits_V - logits_V.max()) / sampling.temperature_R[row])
+    noise_V = exponential_noise(sampling.keys_R[row : row + 1, None], np.arange(len(logits_V)))[0]
+    return int((weights_V / noise_V).argmax())

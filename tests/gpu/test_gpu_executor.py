@@ -1,0 +1,192 @@
+"""The GPU's executor: graphs against launches, fused layers against plain torch, swapping, memory. `make test-gpu`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.sequence import SamplingParams
+from autobot_llm.errors import ConfigurationError
+
+pytestmark = pytest.mark.gpu
+
+TINY = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"
+OPTIONS = EngineOptions(folder=TINY, cache_dir=Path("unused"), device="cuda", max_model_len=512)
+TEXTS = (
+    "Once upon a time there was a small fox",
+    "The capital of France is",
+    "def add(a, b):",
+    "Dear Sir, I write to you because",
+    "In the beginning of the year the weather was",
+)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[str, Engine]]:
+    made = {
+        "graphs": load_engine(OPTIONS),
+        "launches": load_engine(dataclasses.replace(OPTIONS, cuda_graphs="off")),
+        "sdpa": load_engine(dataclasses.replace(OPTIONS, attention_backend="sdpa")),
+    }
+    yield made
+    for engine in made.values():
+        engine.close()
+
+
+def answers(engine: Engine, params: SamplingParams, *, together: bool = True, repeat: int = 1) -> list[str]:
+    """Texts of all prompts, in one batch or one after the other; every block is free afterwards."""
+    prompts = [(engine.tokenizer.encode(text, add_special_tokens=False) * repeat)[:400] for text in TEXTS]
+    texts = [""] * len(prompts)
+
+    def drain() -> None:
+        while engine.has_work:
+            for output in engine.step():
+                assert output.error is None
+                texts[output.request_id] += output.text
+
+    for i, prompt_ids in enumerate(prompts):
+        one = dataclasses.replace(params, seed=i)
+        engine.add(i, EngineRequest(prompt_ids, (one,), salt=f"{together}{repeat}"), RequestStats())
+        if not together:
+            drain()
+    drain()
+    pool = engine.scheduler.block_pool
+    assert pool.num_free == pool.num_blocks
+    return texts
+
+
+GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
+DRAWN = SamplingParams(max_tokens=48, temperature=0.8, top_p=0.9)
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_replayed_graph_computes_what_its_launches_do(engines: dict[str, Engine], params: SamplingParams) -> None:
+    for together in (False, True):
+        by_graph = answers(engines["graphs"], params, together=together)
+        assert by_graph == answers(engines["launches"], params, together=together)
+    assert engines["graphs"].executor.graphs.keys and not engines["launches"].executor.graphs.keys
+
+
+def test_the_logits_are_those_of_plain_torch(engines: dict[str, Engine]) -> None:
+    """The same prompts through the slow decoder in float32 on the CPU, in one chunk and then token by token."""
+    from autobot_llm.engine.attention.sdpa import SdpaAttention
+    from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
+    from autobot_llm.engine.eager import EagerExecutor
+    from autobot_llm.engine.models.config import load_config
+    from autobot_llm.engine.models.decoder import Decoder
+    from autobot_llm.engine.models.weights import load_weights
+    from autobot_llm.engine.sequence import Sequence
+
+    config = load_config(TINY)
+    weights = load_weights(TINY, config, dtype=torch.float32, device="cpu")
+    attention = SdpaAttention(config, num_blocks=64, block_size=16, dtype=torch.float32, device="cpu")
+    slow = EagerExecutor(Decoder(config, weights), attention, reason="a test")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("graphs", "sdpa"):
+        fast = engines[name].executor
+        sequences = []
+        for i, length in enumerate((200, 90, 33)):
+            ids = torch.randint(5, 8000, (length + 3,), generator=generator).tolist()
+            sequences.append(Sequence(i, ids, SamplingParams(max_tokens=1)))
+        for sequence, blocks in zip(
+            sequences,
+            ([5, 9, 1, 3, 30, 31, 8, 2, 7, 6, 4, 40, 41], [11, 10, 12, 50, 51, 52], [20, 22, 21]),
+            strict=True,
+        ):
+            sequence.block_ids.extend(blocks)
+        # fresh; a part on top of a cached beginning beside one that decodes; everybody decodes
+        for parts in (
+            ((0, 0, 120), (1, 0, 60), (2, 0, 20)),
+            ((0, 120, 200), (1, 60, 61), (2, 20, 33)),
+            ((0, 200, 201), (1, 61, 62), (2, 33, 34)),
+        ):
+            scheduled = [ScheduledSequence(sequences[i], a, b - a, True) for i, a, b in parts]
+            batch = build_batch(scheduled, 16)
+            expected = slow.execute(batch)
+            found = fast.execute(batch).cpu()
+            error = (found - expected).norm() / expected.norm()
+            assert error < 0.02, f"{name} {parts}: relative error {float(error):.3g}"
+
+
+def test_greedy_text_begins_as_with_plain_torch_attention(engines: dict[str, Engine]) -> None:
+    """bfloat16 near ties may part the texts later on; the same rounding happens to few tokens."""
+    ours, theirs = answers(engines["graphs"], GREEDY, repeat=6), answers(engines["sdpa"], GREEDY, repeat=6)
+    num_same = sum(a[:40] == b[:40] for a, b in zip(ours, theirs, strict=True))
+    assert num_same >= 4, (ours, theirs)
+
+
+def test_blocks_come_back_from_host_memory_as_they_were(engines: dict[str, Engine]) -> None:
+    executor = engines["graphs"].executor
+    cache = executor._storage.cache_L2BKPD
+    blocks = [3, 17, 5]
+    cache[:, :, blocks] = torch.randn_like(cache[:, :, blocks])
+    torch.cuda.synchronize()
+    before = cache[:, :, blocks].clone()
+    swapped = executor.copy_out(blocks)
+    executor.discard(blocks)
+    torch.cuda.synchronize()
+    assert not cache[:, :, blocks].any()
+    executor.copy_in(swapped, [8, 9, 10])
+    torch.cuda.synchronize()
+    assert torch.equal(cache[:, :, [8, 9, 10]], before)
+    executor.discard([8, 9, 10])
+
+
+def test_preemption_by_swap_and_by_recomputation_give_the_same_text(engines: dict[str, Engine]) -> None:
+    expected = answers(engines["graphs"], GREEDY, repeat=4)
+    config = engines["graphs"].config
+    block_bytes = 2 * config.num_layers * 16 * config.num_kv_heads * config.head_size * 2
+    for preemption in ("swap", "recompute"):
+        engine = load_engine(
+            dataclasses.replace(
+                OPTIONS, max_model_len=160, preemption=preemption, kv_cache_memory=16 * block_bytes,
+                prefix_caching=False,
+            )
+        )  # fmt: skip
+        texts = answers(engine, GREEDY, repeat=4)
+        num_preemptions = engine.scheduler.num_preemptions
+        engine.close()
+        assert num_preemptions > 0
+        num_same = sum(a[:40] == b[:40] for a, b in zip(texts, expected, strict=True))
+        assert num_same >= 4, (preemption, texts, expected)
+
+
+def test_what_does_not_fit_is_refused_with_advice() -> None:
+    with pytest.raises(ConfigurationError, match="AUTOBOT_GPU_MEMORY_UTILIZATION"):
+        load_engine(dataclasses.replace(OPTIONS, gpu_memory_utilization=0.0001))
+    with pytest.raises(ConfigurationError, match="AUTOBOT_KV_CACHE_MEMORY"):
+        load_engine(dataclasses.replace(OPTIONS, kv_cache_memory=400 * 2**30))
+
+
+def test_a_backend_that_cannot_run_is_refused_by_name() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        with pytest.raises(ConfigurationError, match=r"AUTOBOT_ATTENTION_BACKEND='flash_attention'"):
+            load_engine(dataclasses.replace(OPTIONS, attention_backend="flash_attention"))
+
+
+def test_graphs_replay_with_new_inputs_and_can_be_cleared() -> None:
+    from autobot_llm.engine.gpu.graphs import CUDAGraphManager
+
+    manager: CUDAGraphManager[torch.Tensor] = CUDAGraphManager(warmup_steps=2)
+    first = torch.randn(64, device="cuda")
+    assert torch.equal(manager.capture("square", lambda x: x * x, first), first * first)
+    second = torch.randn(64, device="cuda")
+    expected = second * second
+    assert torch.equal(manager.capture("square", lambda x: x + 1, second), expected)  # replayed, not called
+    with pytest.raises(ValueError, match="captured for"):
+        manager.capture("square", lambda x: x, torch.randn(63, device="cuda"))
+    with pytest.raises(ValueError, match="CUDA device"):
+        manager.capture("other", lambda x: x, torch.randn(4))
+    manager.clear("square")
+    assert manager.keys == ()
+    assert torch.equal(manager.capture("square", lambda x: x + 1, second), second + 1)
+    manager.clear()
+    assert manager.keys == ()

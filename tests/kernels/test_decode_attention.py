@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from paged_steps import PagedStep, device_batch, random_step, relative_error
+
+from autobot_llm.engine.attention.paged import PagedBatch, max_items, plan_items
+from autobot_llm.engine.kernels.gpu.decode_attention import DecodeTile, DecodeWorkspace, paged_decode
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def attend(
+    step: PagedStep, batch: PagedBatch, *, window: int = 0, tile: DecodeTile | None = None, num_launches: int = 1
+) -> torch.Tensor:
+    """Run the kernel on a poisoned output and a poisoned workspace."""
+    workspace = DecodeWorkspace.allocate(
+        batch.items_I8.shape[0],
+        max_queries=batch.max_queries,
+        group_size=step.num_heads // step.num_kv_heads,
+        num_kv_heads=step.num_kv_heads,
+        head_size=step.keys.shape[3],
+        device=step.qkv.device,
+    )
+    workspace.partials.fill_(float("nan"))
+    workspace.stats.fill_(float("nan"))
+    out_THD = torch.full(step.q.shape, float("nan"), dtype=step.qkv.dtype, device=step.qkv.device)
+    for _ in range(num_launches):
+        out_THD.fill_(float("nan"))
+        paged_decode(step.q, step.keys, step.values, batch, out_THD, workspace, window=window, tile=tile)
+    assert int(workspace.arrivals.abs().max()) == 0, "a counter was left for the next launch"
+    return out_THD
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1)], ids=["own keys", "4 share", "7 share"])
+def test_every_mix_of_lengths_equals_the_twin(
+    heads: tuple[int, int], head_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    lengths = [1, 16, 17, 63, 200, 64] if device.type == "cpu" else [1, 16, 17, 63, 64, 3000, 640, 129, 8000]
+    step = random_step(
+        lengths,
+        [1] * len(lengths),
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_size=head_size,
+        dtype=dtype,
+        device=device,
+    )
+    out_THD = attend(step, device_batch(step))
+    assert relative_error(out_THD, step.expected()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("query_lens", [[4, 4, 4], [1, 7, 3], [16, 1, 2]], ids=str)
+def test_several_new_tokens_per_sequence_see_each_other_in_order(
+    query_lens: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    step = random_step([150, 33, 90], query_lens, num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device)
+    out_THD = attend(step, device_batch(step))
+    assert relative_error(out_THD, step.expected()) < TOLERANCE[dtype]
+
+
+def test_a_tree_mask_says_which_new_tokens_are_seen(dtype: torch.dtype, device: torch.device) -> None:
+    query_lens = [6, 16, 1]
+    step = random_step(
+        [130, 100, 20], query_lens, num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device
+    )
+    masks_T = random_tree_masks(query_lens)
+    out_THD = attend(step, device_batch(step, tree_masks_T=masks_T))
+    expected_THD = step.expected(tree_masks_T=masks_T)
+    assert relative_error(out_THD, expected_THD) < TOLERANCE[dtype]
+    assert relative_error(step.expected(), expected_THD) > 0.1, "these masks are no different from causal ones"
+
+
+def random_tree_masks(query_lens: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+    """Each token sees itself and what a random earlier one of its sequence sees, or nothing new before it."""
+    rng = np.random.default_rng(1)
+    masks = []
+    for num_queries in query_lens:
+        of_sequence: list[int] = []
+        for j in range(num_queries):
+            parent = int(rng.integers(-1, j)) if j else -1
+            of_sequence.append((of_sequence[parent] if parent >= 0 else 0) | 1 << j)
+        masks += of_sequence
+    return np.array(masks, np.int32)
+
+
+@pytest.mark.parametrize("plan_knows_it", [True, False], ids=["planned", "unplanned"])
+@pytest.mark.parametrize("window", [1, 16, 50])
+def test_a_window_hides_what_lies_before_it(
+    window: int, plan_knows_it: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    step = random_step(
+        [300, 40, 64, 5], [1, 3, 1, 5], num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device
+    )
+    batch = device_batch(step, window=window if plan_knows_it else 0)
+    out_THD = attend(step, batch, window=window)
+    assert relative_error(out_THD, step.expected(window=window)) < TOLERANCE[dtype]
+
+
+def test_padding_reads_nothing_and_leaves_its_rows_alone(dtype: torch.dtype, device: torch.device) -> None:
+    step = random_step([70, 20], [1, 1], num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device)
+    batch = device_batch(step, num_sequences=8, max_queries=4)
+    out_THD = attend(step, batch)
+    assert relative_error(out_THD, step.expected()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [DecodeTile(32, 4, 4), DecodeTile(32, 2, 3, prefetch=True), DecodeTile(64, 4, 3), DecodeTile(128, 8, 2)],
+    ids=str,
+)
+def test_every_tile_gives_the_same_answer_launch_after_launch(
+    tile: DecodeTile, dtype: torch.dtype, device: torch.device
+) -> None:
+    step = random_step(
+        [190, 65, 640], [2, 1, 1], num_heads=8, num_kv_heads=2, head_size=128, dtype=dtype, device=device
+    )
+    out_THD = attend(step, device_batch(step), tile=tile, num_launches=3)
+    assert relative_error(out_THD, step.expected()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("window", [0, 100])
+def test_items_cover_each_context_once_within_their_room(seed: int, window: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_sequences = int(rng.integers(1, 100))
+    lens = (1 + rng.integers(0, 2, num_sequences) * rng.integers(0, 20_000, num_sequences)).astype(np.int32)
+    queries = np.minimum(rng.integers(1, 17, num_sequences), lens)
+    starts = np.concatenate(([0], queries.cumsum())).astype(np.int32)
+    room = max_items(num_sequences, num_kv_heads=8, num_processors=132)
+    items_I8 = np.empty((room, 8), np.int32)
+    num_items = plan_items(items_I8, starts, lens, spare_items=room - num_sequences, window=window)
+    assert num_items <= room
+    for s in range(num_sequences):
+        own = items_I8[:num_items][items_I8[:num_items, 0] == s]
+        first_seen = max(0, int(lens[s] - queries[s]) + 1 - window) if window else 0
+        assert own[0, 1] <= first_seen and own[0, 1] % 16 == 0 and own[0, 1] > first_seen - 16
+        assert (own[1:, 1] == own[:-1, 2]).all() and own[-1, 2] == lens[s], "positions are missing or read twice"
+        assert (own[:, 4] == len(own)).all() and (items_I8[own[:, 3], 0] == s).all()
+        assert (items_I8[own[:, 3] - 1, 0] != s).all() or own[0, 3] == 0
+        assert (own[:, 5] == starts[s]).all() and (own[:, 6] == queries[s]).all() and (own[:, 7] == lens[s]).all()
