@@ -1,12 +1,13 @@
 """Choose what computes attention on a device, and make it. Knows each backend's needs, as data; knows no kernel.
 
-Our Triton kernels come first wherever they run; the others are chosen by name (docs/results: none was faster).
+Our Triton kernels come first wherever they run. The others are chosen by name, until a measurement puts one of them
+first on some hardware.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Final, Literal, get_args
 
@@ -20,7 +21,7 @@ BackendName = Literal["triton", "flashinfer", "flash_attention", "sdpa"]
 SETTING: Final = "AUTOBOT_ATTENTION_BACKEND"
 
 _HALVES = (torch.bfloat16, torch.float16)
-_ANY = (0, 0)
+_ANY, _LATER = (0, 0), (1000, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,54 +50,68 @@ class Hardware:
         return f"compute capability {self.capability[0]}.{self.capability[1]}"
 
 
+def is_importable(module: str) -> bool:
+    return find_spec(module) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a backend must be able to do. `is_installed` answers for a module's name."""
+
+    hardware: Hardware
+    head_size: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    enable_jit: bool = True
+    is_installed: Callable[[str], bool] = is_importable
+
+
 @dataclass(frozen=True, slots=True)
 class _Backend:
-    """What a backend needs. Empty `dtypes` or `head_sizes`: any. `capabilities`: from the first to before the second."""
+    """What a backend takes. Empty `dtypes` or `head_sizes`: any. `capabilities`: from the first on, before the second.
+
+    `compiles`: its kernels, when they are first needed.
+    """
 
     name: BackendName
-    kinds: tuple[str, ...] = ("cuda",)
-    capabilities: tuple[tuple[int, int], tuple[int, int]] = (_ANY, (99, 0))
+    kinds: tuple[str, ...]
+    capabilities: tuple[tuple[int, int], tuple[int, int]] = (_ANY, _LATER)
     head_sizes: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     module: str | None = None
-    compiles: bool = False  # kernels, when they are first needed
+    compiles: bool = False
 
-    def why_not(
-        self,
-        hardware: Hardware,
-        head_size: int,
-        dtype: torch.dtype,
-        enable_jit: bool,
-        is_installed: Callable[[str], bool],
-    ) -> str | None:
+    def why_not(self, need: Need) -> str | None:
         """Why it cannot run, or None."""
-        first, last = self.capabilities
+        hardware, (first, last) = need.hardware, self.capabilities
         if hardware.kind not in self.kinds:
             return f"it runs on {' and '.join(self.kinds)}, and this is {hardware}"
         if hardware.kind == "cuda" and not first <= hardware.capability < last:
-            wanted = f"{first[0]}.{first[1]}" + (" or later" if last[0] == 99 else f" to below {last[0]}.{last[1]}")
-            return f"it needs compute capability {wanted}, and this is {hardware}"
-        if self.dtypes and dtype not in self.dtypes:
-            return f"it computes {' and '.join(map(_name, self.dtypes))}, and the cache is {_name(dtype)}"
-        if self.head_sizes and head_size not in self.head_sizes:
-            return f"it takes heads of {', '.join(map(str, self.head_sizes))}, and the model's are {head_size}"
-        if self.compiles and not enable_jit:
+            upper = " or later" if last == _LATER else f" to below {last[0]}.{last[1]}"
+            return f"it needs compute capability {first[0]}.{first[1]}{upper}, and this is {hardware}"
+        if self.dtypes and need.dtype not in self.dtypes:
+            return f"it computes {' and '.join(map(_name, self.dtypes))}, and the cache is {_name(need.dtype)}"
+        if self.head_sizes and need.head_size not in self.head_sizes:
+            return f"it takes heads of {', '.join(map(str, self.head_sizes))}, and the model's are {need.head_size}"
+        if self.compiles and not need.enable_jit:
             return "it compiles its kernels when they are first needed, and enable_jit is off"
-        if self.module is not None and not is_installed(self.module):
-            return f"{self.module} is not installed"
+        if self.module is not None and not need.is_installed(self.module):
+            return f"the module {self.module} is not installed"
         return None
 
 
-# in the order in which they are tried
-_BACKENDS: Final = (
-    _Backend("triton", ("cuda",), ((8, 0), (99, 0)), (64, 128), _HALVES, module="triton", compiles=True),
-    _Backend("flashinfer", ("cuda",), ((8, 0), (99, 0)), (64, 128, 256), _HALVES, module="flashinfer", compiles=True),
-    # of FlashAttention only version 3 takes blocks of 16 positions, and that is written for Hopper alone
-    _Backend("flash_attention", ("cuda",), ((9, 0), (10, 0)), (64, 96, 128, 192, 256), _HALVES, "flash_attn_interface"),
-    _Backend("sdpa", ("cuda", "rocm", "cpu")),
-)
-# where one of several is not the first in the list but better there, it goes here, with its measurement
-_UNASKED: Final[tuple[BackendName, ...]] = ("triton", "sdpa")
+_AMPERE, _HOPPER, _BLACKWELL = (8, 0), (9, 0), (10, 0)
+_BACKENDS: Final[Mapping[str, _Backend]] = {
+    backend.name: backend
+    for backend in (
+        _Backend("triton", ("cuda",), (_AMPERE, _LATER), (64, 128), _HALVES, "triton", compiles=True),
+        _Backend("flashinfer", ("cuda",), (_AMPERE, _LATER), (64, 128, 256), _HALVES, "flashinfer", compiles=True),
+        # of FlashAttention only version 3 takes blocks of 16 positions, and that is written for Hopper alone
+        _Backend("flash_attention", ("cuda",), (_HOPPER, _BLACKWELL), (64, 128, 256), _HALVES, "flash_attn_interface"),
+        _Backend("sdpa", ("cuda", "rocm", "cpu")),
+    )
+}
+_BEST_FIRST: Final[tuple[BackendName, ...]] = ("triton", "sdpa")
+"""What is tried unasked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,50 +154,29 @@ class AttentionChoice:
     reason: str
 
 
-def get_optimal_attention_backend(
-    hardware: Hardware | None = None,
-    *,
-    head_size: int = 128,
-    dtype: torch.dtype = torch.bfloat16,
-    enable_jit: bool = True,
-    is_installed: Callable[[str], bool] | None = None,
-) -> AttentionChoice:
-    """The best backend for a device (this machine's by default), heads of this size and a cache of this dtype."""
-    hardware = hardware or Hardware.here()
-    passed_over = []
-    for name in _UNASKED:
-        why_not = _why_not(name, hardware, head_size, dtype, enable_jit, is_installed)
+def get_optimal_attention_backend(need: Need | None = None) -> AttentionChoice:
+    """The best backend for what is needed; by default, for this machine, heads of 128 and a cache of bfloat16."""
+    need = need or Need(Hardware.here())
+    passed_over: list[str] = []
+    for name in _BEST_FIRST:
+        why_not = _BACKENDS[name].why_not(need)
         if why_not is None:
-            reason = f"the first that runs on {hardware}" if not passed_over else "; ".join(passed_over)
-            return AttentionChoice(name, reason)
+            return AttentionChoice(name, "; ".join(passed_over) or f"the best on {need.hardware}")
         passed_over.append(f"not {name}: {why_not}")
     raise AssertionError("sdpa runs everywhere")
 
 
-def choose_attention(
-    config: FlashAttentionConfig,
-    hardware: Hardware,
-    *,
-    head_size: int,
-    dtype: torch.dtype,
-    is_installed: Callable[[str], bool] | None = None,
-) -> AttentionChoice:
-    """The backend that `config` asks for, or the best for "auto". Raises ConfigurationError where it cannot run."""
+def choose_attention(config: FlashAttentionConfig, need: Need) -> AttentionChoice:
+    """The backend that `config` names, or the best for "auto". Raises ConfigurationError where it cannot run."""
+    need = replace(need, enable_jit=config.enable_jit)
     if config.backend == "auto":
-        return get_optimal_attention_backend(
-            hardware, head_size=head_size, dtype=dtype, enable_jit=config.enable_jit, is_installed=is_installed
-        )
-    why_not = {
-        backend.name: _why_not(backend.name, hardware, head_size, dtype, config.enable_jit, is_installed)
-        for backend in _BACKENDS
-    }
-    if why_not[config.backend] is not None:  # type: ignore[index]
-        able = [name for name, reason in why_not.items() if reason is None]
-        raise ConfigurationError(
-            f"{SETTING}={config.backend!r} cannot run here: {why_not[config.backend]}; "  # type: ignore[index]
-            f"expected auto or {' or '.join(able)}"
-        )
-    return AttentionChoice(config.backend, f"chosen by {SETTING}")  # type: ignore[arg-type]
+        return get_optimal_attention_backend(need)
+    chosen = _BACKENDS[config.backend]
+    why_not = chosen.why_not(need)
+    if why_not is not None:
+        able = ["auto", *(name for name, backend in _BACKENDS.items() if backend.why_not(need) is None)]
+        raise ConfigurationError(f"{SETTING}={config.backend!r} cannot run here: {why_not}; expected {_either(able)}")
+    return AttentionChoice(chosen.name, f"chosen by {SETTING}")
 
 
 def make_attention(
@@ -200,7 +194,7 @@ def make_attention(
     """
     if isinstance(config, str):
         config = FlashAttentionConfig(backend=config)
-    choice = choose_attention(config, Hardware.of(keys[0].device), head_size=shape.head_size, dtype=keys[0].dtype)
+    choice = choose_attention(config, Need(Hardware.of(keys[0].device), shape.head_size, keys[0].dtype))
     can_capture, reason = config.use_cuda_graph, choice.reason
     # each is imported where it is made: what the others need may not be installed
     if choice.name == "triton":
@@ -221,20 +215,8 @@ def make_attention(
     return SdpaPagedAttention(shape, keys, values, reason=reason)
 
 
-def _why_not(
-    name: BackendName,
-    hardware: Hardware,
-    head_size: int,
-    dtype: torch.dtype,
-    enable_jit: bool,
-    is_installed: Callable[[str], bool] | None,
-) -> str | None:
-    backend = next(backend for backend in _BACKENDS if backend.name == name)
-    return backend.why_not(hardware, head_size, dtype, enable_jit, is_installed or _is_installed)
-
-
-def _is_installed(module: str) -> bool:
-    return find_spec(module) is not None
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _name(dtype: torch.dtype) -> str:

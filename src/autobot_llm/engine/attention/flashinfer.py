@@ -25,7 +25,7 @@ _WORKSPACE_BYTES = 128 * 2**20  # what its documentation recommends
 
 # T packed tokens, S sequences, B blocks of the longest, H query heads, K key/value heads, D head size
 @dataclass(frozen=True, slots=True)
-class _Pages:
+class Pages:
     """A step's contexts as FlashInfer wants them: pages of sequence s are indices[indptr[s] : indptr[s + 1]]."""
 
     indptr: torch.Tensor
@@ -33,7 +33,7 @@ class _Pages:
     last_page_len: torch.Tensor
 
     @classmethod
-    def of(cls, context_lens_S: Int32Array, block_tables_SB: Int32Array) -> _Pages:
+    def of(cls, context_lens_S: Int32Array, block_tables_SB: Int32Array) -> Pages:
         # a sequence without positions is not defined there: padding reads one position of some block
         lens_S = np.maximum(context_lens_S, 1)
         num_pages_S = -(-lens_S // BLOCK_SIZE)
@@ -74,14 +74,12 @@ class FlashInferAttention:
         self._dtype, self._device = keys[0].dtype, keys[0].device
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         self._windows = sorted(set(shape.windows))
-        self._prefill = {
-            window: self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND")
-            for window in self._windows
-        }
+        make_prefill = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        self._prefill = {window: make_prefill(self._workspace, "HND") for window in self._windows}
         self._captured: dict[int, _Captured] = {}
 
     def prepare(self, batch: StepBatch) -> Mapping[int, Any]:
-        pages = _Pages.of(batch.context_lens, batch.block_tables_SB)
+        pages = Pages.of(batch.context_lens, batch.block_tables_SB)
         for window, wrapper in self._prefill.items():
             wrapper.plan(
                 torch.from_numpy(batch.query_starts),
@@ -114,7 +112,7 @@ class FlashInferAttention:
             self._captured[num_sequences] = captured
         else:
             captured.has_read_plan.synchronize()
-        pages = _Pages.of(arrays["context_lens"], arrays["block_tables"])
+        pages = Pages.of(arrays["context_lens"], arrays["block_tables"])
         for window, wrapper in captured.wrappers.items():
             wrapper.plan(
                 pages.indptr,

@@ -1,8 +1,8 @@
 """Run steps on a CUDA device beside the host. Knows a step's arrays, graphs and copies; knows nothing of scheduling.
 
 A step in which every sequence gets one token is a captured graph, padded to the next captured size; every other step is
-launched kernel by kernel. Both queue one upload, the kernels, the sampling and one small download, and return: the host
-plans the next step meanwhile, and the tokens of this one go into it without ever leaving the device.
+launched kernel by kernel. Both queue their arrays, the kernels and the sampling, and return: the host plans the next
+step meanwhile, and the tokens of this one go into it without ever leaving the device.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from autobot_llm.engine.executor import SampledRows, SamplingArrays
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
 from autobot_llm.engine.gpu.graphs import DECODE_SIZES, CUDAGraphManager, padded_size
 from autobot_llm.engine.gpu.options import GpuLimits
-from autobot_llm.engine.gpu.staging import Layout, Staging
+from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
 from autobot_llm.engine.gpu.swap import BlockSwapper
+from autobot_llm.engine.kernels.gpu.exchange import send
 from autobot_llm.engine.kernels.gpu.sampling import DeviceSampler, SamplingTensors
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 
@@ -106,7 +107,10 @@ class GpuExecutor:
             self._sizes = decode_graph_sizes(limits.max_num_seqs) if uses_graphs and attention.can_capture else ()
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
             self._num_items = {size: max_items(size, storage.num_kv_heads, num_processors) for size in self._sizes}
-            self._staging = Staging(self._staging_capacity(), self._device)
+            self._staging = Staging(_eager_layout(limits).num_bytes, self._device)
+            self._graph_staging = FetchedStaging(
+                max((self._decode_layout(size).num_bytes for size in self._sizes), default=0), self._device
+            )
             self._sampling_staging = Staging(_sampling_layout(limits.max_num_seqs).num_bytes, self._device)
             self._decode_graphs = {size: self._decode_graph(size) for size in self._sizes}
         self._results = [_ResultRows(limits.max_num_seqs) for _ in range(3)]
@@ -120,14 +124,17 @@ class GpuExecutor:
         smaller ones then fit into the memory that it left in the pool."""
         with torch.cuda.stream(self._stream), torch.no_grad():
             for i, size in enumerate(sorted(self._sizes, reverse=True)):
-                graph = self._decode_graphs[size]
-                host = graph.layout.on_host(self._staging.next_host_buffer())
+                layout = self._decode_graphs[size].layout
+                padding = np.empty(layout.num_bytes, np.uint8)
+                host = layout.on_host(padding)
                 _fill_padding(host)
-                self._staging.upload(graph.layout.num_bytes)
+                self._graph_staging.fill_all(padding)
                 self._replay(size, host)
+                self._stream.synchronize()
                 if on_progress is not None:
                     on_progress(i + 1, len(self._sizes))
-        self._stream.synchronize()
+            if self._sizes:
+                self._graph_staging.resume()
 
     def launch(self, batch: StepBatch, sampling: SamplingArrays) -> _Launched:
         """Queue a step and its sampling, and return at once."""
@@ -142,8 +149,7 @@ class GpuExecutor:
                     self._sampler.sample(logits_RV, tensors, any_drawn=True, any_restricted=sampling.any_restricted)
                 elif not is_sampled:
                     self._sampler.sample(logits_RV)
-                rows.tokens_pinned[:num_rows].copy_(self._sampler.tokens_R[:num_rows], non_blocking=True)
-                rows.bests_pinned[:num_rows].copy_(self._sampler.bests_R[:num_rows], non_blocking=True)
+                send(self._sampler.tokens_R, self._sampler.bests_R, rows.tokens_pinned, rows.bests_pinned, num_rows)
             rows.arrived.record()
         return _Launched(self, rows, num_rows)
 
@@ -172,22 +178,24 @@ class GpuExecutor:
         if size is None:
             return self._run_eagerly(batch), False
         graph = self._decode_graphs[size]
-        host = graph.layout.on_host(self._staging.next_host_buffer())
+        host = graph.layout.on_host(self._graph_staging.next_host_buffer())
         fill_decode_arrays(host, batch, window=self._widest_window)
         _fill_tokens(host, batch)
-        self._staging.upload(graph.layout.num_bytes)
-        return self._replay(size, host)[:num_sequences], True
+        logits_RV = self._replay(size, host)
+        self._graph_staging.mark_queued()
+        return logits_RV[:num_sequences], True
 
     def _replay(self, size: int, host: Arrays) -> torch.Tensor:
         graph = self._decode_graphs[size]
         metadata = self.attention.prepare_captured(graph.batch, host)
 
         def step(_buffer: torch.Tensor) -> torch.Tensor:
+            self._graph_staging.fetch(graph.layout.num_bytes)
             logits_RV = self._decoder.forward(graph.inputs, metadata)
             self._sampler.sample(logits_RV)
             return logits_RV
 
-        return self.graphs.capture(size, step, self._staging.on_device)
+        return self.graphs.capture(size, step, self._graph_staging.on_device)
 
     def _run_eagerly(self, batch: StepBatch) -> torch.Tensor:
         all_rows = len(batch.logit_rows_R) == batch.num_tokens
@@ -215,18 +223,12 @@ class GpuExecutor:
 
     def _decode_graph(self, size: int) -> _DecodeGraph:
         layout = self._decode_layout(size)
-        tensors = layout.on_device(self._staging.on_device)
+        tensors = layout.on_device(self._graph_staging.on_device)
         return _DecodeGraph(layout, self._inputs(tensors), PagedBatch.over(tensors, max_queries=1))
 
     def _decode_layout(self, size: int) -> Layout:
         sizes = decode_sizes(size, max_queries=1, table_width=self._table_width, num_items=self._num_items[size])
         return Layout.of({name: (shape, np.int32) for name, shape in sizes.items()} | _token_shapes(size))
-
-    def _staging_capacity(self) -> int:
-        eager = Layout.of(
-            _token_shapes(self.limits.max_num_batched_tokens) | {"logit_rows": ((self.limits.max_num_seqs,), np.int32)}
-        )
-        return max([eager.num_bytes, *(self._decode_layout(size).num_bytes for size in self._sizes)])
 
     def _upload_sampling(self, sampling: SamplingArrays) -> SamplingTensors:
         layout = _sampling_layout(len(sampling.is_drawn_R))
@@ -242,6 +244,12 @@ def decode_graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
     """The sizes to capture for so many sequences at most: the last one holds them all, up to the largest size."""
     last = padded_size(max_num_seqs) or DECODE_SIZES[-1]
     return tuple(size for size in DECODE_SIZES if size <= last)
+
+
+def _eager_layout(limits: GpuLimits) -> Layout:
+    """Room for the largest step that is not captured."""
+    rows = {"logit_rows": ((limits.max_num_seqs,), np.int32)}
+    return Layout.of(_token_shapes(limits.max_num_batched_tokens) | rows)
 
 
 def _token_shapes(num_tokens: int) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:

@@ -1,7 +1,7 @@
-"""Bring a step's small arrays to the device in one copy. Knows bytes and their layout; knows nothing of their meaning.
+"""Bring a step's small arrays to the device together. Knows bytes and their layout; knows nothing of their meaning.
 
 A step has a dozen arrays of a few hundred bytes. Each copy of its own would cost the host some 10 µs and the device a
-gap; packed into one page-locked buffer they go together, while the step before is still running.
+gap; packed into one page-locked buffer they go together: by a copy, or by a kernel of the captured step itself.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from autobot_llm.engine.kernels.gpu.exchange import NUM_SLOTS, fetch
+
 _ALIGNMENT = 16  # bytes: the widest load of a kernel
-_NUM_BUFFERS = 3  # one being filled, one on its way, one whose step may still be queued
 
 _TORCH_DTYPES = {
     np.dtype(np.int32): torch.int32,
@@ -72,9 +73,9 @@ class Staging:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.on_device = torch.zeros(capacity, dtype=torch.uint8, device=device)
-        self._pinned = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_BUFFERS)]
+        self._pinned = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_SLOTS)]
         self._on_host = [buffer.numpy() for buffer in self._pinned]
-        self._copied = [torch.cuda.Event() for _ in range(_NUM_BUFFERS)]
+        self._copied = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
         self._turn = 0
 
     @property
@@ -90,4 +91,44 @@ class Staging:
         """Send the first bytes of the buffer that `next_host_buffer` returned."""
         self.on_device[:num_bytes].copy_(self._pinned[self._turn][:num_bytes], non_blocking=True)
         self._copied[self._turn].record()
-        self._turn = (self._turn + 1) % _NUM_BUFFERS
+        self._turn = (self._turn + 1) % NUM_SLOTS
+
+
+class FetchedStaging:
+    """The same for captured steps: `fetch`, queued or captured, brings the slot that was filled for it.
+
+    Every run of `fetch` needs one `next_host_buffer` before it, filled, and one `mark_queued` after it.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        num_words = -(-capacity // 4)
+        self._ring = torch.zeros((NUM_SLOTS, num_words), dtype=torch.int32, pin_memory=True)
+        self._slots: list[npt.NDArray[np.uint8]] = [slot.view(torch.uint8).numpy() for slot in self._ring]
+        self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self._device_turn = torch.zeros(2, dtype=torch.int32, device=device)
+        self._read = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
+        self._turn = 0
+        self.on_device = self._words.view(torch.uint8)
+
+    def next_host_buffer(self) -> npt.NDArray[np.uint8]:
+        """The slot to fill for the next `fetch`; waits where the device has not yet read its last contents."""
+        self._read[self._turn].synchronize()
+        return self._slots[self._turn]
+
+    def fetch(self, num_bytes: int) -> None:
+        """Queue the kernel that reads the first bytes of the slot whose turn it is when it runs."""
+        fetch(self._ring, self._device_turn, self._words, -(-num_bytes // 4))
+
+    def mark_queued(self) -> None:
+        """Say that the step which reads this slot is queued: the next slot's turn."""
+        self._read[self._turn].record()
+        self._turn = (self._turn + 1) % NUM_SLOTS
+
+    def fill_all(self, contents: npt.NDArray[np.uint8]) -> None:
+        """Give every slot the same contents, for steps that run any number of times; `resume` when they have."""
+        for slot in self._slots:
+            slot[: len(contents)] = contents
+
+    def resume(self) -> None:
+        """Count on from where the device is; waits for it."""
+        self._turn = int(self._device_turn[0])

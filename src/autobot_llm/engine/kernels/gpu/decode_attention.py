@@ -28,13 +28,13 @@ MAX_ROWS = 128
 class DecodeTile:
     """How one program walks its part: positions in a step of it, warps, and loads in flight.
 
-    `prefetch`: cache lines of the first positions are called into L2 before the previous kernel has ended.
+    `prefetched_steps`: of so many the cache lines are called into L2 before the previous kernel has ended.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
-    prefetch: bool = False
+    prefetched_steps: int = 0
 
 
 # S sequences, Q query rows, K key/value heads, G query heads of each, D head size, I work items
@@ -80,12 +80,12 @@ def choose_decode_tile(num_rows: int) -> DecodeTile:
     raise ValueError(f"{num_rows} query rows for one key/value head: expected at most {MAX_ROWS}")
 
 
-# by judgement of what fits a multiprocessor four times; benchmarks/attention_gpu.py measures the alternatives
+# measured for 16 rows on an H200 (docs/log.md), by judgement for more
 _TILES = (
-    (16, DecodeTile(block_n=32, num_warps=4, num_stages=4, prefetch=True)),
-    (32, DecodeTile(block_n=32, num_warps=4, num_stages=4, prefetch=True)),
-    (64, DecodeTile(block_n=32, num_warps=4, num_stages=3, prefetch=True)),
-    (MAX_ROWS, DecodeTile(block_n=32, num_warps=8, num_stages=3, prefetch=True)),
+    (16, DecodeTile(block_n=64, num_warps=4, num_stages=2, prefetched_steps=4)),
+    (32, DecodeTile(block_n=64, num_warps=4, num_stages=2, prefetched_steps=4)),
+    (64, DecodeTile(block_n=32, num_warps=4, num_stages=3, prefetched_steps=4)),
+    (MAX_ROWS, DecodeTile(block_n=32, num_warps=8, num_stages=3, prefetched_steps=4)),
 )
 
 
@@ -133,7 +133,7 @@ def paged_decode(
         M=num_rows,
         N=tile.block_n,
         UNROLL=max(1, 64 // num_rows),
-        PREFETCH=tile.prefetch and q_QHD.is_cuda,
+        PREFETCHED_STEPS=tile.prefetched_steps if q_QHD.is_cuda else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q_QHD.device),
@@ -164,7 +164,7 @@ def _decode(  # type: ignore[no-untyped-def]
     M: tl.constexpr,
     N: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    PREFETCHED_STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_kernel_start(PDL)
@@ -187,8 +187,8 @@ def _decode(  # type: ignore[no-untyped-def]
     # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
     n = start + tl.arange(0, N)
     blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
-    if PREFETCH:
-        _prefetch_part(keys_ptr, values_ptr, table_ptr, start, stop, head, PAGE, K, D, N)
+    for i in tl.static_range(PREFETCHED_STEPS):
+        _prefetch_part(keys_ptr, values_ptr, table_ptr, start + i * N, stop, head, PAGE, K, D, N)
     wait_for_previous_kernel(PDL)
     if sequence < 0:
         return

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import first_launch_options, let_next_kernel_start, wait_for_previous_kernel
 
 _BLOCK = 2048
 
@@ -60,7 +60,7 @@ def embed(
             width,
             BLOCK=block,
             num_warps=min(max(block // 256, 1), 4),
-            **launch_options(out_TE.device),
+            **first_launch_options(out_TE.device),
         )
     return out_TE
 

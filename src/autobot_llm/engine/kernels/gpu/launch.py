@@ -39,6 +39,14 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     return _options(device.index or 0) if device.type == "cuda" else {"PDL": False}
 
 
+def first_launch_options(device: torch.device) -> dict[str, Any]:
+    """The same for a step's first kernel: it starts when everything queued before it has ended.
+
+    So whatever brought the step's arrays to the device is over, and all later kernels may read them before they wait.
+    """
+    return {"PDL": launch_options(device)["PDL"]}
+
+
 @lru_cache
 def _options(device_index: int) -> dict[str, Any]:
     pdl = torch.version.hip is None and torch.cuda.get_device_capability(device_index) >= _HOPPER

@@ -63,7 +63,7 @@ Table: TypeAlias = Mapping[tuple[Kind, int], Mapping[tuple[int, int], Tile | Non
 
 HOPPER: Table = {
     (Kind.PLAIN, 1): {
-        (4096, 4096): MatvecTile(16, 512, 8, prefetch_bytes=2048, evict_first=True),
+        (4096, 4096): MatvecTile(16, 512, 8, prefetch_bytes=7168, evict_first=True),
         (4096, 14336): MatvecTile(16, 512, 8, prefetch_bytes=2048, evict_first=True),
     },
     (Kind.NORM, 1): {
@@ -76,7 +76,7 @@ HOPPER: Table = {
         for rows in (2, 4, 8, 16)
         for kind, shapes in {
             Kind.PLAIN: {
-                (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=512),
+                (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=2048),
                 (4096, 14336): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=512),
             },
             Kind.NORM: {
@@ -87,7 +87,7 @@ HOPPER: Table = {
         }.items()
     },
     (Kind.PLAIN, 32): {
-        (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=512),
+        (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=2048),
         (4096, 14336): RowsTile(128, 128, 8, 4, num_splits=4, prefetch_bytes=512),
     },
     (Kind.NORM, 32): {

@@ -1,0 +1,195 @@
+"""Paged attention by our own Triton kernels. Knows which kernel takes which sequence; knows nothing of their insides.
+
+A step may mix three kinds of sequences, each with a kernel of its own: few new tokens on a long context (decode), many
+new tokens after a cached prefix, and a prompt that starts here, whose keys are read where the projection left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from autobot_llm.engine.attention.paged import (
+    ITEM_FIELDS,
+    MAX_DECODE_QUERIES,
+    AttentionShape,
+    PagedBatch,
+    full_load,
+    plan_items,
+)
+from autobot_llm.engine.attention.sdpa_paged import FreshKernel, attend_fresh
+from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.gpu.staging import Layout
+from autobot_llm.engine.kernels.gpu.decode_attention import MAX_ROWS, DecodeWorkspace, paged_decode
+from autobot_llm.engine.kernels.gpu.prefill_attention import (
+    PrefillTile,
+    choose_prefill_tile,
+    fresh_prefill,
+    paged_prefill,
+    plan_tiles,
+)
+
+FRESH_KERNEL: FreshKernel = "triton"
+"""What attends prompts that start in a step; benchmarks/attention_gpu.py measures all of them. A window is Triton's."""
+
+
+# T packed tokens, S sequences, W tiles, H query heads, K key/value heads, D head size
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Query rows for a prefill kernel: its work list, and what it was planned for."""
+
+    tiles_W8: torch.Tensor
+    tile: PrefillTile
+
+
+@dataclass(frozen=True, slots=True)
+class TritonMetadata:
+    """One step by kind of sequence; None where there is none. `fresh_spans` are the rows of each fresh prompt."""
+
+    decode: PagedBatch | None
+    workspace: DecodeWorkspace
+    prefixed: _Tiles | None = None
+    fresh: _Tiles | None = None
+    fresh_spans: tuple[tuple[int, int], ...] = ()
+    block_tables_SB: torch.Tensor | None = None
+
+
+class TritonPagedAttention:
+    """PagedAttention by our kernels, over caches of [num_blocks, K, 16, D] for each layer.
+
+    `max_sequences` is how many decode in one step at most, give or take a graph's padding.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        *,
+        max_sequences: int,
+        reason: str,
+        can_capture: bool = True,
+        fresh_kernel: FreshKernel = FRESH_KERNEL,
+    ) -> None:
+        self.reason = reason
+        self.can_capture = can_capture
+        self._shape = shape
+        self._keys, self._values = keys, values
+        self._device = keys[0].device
+        self._spare_items = full_load(shape.num_kv_heads, _num_processors(self._device))
+        self._max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size)
+        self._fresh_kernel = fresh_kernel
+        # they never move and never go: graphs hold their addresses
+        self._workspaces: dict[int, DecodeWorkspace] = {}
+        self._workspace(max_sequences + self._spare_items)
+
+    def prepare(self, batch: StepBatch) -> TritonMetadata:
+        num_queries = np.diff(batch.query_starts)
+        is_fresh = (num_queries == batch.context_lens) & (num_queries > 1)
+        is_decode = (num_queries <= self._max_queries) & ~is_fresh
+        decoding, fresh, prefixed = (
+            np.flatnonzero(kind).astype(np.int32) for kind in (is_decode, is_fresh, ~is_decode & ~is_fresh)
+        )
+        arrays: dict[str, Int32Array] = {"block_tables": batch.block_tables_SB}
+        if len(decoding):
+            arrays["items"] = self._plan_decode(batch, decoding)
+        tiles: dict[str, PrefillTile] = {}
+        for name, members in (("fresh", fresh), ("prefixed", prefixed)):
+            if len(members):
+                tile = tiles[name] = self._tile(int(num_queries[members].sum()))
+                tokens_per_tile = tile.block_m // self._shape.group_size
+                arrays[name] = plan_tiles(batch.query_starts, batch.context_lens, members, tokens_per_tile)
+        tensors = _upload(arrays, self._device)
+        lists = {name: _Tiles(tensors[name], tile) for name, tile in tiles.items()}
+        return TritonMetadata(
+            decode=_decode_batch(tensors, int(num_queries[decoding].max())) if len(decoding) else None,
+            workspace=self._workspace(len(arrays["items"]) if len(decoding) else 0),
+            prefixed=lists.get("prefixed"),
+            fresh=lists.get("fresh"),
+            fresh_spans=tuple((int(batch.query_starts[s]), int(batch.query_starts[s + 1])) for s in fresh),
+            block_tables_SB=tensors["block_tables"],
+        )
+
+    def prepare_captured(self, batch: PagedBatch, arrays: Mapping[str, Int32Array]) -> TritonMetadata:
+        if batch.max_queries > self._max_queries:
+            raise ValueError(
+                f"a step with {batch.max_queries} new tokens of a sequence: the decode kernel takes up to "
+                f"{self._max_queries} where {self._shape.group_size} query heads share keys"
+            )
+        return TritonMetadata(decode=batch, workspace=self._workspace(batch.items_I8.shape[0]))
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        out_THD: torch.Tensor,
+        metadata: TritonMetadata,
+    ) -> None:
+        keys, values, window = self._keys[layer], self._values[layer], self._shape.windows[layer]
+        if metadata.fresh is not None:
+            if self._fresh_kernel == "triton" or window:
+                work = metadata.fresh
+                fresh_prefill(q_THD, k_TKD, v_TKD, work.tiles_W8, out_THD, tile=work.tile, window=window)
+            else:
+                attend_fresh(q_THD, k_TKD, v_TKD, out_THD, metadata.fresh_spans, self._fresh_kernel)
+        if metadata.prefixed is not None:
+            work, tables_SB = metadata.prefixed, metadata.block_tables_SB
+            assert tables_SB is not None
+            paged_prefill(q_THD, keys, values, tables_SB, work.tiles_W8, out_THD, tile=work.tile, window=window)
+        if metadata.decode is not None:
+            paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window)
+
+    def _plan_decode(self, batch: StepBatch, members: Int32Array) -> Int32Array:
+        items_I8 = np.empty((len(members) + self._spare_items, ITEM_FIELDS), np.int32)
+        num_items = plan_items(
+            items_I8,
+            batch.query_starts,
+            batch.context_lens,
+            spare_items=self._spare_items,
+            window=self._shape.widest_window,
+            members=members,
+        )
+        return items_I8[:num_items]
+
+    def _tile(self, num_tokens: int) -> PrefillTile:
+        shape = self._shape
+        return choose_prefill_tile(num_tokens, shape.num_heads, shape.group_size, _num_processors(self._device))
+
+    def _workspace(self, num_items: int) -> DecodeWorkspace:
+        """One that holds so many items: the first there is, or one more."""
+        fitting = next((size for size in self._workspaces if size >= num_items), num_items)
+        if fitting not in self._workspaces:
+            self._workspaces[fitting] = DecodeWorkspace.allocate(
+                fitting,
+                max_queries=self._max_queries,
+                group_size=self._shape.group_size,
+                num_kv_heads=self._shape.num_kv_heads,
+                head_size=self._shape.head_size,
+                device=self._device,
+            )
+        return self._workspaces[fitting]
+
+
+def _decode_batch(tensors: Mapping[str, torch.Tensor], max_queries: int) -> PagedBatch:
+    # one of few sizes, so that few kernels are compiled
+    return PagedBatch(tensors["block_tables"], tensors["items"], 1 << (max_queries - 1).bit_length())
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _upload(arrays: Mapping[str, Int32Array], device: torch.device) -> dict[str, torch.Tensor]:
+    """All of a step's arrays in one copy, which the host does not wait for."""
+    layout = Layout.for_arrays(arrays)
+    staged = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for name, view in layout.on_host(staged.numpy()).items():
+        view[...] = arrays[name]
+    return layout.on_device(staged.to(device, non_blocking=True))
