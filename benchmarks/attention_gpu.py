@@ -52,20 +52,22 @@ MAX_LAYERS = 48
 NUM_REPLAYS = 15
 
 DECODE_TILES = [
-    *(DecodeTile(32, 4, stages, steps) for stages in (3, 4, 5) for steps in (0, 4)),
-    *(DecodeTile(64, 4, stages, steps) for stages in (2, 3, 4) for steps in (0, 2, 4)),
-    DecodeTile(32, 2, 4, prefetched_steps=4),
-    DecodeTile(64, 8, 3, prefetched_steps=4),
-    DecodeTile(128, 4, 2, prefetched_steps=2),
-    DecodeTile(128, 8, 2, prefetched_steps=2),
-    DecodeTile(128, 8, 3, prefetched_steps=2),
+    *(DecodeTile(32, 4, stages) for stages in (3, 4, 5)),
+    *(DecodeTile(64, 4, stages) for stages in (2, 3, 4)),
+    DecodeTile(32, 1, 2),
+    DecodeTile(16, 1, 3),
+    DecodeTile(32, 2, 4),
+    DecodeTile(64, 8, 3),
+    DecodeTile(128, 4, 2),
+    DecodeTile(128, 8, 2),
+    DecodeTile(128, 8, 3),
 ]
 VERIFY_TILES = [
-    DecodeTile(32, 4, 3, prefetched_steps=4),
-    DecodeTile(32, 4, 4, prefetched_steps=4),
-    DecodeTile(64, 4, 2, prefetched_steps=4),
-    DecodeTile(64, 4, 3, prefetched_steps=4),
-    DecodeTile(64, 8, 3, prefetched_steps=4),
+    DecodeTile(32, 4, 3),
+    DecodeTile(32, 4, 4),
+    DecodeTile(64, 4, 2),
+    DecodeTile(64, 4, 3),
+    DecodeTile(64, 8, 3),
 ]
 PREFILL_TILES = [
     PrefillTile(128, 64, 8, 3),
@@ -198,8 +200,7 @@ def candidates(case: Case, step: Step) -> list[tuple[str, Launch]]:
 
 def tile_name(tile: DecodeTile | PrefillTile) -> str:
     size = f"{tile.block_m} x {tile.block_n}" if isinstance(tile, PrefillTile) else f"N {tile.block_n}"
-    name = f"{size}, {tile.num_warps} warps, {tile.num_stages} stages"
-    return f"{name}, {tile.prefetched_steps} ahead" if isinstance(tile, DecodeTile) else name
+    return f"{size}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def decode_launch(case: Case, step: Step, tile: DecodeTile) -> Launch:

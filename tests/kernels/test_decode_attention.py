@@ -108,7 +108,7 @@ def test_padding_reads_nothing_and_leaves_its_rows_alone(dtype: torch.dtype, dev
 
 @pytest.mark.parametrize(
     "tile",
-    [DecodeTile(32, 4, 4), DecodeTile(32, 2, 3, prefetched_steps=2), DecodeTile(64, 4, 3), DecodeTile(128, 8, 2)],
+    [DecodeTile(32, 4, 4), DecodeTile(32, 2, 3), DecodeTile(64, 4, 3), DecodeTile(128, 8, 2)],
     ids=str,
 )
 def test_every_tile_gives_the_same_answer_launch_after_launch(

@@ -29,7 +29,7 @@ MAX_DECODE_QUERIES: Final = 16
 CHUNK_QUANTUM: Final = 64
 """A work item's size is a multiple of so many positions."""
 
-PROGRAMS_PER_PROCESSOR: Final = 4
+PROGRAMS_PER_PROCESSOR: Final = 2
 """Decode programs that one multiprocessor holds at a time, and so what a step's items should fill."""
 
 ITEM_FIELDS: Final = 8

@@ -76,6 +76,8 @@ class CUDAGraphManager(Generic[Result]):
             self._captured.clear()
         else:
             self._captured.pop(key, None)
+        if not self._captured:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, forward_fn: Callable[[torch.Tensor], Result], input_tensor: torch.Tensor) -> _Captured[Result]:
         if input_tensor.device.type != "cuda":

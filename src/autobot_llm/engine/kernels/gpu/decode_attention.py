@@ -26,15 +26,11 @@ MAX_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
-    """How one program walks its part: positions in a step of it, warps, and loads in flight.
-
-    `prefetched_steps`: of so many the cache lines are called into L2 before the previous kernel has ended.
-    """
+    """How one program walks its part: positions in a step of it, warps, and loads in flight."""
 
     block_n: int
     num_warps: int
     num_stages: int
-    prefetched_steps: int = 0
 
 
 # S sequences, Q query rows, K key/value heads, G query heads of each, D head size, I work items
@@ -82,10 +78,10 @@ def choose_decode_tile(num_rows: int) -> DecodeTile:
 
 # measured for 16 rows on an H200 (docs/log.md), by judgement for more
 _TILES = (
-    (16, DecodeTile(block_n=64, num_warps=4, num_stages=2, prefetched_steps=4)),
-    (32, DecodeTile(block_n=64, num_warps=4, num_stages=2, prefetched_steps=4)),
-    (64, DecodeTile(block_n=32, num_warps=4, num_stages=3, prefetched_steps=4)),
-    (MAX_ROWS, DecodeTile(block_n=32, num_warps=8, num_stages=3, prefetched_steps=4)),
+    (16, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
+    (32, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
+    (64, DecodeTile(block_n=32, num_warps=4, num_stages=3)),
+    (MAX_ROWS, DecodeTile(block_n=32, num_warps=8, num_stages=3)),
 )
 
 
@@ -133,7 +129,6 @@ def paged_decode(
         M=num_rows,
         N=tile.block_n,
         UNROLL=max(1, 64 // num_rows),
-        PREFETCHED_STEPS=tile.prefetched_steps if q_QHD.is_cuda else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q_QHD.device),
@@ -164,7 +159,6 @@ def _decode(  # type: ignore[no-untyped-def]
     M: tl.constexpr,
     N: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCHED_STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_kernel_start(PDL)
@@ -187,8 +181,6 @@ def _decode(  # type: ignore[no-untyped-def]
     # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
     n = start + tl.arange(0, N)
     blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
-    for i in tl.static_range(PREFETCHED_STEPS):
-        _prefetch_part(keys_ptr, values_ptr, table_ptr, start + i * N, stop, head, PAGE, K, D, N)
     wait_for_previous_kernel(PDL)
     if sequence < 0:
         return
@@ -291,39 +283,3 @@ def _merge(  # type: ignore[no-untyped-def]
             acc_MD = acc_MD * shrink_M[:, None] + part_acc_MD * part_shrink_M[:, None]
             high_M = new_high_M
     return acc_MD / tl.where(is_row_M, sum_M, 1.0)[:, None]
-
-
-@triton.jit
-def _prefetch_part(  # type: ignore[no-untyped-def]
-    keys_ptr,
-    values_ptr,
-    table_ptr,
-    start,
-    stop,
-    head,
-    PAGE: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Call the first N positions' cache lines into L2. Older steps wrote them; lines of this step's are only early."""
-    LINE: tl.constexpr = 64  # elements of two bytes in a cache line
-    lines = tl.arange(0, N * D // LINE)
-    n = start + lines * LINE // D
-    is_part = n < stop
-    blocks = tl.load(table_ptr + n // PAGE, mask=is_part, other=0).to(tl.int64)
-    offsets = (blocks * K + head) * (PAGE * D) + (n % PAGE) * D + lines * LINE % D
-    _prefetch_lines(keys_ptr + offsets)  # block 0, where there is no part: a line of the cache all the same
-    _prefetch_lines(values_ptr + offsets)
-
-
-@triton.jit
-def _prefetch_lines(pointers):  # type: ignore[no-untyped-def]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -32,17 +32,19 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     first_head = tl.program_id(1) * HEADS
     heads = (first_head + tl.arange(0, HEADS))[:, None]
     dims = tl.arange(0, half)[None, :]
+    # No kernel of the step writes positions, slots and angles; two loads, one after the other, are off the chain.
+    # Every row loads the angles: cheaper than moving one row to the threads that need it.
+    angle_ptrs = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * D + heads * 0 + dims
+    is_rotated = (heads < H + K) & (dims < half)
+    cos = tl.load(angle_ptrs, is_rotated, 1.0)  # values turn by no angle
+    sin = tl.load(angle_ptrs + half, is_rotated, 0.0)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
     wait_for_previous_kernel(PDL)
 
     low_ptrs = qkv_ptr + token * qkv_stride + heads * D + dims
     inside = (heads < H + 2 * K) & (dims < half)
     low = tl.load(low_ptrs, inside, 0.0).to(tl.float32)
     high = tl.load(low_ptrs + half, inside, 0.0).to(tl.float32)
-    # Every row loads the angles: cheaper than moving one row to the threads that need it.
-    angle_ptrs = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * D + heads * 0 + dims
-    is_rotated = (heads < H + K) & (dims < half)
-    cos = tl.load(angle_ptrs, is_rotated, 1.0)  # values turn by no angle
-    sin = tl.load(angle_ptrs + half, is_rotated, 0.0)
     if NORMED:
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
         is_query = heads < H
@@ -59,7 +61,6 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     tl.store(low_ptrs + half, rotated_high, is_rotated)
 
     if first_head + HEADS > H:
-        slot = tl.load(slots_ptr + token).to(tl.int64)
         cache_row = (slot // BLOCK_SIZE) * K * BLOCK_SIZE + slot % BLOCK_SIZE
         cache_head = tl.where(heads < H + K, heads - H, heads - H - K)
         offsets = (cache_row + cache_head * BLOCK_SIZE) * D + dims

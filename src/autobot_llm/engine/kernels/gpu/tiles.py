@@ -67,7 +67,7 @@ HOPPER: Table = {
         (4096, 14336): MatvecTile(16, 512, 8, prefetch_bytes=2048, evict_first=True),
     },
     (Kind.NORM, 1): {
-        (6144, 4096): MatvecTile(4, 1024, 4, prefetch_bytes=2048, evict_first=True),
+        (6144, 4096): MatvecTile(16, 256, 4, prefetch_bytes=1024, evict_first=True),
         (32000, 4096): MatvecTile(16, 256, 4, prefetch_bytes=1024, evict_first=True),
     },
     (Kind.GATED, 1): {(14336, 4096): MatvecTile(8, 256, 4, fold_norm=False, prefetch_bytes=1024, evict_first=True)},
@@ -76,18 +76,18 @@ HOPPER: Table = {
         for rows in (2, 4, 8, 16)
         for kind, shapes in {
             Kind.PLAIN: {
-                (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=2048),
+                (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=2, prefetch_bytes=2048),
                 (4096, 14336): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=512),
             },
             Kind.NORM: {
-                (6144, 4096): RowsTile(64, 64, 4, 6, num_splits=4, fold_norm=False, prefetch_bytes=512),
+                (6144, 4096): RowsTile(64, 128, 4, 4, num_splits=2, fold_norm=False, prefetch_bytes=512),
                 (32000, 4096): RowsTile(64, 128, 4, 4, fold_norm=False, prefetch_bytes=512),
             },
             Kind.GATED: {(14336, 4096): RowsTile(64, 128, 4, 3, fold_norm=False, prefetch_bytes=512)},
         }.items()
     },
     (Kind.PLAIN, 32): {
-        (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=2048),
+        (4096, 4096): RowsTile(64, 128, 4, 4, num_splits=4, prefetch_bytes=512),
         (4096, 14336): RowsTile(128, 128, 8, 4, num_splits=4, prefetch_bytes=512),
     },
     (Kind.NORM, 32): {
