@@ -34,9 +34,11 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGraph:
-    """What a captured size reads: the layout of its arrays, and attention's view of them."""
+    """What a captured size reads: its arrays' layout, views of them in every slot of the host's ring, and what the decoder
+    and attention see of them on the device."""
 
     layout: Layout
+    slots: tuple[Arrays, ...]
     inputs: DecoderInputs
     batch: PagedBatch
 
@@ -178,7 +180,7 @@ class GpuExecutor:
         if size is None:
             return self._run_eagerly(batch), False
         graph = self._decode_graphs[size]
-        host = graph.layout.on_host(self._graph_staging.next_host_buffer())
+        host = graph.slots[self._graph_staging.next_slot()]
         fill_decode_arrays(host, batch, window=self._widest_window)
         _fill_tokens(host, batch)
         logits_RV = self._replay(size, host)
@@ -224,7 +226,8 @@ class GpuExecutor:
     def _decode_graph(self, size: int) -> _DecodeGraph:
         layout = self._decode_layout(size)
         tensors = layout.on_device(self._graph_staging.on_device)
-        return _DecodeGraph(layout, self._inputs(tensors), PagedBatch.over(tensors, max_queries=1))
+        slots = tuple(layout.on_host(slot) for slot in self._graph_staging.slots)
+        return _DecodeGraph(layout, slots, self._inputs(tensors), PagedBatch.over(tensors, max_queries=1))
 
     def _decode_layout(self, size: int) -> Layout:
         sizes = decode_sizes(size, max_queries=1, table_width=self._table_width, num_items=self._num_items[size])

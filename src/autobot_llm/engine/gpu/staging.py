@@ -97,23 +97,23 @@ class Staging:
 class FetchedStaging:
     """The same for captured steps: `fetch`, queued or captured, brings the slot that was filled for it.
 
-    Every run of `fetch` needs one `next_host_buffer` before it, filled, and one `mark_queued` after it.
+    Every run of `fetch` needs one `next_slot` before it, filled, and one `mark_queued` after it.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         num_words = -(-capacity // 4)
         self._ring = torch.zeros((NUM_SLOTS, num_words), dtype=torch.int32, pin_memory=True)
-        self._slots: list[npt.NDArray[np.uint8]] = [slot.view(torch.uint8).numpy() for slot in self._ring]
+        self.slots: list[npt.NDArray[np.uint8]] = [slot.view(torch.uint8).numpy() for slot in self._ring]
         self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._device_turn = torch.zeros(2, dtype=torch.int32, device=device)
         self._read = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
         self._turn = 0
         self.on_device = self._words.view(torch.uint8)
 
-    def next_host_buffer(self) -> npt.NDArray[np.uint8]:
-        """The slot to fill for the next `fetch`; waits where the device has not yet read its last contents."""
+    def next_slot(self) -> int:
+        """Which of `slots` to fill for the next `fetch`; waits where the device has not yet read its last contents."""
         self._read[self._turn].synchronize()
-        return self._slots[self._turn]
+        return self._turn
 
     def fetch(self, num_bytes: int) -> None:
         """Queue the kernel that reads the first bytes of the slot whose turn it is when it runs."""
@@ -126,7 +126,7 @@ class FetchedStaging:
 
     def fill_all(self, contents: npt.NDArray[np.uint8]) -> None:
         """Give every slot the same contents, for steps that run any number of times; `resume` when they have."""
-        for slot in self._slots:
+        for slot in self.slots:
             slot[: len(contents)] = contents
 
     def resume(self) -> None:

@@ -6,12 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    launch_options,
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 _BLOCK = 2048  # two 16-byte loads of each half in each thread of four warps
 
 
 # T rows, F feed-forward size
+@lean
 @triton.jit
 def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr, out_ptr, gate_up_stride, out_stride, F, BLOCK: tl.constexpr, PDL: tl.constexpr

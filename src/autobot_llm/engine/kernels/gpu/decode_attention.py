@@ -18,7 +18,12 @@ import triton
 import triton.language as tl
 
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, PagedBatch
-from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    launch_options,
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 MAX_ROWS = 128
 """Query rows (tokens times query heads of a group) of one program: what its accumulators hold without spilling."""
@@ -68,20 +73,25 @@ def rows_of(max_queries: int, group_size: int) -> int:
     return max(16, 1 << (max_queries * group_size - 1).bit_length())
 
 
-def choose_decode_tile(num_rows: int) -> DecodeTile:
-    """The best measured for M rows."""
-    for most_rows, tile in _TILES:
-        if num_rows <= most_rows:
+def choose_decode_tile(num_rows: int, num_items: int) -> DecodeTile:
+    """The best measured for M rows, and so many work items: many small programs keep a full device busiest."""
+    for most_rows, few_items, tile in _TILES:
+        if num_rows <= most_rows and num_items <= few_items:
             return tile
     raise ValueError(f"{num_rows} query rows for one key/value head: expected at most {MAX_ROWS}")
 
 
-# measured for 16 rows on an H200 (docs/log.md), by judgement for more
+_ANY = 1 << 30
+
+# (most rows, most items, tile): measured for 16 rows in whole steps on an H200 (docs/log.md), by judgement for more. An
+# H200 has 33 items beside one for each sequence.
 _TILES = (
-    (16, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
-    (32, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
-    (64, DecodeTile(block_n=32, num_warps=4, num_stages=3)),
-    (MAX_ROWS, DecodeTile(block_n=32, num_warps=8, num_stages=3)),
+    (16, 36, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
+    (16, 96, DecodeTile(block_n=128, num_warps=8, num_stages=2)),
+    (16, _ANY, DecodeTile(block_n=32, num_warps=1, num_stages=2)),
+    (32, _ANY, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
+    (64, _ANY, DecodeTile(block_n=32, num_warps=4, num_stages=3)),
+    (MAX_ROWS, _ANY, DecodeTile(block_n=32, num_warps=8, num_stages=3)),
 )
 
 
@@ -104,8 +114,8 @@ def paged_decode(
     num_kv_heads, head_size = keys.shape[1], keys.shape[3]
     group_size = q_QHD.shape[1] // num_kv_heads
     num_rows = rows_of(batch.max_queries, group_size)
-    tile = tile or choose_decode_tile(num_rows)
     num_items = batch.items_I8.shape[0]
+    tile = tile or choose_decode_tile(num_rows, num_items)
     _decode[(num_kv_heads, num_items)](
         q_QHD,
         keys,
@@ -135,6 +145,7 @@ def paged_decode(
     )
 
 
+@lean
 @triton.jit
 def _decode(  # type: ignore[no-untyped-def]
     q_ptr,

@@ -10,12 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import first_launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    first_launch_options,
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 _BLOCK = 2048
 
 
 # T packed tokens, R sampled rows of the step before, V vocabulary, E hidden size
+@lean
 @triton.jit
 def _embed_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, token_rows_ptr, last_tokens_ptr, embed_ptr, out_ptr, out_stride, E, BLOCK: tl.constexpr, PDL: tl.constexpr

@@ -12,7 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    launch_options,
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 NUM_SLOTS = 3
 """One being filled, one on its way, one whose step may still be queued."""
@@ -20,6 +25,7 @@ NUM_SLOTS = 3
 _BLOCK = 4096  # words of a program
 
 
+@lean
 @triton.jit
 def _fetch_kernel(  # type: ignore[no-untyped-def]
     ring_ptr, turn_ptr, out_ptr, slot_words, num_words, NUM_SLOTS: tl.constexpr, BLOCK: tl.constexpr
@@ -47,6 +53,7 @@ def fetch(ring: torch.Tensor, turn: torch.Tensor, out: torch.Tensor, num_words: 
     )
 
 
+@lean
 @triton.jit
 def _send_kernel(  # type: ignore[no-untyped-def]
     tokens_ptr, bests_ptr, tokens_out_ptr, bests_out_ptr, num_rows, BLOCK: tl.constexpr, PDL: tl.constexpr

@@ -10,7 +10,8 @@ an earlier kernel wrote, and before it writes anything at all. So a kernel ends 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -51,3 +52,48 @@ def first_launch_options(device: torch.device) -> dict[str, Any]:
 def _options(device_index: int) -> dict[str, Any]:
     pdl = torch.version.hip is None and torch.cuda.get_device_capability(device_index) >= _HOPPER
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+def lean(kernel: Any) -> Any:
+    """Decorate a kernel of `triton.jit` so that its launches cost the host a fraction; the interpreter's stay as they
+    are."""
+    return _LeanKernel(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+class _LeanKernel:
+    """A kernel that remembers what it was compiled to for arguments like these.
+
+    Triton examines every argument of every launch anew, some 50 µs for thirty of them, and a prompt's step is 160
+    launches: as long as the device needs. What code an argument leads to depends on little of it, which is the key
+    here; the rest is handed to the compiled kernel as it is.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._names: list[str] = [param.name for param in kernel.params]
+        self._constants = frozenset(param.name for param in kernel.params if param.is_constexpr)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, (*grid, 1, 1)[:3])
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+        constants, names = self._constants, self._names
+        key = (
+            *map(_trait, arguments),
+            *(value if name in constants or name not in names else _trait(value) for name, value in named.items()),
+        )
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._kernel[grid](*arguments, **named)
+        else:
+            compiled[grid](*arguments, *(named[name] for name in names[len(arguments) :]))
+
+
+def _trait(value: Any) -> Any:
+    """All of an argument that its kernel's code depends on: Triton's own rules, and a float's value beside them."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return value

@@ -10,12 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    launch_options,
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 _MAX_WIDTH = 16_384  # a row is one program's registers
 
 
 # T rows, E their width
+@lean
 @triton.jit
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, out_ptr, x_stride, out_stride, eps, E, BLOCK: tl.constexpr, PDL: tl.constexpr

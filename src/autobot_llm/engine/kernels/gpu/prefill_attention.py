@@ -21,7 +21,12 @@ import triton.language as tl
 
 from autobot_llm.engine.attention.paged import BLOCK_SIZE
 from autobot_llm.engine.batching.plan import Int32Array
-from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    launch_options,
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 TILE_FIELDS = 8
 """sequence, first token of the tile within the step's tokens of the sequence, first query row of the sequence, number
@@ -145,6 +150,7 @@ def _launch(
     )
 
 
+@lean
 @triton.jit
 def _prefill(  # type: ignore[no-untyped-def]
     q_ptr,

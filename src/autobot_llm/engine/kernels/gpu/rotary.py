@@ -11,7 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import launch_options, let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    launch_options,
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 BLOCK_SIZE = 16
 """Positions in a block of the cache. A slot is block * BLOCK_SIZE + the position's place in it."""
@@ -20,6 +25,7 @@ _FEW_TOKENS = 16
 
 
 # T packed tokens, H query heads, K key/value heads, D head size, P positions, B cache blocks
+@lean
 @triton.jit
 def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, positions_ptr, slots_ptr, cos_sin_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, qkv_stride, eps,

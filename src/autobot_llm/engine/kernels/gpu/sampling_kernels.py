@@ -17,7 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 from autobot_llm.engine.kernels.gpu.numerics import (
     MINUS_INFINITY_ORDER,
     exponential,
@@ -44,6 +48,7 @@ _LOWEST_ORDER = tl.constexpr(-(1 << 31))
 
 
 # R rows, V vocabulary, C chunks of a row, G groups of a row, N candidates of a row
+@lean
 @triton.jit
 def best_of_chunks_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, logits_stride, chunk_bests_ptr, group_bests_ptr, V, WITH_GROUPS: tl.constexpr, PDL: tl.constexpr
@@ -63,6 +68,7 @@ def best_of_chunks_kernel(  # type: ignore[no-untyped-def]
         tl.store(group_bests_ptr + groups, group_bests)
 
 
+@lean
 @triton.jit
 def best_of_rows_kernel(  # type: ignore[no-untyped-def]
     chunk_bests_ptr, group_bests_ptr, tokens_ptr, values_ptr, bars_ptr, num_candidates_ptr, V, C,
@@ -115,6 +121,7 @@ def _best_draw(weights, key, ids, is_kept):  # type: ignore[no-untyped-def]
     return tl.max(tl.where(is_kept, packed(scores.to(tl.int32, bitcast=True), ids), _NOTHING), 0)
 
 
+@lean
 @triton.jit
 def collect_candidates_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, logits_stride, values_ptr, bars_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, is_drawn_ptr,
@@ -248,6 +255,7 @@ def _threshold(logits_ptr, V, best, total_mass, temperature, top_k, top_p):  # t
     return lowest
 
 
+@lean
 @triton.jit
 def restrict_rows_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, logits_stride, values_ptr, chunk_masses_ptr, num_candidates_ptr, candidate_logits_ptr,
@@ -280,6 +288,7 @@ def restrict_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(thresholds_ptr + row, threshold)
 
 
+@lean
 @triton.jit
 def draw_from_chunks_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, logits_stride, values_ptr, temperature_ptr, min_p_ptr, keys_ptr, is_pending_ptr, thresholds_ptr,
@@ -300,6 +309,7 @@ def draw_from_chunks_kernel(  # type: ignore[no-untyped-def]
         tl.store(chunk_draws_ptr + row * tl.num_programs(0) + chunk, best)
 
 
+@lean
 @triton.jit
 def draw_from_rows_kernel(  # type: ignore[no-untyped-def]
     chunk_draws_ptr, is_pending_ptr, tokens_ptr, V, C, CHUNKS: tl.constexpr, PDL: tl.constexpr

@@ -15,9 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.launch import let_next_kernel_start, wait_for_previous_kernel
+from autobot_llm.engine.kernels.gpu.launch import (
+    lean,
+    let_next_kernel_start,
+    wait_for_previous_kernel,
+)
 
 
+@lean
 @triton.jit
 def matvec_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [I]
@@ -111,6 +116,7 @@ def _tile(ptrs, start, inputs, num_inputs, WHOLE_TILES: tl.constexpr, EVICT_FIRS
     return tl.load(ptrs + start, mask=start + inputs < num_inputs, other=0.0, eviction_policy=policy)
 
 
+@lean
 @triton.jit(do_not_specialize=["num_rows"])
 def rows_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [T, I]
