@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -318,3 +319,11 @@ def test_a_full_cache_takes_only_what_is_not_pinned() -> None:
     for token in range(2, 40):
         assert not kept & set(store(pool, [token] * 12))
     assert [entry.block_id for entry in pinned] == look_up(pool, [1] * 9)
+
+
+def test_a_scattered_pool_hands_out_every_block_once_and_rarely_neighbours() -> None:
+    pool = BlockPool(200, scattered=True)
+    block_ids = pool.allocate(200)
+    assert block_ids is not None and sorted(block_ids) == list(range(200))
+    assert sum(b == a + 1 for a, b in itertools.pairwise(block_ids)) < 10
+    assert pool.allocate(1) is None

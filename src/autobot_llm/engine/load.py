@@ -95,7 +95,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[int, int], None] 
     cache_dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
     executor, num_blocks = _executor(config, options, sizes, device, cache_dtype, block_bytes, on_progress)
-    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching)
+    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching, scattered=device.type == "cuda")
     scheduler = Scheduler(
         pool,
         max_num_seqs=sizes.max_num_seqs,

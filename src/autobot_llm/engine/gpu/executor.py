@@ -34,8 +34,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGraph:
-    """What a captured size reads: its arrays' layout, views of them in every slot of the host's ring, and what the decoder
-    and attention see of them on the device."""
+    """What a captured size reads: its arrays' layout, views of them in every slot of the host's ring, and what the
+    decoder and attention see of them on the device."""
 
     layout: Layout
     slots: tuple[Arrays, ...]
@@ -93,6 +93,7 @@ class GpuExecutor:
         reason: str,
     ) -> None:
         self.reason = reason
+        self._is_closed = False
         self.device_wait_seconds = 0.0
         self.limits = limits
         self.attention = attention
@@ -169,8 +170,21 @@ class GpuExecutor:
             self._storage.cache_L2BKPD.index_fill_(2, blocks, 0)
 
     def close(self) -> None:
+        """Give the device's memory back, whoever still holds this object. Closing twice does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._stream.synchronize()
         self.graphs.clear()
+        del (
+            self._decoder,
+            self._storage,
+            self._decode_graphs,
+            self._swapper,
+            self.attention,
+            self.copy_out,
+            self.copy_in,
+        )
 
     def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, bool]:
         """Logits_RV, and whether the graph has taken their best already."""

@@ -13,13 +13,17 @@ from autobot_llm.engine.gpu.executor import GpuExecutor
 from autobot_llm.engine.gpu.options import GpuLimits
 
 _BLOCK_SIZE = 16
-_CHUNK = 64  # tokens of a prompt's part, whose beginning is in the cache
+# What steps that are not captured are made of: (sequences that decode, tokens of a prompt's next part, tokens of the
+# prompt in the cache before it). Each line leads to kernels, or sizes of their tiles, of its own.
+_MIXES = ((1, 64, 64), (30, 64, 64), (90, 64, 64), (1, 8, 24), (1, 16, 16), (1, 64, 0), (1, 2048, 64))
 
 
 def warm_up(executor: GpuExecutor) -> None:
-    """Launch steps of a prompt beside a decoding sequence, drawing in every way. The cache stays as it is."""
-    for sampling in (_drawn(is_restricted=True), _drawn(is_restricted=False)):
-        executor.launch(_mixed_batch(executor.limits), sampling).wait()
+    """Launch steps of a prompt beside decoding sequences, drawing in every way. The cache stays as it is."""
+    for mix in _MIXES:
+        if (batch := _mixed_batch(executor.limits, *mix)) is not None:
+            executor.launch(batch, _drawn(is_restricted=True)).wait()
+            executor.launch(batch, _drawn(is_restricted=False)).wait()
 
 
 def num_compiled_kernels() -> int:
@@ -28,22 +32,25 @@ def num_compiled_kernels() -> int:
     return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
 
-def _mixed_batch(limits: GpuLimits) -> StepBatch:
-    """One sequence that decodes, and one that goes on with its prompt: as far as the limits allow the latter."""
-    chunk = min(_CHUNK, limits.max_model_len // 2, limits.max_num_batched_tokens - 1)
-    query_lens, context_lens = [1], [2]
-    if chunk > 1 and limits.max_num_seqs > 1:
-        query_lens, context_lens = [1, chunk], [2, 2 * chunk]
-    num_tokens = sum(query_lens)
-    starts = np.cumsum([0, *query_lens])
+def _mixed_batch(limits: GpuLimits, num_decoding: int, num_new: int, num_cached: int) -> StepBatch | None:
+    """Decoding sequences and a prompt's part; None where the limits allow no such step."""
+    query_lens = np.array([*[1] * num_decoding, num_new], np.int32)
+    context_lens = np.array([*[2] * num_decoding, num_new + num_cached], np.int32)
+    num_tokens = int(query_lens.sum())
+    if (
+        len(query_lens) > limits.max_num_seqs
+        or num_tokens > limits.max_num_batched_tokens
+        or num_new + num_cached > limits.max_model_len
+    ):
+        return None
     positions = [np.arange(c - q, c, dtype=np.int32) for q, c in zip(query_lens, context_lens, strict=True)]
     return StepBatch(
         ids_T=np.zeros(num_tokens, np.int64),
         positions_T=np.concatenate(positions),
         slots_T=np.full(num_tokens, -1, np.int64),  # nothing is written
-        query_starts=starts.astype(np.int32),
-        context_lens=np.array(context_lens, np.int32),
-        block_tables_SB=np.zeros((len(query_lens), -(-max(context_lens) // _BLOCK_SIZE)), np.int32),
+        query_starts=np.cumsum([0, *query_lens], dtype=np.int32),
+        context_lens=context_lens,
+        block_tables_SB=np.zeros((len(query_lens), -(-int(context_lens[-1]) // _BLOCK_SIZE)), np.int32),
         logit_rows_R=np.zeros(1, np.int64),
         pending_rows_T=np.full(num_tokens, -1, np.int32),
     )

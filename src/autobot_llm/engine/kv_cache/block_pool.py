@@ -19,6 +19,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
+from random import Random
 
 from autobot_llm.errors import ConfigurationError
 
@@ -67,6 +68,7 @@ class BlockPool:
         block_size: int = 16,
         *,
         prefix_caching: bool = True,
+        scattered: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] = blake2b_key,
     ) -> None:
         if num_blocks < 1:
@@ -81,8 +83,12 @@ class BlockPool:
         self._hash_block = hash_block
         self._num_references = [0] * num_blocks
         # Free blocks. Blank ones are taken first, in order, so that a lone sequence's blocks lie in a row, which spares
-        # attention a gather; then those with a prefix worth keeping, by last use.
-        self._blank: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        # attention on a CPU a gather; then those with a prefix worth keeping, by last use. A GPU wants them scattered:
+        # parts of long contexts that start at regular distances would queue for the same channels of its memory.
+        order = range(num_blocks)
+        self._blank: OrderedDict[int, None] = OrderedDict.fromkeys(
+            Random(0).sample(order, num_blocks) if scattered else order
+        )
         self._reusable: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, PrefixBlock] = {}
         self._entry_of: list[PrefixBlock | None] = [None] * num_blocks

@@ -54,7 +54,7 @@ def fetch(ring: torch.Tensor, turn: torch.Tensor, out: torch.Tensor, num_words: 
 
 
 @lean
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _send_kernel(  # type: ignore[no-untyped-def]
     tokens_ptr, bests_ptr, tokens_out_ptr, bests_out_ptr, num_rows, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):

@@ -151,7 +151,7 @@ def _launch(
 
 
 @lean
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step
 def _prefill(  # type: ignore[no-untyped-def]
     q_ptr,
     keys_ptr,

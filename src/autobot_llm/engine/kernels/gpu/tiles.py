@@ -63,7 +63,7 @@ Table: TypeAlias = Mapping[tuple[Kind, int], Mapping[tuple[int, int], Tile | Non
 
 HOPPER: Table = {
     (Kind.PLAIN, 1): {
-        (4096, 4096): MatvecTile(16, 512, 8, prefetch_bytes=7168, evict_first=True),
+        (4096, 4096): MatvecTile(16, 512, 8, prefetch_bytes=2048, evict_first=True),
         (4096, 14336): MatvecTile(16, 512, 8, prefetch_bytes=2048, evict_first=True),
     },
     (Kind.NORM, 1): {
