@@ -65,10 +65,20 @@ GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
 DRAWN = SamplingParams(max_tokens=48, temperature=0.8, top_p=0.9)
 
 
+def test_short_prompts_are_replayed_and_long_ones_launched(engines: dict[str, Engine]) -> None:
+    executor = engines["graphs"].executor
+    keys = executor.graphs.keys
+    assert "decode 8" in keys and "prompts 64" in keys and "prompts 512" in keys
+    captured, launched = answers(engines["graphs"], GREEDY, repeat=3), answers(engines["launches"], GREEDY, repeat=3)
+    assert executor.graphs.keys == keys, "a graph was captured after the start"
+    assert sum(a[:40] == b[:40] for a, b in zip(captured, launched, strict=True)) >= 4, (captured, launched)
+
+
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_replayed_graph_computes_what_its_launches_do(engines: dict[str, Engine], params: SamplingParams) -> None:
-    assert answers(engines["graphs"], params, together=False) == answers(engines["launches"], params, together=False)
-    # a graph's padding may change how attention is cut, and so the last bit of a sum: near ties part the texts
+    # a graph's padding may change how a product or attention is cut, and so the last bit of a sum: near ties part texts
+    alone, launched = (answers(engines[name], params, together=False) for name in ("graphs", "launches"))
+    assert sum(a[:40] == b[:40] for a, b in zip(alone, launched, strict=True)) >= 4, (alone, launched)
     by_graph, by_launch = answers(engines["graphs"], params), answers(engines["launches"], params)
     assert sum(a[:40] == b[:40] for a, b in zip(by_graph, by_launch, strict=True)) >= 4, (by_graph, by_launch)
     assert engines["graphs"].executor.graphs.keys and not engines["launches"].executor.graphs.keys

@@ -113,6 +113,30 @@ def test_steps_of_many_sizes_follow_each_other_in_fixed_arrays(dtype: torch.dtyp
         assert not padded_THD[len(lengths) :].any(), "a row of padding was written"
 
 
+def test_steps_with_prompts_follow_each_other_in_fixed_arrays(dtype: torch.dtype, device: torch.device) -> None:
+    """As a captured graph of 160 tokens and 6 sequences replays them, in a model with a sliding window too."""
+    num_tokens, heads, windows = 160, {"num_heads": 4, "num_kv_heads": 2, "head_size": 64}, (0, 24)
+    host: dict[str, np.ndarray] = {}
+    for seed, (lengths, query_lens) in enumerate(
+        (([90, 70, 50, 120, 1, 7], [1, 4, 50, 60, 1, 7]), ([100], [100]), ([64, 160], [1, 159]), ([33, 21], [1, 1]))
+    ):
+        step = random_step(lengths, query_lens, **heads, dtype=dtype, device=device, seed=seed)
+        attention = triton_attention(step, windows)
+        sizes = attention.prompt_sizes(num_tokens, 6, 16)
+        host = host or {name: np.full(shape, 77, np.int32) for name, shape in sizes.items()}
+        attention.fill_prompt_arrays(host, step.batch)
+        tensors = {name: torch.from_numpy(array.copy()).to(device) for name, array in host.items()}
+        metadata = attention.prepare_prompts(tensors)
+        used = sum(query_lens)
+        padded_THD = torch.zeros(num_tokens, 4, 64, dtype=dtype, device=device)
+        q_THD = torch.full_like(padded_THD, float("nan"))
+        q_THD[:used] = step.q
+        for layer, window in enumerate(windows):
+            attention.attend(layer, q_THD, step.k, step.v, padded_THD, metadata)
+            assert relative_error(padded_THD[:used], step.expected(window=window)) < TOLERANCE[dtype]
+        assert not padded_THD[used:].any(), "a row of padding was written"
+
+
 def test_arrays_too_small_for_a_step_are_refused() -> None:
     step = random_step(
         [5, 40], [1, 1], num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.float16, device=torch.device("cpu")

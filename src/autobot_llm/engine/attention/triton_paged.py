@@ -25,6 +25,8 @@ from autobot_llm.engine.batching.plan import Int32Array, StepBatch
 from autobot_llm.engine.gpu.staging import Layout
 from autobot_llm.engine.kernels.gpu.decode_attention import MAX_ROWS, DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.prefill_attention import (
+    SMALL_TILE,
+    TILE_FIELDS,
     PrefillTile,
     choose_prefill_tile,
     fresh_prefill,
@@ -102,8 +104,7 @@ class TritonPagedAttention:
         for name, members in (("fresh", fresh), ("prefixed", prefixed)):
             if len(members):
                 tile = tiles[name] = self._tile(int(num_queries[members].sum()))
-                tokens_per_tile = tile.block_m // self._shape.group_size
-                arrays[name] = plan_tiles(batch.query_starts, batch.context_lens, members, tokens_per_tile)
+                arrays[name] = plan_tiles(batch.query_starts, batch.context_lens, members, self._tokens_per_tile(tile))
         tensors = _upload(arrays, self._device)
         lists = {name: _Tiles(tensors[name], tile) for name, tile in tiles.items()}
         return TritonMetadata(
@@ -122,6 +123,39 @@ class TritonPagedAttention:
                 f"{self._max_queries} where {self._shape.group_size} query heads share keys"
             )
         return TritonMetadata(decode=batch, workspace=self._workspace(batch.items_I8.shape[0]))
+
+    def prompt_sizes(self, num_tokens: int, num_sequences: int, table_width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the int32 arrays of a captured step with prompts in it, padded to so many tokens and sequences."""
+        num_tiles = -(-num_tokens // self._tokens_per_tile(SMALL_TILE)) + num_sequences  # each may end with a part
+        return {
+            "items": (num_sequences + self._spare_items, ITEM_FIELDS),
+            "tiles": (num_tiles, TILE_FIELDS),
+            "block_tables": (num_sequences, table_width),
+        }
+
+    def fill_prompt_arrays(self, arrays: Mapping[str, Int32Array], batch: StepBatch) -> None:
+        """Write a step into arrays of `prompt_sizes`, and make what it leaves padding, which does nothing."""
+        num_sequences, num_blocks = batch.block_tables_SB.shape
+        arrays["block_tables"][:num_sequences, :num_blocks] = batch.block_tables_SB
+        num_queries = np.diff(batch.query_starts)
+        decoding = np.flatnonzero(num_queries == 1).astype(np.int32)
+        prompts = np.flatnonzero(num_queries > 1).astype(np.int32)
+        items_I8, tiles_W8 = arrays["items"], arrays["tiles"]
+        planned_I8 = self._plan_decode(batch, decoding) if len(decoding) else items_I8[:0]
+        items_I8[: len(planned_I8)] = planned_I8
+        items_I8[len(planned_I8) :] = -1
+        planned_W8 = plan_tiles(batch.query_starts, batch.context_lens, prompts, self._tokens_per_tile(SMALL_TILE))
+        tiles_W8[: len(planned_W8)] = planned_W8
+        tiles_W8[len(planned_W8) :] = 0
+
+    def prepare_prompts(self, arrays: Mapping[str, torch.Tensor]) -> TritonMetadata:
+        """A captured step's metadata over device arrays of `prompt_sizes`, once for all its replays."""
+        return TritonMetadata(
+            decode=PagedBatch(arrays["block_tables"], arrays["items"], 1),
+            workspace=self._workspace(arrays["items"].shape[0]),
+            prefixed=_Tiles(arrays["tiles"], SMALL_TILE),
+            block_tables_SB=arrays["block_tables"],
+        )
 
     def attend(
         self,
@@ -157,6 +191,9 @@ class TritonPagedAttention:
             members=members,
         )
         return items_I8[:num_items]
+
+    def _tokens_per_tile(self, tile: PrefillTile) -> int:
+        return tile.block_m // self._shape.group_size
 
     def _tile(self, num_tokens: int) -> PrefillTile:
         shape = self._shape

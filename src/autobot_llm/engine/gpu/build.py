@@ -19,7 +19,7 @@ from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
 from autobot_llm.engine.gpu.decoder import FusedDecoder
-from autobot_llm.engine.gpu.executor import GpuExecutor, decode_graph_sizes
+from autobot_llm.engine.gpu.executor import GpuExecutor, decode_graph_sizes, prompt_graph_sizes
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
 from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
 from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
@@ -170,10 +170,14 @@ class _Builder:
 
     def _graph_bytes(self) -> int:
         sizes = decode_graph_sizes(self._limits.max_num_seqs)
+        prompt_sizes = prompt_graph_sizes(self._limits.max_num_batched_tokens)
         shared = estimated_activation_bytes(
-            self._config, num_batched_tokens=sizes[-1], num_rows=sizes[-1], num_bytes_each=self._dtype.itemsize
+            self._config,
+            num_batched_tokens=max(*sizes, *prompt_sizes),
+            num_rows=sizes[-1],
+            num_bytes_each=self._dtype.itemsize,
         )
-        return shared + BYTES_PER_GRAPH * len(sizes)
+        return shared + BYTES_PER_GRAPH * (len(sizes) + len(prompt_sizes))
 
 
 def _largest_batch(limits: GpuLimits) -> StepBatch:

@@ -1,7 +1,8 @@
 """Run steps on a CUDA device beside the host. Knows a step's arrays, graphs and copies; knows nothing of scheduling.
 
-A step in which every sequence gets one token is a captured graph, padded to the next captured size; every other step is
-launched kernel by kernel. Both queue their arrays, the kernels and the sampling, and return: the host plans the next
+A step in which every sequence gets one token is a captured graph, padded to the next captured size; so is one with few
+tokens of prompts, which would take longer to launch than to compute; every other step is launched kernel by kernel. All
+queue their arrays, the kernels and the sampling, and return: the host plans the next
 step meanwhile, and the tokens of this one go into it without ever leaving the device.
 """
 
@@ -17,11 +18,12 @@ import numpy.typing as npt
 import torch
 
 from autobot_llm.engine.attention.paged import PagedAttention, PagedBatch, decode_sizes, fill_decode_arrays, max_items
+from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
 from autobot_llm.engine.executor import SampledRows, SamplingArrays
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
-from autobot_llm.engine.gpu.graphs import DECODE_SIZES, CUDAGraphManager, padded_size
+from autobot_llm.engine.gpu.graphs import DECODE_SIZES, MAX_PROMPTS, PROMPT_SIZES, CUDAGraphManager, padded_size
 from autobot_llm.engine.gpu.options import GpuLimits
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
 from autobot_llm.engine.gpu.swap import BlockSwapper
@@ -33,14 +35,18 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodeGraph:
-    """What a captured size reads: its arrays' layout, views of them in every slot of the host's ring, and what the
-    decoder and attention see of them on the device."""
+class _StepGraph:
+    """What a captured step reads: its arrays' layout, views of them in every slot of the host's ring, and tensors.
 
+    `batch` is attention's view where every sequence gets one token; for steps with prompts, `prompts` is its metadata.
+    """
+
+    key: str
     layout: Layout
     slots: tuple[Arrays, ...]
     inputs: DecoderInputs
-    batch: PagedBatch
+    batch: PagedBatch | None
+    prompts: Any
 
 
 class _Launched:
@@ -107,15 +113,21 @@ class GpuExecutor:
         self._stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
             self._sampler = DeviceSampler(vocab_size, limits.max_num_seqs, self._device)
-            self._sizes = decode_graph_sizes(limits.max_num_seqs) if uses_graphs and attention.can_capture else ()
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            self._num_items = {size: max_items(size, storage.num_kv_heads, num_processors) for size in self._sizes}
+            self._num_spare_items = max_items(0, storage.num_kv_heads, num_processors)
+            captures = uses_graphs and attention.can_capture
+            self._decode_sizes = decode_graph_sizes(limits.max_num_seqs) if captures else ()
+            self._max_prompts = min(MAX_PROMPTS, limits.max_num_seqs)
+            captures_prompts = captures and isinstance(attention, TritonPagedAttention)
+            self._prompt_sizes = prompt_graph_sizes(limits.max_num_batched_tokens) if captures_prompts else ()
             self._staging = Staging(_eager_layout(limits).num_bytes, self._device)
+            layouts = {f"decode {n}": self._decode_layout(n) for n in self._decode_sizes}
+            layouts |= {f"prompts {n}": self._prompt_layout(n) for n in self._prompt_sizes}
             self._graph_staging = FetchedStaging(
-                max((self._decode_layout(size).num_bytes for size in self._sizes), default=0), self._device
+                max((layout.num_bytes for layout in layouts.values()), default=0), self._device
             )
             self._sampling_staging = Staging(_sampling_layout(limits.max_num_seqs).num_bytes, self._device)
-            self._decode_graphs = {size: self._decode_graph(size) for size in self._sizes}
+            self._graphs = {key: self._graph(key, layout) for key, layout in layouts.items()}
         self._results = [_ResultRows(limits.max_num_seqs) for _ in range(3)]
         self._turn = 0
         self._swapper = BlockSwapper(storage, self._stream)
@@ -126,17 +138,17 @@ class GpuExecutor:
         """Capture the graph of every decode size; `on_progress` gets (captured, in all). Largest first, because the
         smaller ones then fit into the memory that it left in the pool."""
         with torch.cuda.stream(self._stream), torch.no_grad():
-            for i, size in enumerate(sorted(self._sizes, reverse=True)):
-                layout = self._decode_graphs[size].layout
-                padding = np.empty(layout.num_bytes, np.uint8)
-                host = layout.on_host(padding)
+            graphs = sorted(self._graphs.values(), key=lambda graph: len(graph.inputs.ids_T), reverse=True)
+            for i, graph in enumerate(graphs):
+                padding = np.zeros(graph.layout.num_bytes, np.uint8)
+                host = graph.layout.on_host(padding)
                 _fill_padding(host)
                 self._graph_staging.fill_all(padding)
-                self._replay(size, host)
+                self._replay(graph, host)
                 self._stream.synchronize()
                 if on_progress is not None:
-                    on_progress(i + 1, len(self._sizes))
-            if self._sizes:
+                    on_progress(i + 1, len(graphs))
+            if graphs:
                 self._graph_staging.resume()
 
     def launch(self, batch: StepBatch, sampling: SamplingArrays) -> _Launched:
@@ -179,7 +191,7 @@ class GpuExecutor:
         del (
             self._decoder,
             self._storage,
-            self._decode_graphs,
+            self._graphs,
             self._swapper,
             self.attention,
             self.copy_out,
@@ -188,22 +200,34 @@ class GpuExecutor:
 
     def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, bool]:
         """Logits_RV, and whether the graph has taken their best already."""
-        num_sequences = batch.num_sequences
-        is_decode = batch.num_tokens == num_sequences == len(batch.logit_rows_R)
-        size = padded_size(num_sequences, self._sizes) if is_decode else None
-        if size is None:
+        graph = self._graph_for(batch)
+        if graph is None:
             return self._run_eagerly(batch), False
-        graph = self._decode_graphs[size]
         host = graph.slots[self._graph_staging.next_slot()]
-        fill_decode_arrays(host, batch, window=self._widest_window)
+        if graph.batch is not None:
+            fill_decode_arrays(host, batch, window=self._widest_window)
+        else:
+            assert isinstance(self.attention, TritonPagedAttention)
+            self.attention.fill_prompt_arrays(host, batch)
+            host["logit_rows"][: len(batch.logit_rows_R)] = batch.logit_rows_R
+            host["logit_rows"][len(batch.logit_rows_R) :] = 0
         _fill_tokens(host, batch)
-        logits_RV = self._replay(size, host)
+        logits_RV = self._replay(graph, host)
         self._graph_staging.mark_queued()
-        return logits_RV[:num_sequences], True
+        return logits_RV[: len(batch.logit_rows_R)], True
 
-    def _replay(self, size: int, host: Arrays) -> torch.Tensor:
-        graph = self._decode_graphs[size]
-        metadata = self.attention.prepare_captured(graph.batch, host)
+    def _graph_for(self, batch: StepBatch) -> _StepGraph | None:
+        num_rows = len(batch.logit_rows_R)
+        if batch.num_tokens == batch.num_sequences == num_rows:
+            size = padded_size(num_rows, self._decode_sizes)
+            return None if size is None else self._graphs[f"decode {size}"]
+        if max(batch.num_sequences, num_rows) > self._max_prompts:
+            return None
+        size = padded_size(batch.num_tokens, self._prompt_sizes)
+        return None if size is None else self._graphs[f"prompts {size}"]
+
+    def _replay(self, graph: _StepGraph, host: Arrays) -> torch.Tensor:
+        metadata = graph.prompts if graph.batch is None else self.attention.prepare_captured(graph.batch, host)
 
         def step(_buffer: torch.Tensor) -> torch.Tensor:
             self._graph_staging.fetch(graph.layout.num_bytes)
@@ -211,7 +235,7 @@ class GpuExecutor:
             self._sampler.sample(logits_RV)
             return logits_RV
 
-        return self.graphs.capture(size, step, self._graph_staging.on_device)
+        return self.graphs.capture(graph.key, step, self._graph_staging.on_device)
 
     def _run_eagerly(self, batch: StepBatch) -> torch.Tensor:
         all_rows = len(batch.logit_rows_R) == batch.num_tokens
@@ -237,15 +261,26 @@ class GpuExecutor:
             logit_rows_R=tensors.get("logit_rows"),
         )
 
-    def _decode_graph(self, size: int) -> _DecodeGraph:
-        layout = self._decode_layout(size)
+    def _graph(self, key: str, layout: Layout) -> _StepGraph:
         tensors = layout.on_device(self._graph_staging.on_device)
         slots = tuple(layout.on_host(slot) for slot in self._graph_staging.slots)
-        return _DecodeGraph(layout, slots, self._inputs(tensors), PagedBatch.over(tensors, max_queries=1))
+        if "tiles" not in tensors:
+            batch = PagedBatch.over(tensors, max_queries=1)
+            return _StepGraph(key, layout, slots, self._inputs(tensors), batch, None)
+        assert isinstance(self.attention, TritonPagedAttention)
+        prompts = self.attention.prepare_prompts(tensors)
+        return _StepGraph(key, layout, slots, self._inputs(tensors), None, prompts)
 
     def _decode_layout(self, size: int) -> Layout:
-        sizes = decode_sizes(size, max_queries=1, table_width=self._table_width, num_items=self._num_items[size])
+        num_items = size + self._num_spare_items
+        sizes = decode_sizes(size, max_queries=1, table_width=self._table_width, num_items=num_items)
         return Layout.of({name: (shape, np.int32) for name, shape in sizes.items()} | _token_shapes(size))
+
+    def _prompt_layout(self, num_tokens: int) -> Layout:
+        assert isinstance(self.attention, TritonPagedAttention)
+        sizes = self.attention.prompt_sizes(num_tokens, self._max_prompts, self._table_width)
+        rows = {"logit_rows": ((self._max_prompts,), np.int32)}
+        return Layout.of({name: (shape, np.int32) for name, shape in sizes.items()} | _token_shapes(num_tokens) | rows)
 
     def _upload_sampling(self, sampling: SamplingArrays) -> SamplingTensors:
         layout = _sampling_layout(len(sampling.is_drawn_R))
@@ -261,6 +296,11 @@ def decode_graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
     """The sizes to capture for so many sequences at most: the last one holds them all, up to the largest size."""
     last = padded_size(max_num_seqs) or DECODE_SIZES[-1]
     return tuple(size for size in DECODE_SIZES if size <= last)
+
+
+def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """The numbers of tokens to capture a step with prompts for."""
+    return tuple(size for size in PROMPT_SIZES if size <= max_num_batched_tokens)
 
 
 def _eager_layout(limits: GpuLimits) -> Layout:

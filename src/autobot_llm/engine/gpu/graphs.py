@@ -16,6 +16,12 @@ import torch
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 """Numbers of sequences with a graph of their own; others are padded to the next."""
 
+PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+"""Numbers of tokens in a step with prompts that has a graph: up to there, launching takes longer than computing."""
+
+MAX_PROMPTS = 32
+"""Sequences of such a step at most."""
+
 Result = TypeVar("Result")
 
 
