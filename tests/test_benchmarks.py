@@ -215,7 +215,11 @@ def test_a_missing_model_is_a_failure_that_says_which_option() -> None:
 
 def test_a_bar_is_met_or_missed_by_its_sections_figure() -> None:
     figures = {
-        "latency": {f"{b}x{n}": {"inter_token_ms": 3.0, "first_token_ms": 10.0} for b, n in VLLM_BF16},
+        "latency": {
+            f"{b}x{n}{kind}": {"inter_token_ms": 3.0, "first_token_ms": 10.0}
+            for b, n in VLLM_BF16
+            for kind in ("", " unbounded")
+        },
         "graphs": {"saved_by_graphs": 0.5, "32": {"host_us_per_token": 9.0}},
         "batching": {"log_uniform": {"continuous_over_static": 2.0}},
         "prefix": {"random": {"saved": 0.9}, "text": {"saved": 0.9}},

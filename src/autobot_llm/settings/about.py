@@ -177,7 +177,12 @@ ABOUT: dict[str, About] = {
     "attention_backend": About(
         "Attention kernels on a GPU; auto chooses by hardware.", "engine/attention", ENGINES, now=True
     ),
-    "cuda_graphs": About("Replay decode steps as CUDA graphs.", "engine/gpu", ENGINES, now=True),
+    "cuda_graphs": About(
+        "Replay steps as CUDA graphs: auto decoding, on also steps with up to 512 prompt tokens (on our engine; new).",
+        "engine/gpu",
+        ENGINES,
+        now=True,
+    ),
     "cache_dir": About(
         "Where compiled kernels and other files that can be made again are kept.",
         "engine/kernels",

@@ -165,15 +165,18 @@ class _Builder:
             vocab_size=config.vocab_size,
             widest_window=self._shape.widest_window,
             uses_graphs=uses_graphs,
+            captures_prompts=self._options.cuda_graphs == "on",
             reason=f"fused kernels, attention by {attention.name}",
         )
 
     def _graph_bytes(self) -> int:
         sizes = decode_graph_sizes(self._limits.max_num_seqs)
-        prompt_sizes = prompt_graph_sizes(self._limits.max_num_batched_tokens)
+        prompt_sizes = (
+            prompt_graph_sizes(self._limits.max_num_batched_tokens) if self._options.cuda_graphs == "on" else ()
+        )
         shared = estimated_activation_bytes(
             self._config,
-            num_batched_tokens=max(*sizes, *prompt_sizes),
+            num_batched_tokens=max((*sizes, *prompt_sizes)),
             num_rows=sizes[-1],
             num_bytes_each=self._dtype.itemsize,
         )

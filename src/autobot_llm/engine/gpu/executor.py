@@ -80,7 +80,7 @@ class GpuExecutor:
     """PipelinedExecutor and BlockCopier on one CUDA device. `reason` says why it was chosen.
 
     `device_wait_seconds` adds up the time that the host has waited for the device. `uses_graphs` false launches every
-    step kernel by kernel.
+    step kernel by kernel; `captures_prompts` true captures steps with few tokens of prompts, too.
     """
 
     name = "gpu"
@@ -96,6 +96,7 @@ class GpuExecutor:
         vocab_size: int,
         widest_window: int,
         uses_graphs: bool,
+        captures_prompts: bool,
         reason: str,
     ) -> None:
         self.reason = reason
@@ -118,7 +119,7 @@ class GpuExecutor:
             captures = uses_graphs and attention.can_capture
             self._decode_sizes = decode_graph_sizes(limits.max_num_seqs) if captures else ()
             self._max_prompts = min(MAX_PROMPTS, limits.max_num_seqs)
-            captures_prompts = captures and isinstance(attention, TritonPagedAttention)
+            captures_prompts = captures and captures_prompts and isinstance(attention, TritonPagedAttention)
             self._prompt_sizes = prompt_graph_sizes(limits.max_num_batched_tokens) if captures_prompts else ()
             self._staging = Staging(_eager_layout(limits).num_bytes, self._device)
             layouts = {f"decode {n}": self._decode_layout(n) for n in self._decode_sizes}
