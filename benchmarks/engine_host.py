@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from autobot_llm.engine.batching.plan import StepBatch, StepPlan, build_batch
+from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
 from autobot_llm.engine.executor import SampledRows, SamplingArrays
@@ -105,6 +105,7 @@ class HostBenchmark:
     def parts_us(self) -> dict[str, float]:
         """Each part of a step on its own, in the engine's order, one step under way."""
         scheduler, arrays = self.scheduler(), SamplingArraysBuilder(self.config.vocab_size)
+        batches = BatchBuilder(BLOCK_SIZE)
         for i in range(self.batch):
             scheduler.add(Sequence(i, self.prompt(i), self.params(i, 4 * NUM_STEPS)))
         device, clock = FreeDevice(self.text_ids), time.thread_time
@@ -115,7 +116,7 @@ class HostBenchmark:
             plan = scheduler.plan()
             planned = clock()
             assert plan is not None
-            batch = build_batch(plan.scheduled, BLOCK_SIZE)
+            batch = batches.build(plan)
             built = clock()
             sampling = arrays.build([item.sequence for item in plan.scheduled if item.samples])
             described = clock()

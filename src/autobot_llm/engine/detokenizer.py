@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from functools import lru_cache
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from autobot_llm.engine.tokenizer import Tokenizer
 
@@ -26,14 +26,12 @@ class Detokenizer:
     tokens. Each call costs time for the new token alone, however long the answer. Not thread-safe; one per choice.
     """
 
+    stopped = False
+    """Whether a stop string was met. The text ended before it, and later tokens add nothing."""
+
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, skip_special_tokens: bool = True) -> None:
         self._text = _text_stream(tokenizer, skip_special_tokens)
         self._stop = _StopStrings(stop) if stop else None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string was met. The text ended before it, and later tokens add nothing."""
-        return self._stop is not None and self._stop.matched
 
     def push(self, token_id: int, *, match_stop: bool = True) -> str:
         """The text that is certain now, after one more token; often a little late, sometimes empty.
@@ -41,12 +39,20 @@ class Detokenizer:
         With `match_stop` False a stop string that ends in this token's text does not count (`min_tokens`).
         """
         text = self._text.push(token_id)
-        return text if self._stop is None else self._stop.push(text, match_stop)
+        if self._stop is None:
+            return text
+        text = self._stop.push(text, match_stop)
+        self.stopped = self._stop.matched
+        return text
 
     def flush(self) -> str:
         """The rest, once no token follows: what was held back for a stop string, without an incomplete character."""
         text = self._text.flush()
-        return text if self._stop is None else self._stop.push(text, match=True) + self._stop.flush()
+        if self._stop is None:
+            return text
+        text = self._stop.push(text, match=True) + self._stop.flush()
+        self.stopped = self._stop.matched
+        return text
 
 
 class _StopStrings:
@@ -101,26 +107,45 @@ class _ByteLevelText:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._pieces = _PIECES.setdefault(tokenizer, {})
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_between = True  # two characters, so that whole ones need no decoder
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        return self._utf8.decode(_piece_bytes(self._tokenizer.piece(token_id) or ""))
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = _bytes_and_text(self._tokenizer.piece(token_id) or "")
+        if self._is_between and piece[1] is not None:
+            return piece[1]
+        text = self._utf8.decode(piece[0])
+        self._is_between = not self._utf8.getstate()[0]
+        return text
 
     def flush(self) -> str:
         self._utf8.reset()
         return ""
 
 
-@lru_cache(maxsize=65_536)
-def _piece_bytes(piece: str) -> bytes:
-    """The bytes that a piece of a byte-level vocabulary stands for; one that is not of its alphabet is plain text."""
+_PIECES: WeakKeyDictionary[Tokenizer, dict[int, tuple[bytes, str | None]]] = WeakKeyDictionary()
+"""By token id, of the tokens that were met so far: an answer's text is mostly made of the same few thousand."""
+
+
+def _bytes_and_text(piece: str) -> tuple[bytes, str | None]:
+    """What a piece of a byte-level vocabulary stands for; as text, too, if it is whole characters.
+
+    One that is not of the vocabulary's alphabet is plain text.
+    """
     try:
-        return bytes(BYTE_OF_CHARACTER[character] for character in piece)
+        data = bytes(BYTE_OF_CHARACTER[character] for character in piece)
     except KeyError:
-        return piece.encode()
+        return piece.encode(), piece
+    try:
+        return data, data.decode()
+    except UnicodeDecodeError:
+        return data, None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Literal
 
-from autobot_llm.engine.batching.plan import StepPlan, build_batch
+from autobot_llm.engine.batching.plan import BatchBuilder, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.detokenizer import Detokenizer
 from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
@@ -129,6 +129,7 @@ class Engine:
         self._clock = clock
         self._sampler = sampler
         self._sampling_arrays = SamplingArraysBuilder(sampler.vocab_size)
+        self._batches = BatchBuilder(scheduler.block_pool.block_size)
         self._in_flight: _StepInFlight | None = None
         self._last_end_time = 0.0
         self._choices: dict[int, _Choice] = {}
@@ -208,7 +209,7 @@ class Engine:
         return [] if previous is None else self._resolve(previous)
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
-        batch = build_batch(plan.scheduled, self.scheduler.block_pool.block_size)
+        batch = self._batches.build(plan)
         sampling = self._sampling_arrays.build([item.sequence for item in plan.scheduled if item.samples])
         start_time = self._clock()
         launched = executor.launch(batch, sampling)
@@ -232,7 +233,7 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return []
-        batch = build_batch(plan.scheduled, self.scheduler.block_pool.block_size)
+        batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
         logits_RV = self.executor.execute(batch)

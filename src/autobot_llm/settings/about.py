@@ -178,7 +178,7 @@ ABOUT: dict[str, About] = {
         "Attention kernels on a GPU; auto chooses by hardware.", "engine/attention", ENGINES, now=True
     ),
     "cuda_graphs": About(
-        "Replay steps as CUDA graphs: auto decoding, on also steps with up to 512 prompt tokens (on our engine; new).",
+        "Replay decoding, and up to 1,024 tokens with prompts, as CUDA graphs; on refuses attention that cannot be.",
         "engine/gpu",
         ENGINES,
         now=True,

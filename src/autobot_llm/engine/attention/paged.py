@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+
+if TYPE_CHECKING:
+    from autobot_llm.engine.kernels.gpu.rotary import Rotary
 
 BLOCK_SIZE: Final = 16
 """Positions in a block of the cache: every kernel is built for it."""
@@ -133,6 +136,21 @@ class PagedAttention(Protocol):
         ...
 
 
+@runtime_checkable
+class RotatingAttention(PagedAttention, Protocol):
+    """One that can take rotary embedding and the write into the cache upon itself."""
+
+    def rotates(self, metadata: Any) -> bool:
+        """Whether it does in this step: then `rotate_and_attend` is called, and not `attend`."""
+        ...
+
+    def rotate_and_attend(
+        self, layer: int, qkv_TC: torch.Tensor, out_THD: torch.Tensor, metadata: Any, rotary: Rotary
+    ) -> None:
+        """From rows q|k|v as the projection left them: the same as rotating, storing k and v, and attending."""
+        ...
+
+
 def max_items(num_sequences: int, num_kv_heads: int, num_processors: int) -> int:
     """Work items that are enough for any mix of lengths of so many sequences."""
     return num_sequences + full_load(num_kv_heads, num_processors)
@@ -173,11 +191,13 @@ def fill_decode_arrays(
     *,
     window: int = 0,
     tree_masks_T: Int32Array | None = None,
+    cut: ItemCut | None = None,
 ) -> None:
     """Write a step into arrays of `decode_sizes` (views of a pinned buffer, say), and pad what it leaves.
 
     `window` is the model's widest: nothing before it is planned. Table entries after a sequence's blocks are whatever
-    was there, and are never read. Raises ValueError where the step has more sequences or blocks than the arrays.
+    was there, and are never read. With `cut`, and no window, the items are those that it keeps from step to step.
+    Raises ValueError where the step has more sequences or blocks than the arrays.
     """
     num_sequences, num_blocks = batch.block_tables_SB.shape
     tables_SB = arrays["block_tables"]
@@ -193,7 +213,10 @@ def fill_decode_arrays(
     lens[num_sequences:] = 0
     items_I8 = arrays["items"]
     spare_items = len(items_I8) - len(lens)
-    num_items = plan_items(items_I8, batch.query_starts, batch.context_lens, spare_items=spare_items, window=window)
+    if cut is not None and not window:
+        num_items = cut.write(items_I8, batch, spare_items)
+    else:
+        num_items = plan_items(items_I8, batch.query_starts, batch.context_lens, spare_items=spare_items, window=window)
     items_I8[num_items:] = -1
     if tree_masks_T is not None:
         arrays["tree_masks"][: len(tree_masks_T)] = tree_masks_T
@@ -224,15 +247,49 @@ def plan_items(
     if window:  # the first query row sees the farthest back
         table_S8[:, 1] = np.maximum(context - num_queries + 1 - window, 0) // BLOCK_SIZE * BLOCK_SIZE
         lens = context - table_S8[:, 1]
-    size = _item_size(lens, spare_items)
-    counts = (lens + (size - 1)) // size
-    ends = counts.cumsum(dtype=np.int32)
     table_S8[:, 0] = members
-    table_S8[:, 3] = ends - counts
-    table_S8[:, 4] = counts
     table_S8[:, 5] = first_rows
     table_S8[:, 6] = num_queries
     table_S8[:, 7] = context
+    return _write_items(items_I8, table_S8, lens, _item_size(lens, spare_items))
+
+
+class ItemCut:
+    """How decoding sequences were cut into items, kept for their next steps.
+
+    While every context still takes as many items of that size as before, all that changes is where the last one ends.
+    """
+
+    def __init__(self) -> None:
+        self._size = 1
+        self._counts_S = np.zeros(0, np.int32)
+        self._items_I8 = np.zeros((0, ITEM_FIELDS), np.int32)
+
+    def write(self, items_I8: Int32Array, batch: StepBatch, spare_items: int) -> int:
+        """The same as `plan_items`, for a step of one token a sequence; the size may be that of an earlier step."""
+        lens = batch.context_lens
+        if len(lens) != len(self._counts_S) or not (-(-lens // self._size) == self._counts_S).all():
+            self._size = _item_size(lens, spare_items)
+            self._counts_S = -(-lens // self._size)
+            table_S8 = np.zeros((len(lens), ITEM_FIELDS), np.int32)
+            table_S8[:, 0] = table_S8[:, 5] = np.arange(len(lens))
+            table_S8[:, 6] = 1
+            table_S8[:, 7] = lens
+            self._items_I8 = np.empty((int(self._counts_S.sum()), ITEM_FIELDS), np.int32)
+            _write_items(self._items_I8, table_S8, lens, self._size)
+        kept_I8, num_items = self._items_I8, len(self._items_I8)
+        kept_I8[:, 7] = lens[kept_I8[:, 0]]
+        np.minimum(kept_I8[:, 1] + self._size, kept_I8[:, 7], out=kept_I8[:, 2])
+        items_I8[:num_items] = kept_I8
+        return num_items
+
+
+def _write_items(items_I8: Int32Array, table_S8: Int32Array, lens: Int32Array, size: int) -> int:
+    """Items of `size` positions from rows of whole sequences, each with the start of its first item and its end."""
+    counts = (lens + (size - 1)) // size
+    ends = counts.cumsum(dtype=np.int32)
+    table_S8[:, 3] = ends - counts
+    table_S8[:, 4] = counts
     num_items = int(ends[-1])
     planned = items_I8[:num_items]
     planned[:] = table_S8.repeat(counts, axis=0)

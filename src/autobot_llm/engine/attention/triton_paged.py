@@ -33,6 +33,7 @@ from autobot_llm.engine.kernels.gpu.prefill_attention import (
     paged_prefill,
     plan_tiles,
 )
+from autobot_llm.engine.kernels.gpu.rotary import Rotary
 
 FRESH_KERNEL: FreshKernel = "triton"
 """What attends prompts that start in a step; benchmarks/attention_gpu.py measures all of them. A window is Triton's."""
@@ -57,6 +58,11 @@ class TritonMetadata:
     fresh: _Tiles | None = None
     fresh_spans: tuple[tuple[int, int], ...] = ()
     block_tables_SB: torch.Tensor | None = None
+
+    @property
+    def decodes_single_tokens(self) -> bool:
+        """Whether each sequence of the step has one new token, on a context or alone."""
+        return self.prefixed is None and self.fresh is None and self.decode is not None and self.decode.max_queries == 1
 
 
 class TritonPagedAttention:
@@ -179,6 +185,18 @@ class TritonPagedAttention:
             paged_prefill(q_THD, keys, values, tables_SB, work.tiles_W8, out_THD, tile=work.tile, window=window)
         if metadata.decode is not None:
             paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window)
+
+    def rotates(self, metadata: TritonMetadata) -> bool:
+        return metadata.decodes_single_tokens
+
+    def rotate_and_attend(
+        self, layer: int, qkv_TC: torch.Tensor, out_THD: torch.Tensor, metadata: TritonMetadata, rotary: Rotary
+    ) -> None:
+        shape = self._shape
+        q_THD = qkv_TC.view(qkv_TC.shape[0], -1, shape.head_size)[:, : shape.num_heads]
+        keys, values, window = self._keys[layer], self._values[layer], shape.windows[layer]
+        assert metadata.decode is not None
+        paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window, rotary=rotary)
 
     def _plan_decode(self, batch: StepBatch, members: Int32Array) -> Int32Array:
         items_I8 = np.empty((len(members) + self._spare_items, ITEM_FIELDS), np.int32)

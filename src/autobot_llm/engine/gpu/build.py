@@ -22,6 +22,7 @@ from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.gpu.executor import GpuExecutor, decode_graph_sizes, prompt_graph_sizes
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
 from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
+from autobot_llm.engine.kernels.gpu.launch import compile_ahead
 from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
 from autobot_llm.engine.memory import (
     CachePlan,
@@ -73,6 +74,7 @@ class _Builder:
         self._memory = DeviceMemory(total=total, free=free)
         self._dtype = getattr(torch, config.checkpoint_dtype or "float32")
         self._shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_size, config.sliding_windows)
+        self._uses_graphs = options.cuda_graphs != "off"
         self._num_compiled_kernels = num_compiled_kernels()
 
     def check_headers(self) -> None:
@@ -91,7 +93,7 @@ class _Builder:
         demand = MemoryDemand(
             weight_bytes=weight_bytes,
             activation_bytes=activation_bytes,
-            graph_bytes=0 if options.cuda_graphs == "off" else self._graph_bytes(),
+            graph_bytes=self._graph_bytes() if self._uses_graphs else 0,
             block_bytes=bytes_per_block(self._config, BLOCK_SIZE, self._dtype),
             block_size=BLOCK_SIZE,
             max_model_len=limits.max_model_len,
@@ -103,12 +105,21 @@ class _Builder:
         return plan_cache(self._memory, demand, name=options.folder.name)
 
     def measure_largest_step(self, weights: DecoderWeights) -> int:
-        """Bytes that the largest step takes beside the weights: run once, with a cache of one block."""
-        torch.cuda.reset_peak_memory_stats(self._device)
+        """Bytes that the largest step takes beside the weights: run once, with a cache of one block.
+
+        Every kind of step is gone through before, for its kernels' sake: they are compiled side by side.
+        """
         before = torch.cuda.memory_allocated(self._device)
+        largest = _largest_batch(self._limits)
         try:
-            executor = self._bare_executor(weights, num_blocks=1, uses_graphs=False)
-            executor.execute(_largest_batch(self._limits))
+            executor = self._bare_executor(weights, num_blocks=1)
+            with compile_ahead(self._device):
+                executor.execute(largest)
+                warm_up(executor)
+                executor.rehearse()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            executor.execute(largest)
             executor.close()
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
@@ -122,8 +133,7 @@ class _Builder:
         return peak
 
     def executor(self, weights: DecoderWeights, plan: CachePlan) -> GpuExecutor:
-        uses_graphs = self._options.cuda_graphs != "off"
-        executor = self._bare_executor(weights, num_blocks=plan.num_blocks, uses_graphs=uses_graphs)
+        executor = self._bare_executor(weights, num_blocks=plan.num_blocks)
         if self._options.cuda_graphs == "on" and not executor.attention.can_capture:
             raise ConfigurationError(
                 f"AUTOBOT_CUDA_GRAPHS='on': attention by {executor.attention.name} cannot be captured; expected auto "
@@ -138,14 +148,14 @@ class _Builder:
             attention_reason=executor.attention.reason,
             num_graphs=len(executor.graphs.keys),
             graphs_reason=f"attention by {executor.attention.name} cannot be captured"
-            if uses_graphs
+            if self._uses_graphs
             else "switched off by AUTOBOT_CUDA_GRAPHS",
             capture_seconds=time.perf_counter() - start,
             had_compiled_kernels=num_compiled_kernels() == self._num_compiled_kernels,
         )
         return executor
 
-    def _bare_executor(self, weights: DecoderWeights, *, num_blocks: int, uses_graphs: bool) -> GpuExecutor:
+    def _bare_executor(self, weights: DecoderWeights, *, num_blocks: int) -> GpuExecutor:
         config, limits = self._config, self._limits
         storage = PagedStorage.allocate(config, num_blocks, BLOCK_SIZE, weights.dtype, self._device)
         attention = make_attention(
@@ -164,16 +174,13 @@ class _Builder:
             limits,
             vocab_size=config.vocab_size,
             widest_window=self._shape.widest_window,
-            uses_graphs=uses_graphs,
-            captures_prompts=self._options.cuda_graphs == "on",
+            uses_graphs=self._uses_graphs,
             reason=f"fused kernels, attention by {attention.name}",
         )
 
     def _graph_bytes(self) -> int:
         sizes = decode_graph_sizes(self._limits.max_num_seqs)
-        prompt_sizes = (
-            prompt_graph_sizes(self._limits.max_num_batched_tokens) if self._options.cuda_graphs == "on" else ()
-        )
+        prompt_sizes = prompt_graph_sizes(self._limits.max_num_batched_tokens)
         shared = estimated_activation_bytes(
             self._config,
             num_batched_tokens=max((*sizes, *prompt_sizes)),

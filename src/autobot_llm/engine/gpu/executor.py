@@ -2,8 +2,8 @@
 
 A step in which every sequence gets one token is a captured graph, padded to the next captured size; so is one with few
 tokens of prompts, which would take longer to launch than to compute; every other step is launched kernel by kernel. All
-queue their arrays, the kernels and the sampling, and return: the host plans the next
-step meanwhile, and the tokens of this one go into it without ever leaving the device.
+queue their arrays, the kernels and the sampling, and return: the host plans the next step meanwhile, and the tokens of
+this one go into it without ever leaving the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autobot_llm.engine.attention.paged import PagedAttention, PagedBatch, decode_sizes, fill_decode_arrays, max_items
+from autobot_llm.engine.attention.paged import (
+    ItemCut,
+    PagedAttention,
+    PagedBatch,
+    decode_sizes,
+    fill_decode_arrays,
+    max_items,
+)
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
@@ -27,7 +34,7 @@ from autobot_llm.engine.gpu.graphs import DECODE_SIZES, MAX_PROMPTS, PROMPT_SIZE
 from autobot_llm.engine.gpu.options import GpuLimits
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
 from autobot_llm.engine.gpu.swap import BlockSwapper
-from autobot_llm.engine.kernels.gpu.exchange import send
+from autobot_llm.engine.kernels.gpu.exchange import NUM_SLOTS, send
 from autobot_llm.engine.kernels.gpu.sampling import DeviceSampler, SamplingTensors
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 
@@ -48,6 +55,15 @@ class _StepGraph:
     batch: PagedBatch | None
     prompts: Any
 
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs.ids_T.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        rows_R = self.inputs.logit_rows_R
+        return self.num_tokens if rows_R is None else rows_R.shape[0]
+
 
 class _Launched:
     """A queued step. `wait` reads its tokens from the page-locked rows that the device copies them to."""
@@ -66,21 +82,29 @@ class _Launched:
 
 
 class _ResultRows:
-    """Page-locked memory for one step's tokens and best logits."""
+    """A step's tokens and best logits in page-locked memory."""
+
+    def __init__(self, tokens_R: torch.Tensor, bests_R: torch.Tensor) -> None:
+        self.tokens_pinned, self.bests_pinned = tokens_R, bests_R
+        self.tokens, self.bests = tokens_R.numpy(), bests_R.numpy()
+        self.arrived = torch.cuda.Event()
+
+
+class _ResultRing:
+    """Room for the results of as many steps as may be under way."""
 
     def __init__(self, max_rows: int) -> None:
-        self.tokens_pinned = torch.zeros(max_rows, dtype=torch.int32, pin_memory=True)
-        self.bests_pinned = torch.zeros(max_rows, dtype=torch.float32, pin_memory=True)
-        self.tokens, self.bests = self.tokens_pinned.numpy(), self.bests_pinned.numpy()
-        self.arrived = torch.cuda.Event()
+        self.tokens_pinned = torch.zeros((NUM_SLOTS, max_rows), dtype=torch.int32, pin_memory=True)
+        self.bests_pinned = torch.zeros((NUM_SLOTS, max_rows), dtype=torch.float32, pin_memory=True)
+        self.slots = [_ResultRows(*slot) for slot in zip(self.tokens_pinned, self.bests_pinned, strict=True)]
 
 
 # T packed tokens, R sampled rows, V vocabulary
 class GpuExecutor:
     """PipelinedExecutor and BlockCopier on one CUDA device. `reason` says why it was chosen.
 
-    `device_wait_seconds` adds up the time that the host has waited for the device. `uses_graphs` false launches every
-    step kernel by kernel; `captures_prompts` true captures steps with few tokens of prompts, too.
+    `device_wait_seconds` adds up the time that the host has waited for the device. Before `capture`, and with
+    `uses_graphs` false, every step is launched kernel by kernel.
     """
 
     name = "gpu"
@@ -96,7 +120,6 @@ class GpuExecutor:
         vocab_size: int,
         widest_window: int,
         uses_graphs: bool,
-        captures_prompts: bool,
         reason: str,
     ) -> None:
         self.reason = reason
@@ -113,60 +136,60 @@ class GpuExecutor:
         # A stream of our own: on the default one, whatever else the program does would wait for our steps.
         self._stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
-            self._sampler = DeviceSampler(vocab_size, limits.max_num_seqs, self._device)
+            max_rows = max(limits.max_num_seqs, *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
+            self._sampler = DeviceSampler(vocab_size, max_rows, self._device)
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
             self._num_spare_items = max_items(0, storage.num_kv_heads, num_processors)
-            captures = uses_graphs and attention.can_capture
-            self._decode_sizes = decode_graph_sizes(limits.max_num_seqs) if captures else ()
             self._max_prompts = min(MAX_PROMPTS, limits.max_num_seqs)
-            captures_prompts = captures and captures_prompts and isinstance(attention, TritonPagedAttention)
-            self._prompt_sizes = prompt_graph_sizes(limits.max_num_batched_tokens) if captures_prompts else ()
             self._staging = Staging(_eager_layout(limits).num_bytes, self._device)
-            layouts = {f"decode {n}": self._decode_layout(n) for n in self._decode_sizes}
-            layouts |= {f"prompts {n}": self._prompt_layout(n) for n in self._prompt_sizes}
+            layouts = self._graph_layouts() if uses_graphs and attention.can_capture else {}
             self._graph_staging = FetchedStaging(
                 max((layout.num_bytes for layout in layouts.values()), default=0), self._device
             )
             self._sampling_staging = Staging(_sampling_layout(limits.max_num_seqs).num_bytes, self._device)
             self._graphs = {key: self._graph(key, layout) for key, layout in layouts.items()}
-        self._results = [_ResultRows(limits.max_num_seqs) for _ in range(3)]
+        self._decode_sizes: tuple[int, ...] = ()  # those that are captured
+        self._prompt_sizes: tuple[int, ...] = ()
+        self._item_cut = ItemCut()
+        # What a graph sends goes to the slot that the device counts, so launched steps have slots of their own.
+        self._graph_results, self._results = _ResultRing(max_rows), _ResultRing(max_rows)
         self._turn = 0
         self._swapper = BlockSwapper(storage, self._stream)
         self.copy_out = self._swapper.copy_out
         self.copy_in = self._swapper.copy_in
 
     def capture(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture the graph of every decode size; `on_progress` gets (captured, in all). Largest first, because the
-        smaller ones then fit into the memory that it left in the pool."""
+        """Capture every size of step that is replayed; `on_progress` gets (captured, in all).
+
+        Largest first, because the smaller ones then fit into the memory that it left in the pool.
+        """
         with torch.cuda.stream(self._stream), torch.no_grad():
-            graphs = sorted(self._graphs.values(), key=lambda graph: len(graph.inputs.ids_T), reverse=True)
+            graphs = sorted(self._graphs.values(), key=lambda graph: graph.num_tokens, reverse=True)
             for i, graph in enumerate(graphs):
-                padding = np.zeros(graph.layout.num_bytes, np.uint8)
-                host = graph.layout.on_host(padding)
-                _fill_padding(host)
-                self._graph_staging.fill_all(padding)
-                self._replay(graph, host)
+                self._replay(graph, self._fill_with_padding(graph))
                 self._stream.synchronize()
                 if on_progress is not None:
                     on_progress(i + 1, len(graphs))
             if graphs:
                 self._graph_staging.resume()
+        self._decode_sizes = tuple(sorted(graph.num_tokens for graph in graphs if graph.batch is not None))
+        self._prompt_sizes = tuple(sorted(graph.num_tokens for graph in graphs if graph.batch is None))
+
+    def rehearse(self) -> None:
+        """Launch what `capture` would record, so that its kernels are met."""
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            for graph in self._graphs.values():
+                self._recorded_step(graph, self._fill_with_padding(graph))(self._graph_staging.on_device)
+            self._stream.synchronize()
 
     def launch(self, batch: StepBatch, sampling: SamplingArrays) -> _Launched:
         """Queue a step and its sampling, and return at once."""
         num_rows = len(batch.logit_rows_R)
-        rows = self._results[self._turn]
-        self._turn = (self._turn + 1) % len(self._results)
         with torch.cuda.stream(self._stream), torch.no_grad():
-            logits_RV, is_sampled = self._forward(batch)
-            if num_rows:
-                if sampling.any_drawn:
-                    tensors = self._upload_sampling(sampling)
-                    self._sampler.sample(logits_RV, tensors, any_drawn=True, any_restricted=sampling.any_restricted)
-                elif not is_sampled:
-                    self._sampler.sample(logits_RV)
-                send(self._sampler.tokens_R, self._sampler.bests_R, rows.tokens_pinned, rows.bests_pinned, num_rows)
-            rows.arrived.record()
+            logits_RV, rows = self._forward(batch)
+            if rows is None or sampling.any_drawn:
+                rows = self._sample(logits_RV, sampling, num_rows)
+            rows.arrived.record(self._stream)
         return _Launched(self, rows, num_rows)
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
@@ -199,14 +222,27 @@ class GpuExecutor:
             self.copy_in,
         )
 
-    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, bool]:
-        """Logits_RV, and whether the graph has taken their best already."""
+    def _sample(self, logits_RV: torch.Tensor, sampling: SamplingArrays, num_rows: int) -> _ResultRows:
+        """Queue the sampling of a launched step, or of one that is to be drawn from."""
+        rows = self._results.slots[self._turn]
+        self._turn = (self._turn + 1) % NUM_SLOTS
+        if num_rows:
+            tensors = self._upload_sampling(sampling) if sampling.any_drawn else None
+            self._sampler.sample(
+                logits_RV, tensors, any_drawn=sampling.any_drawn, any_restricted=sampling.any_restricted
+            )
+            send(self._sampler.tokens_R, self._sampler.bests_R, rows.tokens_pinned, rows.bests_pinned, num_rows)
+        return rows
+
+    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, _ResultRows | None]:
+        """Logits_RV, and where a graph sends each row's best token."""
         graph = self._graph_for(batch)
         if graph is None:
-            return self._run_eagerly(batch), False
-        host = graph.slots[self._graph_staging.next_slot()]
+            return self._run_eagerly(batch), None
+        slot = self._graph_staging.next_slot()
+        host = graph.slots[slot]
         if graph.batch is not None:
-            fill_decode_arrays(host, batch, window=self._widest_window)
+            fill_decode_arrays(host, batch, window=self._widest_window, cut=self._item_cut)
         else:
             assert isinstance(self.attention, TritonPagedAttention)
             self.attention.fill_prompt_arrays(host, batch)
@@ -215,7 +251,7 @@ class GpuExecutor:
         _fill_tokens(host, batch)
         logits_RV = self._replay(graph, host)
         self._graph_staging.mark_queued()
-        return logits_RV[: len(batch.logit_rows_R)], True
+        return logits_RV[: len(batch.logit_rows_R)], self._graph_results.slots[slot]
 
     def _graph_for(self, batch: StepBatch) -> _StepGraph | None:
         num_rows = len(batch.logit_rows_R)
@@ -228,15 +264,29 @@ class GpuExecutor:
         return None if size is None else self._graphs[f"prompts {size}"]
 
     def _replay(self, graph: _StepGraph, host: Arrays) -> torch.Tensor:
+        return self.graphs.capture(graph.key, self._recorded_step(graph, host), self._graph_staging.on_device)
+
+    def _recorded_step(self, graph: _StepGraph, host: Arrays) -> Callable[[torch.Tensor], torch.Tensor]:
         metadata = graph.prompts if graph.batch is None else self.attention.prepare_captured(graph.batch, host)
 
         def step(_buffer: torch.Tensor) -> torch.Tensor:
             self._graph_staging.fetch(graph.layout.num_bytes)
             logits_RV = self._decoder.forward(graph.inputs, metadata)
-            self._sampler.sample(logits_RV)
+            tokens_R, bests_R = self._sampler.sample(logits_RV)
+            ring, turn = self._graph_results, self._graph_staging.device_turn
+            send(tokens_R, bests_R, ring.tokens_pinned, ring.bests_pinned, graph.num_rows, turn=turn)
             return logits_RV
 
-        return self.graphs.capture(graph.key, step, self._graph_staging.on_device)
+        return step
+
+    def _fill_with_padding(self, graph: _StepGraph) -> Arrays:
+        """A step without any sequence in every slot: what is captured must be valid, and must not touch the cache."""
+        padding = np.zeros(graph.layout.num_bytes, np.uint8)
+        host = graph.layout.on_host(padding)
+        for name, array in host.items():
+            array[...] = -1 if name in ("token_rows", "slots", "items") else 0
+        self._graph_staging.fill_all(padding)
+        return host
 
     def _run_eagerly(self, batch: StepBatch) -> torch.Tensor:
         all_rows = len(batch.logit_rows_R) == batch.num_tokens
@@ -271,6 +321,15 @@ class GpuExecutor:
         assert isinstance(self.attention, TritonPagedAttention)
         prompts = self.attention.prepare_prompts(tensors)
         return _StepGraph(key, layout, slots, self._inputs(tensors), None, prompts)
+
+    def _graph_layouts(self) -> dict[str, Layout]:
+        """By key: the arrays of every step that is captured. Those with prompts need our own attention."""
+        limits = self.limits
+        layouts = {f"decode {n}": self._decode_layout(n) for n in decode_graph_sizes(limits.max_num_seqs)}
+        if isinstance(self.attention, TritonPagedAttention):
+            sizes = prompt_graph_sizes(limits.max_num_batched_tokens)
+            layouts |= {f"prompts {n}": self._prompt_layout(n) for n in sizes}
+        return layouts
 
     def _decode_layout(self, size: int) -> Layout:
         num_items = size + self._num_spare_items
@@ -326,12 +385,6 @@ def _fill_tokens(host: Arrays, batch: StepBatch) -> None:
         array = host[name]
         array[:num_tokens] = values
         array[num_tokens:] = padding
-
-
-def _fill_padding(host: Arrays) -> None:
-    """A step without any sequence: what is captured must be valid, and must not touch the cache."""
-    for name, array in host.items():
-        array[...] = -1 if name in ("token_rows", "slots", "items") else 0
 
 
 def _sampling_layout(num_rows: int) -> Layout:

@@ -7,6 +7,7 @@ grids and scalar arguments. So everything that changes from step to step lives i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -16,11 +17,12 @@ import torch
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 """Numbers of sequences with a graph of their own; others are padded to the next."""
 
-PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
-"""Numbers of tokens in a step with prompts that has a graph: up to there, launching takes longer than computing."""
+PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+"""Numbers of tokens in a step with prompts that has a graph: up to there, it takes about as long to launch as to
+compute."""
 
-MAX_PROMPTS = 32
-"""Sequences of such a step at most."""
+MAX_PROMPTS = 64
+"""Sequences of such a step at most, those that decode included."""
 
 Result = TypeVar("Result")
 
@@ -105,5 +107,6 @@ class CUDAGraphManager(Generic[Result]):
 
 
 def padded_size(num_sequences: int, sizes: tuple[int, ...] = DECODE_SIZES) -> int | None:
-    """The smallest captured size that holds so many sequences; None where there is none."""
-    return next((size for size in sizes if size >= num_sequences), None)
+    """The smallest of the sizes, which ascend, that holds so many sequences; None where there is none."""
+    place = bisect_left(sizes, num_sequences)
+    return sizes[place] if place < len(sizes) else None

@@ -67,11 +67,12 @@ class Layout:
 class Staging:
     """A device buffer of `capacity` bytes, and page-locked ones to fill it from.
 
-    `upload` queues the copy on the current stream: kernels queued after it see the new contents, those before it saw
-    the old ones.
+    `upload` queues the copy on the stream that was current when this was made: kernels queued there after it see the
+    new contents, those before it saw the old ones.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
         self.on_device = torch.zeros(capacity, dtype=torch.uint8, device=device)
         self._pinned = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_SLOTS)]
         self._on_host = [buffer.numpy() for buffer in self._pinned]
@@ -90,22 +91,24 @@ class Staging:
     def upload(self, num_bytes: int) -> None:
         """Send the first bytes of the buffer that `next_host_buffer` returned."""
         self.on_device[:num_bytes].copy_(self._pinned[self._turn][:num_bytes], non_blocking=True)
-        self._copied[self._turn].record()
+        self._copied[self._turn].record(self._stream)
         self._turn = (self._turn + 1) % NUM_SLOTS
 
 
 class FetchedStaging:
     """The same for captured steps: `fetch`, queued or captured, brings the slot that was filled for it.
 
-    Every run of `fetch` needs one `next_slot` before it, filled, and one `mark_queued` after it.
+    Every run of `fetch` needs one `next_slot` before it, filled, and one `mark_queued` after it. `device_turn` is the
+    device's own count of slots, for kernels that follow a `fetch`.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
         num_words = -(-capacity // 4)
         self._ring = torch.zeros((NUM_SLOTS, num_words), dtype=torch.int32, pin_memory=True)
         self.slots: list[npt.NDArray[np.uint8]] = [slot.view(torch.uint8).numpy() for slot in self._ring]
         self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
-        self._device_turn = torch.zeros(2, dtype=torch.int32, device=device)
+        self.device_turn = torch.zeros(2, dtype=torch.int32, device=device)
         self._read = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
         self._turn = 0
         self.on_device = self._words.view(torch.uint8)
@@ -117,11 +120,11 @@ class FetchedStaging:
 
     def fetch(self, num_bytes: int) -> None:
         """Queue the kernel that reads the first bytes of the slot whose turn it is when it runs."""
-        fetch(self._ring, self._device_turn, self._words, -(-num_bytes // 4))
+        fetch(self._ring, self.device_turn, self._words, -(-num_bytes // 4))
 
     def mark_queued(self) -> None:
         """Say that the step which reads this slot is queued: the next slot's turn."""
-        self._read[self._turn].record()
+        self._read[self._turn].record(self._stream)
         self._turn = (self._turn + 1) % NUM_SLOTS
 
     def fill_all(self, contents: npt.NDArray[np.uint8]) -> None:
@@ -131,4 +134,4 @@ class FetchedStaging:
 
     def resume(self) -> None:
         """Count on from where the device is; waits for it."""
-        self._turn = int(self._device_turn[0])
+        self._turn = int(self.device_turn[0])

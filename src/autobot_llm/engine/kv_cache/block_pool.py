@@ -149,8 +149,9 @@ class BlockPool:
         if not self.prefix_caching:
             return found
         parent: PrefixBlock | None = None
-        for start in range(0, min(max_tokens, len(token_ids)) - self.block_size + 1, self.block_size):
-            tokens = _pack(token_ids[start : start + self.block_size])
+        packed, size = _pack(token_ids[:max_tokens]), self.block_size * _BYTES_PER_TOKEN
+        for start in range(0, len(packed) - size + 1, size):
+            tokens = packed[start : start + size]
             entry = self._index.get(self._key(parent, salt, tokens))
             if entry is None or not entry.continues(parent, salt, tokens):
                 break
@@ -239,6 +240,9 @@ class BlockPool:
     def _drop_pins(self, block_id: int) -> None:
         del self._num_pins[block_id]
         self.free([block_id])
+
+
+_BYTES_PER_TOKEN = array("q").itemsize
 
 
 def _pack(token_ids: Sequence[int]) -> bytes:

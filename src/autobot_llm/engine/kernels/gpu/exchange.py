@@ -56,20 +56,44 @@ def fetch(ring: torch.Tensor, turn: torch.Tensor, out: torch.Tensor, num_words: 
 @lean
 @triton.jit(do_not_specialize=["num_rows"])
 def _send_kernel(  # type: ignore[no-untyped-def]
-    tokens_ptr, bests_ptr, tokens_out_ptr, bests_out_ptr, num_rows, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    tokens_ptr, bests_ptr, tokens_out_ptr, bests_out_ptr, turn_ptr, slot_rows, num_rows,
+    NUM_SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     let_next_kernel_start(PDL)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     wait_for_previous_kernel(PDL)
+    if turn_ptr is not None:  # it stands at the slot after the one that was fetched
+        first_row = (tl.load(turn_ptr) + NUM_SLOTS - 1) % NUM_SLOTS * slot_rows
+        tokens_out_ptr += first_row
+        bests_out_ptr += first_row
     tl.store(tokens_out_ptr + rows, tl.load(tokens_ptr + rows, inside), inside)
     tl.store(bests_out_ptr + rows, tl.load(bests_ptr + rows, inside), inside)
 
 
 def send(
-    tokens_R: torch.Tensor, bests_R: torch.Tensor, tokens_out: torch.Tensor, bests_out: torch.Tensor, num_rows: int
+    tokens_R: torch.Tensor,
+    bests_R: torch.Tensor,
+    tokens_out: torch.Tensor,
+    bests_out: torch.Tensor,
+    num_rows: int,
+    *,
+    turn: torch.Tensor | None = None,
 ) -> None:
-    """Copy the first rows' tokens (int32) and best logits (float32) to page-locked memory, readable after an event."""
+    """Copy the first rows' tokens (int32) and best logits (float32) to page-locked memory, readable after an event.
+
+    With the `turn` of `fetch`, the outputs are [NUM_SLOTS, rows], and what is written is the slot last fetched.
+    """
     _send_kernel[(triton.cdiv(num_rows, 256),)](
-        tokens_R, bests_R, tokens_out, bests_out, num_rows, BLOCK=256, num_warps=4, **launch_options(tokens_R.device)
+        tokens_R,
+        bests_R,
+        tokens_out,
+        bests_out,
+        turn,
+        tokens_out.shape[-1],
+        num_rows,
+        NUM_SLOTS=NUM_SLOTS,
+        BLOCK=256,
+        num_warps=4,
+        **launch_options(tokens_R.device),
     )

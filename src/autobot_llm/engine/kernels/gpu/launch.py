@@ -10,7 +10,11 @@ an earlier kernel wrote, and before it writes anything at all. So a kernel ends 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,6 +23,9 @@ import triton
 import triton.language as tl
 
 _HOPPER = (9, 0)
+
+# While kernels are compiled ahead: what was asked for so far, by (kernel, key).
+_ahead: ContextVar[dict[tuple[Any, ...], Any] | None] = ContextVar("kernels compiled ahead", default=None)
 
 
 @triton.jit
@@ -54,6 +61,33 @@ def _options(device_index: int) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
+@contextmanager
+def compile_ahead(device: torch.device) -> Iterator[None]:
+    """Compile what is launched inside, on all processors side by side, and run none of it.
+
+    A kernel takes some 400 ms to compile, half of it for the C stub that launches it; a model needs about sixty, and
+    launching them for the first time compiles one after the other. Inside, tensors that kernels would write hold
+    whatever they held: go through steps whose outcome nobody wants. A kernel that cannot be compiled says so where it
+    is launched in earnest.
+    """
+    kernels: dict[tuple[Any, ...], Any] = {}
+    token = _ahead.set(kernels)
+    try:
+        with ThreadPoolExecutor(os.cpu_count(), "compile", torch.cuda.set_device, (device,)) as threads:
+            with triton.AsyncCompileMode(threads, ignore_errors=True):
+                yield
+            for _ in threads.map(_load, kernels.values()):
+                pass
+    finally:
+        _ahead.reset(token)
+
+
+def _load(kernel: Any) -> None:
+    """Make a compiled kernel ready to be launched: Triton leaves that to the first launch."""
+    with suppress(Exception):  # said again, and heard, at the first launch
+        _ = (kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel).run
+
+
 def lean(kernel: Any) -> Any:
     """Decorate a kernel of `triton.jit` so that its launches cost the host a fraction; the interpreter's stay as they
     are."""
@@ -85,8 +119,11 @@ class _LeanKernel:
         )
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self._kernel[grid](*arguments, **named)
-        else:
+            if (ahead := _ahead.get()) is None:
+                self._compiled[key] = self._kernel[grid](*arguments, **named)
+            elif (self, key) not in ahead:
+                ahead[self, key] = self._kernel.warmup(*arguments, grid=grid, **named)
+        elif _ahead.get() is None:
             compiled[grid](*arguments, *(named[name] for name in names[len(arguments) :]))
 
 
