@@ -113,13 +113,26 @@ def test_steps_of_many_sizes_follow_each_other_in_fixed_arrays(dtype: torch.dtyp
         assert not padded_THD[len(lengths) :].any(), "a row of padding was written"
 
 
-def test_steps_with_prompts_follow_each_other_in_fixed_arrays(dtype: torch.dtype, device: torch.device) -> None:
-    """As a captured graph of 160 tokens and 6 sequences replays them, in a model with a sliding window too."""
-    num_tokens, heads, windows = 160, {"num_heads": 4, "num_kv_heads": 2, "head_size": 64}, (0, 24)
+MANY_TOKENS = (
+    ([90, 70, 50, 120, 1, 7], [1, 4, 50, 60, 1, 7]),
+    ([100], [100]),
+    ([64, 160], [1, 159]),
+    ([33, 21], [1, 1]),
+)
+FEW_TOKENS = (([90, 70, 50, 120, 1, 7], [1, 4, 20, 17, 1, 7]), ([100], [64]), ([64, 63], [1, 63]), ([33, 21], [1, 1]))
+
+
+@pytest.mark.parametrize(("num_tokens", "steps"), [(160, MANY_TOKENS), (64, FEW_TOKENS)], ids=["tiles", "split"])
+def test_steps_with_prompts_follow_each_other_in_fixed_arrays(
+    num_tokens: int,
+    steps: tuple[tuple[list[int], list[int]], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """As a captured graph of so many tokens and 6 sequences replays them, in a model with a sliding window too."""
+    heads, windows = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64}, (0, 24)
     host: dict[str, np.ndarray] = {}
-    for seed, (lengths, query_lens) in enumerate(
-        (([90, 70, 50, 120, 1, 7], [1, 4, 50, 60, 1, 7]), ([100], [100]), ([64, 160], [1, 159]), ([33, 21], [1, 1]))
-    ):
+    for seed, (lengths, query_lens) in enumerate(steps):
         step = random_step(lengths, query_lens, **heads, dtype=dtype, device=device, seed=seed)
         attention = triton_attention(step, windows)
         sizes = attention.prompt_sizes(num_tokens, 6, 16)

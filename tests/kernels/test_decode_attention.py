@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -10,19 +8,12 @@ from paged_steps import PagedStep, device_batch, random_step, relative_error
 from autobot_llm.engine.attention.paged import ItemCut, PagedBatch, max_items, plan_items
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeTile, DecodeWorkspace, paged_decode
-from autobot_llm.engine.kernels.gpu.rotary import Rotary, rotate_and_store_reference
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 def attend(
-    step: PagedStep,
-    batch: PagedBatch,
-    *,
-    window: int = 0,
-    tile: DecodeTile | None = None,
-    num_launches: int = 1,
-    rotary: Rotary | None = None,
+    step: PagedStep, batch: PagedBatch, *, window: int = 0, tile: DecodeTile | None = None, num_launches: int = 1
 ) -> torch.Tensor:
     """Run the kernel on a poisoned output and a poisoned workspace."""
     workspace = DecodeWorkspace.allocate(
@@ -38,7 +29,7 @@ def attend(
     out_THD = torch.full(step.q.shape, float("nan"), dtype=step.qkv.dtype, device=step.qkv.device)
     for _ in range(num_launches):
         out_THD.fill_(float("nan"))
-        paged_decode(step.q, step.keys, step.values, batch, out_THD, workspace, window=window, tile=tile, rotary=rotary)
+        paged_decode(step.q, step.keys, step.values, batch, out_THD, workspace, window=window, tile=tile)
     assert int(workspace.arrivals.abs().max()) == 0, "a counter was left for the next launch"
     return out_THD
 
@@ -129,55 +120,6 @@ def test_every_tile_gives_the_same_answer_launch_after_launch(
     )
     out_THD = attend(step, device_batch(step), tile=tile, num_launches=3)
     assert relative_error(out_THD, step.expected()) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1)], ids=["own keys", "4 share", "7 share"])
-@pytest.mark.parametrize(("is_normed", "window"), [(False, 0), (True, 0), (False, 20)], ids=["", "normed", "window"])
-def test_rotating_on_the_way_equals_rotating_and_storing_first(
-    is_normed: bool, window: int, heads: tuple[int, int], head_size: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    lengths = [1, 16, 17, 33, 150, 64] if device.type == "cpu" else [1, 16, 17, 63, 64, 3000, 640, 129, 8000]
-    ones = [1] * len(lengths)
-    step = random_step(
-        lengths, ones, num_heads=heads[0], num_kv_heads=heads[1], head_size=head_size, dtype=dtype, device=device
-    )
-    rotary = random_rotary(max(lengths), head_size, dtype, device, is_normed=is_normed)
-    first = dataclasses.replace(step, qkv=step.qkv.clone(), keys=step.keys.clone(), values=step.values.clone())
-    slots = torch.from_numpy(step.batch.slots_T).to(device)
-    rotate_and_store_reference(
-        first.qkv,
-        torch.from_numpy(step.batch.positions_T).to(device),
-        slots,
-        rotary.cos_sin_PD,
-        first.keys,
-        first.values,
-        num_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_size=head_size,
-        q_norm_D=rotary.q_norm_D,
-        k_norm_D=rotary.k_norm_D,
-        eps=rotary.eps,
-    )
-    for cache in (step.keys, step.values):
-        cache[slots // 16, :, slots % 16] = float("nan")  # what the step itself has to bring
-    batch = device_batch(step, num_sequences=len(lengths) + 3, window=window)
-    out_THD = attend(step, batch, window=window, rotary=rotary)
-    assert relative_error(out_THD, first.expected(window=window)) < TOLERANCE[dtype]
-    assert torch.equal(step.values.isnan(), first.values.isnan()), "something else was written, or something was not"
-    written = first.keys[slots // 16, :, slots % 16]
-    torch.testing.assert_close(step.keys[slots // 16, :, slots % 16], written, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert torch.equal(step.values[slots // 16, :, slots % 16], step.v)
-
-
-def random_rotary(
-    num_positions: int, head_size: int, dtype: torch.dtype, device: torch.device, *, is_normed: bool
-) -> Rotary:
-    generator = torch.Generator().manual_seed(3)
-    angles = torch.rand(num_positions, head_size // 2, generator=generator) * 6.3
-    cos_sin_PD = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
-    q_norm_D, k_norm_D = (torch.rand(2, head_size, generator=generator) + 0.5).to(dtype).to(device)
-    return Rotary(cos_sin_PD, q_norm_D, k_norm_D, 1e-5) if is_normed else Rotary(cos_sin_PD)
 
 
 @pytest.mark.parametrize("seed", range(8))

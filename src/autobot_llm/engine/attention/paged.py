@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
-
-if TYPE_CHECKING:
-    from autobot_llm.engine.kernels.gpu.rotary import Rotary
 
 BLOCK_SIZE: Final = 16
 """Positions in a block of the cache: every kernel is built for it."""
@@ -136,21 +133,6 @@ class PagedAttention(Protocol):
         ...
 
 
-@runtime_checkable
-class RotatingAttention(PagedAttention, Protocol):
-    """One that can take rotary embedding and the write into the cache upon itself."""
-
-    def rotates(self, metadata: Any) -> bool:
-        """Whether it does in this step: then `rotate_and_attend` is called, and not `attend`."""
-        ...
-
-    def rotate_and_attend(
-        self, layer: int, qkv_TC: torch.Tensor, out_THD: torch.Tensor, metadata: Any, rotary: Rotary
-    ) -> None:
-        """From rows q|k|v as the projection left them: the same as rotating, storing k and v, and attending."""
-        ...
-
-
 def max_items(num_sequences: int, num_kv_heads: int, num_processors: int) -> int:
     """Work items that are enough for any mix of lengths of so many sequences."""
     return num_sequences + full_load(num_kv_heads, num_processors)
@@ -237,19 +219,53 @@ def plan_items(
     these sequences are planned; the items name them by their index in the whole step.
     """
     if members is None:
-        first_rows, context = query_starts[:-1], context_lens
-        num_queries = query_starts[1:] - first_rows
-        members = np.arange(len(context), dtype=np.int32)
-    else:
-        first_rows, context = query_starts[members], context_lens[members]
-        num_queries = query_starts[members + 1] - first_rows
-    lens, table_S8 = context, np.zeros((len(members), ITEM_FIELDS), np.int32)
+        members = np.arange(len(context_lens), dtype=np.int32)
+    num_queries = query_starts[members + 1] - query_starts[members]
+    parts = _Parts(members, query_starts[members], num_queries, context_lens[members])
+    return _plan_parts(items_I8, parts, spare_items, window)
+
+
+def plan_items_by_queries(
+    items_I8: Int32Array,
+    query_starts: Int32Array,
+    context_lens: Int32Array,
+    *,
+    max_queries: int,
+    spare_items: int,
+    window: int = 0,
+) -> int:
+    """The same for sequences of any number of new tokens: each `max_queries` of them are planned as if a sequence.
+
+    There is room for as many items as there are such parts, beside the spare ones.
+    """
+    num_queries = query_starts[1:] - query_starts[:-1]
+    counts = -(-num_queries // max_queries)
+    sequences = np.arange(len(counts), dtype=np.int32).repeat(counts)
+    firsts = (np.arange(len(sequences), dtype=np.int32) - (counts.cumsum() - counts).repeat(counts)) * max_queries
+    part_queries = np.minimum(num_queries[sequences] - firsts, max_queries)
+    context = context_lens[sequences] - num_queries[sequences] + firsts + part_queries
+    parts = _Parts(sequences, query_starts[sequences] + firsts, part_queries, context)
+    return _plan_parts(items_I8, parts, spare_items, window)
+
+
+class _Parts(NamedTuple):
+    """What is planned, one entry each: new tokens of a sequence, and the context that the last of them sees."""
+
+    sequences: Int32Array
+    first_rows: Int32Array
+    num_queries: Int32Array
+    context_lens: Int32Array
+
+
+def _plan_parts(items_I8: Int32Array, parts: _Parts, spare_items: int, window: int) -> int:
+    context = lens = parts.context_lens
+    table_S8 = np.zeros((len(context), ITEM_FIELDS), np.int32)
     if window:  # the first query row sees the farthest back
-        table_S8[:, 1] = np.maximum(context - num_queries + 1 - window, 0) // BLOCK_SIZE * BLOCK_SIZE
+        table_S8[:, 1] = np.maximum(context - parts.num_queries + 1 - window, 0) // BLOCK_SIZE * BLOCK_SIZE
         lens = context - table_S8[:, 1]
-    table_S8[:, 0] = members
-    table_S8[:, 5] = first_rows
-    table_S8[:, 6] = num_queries
+    table_S8[:, 0] = parts.sequences
+    table_S8[:, 5] = parts.first_rows
+    table_S8[:, 6] = parts.num_queries
     table_S8[:, 7] = context
     return _write_items(items_I8, table_S8, lens, _item_size(lens, spare_items))
 

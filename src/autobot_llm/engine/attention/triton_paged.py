@@ -19,6 +19,7 @@ from autobot_llm.engine.attention.paged import (
     PagedBatch,
     full_load,
     plan_items,
+    plan_items_by_queries,
 )
 from autobot_llm.engine.attention.sdpa_paged import FreshKernel, attend_fresh
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
@@ -33,7 +34,10 @@ from autobot_llm.engine.kernels.gpu.prefill_attention import (
     paged_prefill,
     plan_tiles,
 )
-from autobot_llm.engine.kernels.gpu.rotary import Rotary
+
+SPLIT_TOKENS = 64
+"""Captured steps with prompts of up to so many tokens are attended by the decode kernel alone: tiles of so few query
+rows would leave most of the device idle while each walks its whole context."""
 
 FRESH_KERNEL: FreshKernel = "triton"
 """What attends prompts that start in a step; benchmarks/attention_gpu.py measures all of them. A window is Triton's."""
@@ -58,11 +62,6 @@ class TritonMetadata:
     fresh: _Tiles | None = None
     fresh_spans: tuple[tuple[int, int], ...] = ()
     block_tables_SB: torch.Tensor | None = None
-
-    @property
-    def decodes_single_tokens(self) -> bool:
-        """Whether each sequence of the step has one new token, on a context or alone."""
-        return self.prefixed is None and self.fresh is None and self.decode is not None and self.decode.max_queries == 1
 
 
 class TritonPagedAttention:
@@ -132,17 +131,29 @@ class TritonPagedAttention:
 
     def prompt_sizes(self, num_tokens: int, num_sequences: int, table_width: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the int32 arrays of a captured step with prompts in it, padded to so many tokens and sequences."""
-        num_tiles = -(-num_tokens // self._tokens_per_tile(SMALL_TILE)) + num_sequences  # each may end with a part
-        return {
-            "items": (num_sequences + self._spare_items, ITEM_FIELDS),
-            "tiles": (num_tiles, TILE_FIELDS),
-            "block_tables": (num_sequences, table_width),
-        }
+        sizes: dict[str, tuple[int, ...]] = {"block_tables": (num_sequences, table_width)}
+        if num_tokens <= SPLIT_TOKENS:
+            num_parts = num_sequences + num_tokens // self._max_queries  # each may end with one that is not full
+            return {"items": (num_parts + self._spare_items, ITEM_FIELDS)} | sizes
+        num_tiles = num_sequences + -(-num_tokens // self._tokens_per_tile(SMALL_TILE))
+        items = (num_sequences + self._spare_items, ITEM_FIELDS)
+        return {"items": items, "tiles": (num_tiles, TILE_FIELDS)} | sizes
 
     def fill_prompt_arrays(self, arrays: Mapping[str, Int32Array], batch: StepBatch) -> None:
         """Write a step into arrays of `prompt_sizes`, and make what it leaves padding, which does nothing."""
         num_sequences, num_blocks = batch.block_tables_SB.shape
         arrays["block_tables"][:num_sequences, :num_blocks] = batch.block_tables_SB
+        if "tiles" not in arrays:
+            num_items = plan_items_by_queries(
+                arrays["items"],
+                batch.query_starts,
+                batch.context_lens,
+                max_queries=self._max_queries,
+                spare_items=self._spare_items,
+                window=self._shape.widest_window,
+            )
+            arrays["items"][num_items:] = -1
+            return
         num_queries = np.diff(batch.query_starts)
         decoding = np.flatnonzero(num_queries == 1).astype(np.int32)
         prompts = np.flatnonzero(num_queries > 1).astype(np.int32)
@@ -156,9 +167,13 @@ class TritonPagedAttention:
 
     def prepare_prompts(self, arrays: Mapping[str, torch.Tensor]) -> TritonMetadata:
         """A captured step's metadata over device arrays of `prompt_sizes`, once for all its replays."""
+        workspace = self._workspace(arrays["items"].shape[0])
+        if "tiles" not in arrays:
+            decode = PagedBatch(arrays["block_tables"], arrays["items"], self._max_queries)
+            return TritonMetadata(decode=decode, workspace=workspace)
         return TritonMetadata(
             decode=PagedBatch(arrays["block_tables"], arrays["items"], 1),
-            workspace=self._workspace(arrays["items"].shape[0]),
+            workspace=workspace,
             prefixed=_Tiles(arrays["tiles"], SMALL_TILE),
             block_tables_SB=arrays["block_tables"],
         )
@@ -185,18 +200,6 @@ class TritonPagedAttention:
             paged_prefill(q_THD, keys, values, tables_SB, work.tiles_W8, out_THD, tile=work.tile, window=window)
         if metadata.decode is not None:
             paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window)
-
-    def rotates(self, metadata: TritonMetadata) -> bool:
-        return metadata.decodes_single_tokens
-
-    def rotate_and_attend(
-        self, layer: int, qkv_TC: torch.Tensor, out_THD: torch.Tensor, metadata: TritonMetadata, rotary: Rotary
-    ) -> None:
-        shape = self._shape
-        q_THD = qkv_TC.view(qkv_TC.shape[0], -1, shape.head_size)[:, : shape.num_heads]
-        keys, values, window = self._keys[layer], self._values[layer], shape.windows[layer]
-        assert metadata.decode is not None
-        paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window, rotary=rotary)
 
     def _plan_decode(self, batch: StepBatch, members: Int32Array) -> Int32Array:
         items_I8 = np.empty((len(members) + self._spare_items, ITEM_FIELDS), np.int32)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from autobot_llm.engine.attention.paged import PagedAttention, RotatingAttention
+from autobot_llm.engine.attention.paged import PagedAttention
 from autobot_llm.engine.kernels.gpu.embedding import embed
 from autobot_llm.engine.kernels.gpu.linear import linear_add, norm_linear, norm_linear_gated
-from autobot_llm.engine.kernels.gpu.rotary import Rotary, rotate_and_store
+from autobot_llm.engine.kernels.gpu.rotary import rotate_and_store
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
@@ -54,7 +54,6 @@ class FusedDecoder:
         self._weights = weights
         self._storage = storage
         self._attention = attention
-        self._rotating = attention if isinstance(attention, RotatingAttention) else None
         cos_PD, sin_PD = rope_tables(config, max_context)
         half = config.head_size // 2  # both halves of a row are alike
         self._cos_sin_PD = torch.cat((cos_PD[:, :half], sin_PD[:, :half]), dim=-1).to(self.device)
@@ -85,12 +84,6 @@ class FusedDecoder:
         config = self._config
         num_heads, num_kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
         qkv_TC = norm_linear(hidden_TE, layer.input_norm_E, config.rms_norm_eps, layer.qkv_weight, layer.qkv_bias)
-        num_tokens = qkv_TC.shape[0]
-        out_THD = torch.empty(num_tokens, num_heads, head_size, dtype=qkv_TC.dtype, device=self.device)
-        if self._rotating is not None and self._rotating.rotates(metadata):
-            rotary = Rotary(self._cos_sin_PD, layer.q_norm_D, layer.k_norm_D, config.rms_norm_eps)
-            self._rotating.rotate_and_attend(i, qkv_TC, out_THD, metadata, rotary)
-            return out_THD.view(num_tokens, -1)
         rotate_and_store(
             qkv_TC,
             inputs.positions_T,
@@ -106,6 +99,7 @@ class FusedDecoder:
             eps=config.rms_norm_eps,
         )
         heads = qkv_TC.view(-1, num_heads + 2 * num_kv_heads, head_size)
+        out_THD = torch.empty(heads.shape[0], num_heads, head_size, dtype=qkv_TC.dtype, device=self.device)
         self._attention.attend(
             i,
             heads[:, :num_heads],
@@ -114,4 +108,4 @@ class FusedDecoder:
             out_THD,
             metadata,
         )
-        return out_THD.view(num_tokens, -1)
+        return out_THD.view(heads.shape[0], -1)

@@ -315,7 +315,7 @@ class GpuExecutor:
     def _graph(self, key: str, layout: Layout) -> _StepGraph:
         tensors = layout.on_device(self._graph_staging.on_device)
         slots = tuple(layout.on_host(slot) for slot in self._graph_staging.slots)
-        if "tiles" not in tensors:
+        if "logit_rows" not in tensors:
             batch = PagedBatch.over(tensors, max_queries=1)
             return _StepGraph(key, layout, slots, self._inputs(tensors), batch, None)
         assert isinstance(self.attention, TritonPagedAttention)

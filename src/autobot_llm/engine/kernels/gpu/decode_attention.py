@@ -4,10 +4,6 @@ Reading the cache is all the time there is, so one program reads its part of a c
 needs it: the G query heads of a key/value head and all new tokens of the sequence are the rows of one matrix product.
 A sequence in several parts is put together by whichever of its programs ends last, so a layer is one launch.
 
-With one new token a sequence the rotary embedding and the write into the cache ride along, which saves a launch in
-each layer: a program rotates the few query rows that it needs, and the one with the end of the context also the new
-key, which it attends from registers.
-
 Source: split-K attention over the context, "Flash-Decoding" (Dao and others, 2023); the online softmax of
 FlashAttention (arXiv 2205.14135), in base 2.
 """
@@ -28,7 +24,6 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
-from autobot_llm.engine.kernels.gpu.rotary import Rotary
 
 MAX_ROWS = 128
 """Query rows (tokens times query heads of a group) of one program: what its accumulators hold without spilling."""
@@ -110,18 +105,13 @@ def paged_decode(
     *,
     window: int = 0,
     tile: DecodeTile | None = None,
-    rotary: Rotary | None = None,
 ) -> None:
     """Attend the query rows of the batch's items to their contexts, into `out_QHD`; rows of no item are left alone.
 
     keys and values are one layer's [num_blocks, K, 16, D], contiguous; q and out may be strided in Q. Launches one
     kernel of a grid that depends on shapes alone, so it may be captured. `window`: positions a query sees, 0 for all.
-
-    With `rotary`, for one new token a sequence: q is as the projection left it, k and v lie behind it in the same rows
-    (q|k|v), and both are rotated on the way; k and v are written to the cache, which does not have them yet.
     """
     num_kv_heads, head_size = keys.shape[1], keys.shape[3]
-    assert rotary is None or (batch.max_queries == 1 and batch.tree_masks_T is None)
     group_size = q_QHD.shape[1] // num_kv_heads
     num_rows = rows_of(batch.max_queries, group_size)
     num_items = batch.items_I8.shape[0]
@@ -137,14 +127,10 @@ def paged_decode(
         workspace.partials,
         workspace.stats,
         workspace.arrivals,
-        rotary and rotary.cos_sin_PD,
-        rotary and rotary.q_norm_D,
-        rotary and rotary.k_norm_D,
         q_QHD.stride(0),
         out_QHD.stride(0),
         batch.block_tables_SB.stride(0),
         math.log2(math.e) / math.sqrt(head_size),
-        rotary.eps if rotary else 0.0,
         WINDOW=window,
         PAGE=BLOCK_SIZE,
         K=num_kv_heads,
@@ -172,14 +158,10 @@ def _decode(  # type: ignore[no-untyped-def]
     partials_ptr,
     stats_ptr,
     arrivals_ptr,
-    cos_sin_ptr,  # None: q is rotated, and the cache has the new tokens
-    q_norm_ptr,
-    k_norm_ptr,
     q_stride,
     out_stride,
     table_stride,
     scale,
-    eps,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
     K: tl.constexpr,
@@ -209,22 +191,13 @@ def _decode(  # type: ignore[no-untyped-def]
         start = tl.maximum(start, tl.maximum(context - num_queries + 1 - WINDOW, 0) // PAGE * PAGE)
     # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
     n = start + tl.arange(0, N)
-    d = tl.arange(0, D)
-    if cos_sin_ptr is not None:
-        position = tl.maximum(context - 1, 0)
-        has_new = stop == context
-        stop = tl.where(has_new, stop - 1, stop)  # the new token is not read from the cache
-        new_block = tl.load(table_ptr + position // PAGE, mask=has_new & (sequence >= 0), other=0).to(tl.int64)
-        angles_ptr = cos_sin_ptr + position.to(tl.int64) * D + d % (D // 2)
-        cos_D = tl.load(angles_ptr)
-        sin_D = tl.load(angles_ptr + D // 2) * tl.where(d < D // 2, -1.0, 1.0)
-        other_d = (d + D // 2) % D  # the other half of each pair that turns together
     blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
     wait_for_previous_kernel(PDL)
     if sequence < 0:
         return
 
     m = tl.arange(0, M)
+    d = tl.arange(0, D)
     query_M = m // G
     is_row_M = query_M < num_queries
     heads_M = head * G + m % G
@@ -233,22 +206,6 @@ def _decode(  # type: ignore[no-untyped-def]
         mask=is_row_M[:, None],
         other=0.0,
     )
-    if cos_sin_ptr is not None:
-        other_MD = tl.load(
-            q_ptr + (first_query + query_M)[:, None] * q_stride + heads_M[:, None] * D + other_d[None, :],
-            mask=is_row_M[:, None],
-            other=0.0,
-        )
-        k_ptr = q_ptr + first_query * q_stride + (K * G + head) * D
-        row_1D = d[None, :]
-        k_1D = tl.load(k_ptr + row_1D, mask=has_new, other=0.0)
-        other_k_1D = tl.load(k_ptr + other_d[None, :], mask=has_new, other=0.0)
-        v_1D = tl.load(k_ptr + K * D + row_1D, mask=has_new, other=0.0)
-        q_MD = _rotated(q_MD, other_MD, cos_D, sin_D, q_norm_ptr, d, other_d, eps, D)
-        k_1D = _rotated(k_1D, other_k_1D, cos_D, sin_D, k_norm_ptr, d, other_d, eps, D)
-        new_offset = ((new_block * K + head) * PAGE + position % PAGE) * D
-        tl.store(keys_ptr + new_offset + row_1D, k_1D, mask=has_new)
-        tl.store(values_ptr + new_offset + row_1D, v_1D, mask=has_new)
     first_new = context - num_queries
     if trees_ptr is not None:
         trees_M = tl.load(trees_ptr + first_query + query_M, mask=is_row_M, other=0)
@@ -281,16 +238,6 @@ def _decode(  # type: ignore[no-untyped-def]
         n += N
         blocks_N = next_blocks_N
 
-    if cos_sin_ptr is not None:
-        score_M = tl.sum(q_MD.to(tl.float32) * k_1D.to(tl.float32), 1) * scale
-        new_high_M = tl.where(has_new, tl.maximum(high_M, score_M), high_M)
-        base_M = tl.where(new_high_M == float("-inf"), 0.0, new_high_M)
-        shrink_M = tl.exp2(high_M - base_M)
-        weight_M = tl.where(has_new, tl.exp2(score_M - base_M), 0.0)
-        sum_M = sum_M * shrink_M + weight_M
-        acc_MD = acc_MD * shrink_M[:, None] + weight_M.to(v_1D.dtype).to(tl.float32)[:, None] * v_1D.to(tl.float32)
-        high_M = new_high_M
-
     out_ptrs_MD = out_ptr + (first_query + query_M)[:, None] * out_stride + heads_M[:, None] * D + d[None, :]
     if num_items == 1:
         out_MD = acc_MD / tl.where(is_row_M, sum_M, 1.0)[:, None]
@@ -306,18 +253,6 @@ def _decode(  # type: ignore[no-untyped-def]
         tl.store(arrivals_ptr, 0)  # for the next launch
         out_MD = _merge(partials_ptr, stats_ptr, first_item, num_items, head, is_row_M, K, D, M, UNROLL)
         tl.store(out_ptrs_MD, out_MD.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None])
-
-
-@triton.jit
-def _rotated(x_MD, other_MD, cos_D, sin_D, norm_ptr, d, other_d, eps, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows turned by their position's angles; `other_MD` holds the other entry of each pair, and sin_D its sign."""
-    wide_MD = x_MD.to(tl.float32)
-    wide_other_MD = other_MD.to(tl.float32)
-    if norm_ptr is not None:
-        inverse_rms_M1 = tl.rsqrt(tl.sum(wide_MD * wide_MD, 1) / D + eps)[:, None]
-        wide_MD *= inverse_rms_M1 * tl.load(norm_ptr + d).to(tl.float32)[None, :]
-        wide_other_MD *= inverse_rms_M1 * tl.load(norm_ptr + other_d).to(tl.float32)[None, :]
-    return (wide_MD * cos_D[None, :] + wide_other_MD * sin_D[None, :]).to(x_MD.dtype)
 
 
 @triton.jit

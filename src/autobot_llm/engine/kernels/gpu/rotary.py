@@ -7,8 +7,6 @@ few, and 16 when they are many, to read a position's angles less often.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -24,20 +22,6 @@ BLOCK_SIZE = 16
 """Positions in a block of the cache. A slot is block * BLOCK_SIZE + the position's place in it."""
 
 _FEW_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """What turns a layer's projected q and k into those that attention takes.
-
-    `cos_sin_PD` (float32) holds D / 2 cosines, then D / 2 sines, of each position. With the norm weights (both or none)
-    each head is first divided by its root mean square (Qwen3).
-    """
-
-    cos_sin_PD: torch.Tensor
-    q_norm_D: torch.Tensor | None = None
-    k_norm_D: torch.Tensor | None = None
-    eps: float = 0.0
 
 
 # T packed tokens, H query heads, K key/value heads, D head size, P positions, B cache blocks
