@@ -23,8 +23,6 @@ from autobot_llm.settings import load_settings
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"
 PROMPTS = Path(__file__).parents[1] / "data" / "dev_prompts.jsonl"
-# Bytes per second that one device reads from its memory, measured by a kernel that only reads (docs/results).
-READ_BANDWIDTH = {"NVIDIA H200": 4.63e12}
 
 
 class MissingModelError(Exception):
@@ -77,9 +75,17 @@ class Bench:
     def device_name(self) -> str:
         return torch.cuda.get_device_name() if self.is_cuda else "CPU"
 
-    @property
+    @cached_property
     def read_bandwidth(self) -> float | None:
-        return READ_BANDWIDTH.get(self.device_name)
+        """Bytes per second that the device reads, measured now: asked for before an engine takes the memory. None for
+        a CPU."""
+        if not self.is_cuda:
+            return None
+        from gpu.bandwidth import measured_read_bandwidth
+
+        bandwidth = measured_read_bandwidth(torch.device("cuda"))
+        self.free_device_memory()
+        return bandwidth
 
     def options(self, folder: Path, **settings: object) -> EngineOptions:
         """The engine's options as `serve` would set them where no AUTOBOT_ variable is, with some settings changed."""
@@ -92,6 +98,8 @@ class Bench:
         if self._engine is None or self._engine_options != options:
             self.release()
             self._engine, self._engine_options = load_engine(options), options
+            gc.collect()
+            gc.freeze()  # as `serve` does
         return self._engine
 
     def release(self) -> None:
@@ -99,6 +107,7 @@ class Bench:
         if self._engine is not None:
             self._engine.executor.close()
         self._engine = self._engine_options = None
+        gc.unfreeze()
         self.free_device_memory()
 
     def free_device_memory(self) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from autobot_llm.engine.engine import Engine
 from gpu.bench import Bench, generate, random_prompts, weight_bytes_read_per_step
-from gpu.published import OTHERS, SOURCE, VLLM_BF16
+from gpu.published import BARS_DEVICE, OTHERS, SOURCE, VLLM_BF16
 from gpu.report import Clock, Report, Table
 
 
@@ -86,15 +86,20 @@ def step_bytes(weight_bytes: int, cache_bytes_per_token: float, case: Case) -> f
 
 def latency(bench: Bench, clock: Clock, report: Report) -> None:
     folder = bench.random_model
+    ceiling = bench.read_bandwidth
     engine = bench.engine(folder, **ENGINE_SETTINGS)
+    has_peers = bench.device_name == BARS_DEVICE  # others' figures are that device's
     table = report.table(
-        f"Latency, {folder.name}, greedy, prefix caching off (ms; vLLM 0.26 bf16: {SOURCE})",
-        *("batch x prompt", "first token", "vLLM", "inter-token", "(low-high)", "vLLM", "repeats"),
-        *("GB/step", "bandwidth", "memory GB"),
+        f"Latency, {folder.name}, greedy, prefix caching off (ms)",
+        *("batch x prompt", "first token", *(("vLLM",) if has_peers else ()), "inter-token", "(low-high)"),
+        *(*(("vLLM",) if has_peers else ()), "repeats", "GB/step", "bandwidth", "memory GB"),
     )
+    if has_peers:
+        table.notes.append(f"vLLM 0.26 bf16: {SOURCE}")
+    if ceiling is not None:
+        table.notes.append(f"bandwidth: share of the {ceiling / 1e12:.2f} TB/s that a kernel reads which only reads")
+        report.figures["read_bandwidth"] = ceiling
     table.notes.append("no bound: prompts may hold up what decodes as long as they take, as in the other engines")
-    if bench.read_bandwidth is None:
-        table.notes.append(f"bandwidth: no measured ceiling for {bench.device_name!r}")
     cases = QUICK_CASES if bench.quick else CASES
     for i, case in enumerate(cases):
         context = case.prompt_tokens + case.num_new_tokens + 1
@@ -110,8 +115,9 @@ def latency(bench: Bench, clock: Clock, report: Report) -> None:
         finally:
             engine.scheduler.max_waiting_time_ms = bound
         report.figures[case.key] = asdict(result)
-        _add_row(table, case, result)
-    _add_published(report)
+        _add_row(table, case, result, has_peers)
+    if has_peers:
+        _add_published(report)
 
 
 def measure(bench: Bench, engine: Engine, folder: Path, case: Case, clock: Clock, *, until: float = 1.0) -> Latency:
@@ -148,16 +154,16 @@ def measure(bench: Bench, engine: Engine, folder: Path, case: Case, clock: Clock
     )
 
 
-def _add_row(table: Table, case: Case, result: Latency) -> None:
+def _add_row(table: Table, case: Case, result: Latency, has_peers: bool) -> None:
     vllm_first, vllm_between = VLLM_BF16.get((case.batch, case.prompt_tokens), (None, None))
     share = result.bandwidth_share
     table.add(
         f"{case.batch} x {case.prompt_tokens:,}{'' if case.bounded else ', no bound'}",
         result.first_token_ms,
-        vllm_first,
+        *((vllm_first,) if has_peers else ()),
         result.inter_token_ms,
         f"{result.inter_token_ms_low:.2f}-{result.inter_token_ms_high:.2f}",
-        vllm_between,
+        *((vllm_between,) if has_peers else ()),
         result.num_repeats,
         result.step_gb,
         f"{share:.0%}" if share is not None else None,

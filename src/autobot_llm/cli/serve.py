@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import sys
@@ -96,6 +97,10 @@ async def _serve(settings: Settings) -> None:
         llm = LLMInterface(settings, on_progress=progress.advance)
 
         def announce(address: str) -> None:
+            # What is loaded by now stays. Collections that look at it again would cost each step's host a fifth of its
+            # time, and some steps many times their own (docs/log.md).
+            gc.collect()
+            gc.freeze()
             progress.stop()
             click.echo("\n".join(start_lines(settings, llm.get_all_provider_status(), address)))
 

@@ -35,7 +35,7 @@ from autobot_llm.engine.kernels.gpu.prefill_attention import (
     plan_tiles,
 )
 
-SPLIT_TOKENS = 64
+SPLIT_TOKENS = 128
 """Captured steps with prompts of up to so many tokens are attended by the decode kernel alone: tiles of so few query
 rows would leave most of the device idle while each walks its whole context."""
 
