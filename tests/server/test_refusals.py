@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_harness import PATIENCE, QUESTION, parse_reply, request_bytes, running_server, sse_events
 
+from autobot_llm.dialects.openai.bodies import read_chat, read_completion
 from autobot_llm.errors import (
     ContextLengthError,
     EngineError,
@@ -21,7 +22,6 @@ from autobot_llm.errors import (
     RequestTimeout,
     UnsupportedError,
 )
-from autobot_llm.server.openai_api.bodies import read_chat, read_completion
 from autobot_llm.types import LLMRequest, Start
 
 CHAT = "/v1/chat/completions"

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from autobot_llm.types import Event, Finish, Start, TextDelta, ToolCallDelta
+from autobot_llm.types import ChoiceEnd, Event, Finish, Start
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -179,7 +179,11 @@ class RequestRecord:
         inter_token: Histogram | None = None
         async with aclosing(events):
             async for event in events:
-                if isinstance(event, TextDelta | ToolCallDelta):
+                if isinstance(event, Start):
+                    self._model = event.model
+                elif isinstance(event, Finish):
+                    self._count(event)
+                elif not isinstance(event, ChoiceEnd):
                     now, index = time.perf_counter(), event.index
                     if inter_token is None:
                         inter_token = self._metrics.inter_token.labels(self._model)
@@ -187,10 +191,6 @@ class RequestRecord:
                     elif index in last_at:
                         inter_token.observe(now - last_at[index])
                     last_at[index] = now
-                elif isinstance(event, Start):
-                    self._model = event.model
-                elif isinstance(event, Finish):
-                    self._count(event)
                 yield event
 
     def _count(self, finish: Finish) -> None:

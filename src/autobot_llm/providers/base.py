@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from autobot_llm.types import Event, LLMRequest
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, LLMRequest, ModelInfo
 
-
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One model a provider serves. `context_length` is in tokens; None where the provider does not tell."""
-
-    id: str
-    provider: str
-    context_length: int | None = None
-    created: int = 0
+__all__ = ["Embedder", "ModelInfo", "Provider", "ProviderStatus", "Streamer"]
 
 
 class ProviderStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,3 +47,10 @@ class Provider(Streamer, Protocol):
     def metrics(self) -> dict[str, float]:
         """Current figures by name, for the metrics endpoint; names are listed in observability/metrics.py."""
         ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """What a provider that makes embeddings can do besides. Cancelling the call gives it up at the provider too."""
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse: ...

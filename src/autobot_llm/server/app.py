@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from autobot_llm.collect import collect
+from autobot_llm.dialects.openai import chunks, replies
+from autobot_llm.dialects.openai.bodies import Call, read_chat, read_completion
+from autobot_llm.dialects.openai.chunks import ChatChunks, ChunkEncoder, CompletionChunks
 from autobot_llm.errors import (
     AuthenticationError,
     InvalidRequestError,
@@ -30,9 +33,6 @@ from autobot_llm.observability import metrics as metrics_module
 from autobot_llm.observability.metrics import Metrics, RequestRecord
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header, Receive, Scope, Send
 from autobot_llm.server.merge import merge_streams
-from autobot_llm.server.openai_api import chunks, replies
-from autobot_llm.server.openai_api.bodies import Call, read_chat, read_completion
-from autobot_llm.server.openai_api.chunks import ChatChunks, ChunkEncoder, CompletionChunks
 from autobot_llm.settings import Settings, tenant_of
 from autobot_llm.types import ChoiceEnd, Event, Finish, Start
 

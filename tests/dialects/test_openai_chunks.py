@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobot_llm.dialects.openai.chunks import ChatChunks, CompletionChunks, error_event
 from autobot_llm.errors import EngineError, ProviderError
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.merge import merge_streams
-from autobot_llm.server.openai_api.chunks import ChatChunks, CompletionChunks, error_event
 from autobot_llm.types import ChoiceEnd, Event, Finish, Start, TextDelta, Timings, ToolCallDelta, Usage
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
