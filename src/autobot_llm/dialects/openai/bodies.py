@@ -7,17 +7,16 @@ silence.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import msgspec
 
+from autobot_llm.dialects.bodies import convert, read_object
 from autobot_llm.errors import InvalidRequestError, UnsupportedError
-from autobot_llm.types import ChatMessage, LLMRequest, Role
+from autobot_llm.types import ChatMessage, LLMRequest
 
-MAX_NESTING = 64  # levels of arrays and objects within one field
 DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's legacy endpoint generates where nothing is said
 
 
@@ -112,15 +111,12 @@ SAME_NAME = (
 )
 MESSAGE_FIELDS = frozenset(ChatMessage.__struct_fields__)
 NOTES_ON_MESSAGES = frozenset({"annotations"})  # what OpenAI's client sends back with an answer, for the reader only
-ROLES = ", ".join(get_args(Role))
-
-BodyT = TypeVar("BodyT", bound=SharedFields)
 
 
 def read_chat(data: bytes, *, request_id: str, tenant: str) -> Call:
     """Read the body of `POST /v1/chat/completions`. Errors: `InvalidRequestError` with the field in `param`."""
-    fields = _read_object(data)
-    body = _convert(fields, ChatBody)
+    fields = read_object(data)
+    body = convert(fields, ChatBody)
     extra = _extra(fields, body)
     _refuse_unknown_message_fields(fields["messages"])
     if body.parallel_tool_calls is not None and body.tools:
@@ -144,8 +140,8 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
 
     Errors: `InvalidRequestError` with the field in `param`.
     """
-    fields = _read_object(data)
-    body = _convert(fields, CompletionBody)
+    fields = read_object(data)
+    body = convert(fields, CompletionBody)
     extra = _extra(fields, body)
     if body.echo:
         raise UnsupportedError("echo=true: expected false; the prompt is not repeated in the answer", param="echo")
@@ -168,52 +164,6 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
         LLMRequest(**options, prompt=prompt, request_id=id_) for prompt, id_ in zip(prompts, ids, strict=True)
     )
     return Call(requests, bool(body.stream), _include_usage(body))
-
-
-def _read_object(data: bytes) -> dict[str, Any]:
-    try:
-        fields = msgspec.json.decode(data)
-    except RecursionError as exc:
-        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from exc
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise InvalidRequestError(f"the body is not valid JSON in UTF-8: {exc}", code="invalid_json") from exc
-    if not isinstance(fields, dict):
-        raise InvalidRequestError("the body is not a JSON object", code="invalid_json")
-    for name, value in fields.items():
-        if isinstance(value, dict | list) and _nests_deeper(value, MAX_NESTING):
-            raise InvalidRequestError(f"{name}: nested more than {MAX_NESTING} levels deep", param=name)
-    return fields
-
-
-def _nests_deeper(value: dict[str, Any] | list[Any], num_levels: int) -> bool:
-    if num_levels == 0:
-        return True
-    children = value.values() if isinstance(value, dict) else value
-    return any(isinstance(child, dict | list) and _nests_deeper(child, num_levels - 1) for child in children)
-
-
-def _convert(fields: dict[str, Any], kind: type[BodyT]) -> BodyT:
-    try:
-        return msgspec.convert(fields, kind, str_keys=True)
-    except msgspec.ValidationError as exc:
-        raise _invalid(str(exc)) from exc
-
-
-_MISSING = re.compile(r"missing required field `([^`]*)`")
-
-
-def _invalid(complaint: str) -> InvalidRequestError:
-    """Turn msgspec's "Expected `int`, got `str` - at `$.messages[0].name`" into an error that names the field."""
-    reason, _, place = complaint.partition(" - at ")
-    param = place.replace("`key` in ", "").strip("`").removeprefix("$").removeprefix(".")
-    missing = _MISSING.search(reason)
-    if missing is not None:
-        param = f"{param}.{missing[1]}" if param else missing[1]
-        return InvalidRequestError(f"{param}: this field is required", param=param)
-    if reason.startswith("Invalid enum value") and param.endswith(".role"):
-        reason += f"; expected one of {ROLES}"
-    reason = reason.replace("`", "").replace(" | null", "")
-    return InvalidRequestError(f"{param}: {reason[0].lower()}{reason[1:]}", param=param or None)
 
 
 def _extra(fields: Mapping[str, Any], body: SharedFields) -> dict[str, Any]:
