@@ -216,6 +216,8 @@ async def test_a_key_is_demanded_where_keys_are_set_and_never_for_health() -> No
             {"authorization": "Bearer "},
             {"authorization": "Bearer wrong"},
             {"authorization": "Basic x"},
+            {"x-api-key": "wrong"},
+            {"authorization": "Bearer wrong", "x-api-key": "first-secret"},
         ):
             reply = await server.post(CHAT, {"messages": QUESTION}, **headers)
             assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
@@ -227,6 +229,8 @@ async def test_a_key_is_demanded_where_keys_are_set_and_never_for_health() -> No
         for key in ("first-secret", "zweites-Geheimnis"):
             async with server.client(key) as client:
                 await client.chat.completions.create(model="tiny", messages=QUESTION, user="somebody")
+        by_other_header = await server.post(CHAT, {"messages": QUESTION}, **{"x-api-key": "first-secret"})
+        assert by_other_header.status == 200
         async with server.client("wrong") as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.models.list()

@@ -6,8 +6,6 @@ and one concatenation.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from autobot_llm.dialects.openai.replies import (
     chat_logprobs,
     completion_logprobs,
@@ -35,12 +33,6 @@ DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"), ("\x85".encode(), b"\\u0085"))
 
 
-class ChunkEncoder(Protocol):
-    """Turns the events of one answer into bytes for the wire; `b""` where an event has none."""
-
-    def encode(self, event: Event) -> bytes: ...
-
-
 def error_event(error: LLMError) -> bytes:
     """An error after the stream began: an event of its own, and no `[DONE]` follows."""
     return b"data: " + _one_line(error_body(error)) + b"\n\n"
@@ -60,6 +52,7 @@ def _json(value: object) -> bytes:
 class _Chunks:
     """What both endpoints' chunks share: their frame, the usage chunk and the end."""
 
+    content_type = CONTENT_TYPE
     object_name: str
     id_prefix: str
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import msgspec
@@ -13,7 +12,6 @@ from autobot_llm.report import OptimizationOutcome
 from autobot_llm.types import Choice, LLMResponse, ModelInfo, Timings, TokenLogprob, ToolCall, Usage
 
 LOWEST_LOGPROB = -9999.0  # what OpenAI writes for a token that could not be chosen; JSON has no infinity
-_HEADER_UNSAFE = re.compile(r"[^A-Za-z0-9_.:-]+")
 
 
 def encode(value: object) -> bytes:
@@ -53,22 +51,6 @@ def usage_fields(usage: Usage) -> dict[str, object]:
 def report_fields(timings: Timings, optimizations: tuple[OptimizationOutcome, ...]) -> dict[str, object]:
     """What we add to OpenAI's shape, under the key "autobot": times in seconds, and the report."""
     return {"timings": timings, "optimizations": optimizations}
-
-
-def optimizations_header(optimizations: tuple[OptimizationOutcome, ...]) -> bytes:
-    """The applied optimizations in one line, as in `prefix_cache;tokens_saved=512, response_cache`."""
-    return ", ".join(_applied(outcome) for outcome in optimizations if outcome.applied).encode("ascii")
-
-
-def _applied(outcome: OptimizationOutcome) -> str:
-    savings = {
-        "tokens_saved": outcome.tokens_saved,
-        "ms_saved": None if outcome.milliseconds_saved is None else round(outcome.milliseconds_saved, 1),
-        "bytes_saved": outcome.bytes_saved,
-    }
-    parts = [_HEADER_UNSAFE.sub("_", outcome.name)]
-    parts += [f"{name}={value}" for name, value in savings.items() if value is not None]
-    return ";".join(parts)
 
 
 def chat_body(response: LLMResponse, request_id: str, created: int) -> bytes:
