@@ -12,6 +12,9 @@ from autobot_llm.types import Role
 
 MAX_NESTING = 64  # levels of arrays and objects within one field
 _ROLES = ", ".join(get_args(Role))
+# JSON may hold these line ends of Unicode as they are, but a client that cuts an event stream into lines as Python's
+# `str.splitlines` does would cut there; the escaped form means the same.
+_LINE_ENDS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"), ("\x85".encode(), b"\\u0085"))
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 KindT = TypeVar("KindT")
@@ -78,3 +81,11 @@ def _without_surrogates(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_surrogates(item) for item in value]
     return value
+
+
+def one_line(data: bytes) -> bytes:
+    """Encoded JSON without any character that some client takes for the end of a line of an event stream."""
+    if not data.isascii():
+        for line_end, escaped in _LINE_ENDS:
+            data = data.replace(line_end, escaped)
+    return data

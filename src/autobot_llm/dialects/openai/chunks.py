@@ -6,10 +6,10 @@ and one concatenation.
 
 from __future__ import annotations
 
+from autobot_llm.dialects.bodies import encode, one_line
 from autobot_llm.dialects.openai.replies import (
     chat_logprobs,
     completion_logprobs,
-    encode,
     error_body,
     report_fields,
     usage_fields,
@@ -28,25 +28,15 @@ from autobot_llm.types import (
 
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
-# JSON may hold these line ends of Unicode as they are, but a client that cuts an event stream into lines as Python's
-# `str.splitlines` does would cut there; the escaped form means the same.
-_LINE_ENDS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"), ("\x85".encode(), b"\\u0085"))
 
 
 def error_event(error: LLMError) -> bytes:
     """An error after the stream began: an event of its own, and no `[DONE]` follows."""
-    return b"data: " + _one_line(error_body(error)) + b"\n\n"
-
-
-def _one_line(data: bytes) -> bytes:
-    if not data.isascii():
-        for line_end, escaped in _LINE_ENDS:
-            data = data.replace(line_end, escaped)
-    return data
+    return b"data: " + one_line(error_body(error)) + b"\n\n"
 
 
 def _json(value: object) -> bytes:
-    return _one_line(encode(value))
+    return one_line(encode(value))
 
 
 class _Chunks:
