@@ -117,12 +117,19 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request's time went, in seconds. `queue_position` is how many requests were ahead at arrival."""
+    """Where a request's time went, in seconds; None where the provider does not tell.
+
+    `queue_position` is how many requests were ahead at arrival. `load` went into loading the model, `prefill` into the
+    prompt and `decode` into the answer's tokens.
+    """
 
     queued: float | None = None
     queue_position: int | None = None
     time_to_first_token: float | None = None
     total: float | None = None
+    load: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,9 +262,14 @@ class EmbeddingResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One model a provider serves. `context_length` is in tokens; None where the provider does not tell."""
+    """One model a provider serves. `context_length` is in tokens; None where the provider does not tell.
+
+    `is_loaded` says whether the model is in memory now. `details` is what the provider tells besides, under its names.
+    """
 
     id: str
     provider: str
     context_length: int | None = None
     created: int = 0
+    is_loaded: bool | None = None
+    details: dict[str, Any] = msgspec.field(default_factory=dict)
