@@ -21,9 +21,15 @@ import msgspec
 from autobot_llm.call_shapes import MessagesLike, make_request
 from autobot_llm.collect import collect
 from autobot_llm.deadline import Deadline
-from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderError, ProviderUnavailable
-from autobot_llm.providers.base import ModelInfo, Provider, ProviderStatus, Streamer
-from autobot_llm.routing import ProviderType, build_chain, build_provider, choose_route, unknown_provider
+from autobot_llm.errors import (
+    ConfigurationError,
+    ModelNotFoundError,
+    ProviderError,
+    ProviderUnavailable,
+    UnsupportedError,
+)
+from autobot_llm.providers.base import ModelInfo, ModelLoader, Provider, ProviderStatus, Streamer
+from autobot_llm.routing import ProviderType, Route, build_chain, build_provider, choose_route, unknown_provider
 from autobot_llm.settings import Settings, load_settings
 from autobot_llm.types import ChatMessage, Event, Finish, LLMRequest, LLMResponse, Usage
 from autobot_llm.validation import validate_request
@@ -178,6 +184,31 @@ class LLMInterface:
         others = [one for one in self._in_use.values() if one is not default]
         return [model for one in (default, *others) for model in await one.provider.models()]
 
+    def route(self, request: LLMRequest) -> Route:
+        """Who would answer `request`. Raises ModelNotFoundError for an unknown provider."""
+        return choose_route(request, self.settings, default=self._default, known=self._known)
+
+    async def load_model(
+        self, model: str | None = None, *, keep_alive: str | float | None = None, num_ctx: int | None = None
+    ) -> None:
+        """Have a model in memory, where its provider can do that; else only make sure that it is served.
+
+        `keep_alive` is as Ollama has it: for how long after its last use, 0 taking it out of memory at once.
+        Raises UnsupportedError where that is asked of a provider that keeps its models in memory.
+        """
+        route = self.route(LLMRequest(model=model))
+        provider = (await self._usable(route.provider)).provider
+        if isinstance(provider, ModelLoader):
+            await provider.load(route.model, keep_alive=keep_alive, num_ctx=num_ctx)
+            return
+        served = [info.id for info in await provider.models()]
+        if route.model is not None and route.model not in served:
+            raise ModelNotFoundError(
+                f"model {route.model!r} is not served here; served are {', '.join(served)}", param="model"
+            )
+        if keep_alive == 0:
+            raise UnsupportedError(f"provider '{route.provider}' keeps its models in memory", param="keep_alive")
+
     def get_all_provider_status(self) -> dict[str, ProviderStatus]:
         """The state of every provider in use and of the default one, by name."""
         statuses = {name: one.provider.status() for name, one in self._in_use.items()}
@@ -201,19 +232,23 @@ class LLMInterface:
 
     async def _routed(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
         """The chain that answers, and the request as the chain gets it."""
-        route = choose_route(request, self.settings, default=self._default, known=self._known)
-        try:
-            chosen = await self._started(route.provider)
-        except ConfigurationError as exc:
-            if route.provider == self._default:
-                raise
-            raise ModelNotFoundError(f"provider '{route.provider}' cannot be used: {exc}", param="provider") from exc
+        route = self.route(request)
+        chosen = await self._usable(route.provider)
         return chosen.chain, msgspec.structs.replace(
             request,
             provider=route.provider,
             model=route.model,
             request_id=request.request_id or f"req-{secrets.token_hex(12)}",
         )
+
+    async def _usable(self, name: str) -> _InUse:
+        """The started provider; one that a request names and that cannot be used is the request's error."""
+        try:
+            return await self._started(name)
+        except ConfigurationError as exc:
+            if name == self._default:
+                raise
+            raise ModelNotFoundError(f"provider '{name}' cannot be used: {exc}", param="provider") from exc
 
     async def _started(self, name: str) -> _InUse:
         if (one := self._in_use.get(name)) is not None:

@@ -9,7 +9,7 @@ import msgspec
 
 from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, LLMRequest, ModelInfo
 
-__all__ = ["Embedder", "ModelInfo", "Provider", "ProviderStatus", "Streamer"]
+__all__ = ["Embedder", "ModelInfo", "ModelLoader", "Provider", "ProviderStatus", "Streamer"]
 
 
 class ProviderStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,3 +54,17 @@ class Embedder(Protocol):
     """What a provider that makes embeddings can do besides. Cancelling the call gives it up at the provider too."""
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse: ...
+
+
+@runtime_checkable
+class ModelLoader(Protocol):
+    """What a provider that can move models into memory, and out of it, can do besides."""
+
+    async def load(
+        self, model: str | None, *, keep_alive: str | float | None = None, num_ctx: int | None = None
+    ) -> None:
+        """Have `model` (None: the default one) in memory with a context of `num_ctx` tokens at least.
+
+        `keep_alive` says for how long after its last use, as Ollama writes it; 0 takes it out of memory.
+        """
+        ...
