@@ -13,12 +13,13 @@ from uuid import uuid4
 
 import msgspec
 
-from autobot_llm.errors import AuthenticationError, LLMError, OverloadedError
+from autobot_llm.errors import AuthenticationError, LLMError
 from autobot_llm.interface import LLMInterface
 from autobot_llm.observability import metrics as metrics_module
 from autobot_llm.observability.metrics import Metrics, RequestRecord
 from autobot_llm.server.answers import Answers, Service
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header, Receive, Scope, Send
+from autobot_llm.server.ollama_api import ollama_api
 from autobot_llm.server.openai_api import openai_api
 from autobot_llm.server.routes import (
     GET,
@@ -37,7 +38,10 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left; no client 
 UNHEALTHY = ("failed", "stopped", "starting")  # worst first
 
 # Every dialect the server speaks, one line each.
-APIS: tuple[Callable[[Service], Api], ...] = (openai_api,)
+APIS: tuple[Callable[[Service], Api], ...] = (
+    openai_api,
+    ollama_api,
+)
 
 
 def create_app(llm: LLMInterface, settings: Settings, metrics: Metrics) -> App:
@@ -122,7 +126,7 @@ class App:
 
     def _error_headers(self, error: LLMError) -> list[Header]:
         headers: list[Header] = []
-        if isinstance(error, OverloadedError):
+        if error.retry_after is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))

@@ -50,6 +50,11 @@ class Hints:
         return {name: value for name in fields if (value := getattr(self, name)) is not None}
 
     @property
+    def stay(self) -> str | float | None:
+        """`keep_alive`, each way to write "not at all" being 0."""
+        return 0 if self.unloads else self.keep_alive
+
+    @property
     def unloads(self) -> bool:
         """Whether the model is to leave the memory at once."""
         return self.keep_alive is not None and parse_duration(self.keep_alive) == 0

@@ -151,8 +151,10 @@ def loaded_body(model: str, *, unloaded: bool, is_chat: bool) -> bytes:
     )
 
 
-def embed_body(response: EmbeddingResponse, elapsed: float) -> bytes:
-    """The body of the answer of `/api/embed`; `elapsed` in seconds."""
+def embed_body(model: str, response: EmbeddingResponse | None, elapsed: float) -> bytes:
+    """The answer of `/api/embed`, after `elapsed` seconds; `response` None where there was nothing to embed."""
+    if response is None:
+        return encode({"model": model, "embeddings": []})
     return encode(
         {
             "model": response.model,
@@ -161,6 +163,11 @@ def embed_body(response: EmbeddingResponse, elapsed: float) -> bytes:
             "prompt_eval_count": response.usage.prompt_tokens,
         }
     )
+
+
+def older_embed_body(model: str, response: EmbeddingResponse | None, elapsed: float) -> bytes:
+    """The answer of `/api/embeddings`, which has one vector."""
+    return encode({"embedding": [] if response is None else response.vectors[0]})
 
 
 def tags_body(models: Mapping[str, ModelInfo]) -> bytes:
