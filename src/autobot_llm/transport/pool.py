@@ -1,0 +1,370 @@
+"""A pool of connections to one provider. Knows HTTP, time limits and sizes; knows nothing of what is asked.
+
+The only module that knows how HTTP is spoken. Its own small client over httptools and asyncio costs a fifth of the
+CPU time of the libraries that were measured, and ends a stream when its reader is cancelled, which the fastest of
+them did not (docs/dependencies.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from urllib.parse import urlsplit
+
+from autobot_llm.errors import ConfigurationError, ProviderError, ProviderTimeout, ProviderUnavailable
+from autobot_llm.transport.content import BadContent, inflater_for
+from autobot_llm.transport.failures import error_from
+from autobot_llm.transport.http1 import BrokenConnection, Connection, Silence
+
+MAX_ERROR_BYTES = 64 * 1024
+_END_GRACE = 0.1  # seconds that the framing's end may take after the answer's, so that the connection is kept
+_SECRET_HEADERS = ("authorization", "x-api-key", "api-key")
+_UNSAFE_TARGET = re.compile(r"[^!-~]")
+_UNSAFE_VALUE = re.compile(r"[\r\n\0]")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """What a pool holds at most: connections in all and idle ones, and bytes of a decoded answer (whole, streamed)."""
+
+    max_connections: int = 100
+    max_idle: int = 20
+    idle_seconds: float = 60.0
+    max_body_bytes: int = 64 * 2**20
+    max_stream_bytes: int = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long each part of an answer may take, in seconds: the connection, the first byte of the answer, and the
+    silence between two pieces of it. The whole has a limit of its own, the request's. None waits for ever.
+    """
+
+    connect: float = 10.0
+    first_token: float | None = 300.0
+    read: float | None = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """A whole answer with a status under 300; header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class HttpPool:
+    """Connections to the server at `base_url`, opened when they are needed and kept for the next request.
+
+    `base_url` may have a path, which is put before every request's, and a query, which is put after it. `name` stands
+    for the provider in errors. `tls` replaces the default context, which trusts what the system trusts. `headers` go
+    with every request; API keys among them are taken out of what a provider says. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        limits: PoolLimits = PoolLimits(),  # frozen
+        name: str,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.name = name
+        self._limits = limits
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigurationError(
+                f"{name}: the address {base_url!r} is not of the form http(s)://host[:port][/path]"
+            )
+        self._host = url.hostname
+        self._is_tls = url.scheme == "https"
+        self._port = url.port or (443 if self._is_tls else 80)
+        self._tls = tls
+        self._path = url.path.rstrip("/")
+        self._query = f"?{url.query}" if url.query else ""
+        self._secrets = tuple(
+            value.removeprefix("Bearer ") for key, value in (headers or {}).items() if key.lower() in _SECRET_HEADERS
+        )
+        common = {"host": url.netloc.rpartition("@")[2], "accept-encoding": "identity", "user-agent": "autobot_llm"}
+        self._head = _header_lines(common | {key.lower(): value for key, value in (headers or {}).items()})
+        self._slots = asyncio.Semaphore(limits.max_connections)
+        self._idle: list[Connection] = []  # the latest used one is last
+        self._open: set[Connection] = set()
+        self._all_lost = asyncio.Event()
+        self._is_closed = False
+        self._num_connects = 0
+        self._num_requests = 0
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = 30.0,  # noqa: ASYNC109  # it bounds the whole exchange, retry included
+    ) -> HttpAnswer:
+        """The whole answer, within `timeout` seconds (None: no limit) and the size that the pool allows.
+
+        Raises what `failures.error_from` makes of a status of 300 and more, ProviderUnavailable, ProviderTimeout, and
+        ProviderError for an answer that breaks off, is too large or is no HTTP.
+        """
+        patience = Timeouts(first_token=timeout, read=timeout)
+        try:
+            async with asyncio.timeout(timeout):
+                async with self.stream(method, path, body=body, headers=headers, timeouts=patience) as answer:
+                    data = await answer.body(self._limits.max_body_bytes)
+                    return HttpAnswer(answer.status, answer.headers, data)
+        except TimeoutError as exc:
+            raise ProviderTimeout(f"{self.name} did not answer within {timeout:g} s") from exc
+
+    def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeouts: Timeouts = Timeouts(),  # frozen
+    ) -> HttpStream:
+        """An answer to be read as it comes: `async with pool.stream(...) as answer`. Raises what `request` does.
+
+        Leaving the block before the answer's end closes the connection at once, and so ends the work behind it.
+        """
+        target = f"{self._path}{path}{self._query}"
+        if _UNSAFE_TARGET.search(target):
+            raise ProviderError(f"{self.name}: the path {target!r} cannot be asked for")
+        parts = [f"{method} {target} HTTP/1.1\r\n".encode("ascii"), self._head]
+        if headers:
+            parts.append(_header_lines(headers))
+        if body is not None:
+            parts += [b"content-length: %d\r\n\r\n" % len(body), body]
+        else:
+            parts.append(b"\r\n")
+        return HttpStream(self, b"".join(parts), timeouts)
+
+    async def close(self) -> None:
+        """Close every connection; answers under way end with an error. May be called again."""
+        self._is_closed = True
+        self._idle.clear()
+        for connection in tuple(self._open):
+            connection.close()
+        if self._open:
+            self._all_lost.clear()
+            await self._all_lost.wait()
+
+    def metrics(self) -> dict[str, float]:
+        """Current figures: open and idle connections, requests and connections made since the start."""
+        return {
+            "num_connections": len(self._open),
+            "num_idle_connections": len(self._idle),
+            "num_connects": self._num_connects,
+            "num_http_requests": self._num_requests,
+        }
+
+    # For HttpStream
+
+    async def acquire(self, timeouts: Timeouts, *, fresh: bool) -> Connection:
+        """A connection with nothing under way, which `release` must get back."""
+        await self._slots.acquire()
+        try:
+            self._num_requests += 1
+            return self._reused(fresh) or await self._connected(timeouts)
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def release(self, connection: Connection) -> None:
+        """Keep `connection` for another request if it can be, else close it."""
+        self._slots.release()
+        if self._is_closed or not connection.is_reusable or len(self._idle) >= self._limits.max_idle:
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    def error_from(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception:
+        return error_from(status, headers, body, self.name, secrets=self._secrets)
+
+    def _reused(self, fresh: bool) -> Connection | None:
+        if self._is_closed:
+            raise ProviderUnavailable(f"the connections to {self.name} are closed")
+        if fresh or not self._idle:
+            return None
+        oldest_start = asyncio.get_running_loop().time() - self._limits.idle_seconds
+        while self._idle and self._idle[0].idle_since < oldest_start:
+            self._idle.pop(0).close()
+        return self._idle.pop() if self._idle else None
+
+    async def _connected(self, timeouts: Timeouts) -> Connection:
+        loop = asyncio.get_running_loop()
+        where = f"{self._host}:{self._port}"
+        connection = Connection(self._lost)
+        try:
+            async with asyncio.timeout(timeouts.connect):
+                tls = (self._tls or await asyncio.to_thread(_default_tls)) if self._is_tls else None
+                await loop.create_connection(lambda: connection, self._host, self._port, ssl=tls)
+        except asyncio.CancelledError:
+            connection.close()  # it may have been made just before
+            raise
+        except TimeoutError as exc:
+            connection.close()
+            message = f"{self.name} could not be reached at {where} within {timeouts.connect:g} s"
+            raise ProviderUnavailable(message) from exc
+        except (OSError, UnicodeError) as exc:
+            raise ProviderUnavailable(f"{self.name} cannot be reached at {where}: {exc}") from exc
+        self._num_connects += 1
+        self._open.add(connection)
+        if self._is_closed:
+            connection.close()
+            raise ProviderUnavailable(f"the connections to {self.name} are closed")
+        return connection
+
+    def _lost(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        if not self._open:
+            self._all_lost.set()
+
+
+class HttpStream:
+    """One answer as it comes. `status` and `headers` (lower-case names) are there within the `async with` block."""
+
+    __slots__ = ("_connection", "_is_over", "_pool", "_request", "_timeouts", "headers", "status")
+
+    def __init__(self, pool: HttpPool, request: bytes, timeouts: Timeouts) -> None:
+        self._pool = pool
+        self._request = request
+        self._timeouts = timeouts
+        self._connection: Connection | None = None
+        self._is_over = False
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+
+    async def __aenter__(self) -> HttpStream:
+        pool, timeouts = self._pool, self._timeouts
+        fresh = False
+        while True:
+            connection = await pool.acquire(timeouts, fresh=fresh)
+            was_used = connection.num_exchanges > 0
+            try:
+                connection.send(self._request, timeouts.first_token)
+                await connection.head()
+                break
+            except BrokenConnection as exc:
+                pool.release(connection)
+                # The server closed an idle connection just as the request went out, and has not begun to answer.
+                if not (exc.is_stale and was_used):
+                    raise ProviderUnavailable(f"{pool.name} gave no answer: {exc}") from exc
+                fresh = True
+            except Silence as exc:
+                pool.release(connection)
+                raise ProviderTimeout(f"{pool.name} did not begin to answer within {exc.seconds:g} s") from exc
+            except BaseException:
+                pool.release(connection)
+                raise
+        self._connection = connection
+        self.status, self.headers = connection.status, connection.headers
+        if self.status >= 300:
+            try:
+                body = await self._error_body()
+            finally:
+                self._leave()
+            raise pool.error_from(self.status, self.headers, body)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._pool.release(connection)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The decoded body in pieces that are never empty, all that has come since the last one joined."""
+        connection, pool = self._connection, self._pool
+        assert connection is not None, "read within the `async with` block"
+        max_bytes = pool._limits.max_stream_bytes
+        num_bytes = 0
+        is_first = True
+        try:
+            inflater = inflater_for(self.headers.get("content-encoding", ""))
+            while data := await connection.read():
+                if is_first:
+                    is_first = False
+                    connection.set_patience(self._timeouts.read)
+                for piece in (data,) if inflater is None else inflater.pieces(data):
+                    num_bytes += len(piece)
+                    if num_bytes > max_bytes:
+                        raise ProviderError(f"{pool.name} sent more than {max_bytes} bytes")
+                    yield piece
+        except Silence as exc:
+            raise ProviderTimeout(
+                f"{pool.name} sent nothing for {exc.seconds:g} s in the middle of its answer"
+            ) from exc
+        except BrokenConnection as exc:
+            raise ProviderError(f"{pool.name} broke its answer off: {exc}") from exc
+        except BadContent as exc:
+            raise ProviderError(f"{pool.name}: {exc}") from exc
+
+    async def body(self, max_bytes: int) -> bytes:
+        """The rest of the body. Raises ProviderError when it is larger than `max_bytes`."""
+        parts: list[bytes] = []
+        num_bytes = 0
+        async for piece in self.chunks():
+            num_bytes += len(piece)
+            if num_bytes > max_bytes:
+                raise ProviderError(f"{self._pool.name} sent an answer of more than {max_bytes} bytes")
+            parts.append(piece)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def end(self) -> None:
+        """Say that the answer is complete though the body may not be: what follows is awaited for a moment only.
+
+        Called after the last event of a stream, so that its connection can serve another request.
+        """
+        connection = self._connection
+        assert connection is not None, "ended within the `async with` block"
+        try:
+            async with asyncio.timeout(_END_GRACE):
+                while await connection.read():
+                    pass
+        except (TimeoutError, BrokenConnection, Silence):
+            pass  # the answer is complete; the connection is closed instead of being kept
+
+    async def _error_body(self) -> bytes:
+        """What the provider says about its refusal, as much of it as comes soon and is worth reading."""
+        said = b""
+        try:
+            async with asyncio.timeout(10):
+                async for piece in self.chunks():
+                    said += piece
+                    if len(said) > MAX_ERROR_BYTES:
+                        break
+        except (TimeoutError, ProviderError):
+            pass  # the status says what there is to say
+        return said
+
+
+def _header_lines(headers: Mapping[str, str]) -> bytes:
+    for key, value in headers.items():
+        if _UNSAFE_VALUE.search(key) or _UNSAFE_VALUE.search(value):
+            raise ConfigurationError(f"the header {key!r} has a line end in its value")
+    return "".join(f"{key}: {value}\r\n" for key, value in headers.items()).encode("utf-8")
+
+
+@functools.cache
+def _default_tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
