@@ -164,6 +164,8 @@ class AnswerReader:
         try:
             event = _EVENT.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            if _is_of_unknown_kind(data):
+                return ()
             raise self._nonsense(f"an event that is not Anthropic's ({exc})", data) from exc
         if event.type == "error":
             kind = event.error.type if event.error else ""
@@ -288,6 +290,19 @@ _HANDLERS = {
     "message_delta": AnswerReader._on_message_delta,
     "message_stop": AnswerReader._on_message_stop,
 }
+
+
+class _Kind(msgspec.Struct):
+    type: str
+
+
+def _is_of_unknown_kind(data: bytes) -> bool:
+    """Whether it may have fields of any shape, having a type that is not known here."""
+    try:
+        kind = msgspec.json.decode(data, type=_Kind).type
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return kind not in _HANDLERS and kind != "error"
 
 
 class _Model(msgspec.Struct):
