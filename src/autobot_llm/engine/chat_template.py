@@ -62,6 +62,8 @@ class ChatTemplate:
                 self._templates[name] = environment.from_string(source)
             except jinja2.TemplateSyntaxError as exc:
                 raise ModelLoadError(f"{origin}: the chat template is malformed, line {exc.lineno}: {exc}") from exc
+        self.tool_source = (sources.get("tool_use") or sources.get("default") or ("", ""))[1]
+        """The text of the template that a request with tools is written with; empty where there is none."""
         self._knows_developer = any("developer" in source for _, source in sources.values())
 
     @classmethod

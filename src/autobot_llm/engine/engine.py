@@ -37,7 +37,8 @@ EndReason = Literal["stop", "length"]
 class EngineRequest:
     """One prompt, to be continued once per entry of `params` (the choices; they differ in their seeds only).
 
-    `priority`: lower goes sooner, where the scheduling policy heeds it.
+    `priority`: lower goes sooner, where the scheduling policy heeds it. `shown_ids` are special tokens that the text
+    is to contain, as markers of tool calls.
     """
 
     prompt_ids: list[int]
@@ -45,6 +46,7 @@ class EngineRequest:
     stop: tuple[str, ...] = ()
     salt: str = ""
     priority: int = 0
+    shown_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,14 @@ class Engine:
             )
             self._next_sequence_id += 1
             leader = leader or sequence
-            choice = _Choice(request_id, index, sequence, Detokenizer(self.tokenizer, request.stop), stats)
+            # A grammar says what the text is from its first character on, so no leading space is dropped under one.
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                request.stop,
+                shown_ids=request.shown_ids,
+                keeps_leading_space=params.grammar is not None,
+            )
+            choice = _Choice(request_id, index, sequence, detokenizer, stats)
             choices.append(choice)
             self._choices[sequence.id] = choice
             self._num_host_sampled += needs_host(params)
@@ -235,6 +244,7 @@ class Engine:
         batch = build_batch(plan.scheduled, self.scheduler.block_pool.block_size)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
+        self._sampler.prepare(sampling)
         logits_RV = self.executor.execute(batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
@@ -291,6 +301,7 @@ class Engine:
     def close(self) -> None:
         """Free the device, once it has finished what it was given."""
         self._abandon_in_flight()
+        self._sampler.close()
         self.executor.close()
 
     def _take_in_flight(self) -> _StepInFlight:
@@ -325,9 +336,15 @@ class Engine:
             return self._end(choice, detokenizer.flush(), "stop")
         if info is not None:
             choice.withheld_logprobs.append(info)
+        matcher = choice.sequence.matcher
+        if matcher is not None and not matcher.advance(token_id):
+            error = EngineError(f"token {token_id} was chosen, which the grammar of {matcher.field} forbids")
+            return self._end(choice, "", error=error)
         text = detokenizer.push(token_id, match_stop=may_end)
         if detokenizer.stopped:
             return self._end(choice, text, "stop")
+        if matcher is not None and matcher.is_complete:
+            return self._end(choice, text + detokenizer.flush(), "stop")
         if num_tokens >= params.max_tokens:
             return self._end(choice, text + detokenizer.flush(), "length")
         if not text or not choice.withheld_logprobs:
