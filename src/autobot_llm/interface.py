@@ -28,6 +28,7 @@ from autobot_llm.errors import (
     ProviderUnavailable,
     UnsupportedError,
 )
+from autobot_llm.optimization_matrix import ProviderRow, optimization_matrix
 from autobot_llm.providers.base import ModelInfo, ModelLoader, Provider, ProviderStatus, Streamer
 from autobot_llm.routing import ProviderType, Route, build_chain, build_provider, choose_route, unknown_provider
 from autobot_llm.settings import Settings, load_settings
@@ -221,6 +222,11 @@ class LLMInterface:
         return {"interface": self._counts.figures()} | {
             name: one.provider.metrics() for name, one in self._in_use.items()
         }
+
+    def get_optimizations(self) -> list[ProviderRow]:
+        """For every provider and optimization: whether it could apply, whether it runs now, and why."""
+        in_use = {name: one.provider for name, one in self._in_use.items()}
+        return optimization_matrix(self._known, in_use)
 
     def get_cache_metrics(self) -> dict[str, bool | str]:
         """Whether answers are cached. There is no response cache yet, and so there are no figures of one."""

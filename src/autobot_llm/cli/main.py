@@ -15,6 +15,7 @@ from autobot_llm.cli.chat import chat
 from autobot_llm.cli.config import config
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
+from autobot_llm.cli.routes import routes
 from autobot_llm.cli.serve import serve
 from autobot_llm.errors import ConfigurationError, LLMError
 
@@ -32,6 +33,7 @@ Examples:
   autobot-llm chat                             an interactive session
   autobot-llm config                           every setting, its value and its source
   autobot-llm knobs --engine vllm              what each setting becomes in an engine
+  autobot-llm routes                           which optimization runs at which provider
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -40,7 +42,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, knobs):
+for command in (serve, chat, config, models, knobs, routes):
     cli.add_command(command)
 
 

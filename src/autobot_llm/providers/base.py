@@ -7,9 +7,18 @@ from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from autobot_llm.report import OptimizationOutcome
 from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, LLMRequest, ModelInfo
 
-__all__ = ["Embedder", "ModelInfo", "ModelLoader", "Provider", "ProviderStatus", "Streamer"]
+__all__ = [
+    "Embedder",
+    "ModelInfo",
+    "ModelLoader",
+    "Provider",
+    "ProviderStatus",
+    "Streamer",
+    "TellsOptimizations",
+]
 
 
 class ProviderStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,4 +76,17 @@ class ModelLoader(Protocol):
 
         `keep_alive` says for how long after its last use, as Ollama writes it; 0 takes it out of memory.
         """
+        ...
+
+
+@runtime_checkable
+class TellsOptimizations(Protocol):
+    """What a provider can do besides that knows which optimizations run in it; the names are the router's."""
+
+    def engine_version(self) -> str | None:
+        """The version of the engine behind it; None while it is not known."""
+        ...
+
+    def optimizations(self) -> list[OptimizationOutcome]:
+        """For each optimization that it can speak about: whether it runs now, and why."""
         ...

@@ -68,6 +68,7 @@ class App:
             routes=(
                 Route("/health", GET, self._health, needs_key=False),
                 Route("/metrics", GET, self._show_metrics),
+                Route("/v1/optimizations", GET, self._show_optimizations),
                 Route("/", GET, self._index),
             ),
             errors=errors,
@@ -147,6 +148,10 @@ class App:
 
     async def _show_metrics(self, exchange: Exchange, record: RequestRecord) -> None:
         await exchange.reply(200, self._metrics.page(), content_type=metrics_module.CONTENT_TYPE.encode())
+
+    async def _show_optimizations(self, exchange: Exchange, record: RequestRecord) -> None:
+        body = {"object": "list", "data": self._llm.get_optimizations()}
+        await exchange.reply(200, msgspec.json.encode(body))
 
     async def _index(self, exchange: Exchange, record: RequestRecord) -> None:
         body = {"name": "autobot_llm", "api": "/v1", "endpoints": self._table.paths}

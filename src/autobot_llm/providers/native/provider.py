@@ -25,7 +25,9 @@ from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderU
 from autobot_llm.providers.base import ModelInfo, ProviderStatus
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.from_engine import Answer
+from autobot_llm.providers.native.optimizations import running_optimizations
 from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
+from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
 from autobot_llm.types import Event, LLMRequest, Start
 
@@ -133,6 +135,14 @@ class NativeProvider:
             "num_steps": sum(engine.num_steps for engine in engines),
             "num_generated_tokens": sum(engine.num_generated_tokens for engine in engines),
         }
+
+    def engine_version(self) -> str | None:
+        return None  # the engine has no releases of its own
+
+    def optimizations(self) -> list[OptimizationOutcome]:
+        """What runs in the default model's engine; see `TellsOptimizations`."""
+        service = self._services.get(self._default)
+        return [] if service is None or service.engine is None else list(running_optimizations(service.engine))
 
     async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
         """Answer with the engine. Everything that can be refused is refused before `Start`."""

@@ -46,6 +46,7 @@ __all__ = [
     "accepts",
     "facts_of",
     "installed_version",
+    "releases_that_accept",
     "translate_knobs",
     "translate_settings",
     "versions_in_words",
@@ -91,11 +92,20 @@ def translate_settings(engine: str, version: str, settings: Settings) -> Transla
 def accepts(engine: str, version: str, argument: str, value: object) -> bool:
     """Whether that version takes the value: `accepts("vllm", "0.32", "speculative_config.method", "medusa")`.
 
-    Raises ConfigurationError for a version that is older than what was read.
+    For a version that is not one, or older than what was read, the newest release answers.
     """
     facts = facts_of(engine)
-    release = reading_of(version, facts.read, engine).release
+    try:
+        release = reading_of(version, facts.read, engine).release
+    except ConfigurationError:
+        release = facts.read[-1]
     return argument in facts.arguments and facts.arguments[argument].accepts(value, release)
+
+
+def releases_that_accept(engine: str, argument: str, value: object) -> tuple[str, ...]:
+    """The read releases of the engine that take the value, oldest first."""
+    facts = facts_of(engine)
+    return tuple(release for release in facts.read if facts.arguments[argument].accepts(value, release))
 
 
 def versions_in_words(engine: str) -> str:
