@@ -27,6 +27,7 @@ from autobot_llm.types import (
 )
 
 # https://platform.claude.com/docs/en/api/errors; another 4xx is an invalid request, another 5xx an error of the API.
+# Anthropic has no 503: a provider that cannot be reached now is for its clients what an overloaded one is.
 _ERROR_TYPES = {
     401: "authentication_error",
     402: "billing_error",
@@ -36,6 +37,7 @@ _ERROR_TYPES = {
     409: "conflict_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    503: "overloaded_error",
     504: "timeout_error",
     529: "overloaded_error",
 }
@@ -198,6 +200,10 @@ def model_fields(model: ModelInfo) -> dict[str, object]:
     if model.context_length is not None:
         fields["max_input_tokens"] = model.context_length
     return fields
+
+
+def model_body(model: ModelInfo) -> bytes:
+    return encode(model_fields(model))
 
 
 def models_body(models: list[ModelInfo]) -> bytes:
