@@ -244,7 +244,6 @@ class Engine:
         batch = build_batch(plan.scheduled, self.scheduler.block_pool.block_size)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        self._sampler.prepare(sampling)
         logits_RV = self.executor.execute(batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
@@ -301,7 +300,6 @@ class Engine:
     def close(self) -> None:
         """Free the device, once it has finished what it was given."""
         self._abandon_in_flight()
-        self._sampler.close()
         self.executor.close()
 
     def _take_in_flight(self) -> _StepInFlight:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from autobot_llm.engine.executor import SamplingArrays
-from autobot_llm.engine.grammar.masks import Allowed, MaskMaker, Masks
+from autobot_llm.engine.grammar.masks import Allowed, Masks, make_masks
 from autobot_llm.engine.logit_adjuster import LogitAdjuster, needs_adjustment
 from autobot_llm.engine.noise import exponential_noise, exponential_noise_on_device, noise_keys
 from autobot_llm.engine.sequence import SamplingParams, Sequence
@@ -85,14 +85,6 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._rows: dict[int, _Row] = {}
-        self._masks = MaskMaker()
-
-    def prepare(self, sequences: SequenceABC[Sequence]) -> None:
-        """Do beside the device what sampling these needs and needs no logits for: the masks of their grammars."""
-        self._masks.begin(sequences)
-
-    def close(self) -> None:
-        self._masks.close()
 
     def sample(self, logits_RV: torch.Tensor, sequences: SequenceABC[Sequence]) -> list[Outcome]:
         """Choose one token for each row. `logits_RV` is float32, row r belongs to sequences[r], and is not changed.
@@ -101,6 +93,8 @@ class Sampler:
         SamplingFailure.
         """
         assert logits_RV.shape == (len(sequences), self.vocab_size)
+        # Before anything asks for the logits: a GPU is still computing them, and the masks cost no time of their own.
+        masks = make_masks(sequences)
         rows = [self._rows.get(s.id) or self._meet(s, logits_RV.device) for s in sequences]
         model_bests, tokens = _best_of_rows(logits_RV)
         if all(row.is_plain for row in rows):
@@ -109,7 +103,6 @@ class Sampler:
                 for token, best in zip(tokens, model_bests, strict=True)
             ]
         adjusted_RV, bests = logits_RV, model_bests
-        masks = self._masks.finish(sequences) if any(row.is_constrained for row in rows) else {}
         if masks or any(row.adjuster is not None for row in rows):
             adjusted_RV = _adjust(logits_RV, sequences, rows, masks)
             bests, tokens = _best_of_rows(adjusted_RV)
