@@ -33,6 +33,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "default_model": ("/models/one", "/models/one", None),
     "timeout": ("12.5", 12.5, "-1"),
     "ollama_endpoint": ("http://box:1", "http://box:1", "box:1"),
+    "ollama_keep_alive": ("-1m", "-1m", "30"),
     "vllm_endpoints": ("http://a, https://b", ("http://a", "https://b"), "http://a,b"),
     "openai_endpoint": ("https://o/v1", "https://o/v1", "ftp://o"),
     "anthropic_endpoint": ("https://a", "https://a", "https://"),

@@ -41,8 +41,9 @@ ABOUT: dict[str, About] = {
     # Providers and models
     "provider": About("Provider that answers by default.", "interface", now=True, variable="AUTOBOT_LLM_PROVIDER"),
     "default_model": About(
-        "Model that answers by default: the embedded `tiny`, or the path of a model folder.",
-        "interface, providers/native",
+        "Model that answers by default: the embedded `tiny`, or the path of a model folder; the name of a model where "
+        "another provider answers. Ollama's is `mistral:7b-instruct-q4_K_M` unless this is set.",
+        "interface, providers/native, providers/ollama",
         now=True,
         variable="AUTOBOT_DEFAULT_LLM_MODEL",
     ),
@@ -58,7 +59,14 @@ ABOUT: dict[str, About] = {
         now=True,
         variable="AUTOBOT_LLM_TIMEOUT",
     ),
-    "ollama_endpoint": About("Where Ollama listens.", "providers/ollama", OLLAMA),
+    "ollama_endpoint": About("Where Ollama listens.", "providers/ollama", OLLAMA, now=True),
+    "ollama_keep_alive": About(
+        "How long Ollama keeps a model in memory after a request, negative for ever; off leaves it to Ollama. A stay "
+        "that is longer already is not cut short.",
+        "providers/ollama",
+        OLLAMA,
+        now=True,
+    ),
     "vllm_endpoints": About("Where vLLM servers listen.", "providers/vllm", VLLM),
     "openai_endpoint": About("OpenAI's base address.", "providers/openai", OPENAI),
     "anthropic_endpoint": About("Anthropic's base address.", "providers/anthropic", ANTHROPIC),
@@ -224,7 +232,10 @@ ABOUT: dict[str, About] = {
         ENGINES,
     ),
     "use_quantized_models": About(
-        "Prefer a known quantized variant of a model where there is one (lossy).", "engine/quantization", LOCAL
+        "Prefer a known quantized variant of a model where there is one (lossy).",
+        "providers/ollama",
+        OLLAMA,
+        now=True,
     ),
     # vLLM
     "vllm_multi_step": About("Steps that vLLM plans at a time.", "tuning/knobs", VLLM),

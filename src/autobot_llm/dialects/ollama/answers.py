@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from autobot_llm.errors import (
-    AuthenticationError,
     ContextLengthError,
     InvalidRequestError,
     LLMError,
@@ -83,9 +82,10 @@ _FINISH_REASONS: dict[str, FinishReason] = {"length": "length", "content_filter"
 class AnswerReader:
     """Turns one answer's lines into events; after the last one, `ending` holds its counts and times."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, model: str) -> None:
         self.ending: WireLine | None = None
         self._request_id = request_id
+        self._model = model
         self._num_calls = 0
 
     def events(self, data: bytes) -> Iterator[Event]:
@@ -97,7 +97,7 @@ class AnswerReader:
                 f"Ollama sent a line that is not of its API: {exc}: {_shown(data)}", code="bad_answer"
             ) from exc
         if line.error is not None:
-            raise error_of(line.status, line.error)
+            raise error_of(line.status, line.error, self._model)
         message = line.message
         thinking, text = (line.thinking, line.response) if message is None else (message.thinking, message.content)
         if thinking:
@@ -178,30 +178,42 @@ def read_embeddings(data: bytes, *, num_inputs: int, model: str, provider: str, 
 
 
 # What Ollama's sentences mean, beyond their status; found in its server's sources.
-_UNSUPPORTED = (("does not support tools", "tools"), ("does not support thinking", "reasoning_effort"))
-_UNFIT = ("does not support chat", "does not support generate", "does not support insert", "does not support embed")
+_UNSUPPORTED = (
+    ("does not support tools", "tools"),
+    ("does not support thinking", "reasoning_effort"),
+    ("does not support insert", "suffix"),
+    ("does not support", "model"),
+)
 _TOO_LONG = ("exceeds the context length", "exceed_context_size", "exceeds maximum context", "context length exceeded")
+_BUSY = "maximum pending requests"
+_OUT_OF_MEMORY = "system memory"
 
 
-def error_of(status: int, message: str, *, model: str | None = None) -> LLMError:
-    """Ollama's error as ours, its own sentence kept. `model` is what was asked for, for the remedy."""
-    text = f"Ollama: {message}"
+def error_of(status: int, message: str, model: str) -> LLMError:
+    """The error that a line of an answer tells, its own sentence kept; `model` is what was asked for."""
+    text = f"ollama: {message}"
+    if status == 404:
+        return ModelNotFoundError(text + _pull(model), param="model")
+    kind = InvalidRequestError if status == 400 else ProviderError
+    return better_error(kind(text), model)
+
+
+def better_error(error: LLMError, model: str) -> LLMError:
+    """`error` as Ollama's sentence has it, or itself; with the remedy where there is one."""
+    message = error.message
     for sentence, param in _UNSUPPORTED:
         if sentence in message:
-            return UnsupportedError(text, param=param)
-    if any(sentence in message for sentence in _UNFIT):
-        return UnsupportedError(text, param="model")
+            return UnsupportedError(message, param=param)
     if any(sentence in message for sentence in _TOO_LONG):
-        return ContextLengthError(text, param="messages")
-    if status == 404:
-        remedy = f"; `ollama pull {model}` fetches it" if model else ""
-        return ModelNotFoundError(f"{text}{remedy}", param="model")
-    if status in (401, 403):
-        return AuthenticationError(f"{text}; `ollama signin` on the server's machine")
-    if status == 429 or (status == 503 and "maximum pending requests" in message):
-        return OverloadedError(text, retry_after=BUSY_FOR)
-    if status == 400:
-        return InvalidRequestError(text)
-    if "system memory" in message:
-        text += "; a smaller quantization of the model (q4_K_M) or a smaller num_ctx needs less"
-    return ProviderError(text)
+        return ContextLengthError(message, param="messages")
+    if _BUSY in message:
+        return OverloadedError(message, retry_after=BUSY_FOR)
+    if isinstance(error, ModelNotFoundError):
+        return ModelNotFoundError(message + _pull(model), param="model")
+    if _OUT_OF_MEMORY in message:
+        return ProviderError(f"{message}; a smaller quantization such as q4_K_M, or a smaller context, needs less")
+    return error
+
+
+def _pull(model: str) -> str:
+    return f"; `ollama pull {model}` fetches it"

@@ -184,11 +184,15 @@ def ps_body(models: Mapping[str, ModelInfo]) -> bytes:
             "models": [
                 _listed(name, model)
                 | {key: model.details[key] for key in extra if key in model.details}
-                | ({} if model.context_length is None else {"context_length": model.context_length})
+                | ({} if (length := _loaded_context(model)) is None else {"context_length": length})
                 for name, model in running.items()
             ]
         }
     )
+
+
+def _loaded_context(model: ModelInfo) -> int | None:
+    return model.details.get("loaded_context_length", model.context_length)
 
 
 def _listed(name: str, model: ModelInfo) -> dict[str, object]:
