@@ -99,6 +99,7 @@ class HttpPool:
         self._open: set[Connection] = set()
         self._all_lost = asyncio.Event()
         self._is_closed = False
+        self._num_waiting = 0
         self._num_connects = 0
         self._num_requests = 0
 
@@ -161,8 +162,9 @@ class HttpPool:
             await self._all_lost.wait()
 
     def metrics(self) -> dict[str, float]:
-        """Current figures: open and idle connections, requests and connections made since the start."""
+        """Figures: requests that wait for a connection, open and idle connections, connections and requests made."""
         return {
+            "num_waiting_requests": self._num_waiting,
             "num_connections": len(self._open),
             "num_idle_connections": len(self._idle),
             "num_connects": self._num_connects,
@@ -173,7 +175,11 @@ class HttpPool:
 
     async def acquire(self, timeouts: Timeouts, *, fresh: bool) -> Connection:
         """A connection with nothing under way, which `release` must get back."""
-        await self._slots.acquire()
+        self._num_waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._num_waiting -= 1
         try:
             self._num_requests += 1
             return self._reused(fresh) or await self._connected(timeouts)
@@ -184,7 +190,8 @@ class HttpPool:
     def release(self, connection: Connection) -> None:
         """Keep `connection` for another request if it can be, else close it."""
         self._slots.release()
-        if self._is_closed or not connection.is_reusable or len(self._idle) >= self._limits.max_idle:
+        room = self._limits.max_idle + self._num_waiting
+        if self._is_closed or not connection.is_reusable or len(self._idle) >= room:
             connection.close()
         else:
             self._idle.append(connection)
@@ -309,9 +316,7 @@ class HttpStream:
                         raise ProviderError(f"{pool.name} sent more than {max_bytes} bytes")
                     yield piece
         except Silence as exc:
-            raise ProviderTimeout(
-                f"{pool.name} sent nothing for {exc.seconds:g} s in the middle of its answer"
-            ) from exc
+            raise ProviderTimeout(f"{pool.name} fell silent for {exc.seconds:g} s within its answer") from exc
         except BrokenConnection as exc:
             raise ProviderError(f"{pool.name} broke its answer off: {exc}") from exc
         except BadContent as exc:

@@ -29,6 +29,7 @@ class SseParser:
         self._line: list[bytes] = []  # the pieces of a line that has not ended
         self._event = ""
         self._data: list[bytes] = []
+        self._num_data_bytes = 0  # of the lines in `_data`, their field names included
         self._num_bytes = 0  # of the event that has not ended
         self._is_first_line = True
         self._ended_in_return = False
@@ -48,11 +49,11 @@ class SseParser:
                     self._take(line)
                 elif self._data:
                     events.append(SseEvent(self._event, b"\n".join(self._data)))
-                    self._event, self._data = "", []
+                    self._event, self._data, self._num_data_bytes = "", [], 0
                 else:
                     self._event = ""
             self._is_first_line = False
-            self._num_bytes = len(rest) + sum(map(len, self._data))
+            self._num_bytes = len(rest) + self._num_data_bytes
         if self._num_bytes > MAX_EVENT_BYTES:
             raise ProviderError(f"the provider sent an event larger than {MAX_EVENT_BYTES} bytes")
         return events
@@ -73,6 +74,7 @@ class SseParser:
         field, _, value = line.partition(b":")
         if field == b"data":
             self._data.append(value[1:] if value.startswith(b" ") else value)
+            self._num_data_bytes += len(line)
         elif field == b"event":
             self._event = (value[1:] if value.startswith(b" ") else value).decode("utf-8", "replace")
 
