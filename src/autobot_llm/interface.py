@@ -29,7 +29,7 @@ from autobot_llm.errors import (
     UnsupportedError,
 )
 from autobot_llm.optimization_matrix import ProviderRow, optimization_matrix
-from autobot_llm.providers.base import ModelInfo, ModelLoader, Provider, ProviderStatus, Streamer
+from autobot_llm.providers.base import ModelInfo, ModelLoader, Provider, ProviderStatus, Streamer, TokenCounter
 from autobot_llm.routing import ProviderType, Route, build_chain, build_provider, choose_route, unknown_provider
 from autobot_llm.settings import Settings, load_settings
 from autobot_llm.types import ChatMessage, Event, Finish, LLMRequest, LLMResponse, Usage
@@ -209,6 +209,18 @@ class LLMInterface:
             )
         if keep_alive == 0:
             raise UnsupportedError(f"provider '{route.provider}' keeps its models in memory", param="keep_alive")
+
+    async def count_tokens(self, request: LLMRequest) -> int:
+        """The number of tokens of the request's prompt, as the provider that would answer it counts them.
+
+        Raises UnsupportedError where that provider cannot count.
+        """
+        validate_request(request)
+        route = self.route(request)
+        provider = (await self._usable(route.provider)).provider
+        if not isinstance(provider, TokenCounter):
+            raise UnsupportedError(f"provider '{route.provider}' cannot count a prompt's tokens", param="provider")
+        return await provider.count_tokens(msgspec.structs.replace(request, provider=route.provider, model=route.model))
 
     def get_all_provider_status(self) -> dict[str, ProviderStatus]:
         """The state of every provider in use and of the default one, by name."""

@@ -114,6 +114,18 @@ def kind_of(name: str) -> ProviderType:
     return ProviderType(name) if name in _COULD_APPLY else ProviderType.CLOUD_OTHER
 
 
+def _anthropic(settings: Settings) -> Provider:
+    from autobot_llm.providers.anthropic import AnthropicProvider
+
+    return AnthropicProvider(settings)
+
+
+# Providers over HTTP, imported when they are asked for: `import autobot_llm` has no need of a client.
+_CLIENTS: Mapping[str, Callable[[Settings], Provider]] = {
+    ProviderType.CLOUD_ANTHROPIC: _anthropic,
+}
+
+
 def build_provider(settings: Settings, name: str, on_progress: Callable[[int, int], None] | None = None) -> Provider:
     """The provider called `name`, not yet started. Imports the engine, torch with it, only for "native".
 
@@ -122,8 +134,10 @@ def build_provider(settings: Settings, name: str, on_progress: Callable[[int, in
     """
     if name not in _COULD_APPLY:
         raise unknown_provider(name, list(ProviderType))
+    if (make := _CLIENTS.get(name)) is not None:
+        return make(settings)
     if name != ProviderType.LOCAL_NATIVE:
-        raise ConfigurationError(f"provider '{name}' is not implemented yet: expected native")
+        raise ConfigurationError(f"provider '{name}' is not implemented yet: expected native, {', '.join(_CLIENTS)}")
     try:
         from autobot_llm.providers.native import NativeProvider
     except ModuleNotFoundError as exc:

@@ -18,6 +18,7 @@ __all__ = [
     "ProviderStatus",
     "Streamer",
     "TellsOptimizations",
+    "TokenCounter",
 ]
 
 
@@ -76,6 +77,15 @@ class ModelLoader(Protocol):
 
         `keep_alive` says for how long after its last use, as Ollama writes it; 0 takes it out of memory.
         """
+        ...
+
+
+@runtime_checkable
+class TokenCounter(Protocol):
+    """What a provider that knows the length of a prompt before it is computed can do besides."""
+
+    async def count_tokens(self, request: LLMRequest) -> int:
+        """The number of tokens of the request's prompt. What `stream` would refuse in a prompt is refused here too."""
         ...
 
 

@@ -18,6 +18,7 @@ from autobot_llm.interface import LLMInterface
 from autobot_llm.observability import metrics as metrics_module
 from autobot_llm.observability.metrics import Metrics, RequestRecord
 from autobot_llm.server.answers import Answers, Service
+from autobot_llm.server.anthropic_api import anthropic_api
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header, Receive, Scope, Send
 from autobot_llm.server.ollama_api import ollama_api
 from autobot_llm.server.openai_api import openai_api
@@ -40,6 +41,7 @@ UNHEALTHY = ("failed", "stopped", "starting")  # worst first
 # Every dialect the server speaks, one line each.
 APIS: tuple[Callable[[Service], Api], ...] = (
     openai_api,
+    anthropic_api,
     ollama_api,
 )
 

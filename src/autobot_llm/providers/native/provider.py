@@ -144,6 +144,12 @@ class NativeProvider:
         service = self._services.get(self._default)
         return [] if service is None or service.engine is None else list(running_optimizations(service.engine))
 
+    async def count_tokens(self, request: LLMRequest) -> int:
+        """The prompt's length, chat template and tools included."""
+        engine = (await self._service(request.model or self._default)).engine
+        assert engine is not None, "a started service has an engine"
+        return len(await encode_prompt(engine, request, answer_shape(request, engine.tokenizer).tools))
+
     async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
         """Answer with the engine. Everything that can be refused is refused before `Start`."""
         model = request.model or self._default
