@@ -13,7 +13,7 @@ async def test_the_server_tells_what_runs_and_why() -> None:
         reply = await server.get("/v1/optimizations", authorization="Bearer a-secret")
     assert refused.status == 401
     (row,) = reply.json["data"]
-    assert (row["provider"], row["state"]) == ("scripted", "ready")
+    assert (row["provider"], row["state"]) == ("native", "ready")
     assert [one["name"] for one in row["optimizations"]] == list(OPTIMIZATIONS)
     assert all(one["reason"] for one in row["optimizations"])
     assert not any(one["runs"] and not one["could_apply"] for one in row["optimizations"])
