@@ -355,7 +355,7 @@ def _broken_adjustment(best: float, sequence: Sequence, masks: Masks) -> Samplin
     if allowed is not None and best == -math.inf:
         assert sequence.matcher is not None
         field = sequence.matcher.field
-        message = f"{field}: no token of this model's vocabulary continues what the grammar has begun"
+        message = f"{field}: bias and minimum length exclude every token that the grammar allows"
         return SamplingFailure(InvalidRequestError(message, param=field))
     if best == -math.inf:
         message = "logit_bias and min_tokens together exclude every token of the vocabulary"

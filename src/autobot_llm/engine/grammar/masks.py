@@ -22,7 +22,7 @@ class Allowed:
 
 
 Masks = dict[int, Allowed | InvalidRequestError]
-"""By sequence id; an error for a grammar that is too costly to follow."""
+"""By sequence id; an error for a grammar that cannot be followed further."""
 
 
 def make_masks(sequences: SequenceABC[Sequence]) -> Masks:

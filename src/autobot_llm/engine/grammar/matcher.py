@@ -61,7 +61,8 @@ class Matcher:
     def mask(self) -> UInt8Array:
         """allowed_V: 1 for each token that may come next, the end tokens among them where the answer may end.
 
-        Raises InvalidRequestError where the grammar needs more work for this place than it gets.
+        Raises InvalidRequestError where the grammar needs more work for this place than it gets, or the vocabulary
+        cannot spell what must follow.
         """
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
@@ -86,5 +87,8 @@ class Matcher:
         return Matcher(self._matcher.deep_copy(), self._vocab_size, self.field)
 
     def _failure(self) -> InvalidRequestError:
-        reason = self._matcher.get_error().partition("\n")[0]
-        return InvalidRequestError(f"{self.field}: the grammar is too costly to follow: {reason}", param=self.field)
+        if self._matcher.stop_reason() in ("NoExtension", "NoExtensionBias"):
+            reason = "no token of this model's vocabulary continues the answer"
+        else:
+            reason = f"the grammar is too costly to follow: {self._matcher.get_error().splitlines()[0]}"
+        return InvalidRequestError(f"{self.field}: {reason}", param=self.field)
