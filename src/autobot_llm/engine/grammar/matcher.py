@@ -87,8 +87,9 @@ class Matcher:
         return Matcher(self._matcher.deep_copy(), self._vocab_size, self.field)
 
     def _failure(self) -> InvalidRequestError:
-        if self._matcher.stop_reason() in ("NoExtension", "NoExtensionBias"):
+        reason = self._matcher.get_error().splitlines()[0]
+        if reason.startswith("NoExtension"):  # the library's name for it
             reason = "no token of this model's vocabulary continues the answer"
         else:
-            reason = f"the grammar is too costly to follow: {self._matcher.get_error().splitlines()[0]}"
+            reason = f"the grammar is too costly to follow: {reason}"
         return InvalidRequestError(f"{self.field}: {reason}", param=self.field)
