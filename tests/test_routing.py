@@ -95,7 +95,7 @@ def test_an_unknown_provider_is_refused_with_the_known_ones() -> None:
     assert refusal.value.param == "provider"
 
 
-BUILT = (ProviderType.LOCAL_NATIVE, ProviderType.CLOUD_ANTHROPIC)
+BUILT = (ProviderType.LOCAL_NATIVE, ProviderType.LOCAL_OLLAMA, ProviderType.CLOUD_ANTHROPIC)
 
 
 def test_a_provider_that_is_not_built_yet_says_so() -> None:
@@ -103,7 +103,8 @@ def test_a_provider_that_is_not_built_yet_says_so() -> None:
         if kind not in BUILT:
             with pytest.raises(ConfigurationError, match=f"'{kind}' is not implemented yet"):
                 build_provider(Settings(), kind)
-    assert build_provider(Settings(), "anthropic").name == "anthropic"
+    for name in ("anthropic", "ollama"):
+        assert build_provider(Settings(), name).name == name
     with pytest.raises(ModelNotFoundError, match="no provider is called 'x'"):
         build_provider(Settings(), "x")
 

@@ -120,9 +120,16 @@ def _anthropic(settings: Settings) -> Provider:
     return AnthropicProvider(settings)
 
 
+def _ollama(settings: Settings) -> Provider:
+    from autobot_llm.providers.ollama import OllamaProvider
+
+    return OllamaProvider(settings)
+
+
 # Providers over HTTP, imported when they are asked for: `import autobot_llm` has no need of a client.
 _CLIENTS: Mapping[str, Callable[[Settings], Provider]] = {
     ProviderType.CLOUD_ANTHROPIC: _anthropic,
+    ProviderType.LOCAL_OLLAMA: _ollama,
 }
 
 
