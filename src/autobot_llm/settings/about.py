@@ -69,7 +69,7 @@ ABOUT: dict[str, About] = {
     ),
     "vllm_endpoints": About("Where vLLM servers listen.", "providers/vllm", VLLM),
     "openai_endpoint": About("OpenAI's base address.", "providers/openai", OPENAI),
-    "anthropic_endpoint": About("Anthropic's base address.", "providers/anthropic", ANTHROPIC),
+    "anthropic_endpoint": About("Anthropic's base address.", "providers/anthropic", ANTHROPIC, now=True),
     "clouds": About(
         "Base address of a named OpenAI-compatible cloud; its key is AUTOBOT_CLOUD_<NAME>_API_KEY.",
         "providers/openai",
@@ -78,7 +78,7 @@ ABOUT: dict[str, About] = {
     ),
     "openai_api_key": About("Key for OpenAI.", "providers/openai", OPENAI, secret=True, variable="OPENAI_API_KEY"),
     "anthropic_api_key": About(
-        "Key for Anthropic.", "providers/anthropic", ANTHROPIC, secret=True, variable="ANTHROPIC_API_KEY"
+        "Key for Anthropic.", "providers/anthropic", ANTHROPIC, now=True, secret=True, variable="ANTHROPIC_API_KEY"
     ),
     # Server
     "host": About("Address the server listens on; the default is this machine only.", "server", now=True),
@@ -164,9 +164,10 @@ ABOUT: dict[str, About] = {
         "Share of a GPU's memory that the engine may use.", "engine/memory", ENGINES, now=True
     ),
     "prefix_caching": About(
-        "Reuse what was computed for an equal beginning of a prompt of the same tenant.",
-        "engine/kv_cache",
-        NATIVE,
+        "Reuse what was computed for an equal beginning of a prompt of the same tenant; for Anthropic, mark the "
+        "beginning that stays the same, so that its cache keeps it.",
+        "engine/kv_cache, providers/anthropic",
+        NATIVE | ANTHROPIC,
         now=True,
     ),
     "cached_prefixes": About(
@@ -242,7 +243,7 @@ ABOUT: dict[str, About] = {
     "vllm_prefix_caching": About("Let vLLM reuse equal beginnings of prompts.", "tuning/knobs", VLLM),
     "vllm_async_output": About("Let vLLM overlap output with computing.", "tuning/knobs", VLLM),
     # Everything over HTTP
-    "cloud_connection_pool_size": About("Connections kept per provider.", "cloud/http_pool", OVER_HTTP),
+    "cloud_connection_pool_size": About("Most connections to one provider.", "transport/pool", OVER_HTTP, now=True),
     "cloud_batch_window_ms": About(
         "Milliseconds to wait for requests that can share a call.", "cloud/request_batching", OVER_HTTP
     ),
