@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import BLOCK_BYTES, Driver, greedy, num_leaked_blocks, request, tiny_engine
+from engines import BLOCK_BYTES, TINY, Driver, greedy, num_leaked_blocks, request, tiny_engine
+from fake_device import VOCAB_SIZE, FakePipelinedDevice
 from grammars import FIELD, compiled, is_valid, schema_grammar
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.compiler import GrammarCompiler
 from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.grammar.spec import GrammarSpec
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.models.config import load_config
+from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.sequence import SamplingParams
+from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import InvalidRequestError
 
 PERSON = {
@@ -116,7 +122,7 @@ SCHEMAS = objects(st.recursive(LEAVES, nested, max_leaves=5)).map(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
 def test_an_answer_under_any_schema_parses_and_is_valid(
     engine: Engine, compiler: GrammarCompiler, schema: dict[str, Any], seed: int
@@ -309,3 +315,35 @@ def test_a_grammar_that_becomes_too_costly_ends_its_own_answer_only(engine: Engi
     error = driver.ended[0, 0].error
     assert isinstance(error, InvalidRequestError) and error.param == FIELD
     assert num_leaked_blocks(engine) == 0
+
+
+# --- a device that works beside the host ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_grammar_that_comes_while_a_step_is_under_way_changes_nobody_elses_tokens(lazy: bool) -> None:
+    """40 tokens, and a device that samples by itself until somebody needs the host."""
+    tokenizer = Tokenizer.from_folder(TINY)
+    compiler = GrammarCompiler.for_model(tokenizer, VOCAB_SIZE, frozenset({0}))
+    grammar = compiled(compiler, GrammarSpec.regex("[0-9]{9}", FIELD))
+    compiler.close()
+
+    def run(with_grammar: bool) -> Driver:
+        pool = BlockPool(32, 4, prefix_caching=True)
+        scheduler = Scheduler(pool, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
+        device = FakePipelinedDevice(32, 4, lazy=lazy)
+        driver = Driver(Engine(load_config(TINY), tokenizer, device, scheduler, Sampler(VOCAB_SIZE), bytes_per_block=8))
+        driver.add(0, request([20, 21], greedy(20)))
+        driver.add(1, request([22, 21], greedy(20, temperature=1.0, seed=4)))
+        for _ in range(3):
+            driver.step()
+        if with_grammar:
+            driver.add(2, request([23], greedy(12, grammar=grammar, stop_token_ids=frozenset({0}))))
+        driver.run()
+        assert num_leaked_blocks(driver.engine) == 0
+        return driver
+
+    beside, without = run(True), run(False)
+    assert {key: beside.texts[key] for key in without.texts} == without.texts
+    assert beside.texts[2, 0].isdigit() and len(beside.texts[2, 0]) == 9
+    assert beside.ended[2, 0].end == "stop"
