@@ -265,6 +265,16 @@ async def test_requests_at_once_agree_on_one_context() -> None:
     assert ollama.num_loads[MODEL] <= 2
 
 
+async def test_a_reader_that_leaves_while_the_context_grows_does_not_make_the_next_one_shrink_it() -> None:
+    async with running_ollama() as ollama, provider_of(ollama) as provider:
+        await ask(provider)
+        events = provider.stream(asking("word " * 5000))
+        assert isinstance(await anext(events), Start)
+        await events.aclose()
+        await ask(provider)
+    assert ollama.num_loads == {MODEL: 2}
+
+
 async def test_the_context_stays_within_the_models_and_the_settings_limits() -> None:
     async with running_ollama(models={MODEL: Model(context_length=6000)}) as ollama:
         async with provider_of(ollama) as provider:

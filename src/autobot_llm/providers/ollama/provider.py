@@ -167,11 +167,10 @@ class OllamaProvider:
             raise
         finally:
             pin.num_in_flight -= 1
-        yield self._finish(catalog, reader, body, pin, shown, first_at)
+        yield self._finish(reader, body, pin, shown, first_at)
 
     def _finish(
         self,
-        catalog: Catalog,
         reader: AnswerReader,
         body: Mapping[str, Any],
         pin: Pin,
@@ -191,7 +190,6 @@ class OllamaProvider:
         if was_loaded(line) and timings.load is not None:
             self._last_loads[model] = timings.load
             self._counts["num_model_loads"] += 1
-            catalog.forget_processes()
         self._counts["num_generated_tokens"] += usage.completion_tokens
         self._counts["num_prompt_tokens"] += usage.prompt_tokens
         self._counts["num_cached"] += usage.cached_tokens
