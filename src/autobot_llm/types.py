@@ -38,6 +38,8 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     continue, or token ids) is given. `n` is the number of independent choices. `tenant` separates callers whose
     caches must not touch. `timeout` is in seconds, for the whole answer. `logprobs=k` asks for the chosen
     token's log probability and the k best ones'. `priority`: a lower one is served sooner, where the engine heeds it.
+    `extra_body` holds fields of one provider's own, which the others refuse. `service_options` are OpenAI's notes to
+    its service (`user`, `store`, `service_tier`, ...): they change no answer, and mean nothing to other providers.
     """
 
     messages: list[ChatMessage] | None = None
@@ -71,6 +73,7 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     metadata: dict[str, Any] = msgspec.field(default_factory=dict)
     request_id: str | None = None
     extra_body: dict[str, Any] = msgspec.field(default_factory=dict)
+    service_options: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -47,8 +47,8 @@ class SharedFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     top_k: int | None = None
-    # Bookkeeping of OpenAI's own service: accepted, and without meaning here. `user` is no tenant: a client could
-    # name anybody.
+    # Notes to OpenAI's own service: passed on to it, and without meaning elsewhere. `user` is no tenant: a client
+    # could name anybody.
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -108,6 +108,14 @@ SAME_NAME = (
     "stop_token_ids",
     "top_k",
     "metadata",
+)
+SERVICE_OPTIONS = (
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
 )
 MESSAGE_FIELDS = frozenset(ChatMessage.__struct_fields__)
 NOTES_ON_MESSAGES = frozenset({"annotations"})  # what OpenAI's client sends back with an answer, for the reader only
@@ -182,6 +190,8 @@ def _refuse_unknown_message_fields(messages: list[dict[str, Any]]) -> None:
 
 def _shared_options(body: SharedFields) -> dict[str, Any]:
     options = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+    if service_options := {name: value for name in SERVICE_OPTIONS if (value := getattr(body, name)) is not None}:
+        options["service_options"] = service_options
     if body.stop is not None:
         options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     options["stream"] = bool(body.stream)
