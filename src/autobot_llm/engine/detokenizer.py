@@ -61,7 +61,12 @@ class Detokenizer:
     @property
     def stopped(self) -> bool:
         """Whether a stop string was met. The text ended before it, and later tokens add nothing."""
-        return self._stop is not None and self._stop.matched
+        return self.stop_string is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was met."""
+        return None if self._stop is None else self._stop.matched
 
     def push(self, token_id: int, *, match_stop: bool = True) -> str:
         """The text that is certain now, after one more token; often a little late, sometimes empty.
@@ -84,17 +89,17 @@ class _StopStrings:
         assert all(stop), "an empty stop string is refused with the request"
         self._stop = stop
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
 
     def push(self, text: str, match: bool) -> str:
-        if self.matched or not text:
+        if self.matched is not None or not text:
             return ""
         buffer = self._held + text
-        ends = [(start + len(stop), start) for stop in self._stop if (start := buffer.find(stop)) >= 0]
+        ends = [(start + len(stop), start, stop) for stop in self._stop if (start := buffer.find(stop)) >= 0]
         if ends and match:
-            self.matched = True
+            _, start, self.matched = min(ends)
             self._held = ""
-            return buffer[: min(ends)[1]]
+            return buffer[:start]
         num_held = max(_overlap(buffer, stop) for stop in self._stop)
         self._held = buffer[len(buffer) - num_held :]
         return buffer[: len(buffer) - num_held]

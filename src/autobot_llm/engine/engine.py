@@ -62,6 +62,8 @@ class TokenInfo:
 class Output:
     """What one step added to one choice. With `end` or `error` the choice is over and its blocks are free.
 
+    `stop_string` is the one of the request's that ended it, if one did.
+
     One is made for each token, which is why it is not frozen: that would take three times as long.
     """
 
@@ -72,6 +74,7 @@ class Output:
     logprobs: tuple[TokenInfo, ...] = ()
     end: EndReason | None = None
     error: LLMError | None = None
+    stop_string: str | None = None
 
 
 @dataclass(slots=True)
@@ -356,7 +359,8 @@ class Engine:
         self.scheduler.finish(choice.sequence)
         self._forget(choice)
         logprobs = tuple(choice.withheld_logprobs)
-        return Output(choice.request_id, choice.index, text, choice.num_tokens, logprobs, end=end, error=error)
+        stop = choice.detokenizer.stop_string if end == "stop" else None
+        return Output(choice.request_id, choice.index, text, choice.num_tokens, logprobs, end, error, stop)
 
     def _forget(self, choice: _Choice) -> None:
         sequence, stats = choice.sequence, choice.stats

@@ -62,7 +62,7 @@ class CallFormat:
         opening = _marker(self.markers.open, tokenizer)
         if self.markers.may_be_bare:
             start = f"start: PLAIN | {self._calls(tokenizer, several=several)}"
-            rules = (*rules, 'PLAIN: /[^{<](?s:.*)/ | ""')
+            rules = (*rules, 'PLAIN: /[^{](?s:.*)/ | ""')
         elif opening.startswith("<"):
             start = f"start: TEXT | TEXT {opening} {calls}"
         else:
@@ -112,12 +112,11 @@ MISTRAL = CallFormat(
 # What a template says only if its model writes calls in that form. The first that fits counts.
 _SIGNS: tuple[tuple[str, CallFormat], ...] = (
     ("[TOOL_CALLS]", MISTRAL),
-    ('{"name": <function-name>, "arguments": <args-json-object>}', HERMES),
     ("<tool_call>", HERMES),
     ("<|python_tag|>", LLAMA),
     ('"parameters": dictionary of argument name and its value', LLAMA),
 )
-# Forms that hold one of the signs above and are others: XML calls, and names before the arguments.
+# What tells other forms from these where a sign is shared: calls in XML, names that stand before the arguments.
 _OTHER_FORMS = ("<function=", "[ARGS]", "<arg_key>")
 
 

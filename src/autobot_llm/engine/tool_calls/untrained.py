@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autobot_llm.engine.chat_template import Message
+from autobot_llm.engine.chat_template import Message, plain_text
 
 _INSTRUCTION = (
     "You may call these functions:\n{tools}\n"
@@ -60,7 +60,5 @@ def _call(call: dict[str, Any]) -> str:
 
 
 def _text(content: str | list[dict[str, Any]] | None) -> str:
-    """A message's text; parts that are no text are the template's to refuse."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
-    return content or ""
+    """A message's text. Raises UnsupportedError for a part that is none."""
+    return plain_text(content, "messages") or ""
