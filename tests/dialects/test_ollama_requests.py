@@ -22,7 +22,7 @@ from autobot_llm.dialects.ollama.bodies import (
 from autobot_llm.dialects.ollama.options import LOAD_TIME, read_options, write_options
 from autobot_llm.dialects.ollama.requests import write_request
 from autobot_llm.errors import InvalidRequestError, LLMError, UnsupportedError
-from autobot_llm.types import LLMRequest
+from autobot_llm.types import ChatMessage, LLMRequest
 from autobot_llm.validation import validate_request
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(8)).decode()
@@ -170,6 +170,30 @@ def test_a_chat_that_passes_through_says_the_same(
     path, body = write_request(requested(chat(sent)), model="m")
     assert path == "/api/chat"
     assert body == {**sent, "stream": True, "truncate": False}
+
+
+def test_what_anthropics_conversations_have_besides_is_carried_or_refused() -> None:
+    mark = {"cache_control": {"type": "ephemeral"}}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}, **mark}
+    thought = {"type": "thinking", "thinking": "t", "signature": "s"}
+    messages = [
+        ChatMessage(role="user", content=[{"type": "text", "text": "u", **mark}]),
+        ChatMessage(role="assistant", content=[thought, {"type": "text", "text": "a"}], tool_calls=[call]),
+        ChatMessage(role="tool", content=[{"type": "text", "text": "no file", "is_error": True}], tool_call_id="c"),
+        ChatMessage(role="tool", content=[{"type": "text", "text": "Error 5", "is_error": True}], tool_call_id="c"),
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "strict": False}, **mark}]
+    _, body = write_request(LLMRequest(messages=messages, tools=tools), model="m")
+    user, assistant, failed, told = body["messages"]
+    assert user == {"role": "user", "content": "u"}
+    assert (assistant["content"], assistant["thinking"]) == ("a", "t")
+    assert assistant["tool_calls"] == [{"id": "c", "function": {"name": "f", "arguments": {}}}]
+    assert (failed["content"], told["content"]) == ("Error: no file", "Error 5")
+    assert body["tools"] == [{"type": "function", "function": {"name": "f"}}]
+    for kind in ("redacted_thinking", "document", "search_result"):
+        with pytest.raises(UnsupportedError, match=kind) as refusal:
+            write_request(LLMRequest(messages=[ChatMessage(role="user", content=[{"type": kind}])]), model="m")
+        assert refusal.value.param == "messages[0].content[0].type"
 
 
 def test_a_prompt_that_passes_through_says_the_same() -> None:

@@ -163,12 +163,13 @@ def write_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     names: dict[str, str] = {}  # what a call's id calls
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
-        content, images = _write_content(message.content, f"{where}.content")
-        wire: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
-        if images:
-            wire["images"] = images
-        if message.reasoning_content:
-            wire["thinking"] = message.reasoning_content
+        content = _Content(message.content, f"{where}.content")
+        role = "system" if message.role == "developer" else message.role
+        wire: dict[str, Any] = {"role": role, "content": content.text}
+        if content.images:
+            wire["images"] = content.images
+        if thinking := (message.reasoning_content or "") + content.thinking:
+            wire["thinking"] = thinking
         if message.tool_calls:
             wire["tool_calls"] = [_write_call(call, names, f"{where}.tool_calls") for call in message.tool_calls]
         if message.role == "tool":
@@ -179,21 +180,32 @@ def write_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return written
 
 
-def _write_content(content: str | list[dict[str, Any]] | None, where: str) -> tuple[str, list[str]]:
-    if content is None or isinstance(content, str):
-        return content or "", []
-    texts: list[str] = []
-    images: list[str] = []
-    for place, part in enumerate(content):
-        kind = part.get("type")
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image_url":
-            images.append(_base64_of(part.get("image_url"), f"{where}[{place}].image_url"))
-        else:
-            param = f"{where}[{place}].type"
-            raise UnsupportedError(f"{param}={kind!r}: Ollama takes parts of the types text and image_url", param=param)
-    return "".join(texts), images
+class _Content:
+    """A message's content as Ollama has it: one text, images beside it, and what was thought."""
+
+    def __init__(self, content: str | list[dict[str, Any]] | None, where: str) -> None:
+        self.text = content if isinstance(content, str) else ""
+        self.images: list[str] = []
+        self.thinking = ""
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            self._add(part, f"{where}[{place}]")
+
+    def _add(self, part: Mapping[str, Any], where: str) -> None:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                self.text += text
+            case {"type": "image_url"}:
+                self.images.append(_base64_of(part.get("image_url"), f"{where}.image_url"))
+            case {"type": "thinking", "thinking": str(text)}:
+                self.thinking += text
+            case _:
+                kind = part.get("type")
+                raise UnsupportedError(
+                    f"{where}.type={kind!r}: Ollama takes parts of the types text and image_url", param=f"{where}.type"
+                )
+        # Ollama has no flag for a tool that failed: the model reads it in the result itself.
+        if part.get("is_error") and not self.text.lower().startswith("error"):
+            self.text = f"Error: {self.text}"
 
 
 def _base64_of(image: object, param: str) -> str:

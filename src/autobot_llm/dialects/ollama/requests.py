@@ -111,19 +111,19 @@ def _write_conversation(request: LLMRequest) -> dict[str, Any]:
     if request.tools and request.extra_body.get("parallel_tool_calls") is False:
         raise UnsupportedError("parallel_tool_calls=false: Ollama cannot forbid it", param="parallel_tool_calls")
     if request.tools and request.tool_choice != "none":
-        for place, tool in enumerate(request.tools):
-            _refuse_in_tool(tool, f"tools[{place}]")
-        body["tools"] = request.tools
+        body["tools"] = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(request.tools)]
     return body
 
 
-def _refuse_in_tool(tool: Mapping[str, Any], where: str) -> None:
+def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The tool without a mark for a cache: Ollama's finds every prompt's beginning by itself."""
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, dict):
         raise UnsupportedError(f"{where}: Ollama calls functions only", param=f"{where}.type")
     if function.get("strict"):
         param = f"{where}.function.strict"
         raise UnsupportedError(f"{param}: Ollama does not hold a model to the parameters' schema", param=param)
+    return {"type": "function", "function": {name: value for name, value in function.items() if name != "strict"}}
 
 
 def _write_prompt(request: LLMRequest) -> dict[str, Any]:

@@ -77,7 +77,13 @@ class NativeProvider:
 
     async def models(self) -> list[ModelInfo]:
         return [
-            ModelInfo(id=name, provider=self.name, context_length=self._context_length(name), created=self._created)
+            ModelInfo(
+                id=name,
+                provider=self.name,
+                context_length=self._context_length(name),
+                created=self._created,
+                is_loaded=name in self._services,
+            )
             for name in self._folders
         ]
 
