@@ -126,8 +126,22 @@ def _ollama(settings: Settings) -> Provider:
     return OllamaProvider(settings)
 
 
+def _openai(settings: Settings) -> Provider:
+    from autobot_llm.providers.openai.provider import openai_provider
+
+    return openai_provider(settings)
+
+
+def _cloud(settings: Settings) -> Provider:
+    from autobot_llm.providers.openai.provider import cloud_provider
+
+    return cloud_provider(settings, the_cloud(settings))
+
+
 # Providers over HTTP, imported when they are asked for: `import autobot_llm` has no need of a client.
 _CLIENTS: Mapping[str, Callable[[Settings], Provider]] = {
+    ProviderType.CLOUD_OPENAI: _openai,
+    ProviderType.CLOUD_OTHER: _cloud,
     ProviderType.CLOUD_ANTHROPIC: _anthropic,
     ProviderType.LOCAL_OLLAMA: _ollama,
 }
@@ -139,8 +153,12 @@ def build_provider(settings: Settings, name: str, on_progress: Callable[[int, in
     Raises ConfigurationError where it does not exist yet or a part that it needs is not installed, and
     ModelNotFoundError where there is no such provider.
     """
+    if name in settings.clouds:
+        from autobot_llm.providers.openai.provider import cloud_provider
+
+        return cloud_provider(settings, name)
     if name not in _COULD_APPLY:
-        raise unknown_provider(name, list(ProviderType))
+        raise unknown_provider(name, known_providers(settings))
     if (make := _CLIENTS.get(name)) is not None:
         return make(settings)
     if name != ProviderType.LOCAL_NATIVE:
@@ -154,6 +172,40 @@ def build_provider(settings: Settings, name: str, on_progress: Callable[[int, in
             f"provider 'native' needs {exc.name}, which is not installed: pip install \"autobot_llm[engine]\""
         ) from exc
     return NativeProvider(settings, on_progress=on_progress)
+
+
+def known_providers(settings: Settings) -> tuple[str, ...]:
+    """Every provider by name: one of each kind, and each cloud that settings declare. Raises ConfigurationError."""
+    for name in settings.clouds:
+        if name in _COULD_APPLY:
+            raise ConfigurationError(f"AUTOBOT_CLOUD_{name.upper()}_ENDPOINT: '{name}' is a provider of its own")
+    return (*ProviderType, *settings.clouds)
+
+
+def the_cloud(settings: Settings) -> str:
+    """Which of the declared clouds the provider "cloud" is: the default model's, else the only one.
+
+    Raises ConfigurationError where that leaves none or several.
+    """
+    prefix = settings.default_model.partition("/")[0]
+    if prefix in settings.clouds:
+        return prefix
+    if len(settings.clouds) == 1:
+        return next(iter(settings.clouds))
+    if not settings.clouds:
+        raise ConfigurationError("provider 'cloud': declare one with AUTOBOT_CLOUD_<NAME>_ENDPOINT")
+    raise ConfigurationError(
+        f"provider 'cloud': several are declared; AUTOBOT_DEFAULT_LLM_MODEL=<name>/<model> chooses among "
+        f"{', '.join(settings.clouds)}"
+    )
+
+
+def default_provider(settings: Settings, known: Sequence[str]) -> str:
+    """Who answers where a request names nobody: the one that settings name, else the first of `known`."""
+    wanted = settings.provider
+    if wanted == str(ProviderType.CLOUD_OTHER) and settings.clouds and the_cloud(settings) in known:
+        return the_cloud(settings)
+    return wanted if wanted in known else known[0]
 
 
 def unknown_provider(name: str, known: Sequence[str]) -> ModelNotFoundError:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from autobot_llm.errors import InvalidRequestError
-from autobot_llm.types import ChatMessage, LLMRequest
+from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest
 
 MAX_STOP_STRINGS = 16
 MAX_REQUEST_ID_LENGTH = 128
@@ -80,6 +80,22 @@ def validate_request(request: LLMRequest) -> None:
         raise _refusal("min_tokens", request.min_tokens, f"at most max_tokens ({request.max_tokens})")
     for check in _CHECKS:
         check(request)
+
+
+def validate_embedding(request: EmbeddingRequest) -> None:
+    """Raise InvalidRequestError, with `param` naming the field, unless every value of `request` is acceptable."""
+    inputs = request.inputs
+    if not isinstance(inputs, list) or not inputs:
+        raise _refusal("inputs", inputs, "at least one text or list of token ids")
+    for place, one in enumerate(inputs):
+        is_text = isinstance(one, str) and one
+        is_ids = isinstance(one, list) and one and all(_TOKEN_ID.accepts(token) for token in one)
+        if not is_text and not is_ids:
+            raise _refusal(f"inputs[{place}]", one, "text that is not empty, or a list of token ids of at least 0")
+    for field, limits in (("dimensions", _Range(1, _INF, whole=True)), ("timeout", _Range(0, _INF, above=True))):
+        value = getattr(request, field)
+        if value is not None and not limits.accepts(value):
+            raise _refusal(field, value, str(limits))
 
 
 def _refusal(field: str, value: object, accepted: str) -> InvalidRequestError:

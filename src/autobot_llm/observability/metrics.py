@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from autobot_llm.types import ChoiceEnd, Event, Finish, Start
+from autobot_llm.types import ChoiceEnd, Event, Finish, Start, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -193,7 +193,7 @@ class RequestRecord:
                 if isinstance(event, Start):
                     self._model = event.model
                 elif isinstance(event, Finish):
-                    self._count(event)
+                    self._finish(event)
                 elif not isinstance(event, ChoiceEnd):
                     now, index = time.perf_counter(), event.index
                     if inter_token is None:
@@ -204,11 +204,17 @@ class RequestRecord:
                     last_at[index] = now
                 yield event
 
-    def _count(self, finish: Finish) -> None:
-        metrics, model, usage, timings = self._metrics, self._model, finish.usage, finish.timings
-        metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
-        metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
-        metrics.tokens.labels(model, "cached").inc(usage.cached_tokens)
+    def count(self, model: str, usage: Usage) -> None:
+        """Record whose answer it is and its tokens, where there is no stream of events to observe."""
+        self._model = model
+        tokens = self._metrics.tokens
+        tokens.labels(model, "prompt").inc(usage.prompt_tokens)
+        tokens.labels(model, "completion").inc(usage.completion_tokens)
+        tokens.labels(model, "cached").inc(usage.cached_tokens)
+
+    def _finish(self, finish: Finish) -> None:
+        metrics, model, timings = self._metrics, self._model, finish.timings
+        self.count(model, finish.usage)
         if timings.queued is not None:
             metrics.queue_wait.labels(model).observe(timings.queued)
         if timings.queue_position is not None:

@@ -122,8 +122,8 @@ class Answers:
 
     def _events(self, record: RequestRecord, requests: Sequence[LLMRequest]) -> AsyncGenerator[Event, None]:
         if len(requests) == 1:
-            return record.observe(self._llm.stream(requests[0]))
-        return record.observe(merge_streams([self._llm.stream(request) for request in requests], requests[0].n))
+            return record.observe(self._llm.events(requests[0]))
+        return record.observe(merge_streams([self._llm.events(request) for request in requests], requests[0].n))
 
 
 async def _cancel_on_disconnect(exchange: Exchange) -> None:

@@ -1,4 +1,4 @@
-"""OpenAI's API: chat, completions and models. Knows which dialect function reads and writes what, and no more."""
+"""OpenAI's API: chat, completions, embeddings and models. Knows which function of the dialect does what."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 
 from autobot_llm.dialects.openai import chunks, replies
 from autobot_llm.dialects.openai.bodies import read_chat, read_completion
+from autobot_llm.dialects.openai.embeddings import embedding_reply, read_embedding_body
 from autobot_llm.errors import ModelNotFoundError
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.server.answers import Service
@@ -23,6 +24,7 @@ def openai_api(service: Service) -> Api:
         routes=(
             Route("/v1/chat/completions", POST, handlers.chat),
             Route("/v1/completions", POST, handlers.complete),
+            Route("/v1/embeddings", POST, handlers.embed),
             Route(MODELS, GET, handlers.list_models),
             Route(MODELS + "/{id}", GET, handlers.show_model),
         ),
@@ -60,6 +62,17 @@ class _Handlers:
         else:
             write = partial(replies.completion_body, request_id=exchange.request_id, created=created)
             await self._answers.whole(exchange, record, call.requests, write)
+
+    async def embed(self, exchange: Exchange, record: RequestRecord) -> None:
+        data = await self._answers.body(exchange)
+        request, encoding = read_embedding_body(data, request_id=exchange.request_id, tenant=exchange.tenant)
+
+        async def work() -> None:
+            response = await self._llm.embed(request)
+            record.count(response.model, response.usage)
+            await exchange.reply(200, embedding_reply(response, encoding))
+
+        await self._answers.watch(exchange, work())
 
     async def list_models(self, exchange: Exchange, record: RequestRecord) -> None:
         models = await self._llm.get_available_models()

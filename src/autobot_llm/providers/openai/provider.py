@@ -140,5 +140,5 @@ def _default_model(settings: Settings, name: str) -> str | None:
     prefix, slash, rest = settings.default_model.partition("/")
     if slash and prefix == name:
         return rest
-    is_meant = settings.provider == name and settings.default_model != _EMBEDDED_MODEL
-    return settings.default_model if is_meant else None
+    is_default = settings.provider == name or (settings.provider == "cloud" and [name] == list(settings.clouds))
+    return settings.default_model if is_default and settings.default_model != _EMBEDDED_MODEL else None
