@@ -197,8 +197,8 @@ def test_what_anthropics_conversations_have_besides_is_carried_or_refused() -> N
 
 
 def test_a_prompt_that_passes_through_says_the_same() -> None:
-    path, body = write_request(requested(generate({"raw": True, "options": {"repeat_last_n": 3}})), model="m")
-    assert (path, body["prompt"], body["raw"], body["options"]) == ("/api/generate", "p", True, {"repeat_last_n": 3})
+    path, body = write_request(requested(generate({"raw": True, "options": {"top_k": 3}})), model="m")
+    assert (path, body["prompt"], body["raw"], body["options"]) == ("/api/generate", "p", True, {"top_k": 3})
     _, body = write_request(requested(generate({"suffix": "s"})), model="m")
     assert (body["prompt"], body["suffix"]) == ("p", "s")
 
@@ -278,8 +278,9 @@ def test_a_template_that_is_the_prompt_itself_makes_it_raw() -> None:
 
 def test_hints_are_kept_apart_and_unknown_fields_go_to_the_provider() -> None:
     call = chat({"options": {"num_ctx": 8192, "new_option": 1}, "keep_alive": "1h", "truncate": False, "new_field": 2})
-    assert call.hints.for_ollama() == {"num_ctx": 8192, "keep_alive": "1h", "truncate": False}
-    assert requested(call).extra_body == {"new_option": 1, "new_field": 2}
+    hints = {"num_ctx": 8192, "keep_alive": "1h", "truncate": False, "options": {"new_option": 1}}
+    assert call.hints.for_ollama() == hints
+    assert requested(call).extra_body == {"new_field": 2}
 
 
 def test_an_empty_prompt_asks_for_a_load_only() -> None:

@@ -176,7 +176,7 @@ async def test_images_and_formats_become_content_parts_and_response_formats() ->
 async def test_every_option_reaches_the_provider_under_our_name() -> None:
     options = ollama.Options(
         temperature=0.5, top_k=40, top_p=0.9, seed=7, stop=["END"], num_predict=9, repeat_penalty=1.1,
-        presence_penalty=0.25, frequency_penalty=-0.5, repeat_last_n=64, num_gpu=-1, use_mlock=False,
+        presence_penalty=0.25, frequency_penalty=-0.5, num_gpu=-1, use_mlock=False,
     )  # fmt: skip
     options = {**options.model_dump(), "min_p": 0.1}  # which the package's class does not have
     async with running_server() as server, client(server) as asked:
@@ -185,7 +185,22 @@ async def test_every_option_reaches_the_provider_under_our_name() -> None:
     assert (request.temperature, request.top_k, request.top_p, request.min_p) == (0.5, 40, 0.9, 0.1)
     assert (request.seed, request.stop, request.max_tokens, request.repetition_penalty) == (7, ["END"], 9, 1.1)
     assert (request.presence_penalty, request.frequency_penalty) == (0.25, -0.5)
-    assert request.extra_body == {"repeat_last_n": 64}
+    assert request.extra_body == {}
+
+
+async def test_what_only_an_ollama_could_honour_is_refused_where_another_provider_answers() -> None:
+    async with running_server() as server:
+        for options, param in (({"repeat_last_n": 64}, "repeat_last_n"), ({"num_gpu": 1}, "num_gpu"), ({"x": 1}, "x")):
+            reply = await server.post("/api/chat", {"model": "tiny", "messages": QUESTION, "options": options})
+            assert reply.status == 400
+            assert f"options.{param}" in reply.json["error"]
+        for fields in ({"keep_alive": 0}, {"keep_alive": "0s"}):
+            reply = await server.post("/api/chat", {"model": "tiny", "messages": QUESTION, **fields})
+            assert (reply.status, "keeps its models in memory" in reply.json["error"]) == (400, True)
+        fields = {"keep_alive": "5m", "truncate": True, "shift": False, "options": {"num_ctx": 10**6}}
+        reply = await server.post("/api/chat", {"model": "tiny", "messages": QUESTION, **fields})
+        assert reply.status == 200, "these change nothing here"
+    assert [request.extra_body for request in server.provider.requests] == [{}]
 
 
 async def test_log_probabilities_come_with_their_pieces() -> None:

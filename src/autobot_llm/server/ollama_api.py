@@ -102,6 +102,11 @@ class _Handlers:
                 f"keep_alive={hints.keep_alive!r}: provider '{answerer.provider}' keeps its models in memory",
                 param="keep_alive",
             )
+        for name in hints.options:
+            raise UnsupportedError(
+                f"options.{name}: only an Ollama has this option; '{answerer.provider}' answers",
+                param=f"options.{name}",
+            )
         if hints.num_ctx is not None:
             context_length = await self._context_length(answerer)
             if context_length is not None and hints.num_ctx > context_length:

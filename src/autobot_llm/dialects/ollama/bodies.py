@@ -35,7 +35,8 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a request says about the model's stay in memory and about a prompt that does not fit.
+    """What a request says about the model's stay in memory, about a prompt that does not fit, and in `options` that no
+    other provider has.
 
     `keep_alive` is as it was sent. `for_ollama` is all of it, for another Ollama's request.
     """
@@ -44,10 +45,12 @@ class Hints:
     keep_alive: str | float | None = None
     truncate: bool | None = None
     shift: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def for_ollama(self) -> dict[str, Any]:
         fields = ("num_ctx", "keep_alive", "truncate", "shift")
-        return {name: value for name in fields if (value := getattr(self, name)) is not None}
+        hints = {name: value for name in fields if (value := getattr(self, name)) is not None}
+        return hints | ({"options": dict(self.options)} if self.options else {})
 
     @property
     def stay(self) -> str | float | None:
@@ -196,7 +199,7 @@ def read_embed(data: bytes, *, request_id: str, tenant: str) -> EmbedCall:
         parse_duration(body.keep_alive)
     given = body.prompt if body.input is None else body.input
     texts = [given] if isinstance(given, str) and given else given or []
-    hints = Hints(options.num_ctx, body.keep_alive, body.truncate)
+    hints = Hints(options.num_ctx, body.keep_alive, body.truncate, options=options.extra)
     if not texts:
         return EmbedCall(model_name(body.model), None, hints)
     request = EmbeddingRequest(
@@ -205,7 +208,7 @@ def read_embed(data: bytes, *, request_id: str, tenant: str) -> EmbedCall:
         dimensions=body.dimensions,
         tenant=tenant,
         request_id=request_id,
-        extra_body=extra | options.extra,
+        extra_body=extra,
     )
     return EmbedCall(model_name(body.model), request, hints)
 
@@ -245,9 +248,9 @@ def _shared(body: SharedFields, extra: Mapping[str, Any]) -> tuple[dict[str, Any
         "stream": body.stream is not False,
         "response_format": read_format(body.format),
         "logprobs": _logprobs(body),
-        "extra_body": {**extra, **options.extra, **thinking},
+        "extra_body": {**extra, **thinking},
     }
-    return fields, Hints(options.num_ctx, body.keep_alive, body.truncate, body.shift)
+    return fields, Hints(options.num_ctx, body.keep_alive, body.truncate, body.shift, options.extra)
 
 
 def _logprobs(body: SharedFields) -> int | None:

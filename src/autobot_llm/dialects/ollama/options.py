@@ -29,8 +29,7 @@ UNTIL_IT_STOPS = (-1, -2)  # num_predict: no limit, and until the context is ful
 SEED_MODULUS = 2**31
 LARGEST_INTEGER = 2**64
 
-# Options of Ollama alone: they travel in `extra_body` under their names, where a provider honours or refuses them.
-# One that has its neutral value does nothing and is left out.
+# Options of Ollama alone, with the values that do nothing.
 OLLAMA_ONLY: Mapping[str, tuple[object, ...]] = {
     "repeat_last_n": (),
     "num_keep": (),
@@ -62,7 +61,7 @@ LOAD_TIME: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options that were read: `fields` of `LLMRequest`, `extra` for its `extra_body`, and the context asked for."""
+    """Options that were read: `fields` of `LLMRequest`, `extra` for another Ollama, and the context asked for."""
 
     fields: dict[str, Any]
     extra: dict[str, Any]
@@ -70,7 +69,7 @@ class Options:
 
 
 def read_options(options: Mapping[str, Any]) -> Options:
-    """Sort the options of a request. One that nobody knows goes to the provider, to decide.
+    """Sort the options of a request. One that nobody knows is for an Ollama, which may be newer.
 
     Errors: InvalidRequestError for a value of a wrong type, UnsupportedError for a load-time option that would change
     something, each with `options.<name>` as `param`.

@@ -63,7 +63,7 @@ def _text(version: Version) -> str:
     return ".".join(map(str, version))
 
 
-def asked_context(request: LLMRequest) -> int | None:
+def asked_context(request: LLMRequest | EmbeddingRequest) -> int | None:
     """The smallest context that `request` asks for by itself, in tokens."""
     return _integer(request.extra_body, "num_ctx")
 
@@ -175,7 +175,5 @@ def write_embedding(request: EmbeddingRequest, *, model: str) -> dict[str, Any]:
     body |= {name: extra[name] for name in ("keep_alive", "truncate") if name in extra}
     for name in extra:
         if name not in ("keep_alive", "truncate", "num_ctx"):
-            raise UnsupportedError(f"Ollama does not know the field {name!r}", param=name)
-    if (num_ctx := _integer(extra, "num_ctx")) is not None:
-        body["options"] = {"num_ctx": num_ctx}
+            raise UnsupportedError(f"{name}: Ollama has nothing like it for embeddings", param=name)
     return body

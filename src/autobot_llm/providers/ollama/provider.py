@@ -200,11 +200,10 @@ class OllamaProvider:
         client, catalog = self._client_of(), self._catalog_of()
         model = await self._resolve(request.model, catalog)
         body = write_embedding(request, model=model)
-        asked = body.pop("options", {}).get("num_ctx")
         _, version = await catalog.version()
         refuse_too_new(body, version)
         longest = max((text for text in request.inputs if isinstance(text, str)), key=len, default="")
-        pin, _ = await self._place(catalog, model, body, {"prompt": longest}, 0, asked)
+        pin, _ = await self._place(catalog, model, body, {"prompt": longest}, 0, asked_context(request))
         pin.num_in_flight += 1
         try:
             data = await client.embed(body, request.timeout)
