@@ -10,7 +10,7 @@ import ollama
 import openai
 import pytest
 from fake_ollama import FakeOllama, running_ollama
-from server_harness import QUESTION, Server, serving, until
+from server_harness import QUESTION, Server, running_server, serving, until
 
 from autobot_llm.interface import LLMInterface
 from autobot_llm.providers.native import NativeProvider
@@ -99,6 +99,30 @@ async def test_the_listings_show_what_the_ollama_behind_tells() -> None:
     assert [(model.context_length, model.size_vram) for model in running.models] == [(4096, 5)]
     assert (shown.capabilities, shown.modelinfo["llama.context_length"]) == (["completion", "tools"], 32768)
     assert (unloaded.done_reason, gone.models) == ("unload", [])
+
+
+async def test_embeddings_are_made_under_the_newer_and_the_older_name() -> None:
+    async with running_ollama() as fake, in_front_of(fake) as server, client(server) as asked:
+        one = await asked.embed(MODEL, "abc", dimensions=2, truncate=False, options={"num_ctx": 5000})
+        several = await asked.embed(MODEL, ["a", "bb"], keep_alive="2h")
+        older = await asked.embeddings(MODEL, "abcd")
+        nothing = await asked.embed(MODEL, [])
+        page = (await server.get("/metrics")).body.decode()
+    assert (one.embeddings, one.prompt_eval_count) == ([[3.0, 1.0]], 3)
+    assert [vector[0] for vector in several.embeddings] == [1.0, 2.0]
+    assert (older.embedding, nothing.embeddings) == ([4.0, 1.0], [])
+    first, second, _ = fake.asked("/api/embed")
+    assert (first["dimensions"], first["truncate"], first["options"]) == (2, False, {"num_ctx": 8192})
+    assert second["keep_alive"] == "2h"
+    assert fake.num_loads == {MODEL: 1}
+    assert 'autobot_llm_context_growths_total{provider="ollama"} 0.0' in page
+
+
+async def test_a_provider_without_embeddings_says_so() -> None:
+    async with running_server() as server:
+        for path, fields in (("/api/embed", {"input": "x"}), ("/api/embeddings", {"prompt": "x"})):
+            reply = await server.post(path, {"model": "tiny", **fields})
+            assert (reply.status, "embeddings" in reply.json["error"]) == (400, True)
 
 
 async def test_errors_of_the_ollama_behind_keep_their_words_and_status() -> None:

@@ -120,6 +120,15 @@ PROVIDER_METRICS = (
     _figure("autobot_llm_engine_kv_cache_usage", "kv_cache_usage", "gauge", "Share of the KV cache in use, 0 to 1."),
     _figure("autobot_llm_replicas", "num_replicas", "gauge", "Servers of the provider."),
     _figure("autobot_llm_replicas_up", "num_replicas_up", "gauge", "Servers of the provider that can be reached."),
+    _figure(
+        "autobot_llm_model_loads", "num_model_loads", "counter", "Answers that waited for their model to be loaded."
+    ),
+    _figure(
+        "autobot_llm_context_growths",
+        "num_context_growths",
+        "counter",
+        "Times that a model's context was made larger, which loads it anew.",
+    ),
     _figure("autobot_llm_engine_running", "num_running", "gauge", "Sequences in the running batch."),
     _figure("autobot_llm_engine_waiting", "num_waiting", "gauge", "Sequences that wait to be scheduled."),
     _figure("autobot_llm_engine_free_blocks", "num_free_blocks", "gauge", "KV cache blocks that nobody holds."),
