@@ -143,6 +143,9 @@ def test_text_ends_before_the_first_stop_string_however_it_falls_into_tokens(
             break
     pieces.append(one.flush())
     assert ("".join(pieces), one.stopped) == cut_at_first_stop(whole, stop)
+    if one.stop_string is not None:
+        assert one.stop_string in stop
+        assert whole.startswith("".join(pieces) + one.stop_string)
 
 
 def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_decided() -> None:

@@ -116,6 +116,7 @@ async def test_stop_strings_cut_the_answer_before_them(llm: LLMInterface) -> Non
     cut = await llm.chat_completion(FOX, max_tokens=60, temperature=0, stop=[stop])
     assert cut.content == whole[: whole.index(stop)]
     assert cut.finish_reason == "stop"
+    assert cut.choices[0].stop_sequence == stop
 
 
 async def test_min_tokens_hold_the_end_back(llm: LLMInterface) -> None:

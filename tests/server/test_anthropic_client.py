@@ -416,6 +416,8 @@ async def test_the_embedded_model_answers_in_this_format_too() -> None:
         whole = await client.messages.create(**asked)
         async with client.messages.stream(**asked) as stream:
             streamed = await stream.get_final_message()
+        word = text_of(whole)[-3:]
+        stopped = await client.messages.create(**asked, stop_sequences=[word])
         counted = await client.messages.count_tokens(model="tiny", messages=ASKED["messages"])
         forced = await client.messages.create(
             **asked | {"max_tokens": 60}, tools=[tool], tool_choice={"type": "tool", "name": "weather"}
@@ -429,6 +431,8 @@ async def test_the_embedded_model_answers_in_this_format_too() -> None:
             await client.messages.create(**asked | {"max_tokens": 20_000})
     assert text_of(whole) == text_of(streamed) != ""
     assert (whole.stop_reason, whole.usage.output_tokens) == ("max_tokens", 4)
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
+    assert text_of(stopped) + word == text_of(whole)
     total = whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
     assert counted.input_tokens == total > 0
     assert streamed.usage.cache_read_input_tokens == total // 16 * 16  # the blocks of the first answer's prompt

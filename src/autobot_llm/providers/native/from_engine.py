@@ -11,7 +11,7 @@ from autobot_llm.engine.tool_calls.json_call import CallArguments, Piece, Text
 from autobot_llm.engine.tool_calls.parser import ToolCallParser
 from autobot_llm.providers.native.answer_shape import Tools
 from autobot_llm.report import OptimizationOutcome
-from autobot_llm.types import ChoiceEnd, Finish, TextDelta, Timings, TokenLogprob, ToolCallDelta, Usage
+from autobot_llm.types import ChoiceEnd, Finish, FinishReason, TextDelta, Timings, TokenLogprob, ToolCallDelta, Usage
 
 
 class Answer:
@@ -47,7 +47,7 @@ class Answer:
             if text or logprobs:
                 yield TextDelta(text, index, logprobs)
             if last.end is not None:
-                yield ChoiceEnd(finish_reason=last.end, index=index)
+                yield ChoiceEnd(finish_reason=last.end, index=index, stop_sequence=last.stop_string)
 
     def _with_calls(
         self, tools: Tools, last: Output, text: str, logprobs: tuple[TokenLogprob, ...]
@@ -69,7 +69,8 @@ class Answer:
                 yield delta
         if last.end is not None:
             has_called = parser.num_calls > 0 and last.end == "stop"
-            yield ChoiceEnd(finish_reason="tool_calls" if has_called else last.end, index=index)
+            reason: FinishReason = "tool_calls" if has_called else last.end
+            yield ChoiceEnd(finish_reason=reason, index=index, stop_sequence=last.stop_string)
 
     def finish(self) -> Finish:
         stats = self._stats
