@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from autobot_llm.dialects.bodies import encode
+from autobot_llm.dialects.plain import plain_messages, plain_tools
 from autobot_llm.errors import InvalidRequestError, UnsupportedError
 from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest
 
@@ -87,7 +88,7 @@ def write_chat(request: LLMRequest, model: str, flavour: Flavour) -> bytes:
         if request.logprobs:
             body["top_logprobs"] = request.logprobs
     if request.tools:
-        body["tools"] = request.tools
+        body["tools"] = plain_tools(request.tools)
     if request.tool_choice is not None and (request.tools or request.tool_choice != "none"):
         body["tool_choice"] = request.tool_choice
     if request.response_format is not None:
@@ -159,6 +160,7 @@ def _with_extra(body: dict[str, Any], extra: dict[str, Any]) -> bytes:
 
 def _messages(messages: list[ChatMessage], flavour: Flavour) -> list[ChatMessage]:
     """The conversation as it is, but for what this flavour of server has another word for, or no place."""
+    messages = plain_messages(messages)
     if flavour.takes_developer and flavour.takes_reasoning:
         return messages
     return [_fitting(message, flavour) for message in messages]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from autobot_llm.dialects.plain import plain_messages, plain_tools
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.sequence import SamplingParams
@@ -48,7 +49,8 @@ async def encode_prompt(engine: Engine, request: LLMRequest, tools: Tools | None
 
 def _conversation(engine: Engine, request: LLMRequest, messages: list[ChatMessage], tools: Tools | None) -> str:
     tokenizer = engine.tokenizer
-    shown = request.tools or [] if tools is not None else []
+    messages = plain_messages(messages)
+    shown = plain_tools(request.tools) or [] if tools is not None else []
     if tools.is_known if tools is not None else "tools" in tokenizer.tool_template:
         return tokenizer.render_chat(messages, shown or None)
     return tokenizer.render_chat(in_words(messages, shown))
