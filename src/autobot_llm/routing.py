@@ -126,6 +126,12 @@ def _ollama(settings: Settings) -> Provider:
     return OllamaProvider(settings)
 
 
+def _vllm(settings: Settings) -> Provider:
+    from autobot_llm.providers.vllm import vllm_provider
+
+    return vllm_provider(settings)
+
+
 def _openai(settings: Settings) -> Provider:
     from autobot_llm.providers.openai.provider import openai_provider
 
@@ -144,6 +150,7 @@ _CLIENTS: Mapping[str, Callable[[Settings], Provider]] = {
     ProviderType.CLOUD_OTHER: _cloud,
     ProviderType.CLOUD_ANTHROPIC: _anthropic,
     ProviderType.LOCAL_OLLAMA: _ollama,
+    ProviderType.LOCAL_VLLM: _vllm,
 }
 
 

@@ -71,6 +71,10 @@ class Balancer:
         clockwise = [name for name in self._ring.clockwise(key) if name in usable]
         return sorted(clockwise, key=lambda name: self._loads[name] if self._loads[name] >= capacity else 0)
 
+    def home(self, key: bytes, usable: Collection[str]) -> str:
+        """The usable replica to which the key belongs, overloaded or not; there must be one."""
+        return next(name for name in self._ring.clockwise(key) if name in usable)
+
     @contextlib.contextmanager
     def under_way(self, name: str) -> Iterator[None]:
         """Count one request to the replica while the block runs."""

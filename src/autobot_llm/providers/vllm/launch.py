@@ -23,6 +23,7 @@ HOST = "127.0.0.1"
 PROGRAM = "vllm"
 VERSION_PATIENCE = 120.0  # seconds; vLLM imports all of torch before it says its version
 EMBEDDED_MODEL = "tiny"
+TELL_CACHED = "--enable-prompt-tokens-details"  # usage then tells the cached tokens; every release has it
 
 
 class LaunchedVllm:
@@ -51,7 +52,7 @@ async def launched_vllm(
     address = f"http://{HOST}:{port}"
     pool = HttpPool(address, name="vllm")
     server = ManagedServer(
-        [program, "serve", model, "--host", HOST, "--port", str(port), *translation.arguments],
+        [program, "serve", model, "--host", HOST, "--port", str(port), TELL_CACHED, *translation.arguments],
         environment=child_environment(translation.environment),
         is_ready=lambda: _answers(pool),
         log=BoundedLog(settings.cache_dir / "logs" / f"vllm-{port}.log"),

@@ -50,6 +50,9 @@ COUNTERS = frozenset(
     }
 )
 
+_CACHE_INFO = "vllm:cache_config_info"
+_DRAFTS = "vllm:spec_decode_num_draft_tokens_total"
+
 
 def names_in(version: str | None) -> dict[str, Series]:
     """What that release calls our figures, by metric; every name where the version is not known."""
@@ -88,6 +91,35 @@ def read_figures(page: bytes, version: str | None) -> dict[str, float]:
             total = sum(values[metric])
             figures[series.figure] = total / len(values[metric]) if series.combine == "mean" else total
     return figures
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What a server's metrics tell of how it was started; None where they do not."""
+
+    prefix_caching: bool | None = None
+    kv_cache_dtype: str | None = None
+    num_blocks: int | None = None
+    drafts: bool = False
+
+
+def read_engine_facts(page: bytes) -> EngineFacts:
+    """The facts on a page of metrics; empty for one that is no Prometheus text."""
+    info: Mapping[str, str] = {}
+    drafts = False
+    try:
+        for family in text_string_to_metric_families(_lines_about((_CACHE_INFO, _DRAFTS), page)):
+            for sample in family.samples:
+                drafts = drafts or sample.name == _DRAFTS
+                info = sample.labels if sample.name == _CACHE_INFO else info
+    except ValueError:
+        return EngineFacts()
+    caching, num_blocks = info.get("enable_prefix_caching"), info.get("num_gpu_blocks", "")
+    return EngineFacts(
+        prefix_caching=None if caching is None else caching == "True",
+        kv_cache_dtype=info.get("cache_dtype"),
+        num_blocks=int(num_blocks) if num_blocks.isdecimal() else None,
+        drafts=drafts,
+    )
 
 
 def _lines_about(names: Iterable[str], page: bytes) -> str:
