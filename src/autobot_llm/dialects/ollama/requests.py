@@ -28,7 +28,7 @@ _NO_COUNTERPART: Mapping[str, object] = {
 }
 # Fields of `extra_body` that are Ollama's own, beside the options.
 _TOP_LEVEL = ("keep_alive", "truncate", "shift", "suffix")
-_ELSEWHERE = ("num_ctx", "options", "think", "reasoning_effort", "parallel_tool_calls")
+_ELSEWHERE = ("num_ctx", "options", "think", "thinking", "reasoning_effort", "parallel_tool_calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +136,24 @@ def _write_prompt(request: LLMRequest) -> dict[str, Any]:
 
 
 def _think(extra: Mapping[str, Any]) -> bool | str | None:
+    """`think` as it is, or what it is for OpenAI's `reasoning_effort`, or for Anthropic's `thinking`."""
     if (think := extra.get("think")) is not None:
         if not isinstance(think, bool | str):
             raise InvalidRequestError(f"think={think!r}: expected true, false or a level", param="think")
         return think
-    effort = extra.get("reasoning_effort")
-    return None if effort is None else write_think(effort)
+    if (effort := extra.get("reasoning_effort")) is not None:
+        return write_think(effort)
+    match extra.get("thinking"):
+        case None:
+            return None
+        case {"type": "disabled"}:
+            return False
+        case {"type": "adaptive"}:
+            return True
+        case _:
+            raise UnsupportedError(
+                "thinking: Ollama takes types disabled and adaptive; it has no budget_tokens", param="thinking"
+            )
 
 
 def _extra_options(extra: Mapping[str, Any]) -> dict[str, Any]:
