@@ -109,8 +109,8 @@ async def test_a_launched_server_gets_the_translators_arguments_and_is_ready_whe
     port = vllm.address.rpartition(":")[2]
     assert start["argv"] == [
         "serve", "some/model", "--host", "127.0.0.1", "--port", port, "--enable-prompt-tokens-details",
-        "--performance-mode", "interactivity", "--max-num-seqs", "64", "--max-num-batched-tokens", "4096", "--gpu-memory-utilization", "0.9",
-        "--kv-cache-dtype", "fp8", "--enable-prefix-caching",
+        "--performance-mode", "interactivity", "--max-num-seqs", "64", "--max-num-batched-tokens", "4096",
+        "--gpu-memory-utilization", "0.9", "--kv-cache-dtype", "fp8", "--enable-prefix-caching",
     ]  # fmt: skip
     await assert_gone(start)
     assert vllm.server.state == "stopped"

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from autobot_llm.dialects.openai.requests import COMPATIBLE
-from autobot_llm.errors import LLMError
+from autobot_llm.errors import LLMError, ProviderError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.providers.base import ModelInfo
 from autobot_llm.providers.openai import Endpoint, OpenAIClient
 from autobot_llm.providers.vllm.fields import separates_tenants
@@ -86,14 +86,20 @@ class Replica:
         return any(info.id == model for info in self.models)
 
     async def _get_to_know(self) -> None:
-        answer = await self._looks.request("GET", "/version", timeout=LOOK_SECONDS)
-        try:
-            self.version = msgspec.json.decode(answer.body, type=_Version).version
-        except msgspec.MsgspecError:
-            self.version = None
         self.models = tuple(await self.client.models())
+        self.version = await self._ask_version()
         if not separates_tenants(self.version, is_chat=True):
             logger.warning("vllm %s at %s cannot keep the cached prefixes of tenants apart", self.version, self.address)
+
+    async def _ask_version(self) -> str | None:
+        """Its version; None where a proxy in between does not pass that on."""
+        try:
+            answer = await self._looks.request("GET", "/version", timeout=LOOK_SECONDS)
+            return msgspec.json.decode(answer.body, type=_Version).version
+        except (ProviderError, msgspec.MsgspecError) as error:
+            if isinstance(error, ProviderUnavailable | ProviderTimeout):
+                raise
+            return None
 
 
 def _root(address: str) -> str:
