@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from anthropic.types.message_create_params import MessageCreateParamsStreaming
+from anthropic.types.message_create_params import MessageCreateParams
 from anthropic_reference import Violation, check_count, check_messages
 from pydantic import TypeAdapter
 
@@ -16,7 +16,7 @@ from autobot_llm.errors import InvalidRequestError, UnsupportedError
 from autobot_llm.types import ChatMessage, LLMRequest
 
 MODEL = "claude-opus-5-5"
-SDK_SHAPE = TypeAdapter(MessageCreateParamsStreaming)
+SDK_SHAPE = TypeAdapter(MessageCreateParams)
 
 
 def request(*messages: ChatMessage, **fields: Any) -> LLMRequest:
@@ -197,6 +197,19 @@ def test_an_answer_may_be_as_long_as_the_model_can_make_it(model: str, limit: in
     assert body_of(model=model)["max_tokens"] == facts_about(model).max_output_tokens == limit
     assert body_of(model=model, max_tokens=7)["max_tokens"] == 7
     assert write_request(request(), model, max_output_tokens=99).body["max_tokens"] == 99
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_stream"),
+    [
+        ({"max_tokens": 21_333}, False),
+        ({"max_tokens": 21_334}, True),
+        ({}, True),
+        ({"max_tokens": 5, "stream": True}, True),
+    ],
+)
+def test_a_long_answer_is_a_stream_even_if_nobody_reads_it_as_one(fields: dict[str, Any], is_stream: bool) -> None:
+    assert body_of(**fields)["stream"] is is_stream
 
 
 def test_stops_users_and_anthropics_own_fields_are_passed_on() -> None:

@@ -186,7 +186,7 @@ async def test_any_cut_of_the_bytes_gives_the_same_answer() -> None:
         assert (await ask(provider, request())).content == "blau 蓝 🟦\u2028ende"
 
 
-async def test_a_server_that_answers_whole_is_understood_too() -> None:
+async def test_a_whole_answer_is_understood_too() -> None:
     message = {
         "model": MODEL,
         "content": [{"type": "text", "text": "Hello"}],
@@ -197,18 +197,24 @@ async def test_a_server_that_answers_whole_is_understood_too() -> None:
     async def whole(wire: Wire, asked: Asked) -> None:
         await wire.reply(json.dumps(message).encode(), content_type="application/json")
 
-    async with upstream(whole) as (_, provider):
-        response = await ask(provider, request())
-    assert (response.content, response.usage.prompt_tokens) == ("Hello", 3)
+    async with upstream(whole) as (server, provider):
+        for stream in (False, True):  # asked for, and from a server that does not stream
+            response = await ask(provider, request(max_tokens=9, stream=stream))
+            assert (response.content, response.usage.prompt_tokens) == ("Hello", 3)
+            assert sent(server.asked[-1])["stream"] is stream
 
 
 async def test_one_connection_serves_one_answer_after_the_other() -> None:
     async with upstream(answer("Hello")) as (server, provider):
-        for _ in range(5):
-            await ask(provider, request())
+        reports = [(await ask(provider, request())).optimizations for _ in range(3)]
         assert server.num_accepted == 1
         figures = provider.metrics()
     assert (figures["num_connects"], figures["num_running"]) == (1, 0)
+    assert [(report[1].name, report[1].applied) for report in reports] == [
+        ("connection_pooling", False),
+        ("connection_pooling", True),
+        ("connection_pooling", True),
+    ]
 
 
 # Prompt caching
@@ -303,7 +309,8 @@ async def test_a_refusal_is_an_error_of_ours_with_anthropics_words(
     async with upstream(refuse) as (_, provider):
         with pytest.raises(expected, match="words about it") as caught:
             await ask(provider, request())
-        assert "words about it" in provider.status().message
+        is_the_callers = issubclass(expected, InvalidRequestError)
+        assert ("words about it" in provider.status().message) is not is_the_callers
     assert KEY not in str(caught.value) + repr(caught.value)
     assert caught.value.retry_after == (7 if status in (429, 500, 529) else None)
 

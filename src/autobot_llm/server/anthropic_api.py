@@ -51,7 +51,7 @@ class _Handlers:
     async def _send_message(self, exchange: Exchange, record: RequestRecord, request: LLMRequest) -> None:
         """A whole message keeps the order of its blocks, which a collected answer does not know."""
         builder = replies.MessageBuilder(exchange.request_id)
-        async with aclosing(record.observe(self._llm.stream(request))) as events:
+        async with aclosing(record.observe(self._llm.events(request))) as events:
             async for event in events:
                 if isinstance(event, Finish):
                     header = optimizations_header(event.optimizations)

@@ -15,6 +15,8 @@ from autobot_llm.errors import InvalidRequestError, UnsupportedError
 from autobot_llm.types import LLMRequest
 
 SAMPLING_VERSION, NEWEST_VERSION = API_VERSIONS  # the newest version has no sampling fields: they need the older one
+# Above this Anthropic's own clients insist on a stream: at 128,000 tokens an hour it takes more than ten minutes.
+LONGEST_WHOLE_ANSWER = 21_333
 PROMPT_CACHING = "prompt_caching"  # the field of extra_body with which a request opts out of automatic marks
 
 # Fields of `LLMRequest` that Anthropic has no counterpart for, with the values that ask for nothing.
@@ -52,12 +54,14 @@ class MessagesCall:
 
 
 def write_request(request: LLMRequest, model: str, *, max_output_tokens: int | None = None) -> MessagesCall:
-    """`request` for `model`, as a stream; `max_output_tokens` is the model's limit, where its provider told it.
+    """`request` for `model`; `max_output_tokens` is the model's limit, where its provider told it.
 
-    Errors: UnsupportedError for a field that Anthropic cannot honour, InvalidRequestError for one that is malformed.
+    It asks for a stream where `request.stream` does, and where a whole answer might take longer than a connection
+    without a sign of life lasts. Errors: UnsupportedError for a field that Anthropic cannot honour,
+    InvalidRequestError for one that is malformed.
     """
-    facts = facts_about(model)
-    body = {"model": model, "max_tokens": request.max_tokens or max_output_tokens or facts.max_output_tokens}
+    max_tokens = request.max_tokens or max_output_tokens or facts_about(model).max_output_tokens
+    body: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
     headers = {"anthropic-version": NEWEST_VERSION}
     extra = dict(request.extra_body)
     body |= _prompt(request, model, extra)
@@ -68,7 +72,7 @@ def write_request(request: LLMRequest, model: str, *, max_output_tokens: int | N
         body["stop_sequences"] = request.stop
     if "user_id" in request.metadata:
         body["metadata"] = {"user_id": request.metadata["user_id"]}
-    body["stream"] = True
+    body["stream"] = request.stream or max_tokens > LONGEST_WHOLE_ANSWER
     _add_extra(body, extra)
     if betas := [beta for field, beta in _BETAS.items() if field in body]:
         headers["anthropic-beta"] = ",".join(betas)

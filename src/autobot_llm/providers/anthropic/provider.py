@@ -18,7 +18,8 @@ from autobot_llm.errors import ConfigurationError, InvalidRequestError, LLMError
 from autobot_llm.providers.anthropic.prompt_caching import mark_prefix, outcome
 from autobot_llm.providers.base import ModelInfo, ProviderStatus
 from autobot_llm.settings import Settings
-from autobot_llm.transport.pool import HttpPool, HttpStream, PoolLimits
+from autobot_llm.transport.pool import HttpPool, HttpStream, PoolLimits, Timeouts
+from autobot_llm.transport.reuse import connection_pooling
 from autobot_llm.transport.sse import SseParser
 from autobot_llm.types import Event, Finish, LLMRequest, Start, Timings, Usage
 
@@ -32,7 +33,9 @@ EMBEDDED_MODEL = "tiny"  # what the setting says unless it was set
 
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
-_MOST_WHOLE_BYTES = 64 * 2**20
+# A whole answer begins when it is complete, so its first byte has no time limit but the request's own.
+_WHOLE = Timeouts(first_token=None)
+_STREAMED = Timeouts()
 _MOST_PAGES = 20
 
 
@@ -117,37 +120,43 @@ class AnthropicProvider:
         return _decoded(answer.body, _Count, self.name).input_tokens
 
     async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
-        """Ask for a stream. What Anthropic cannot honour is refused by name before anything is sent."""
+        """Ask for the answer. What Anthropic cannot honour is refused by name before anything is sent."""
         pool = self._started()
         model = self._model(request)
         call = write_request(request, model, max_output_tokens=self._output_limits.get(model))
         marking = mark_prefix(call.body, request, model, is_enabled=self._marks_prefixes)
-        reader = AnswerReader(request.request_id or secrets.token_hex(12), self.name)
-        began = time.monotonic()
+        reader = AnswerReader(request.request_id or f"req-{secrets.token_hex(12)}", self.name)
+        timeouts = _STREAMED if call.body["stream"] else _WHOLE
+        began = time.perf_counter()
         first_piece: float | None = None
         self._num_running += 1
         try:
             async with (
-                pool.stream("POST", MESSAGES, body=encode(call.body), headers=call.headers) as answer,
+                pool.stream(
+                    "POST", MESSAGES, body=encode(call.body), headers=call.headers, timeouts=timeouts
+                ) as answer,
                 aclosing(_pieces(pool, answer, reader)) as pieces,
             ):
                 async for events in pieces:
                     for event in events:
-                        if first_piece is None and not isinstance(event, Start):
-                            first_piece = time.monotonic()
+                        if first_piece is None and type(event) is not Start:
+                            first_piece = time.perf_counter()
                         yield event
+        except InvalidRequestError:
+            raise  # the caller's own mistake says nothing about Anthropic
         except LLMError as error:
             self._failure = error.message
             raise
         finally:
             self._num_running -= 1
         self._failure = ""
-        usage = reader.usage
-        self._count(usage)
-        timings = Timings(
-            time_to_first_token=None if first_piece is None else first_piece - began, total=time.monotonic() - began
+        self._count(reader.usage)
+        now = time.perf_counter()
+        yield Finish(
+            usage=reader.usage,
+            timings=Timings(time_to_first_token=(first_piece or now) - began, total=now - began),
+            optimizations=(outcome(marking, reader.usage), connection_pooling(is_reused=answer.is_reused)),
         )
-        yield Finish(usage=usage, timings=timings, optimizations=(outcome(marking, usage),))
 
     def _started(self) -> HttpPool:
         if self._pool is None:
@@ -174,19 +183,18 @@ async def _pieces(pool: HttpPool, answer: HttpStream, reader: AnswerReader) -> A
     """The events of each piece of the answer. Raises ProviderError where it stops before `message_stop`."""
     kind = answer.headers.get("content-type", _EVENTS)
     try:
-        if kind.startswith(_JSON):  # a server that does not stream
-            yield reader.read_message(await answer.body(_MOST_WHOLE_BYTES))
+        if kind.startswith(_JSON):
+            yield reader.read_message(await answer.body(pool.limits.max_body_bytes))
             return
         if not kind.startswith(_EVENTS):
-            raise ProviderError(f"{pool.name} sent {kind!r}: expected {_EVENTS}", code="malformed_answer")
+            raise ProviderError(
+                f"{pool.name} answered with {kind!r}: expected {_JSON} or {_EVENTS}", code="malformed_answer"
+            )
         parser = SseParser()
-        async with aclosing(answer.chunks()) as chunks:
-            async for chunk in chunks:
-                for piece in parser.feed(chunk):
-                    if events := reader.read_event(piece.data):
-                        yield events
-                if reader.is_complete:
-                    break
+        while not reader.is_complete and (chunk := await answer.read()):
+            for piece in parser.feed(chunk):
+                if events := reader.read_event(piece.data):
+                    yield events
         if not reader.is_complete:
             raise ProviderError(f"{pool.name} ended its answer before it was complete", code="truncated_answer")
         await answer.end()

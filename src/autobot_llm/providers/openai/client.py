@@ -13,6 +13,7 @@ from autobot_llm.errors import ProviderError
 from autobot_llm.providers.openai.endpoint import Endpoint
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.transport.pool import HttpPool, HttpStream, PoolLimits, Timeouts
+from autobot_llm.transport.reuse import connection_pooling
 from autobot_llm.transport.sse import SseParser
 from autobot_llm.types import (
     EmbeddingRequest,
@@ -34,8 +35,6 @@ _JSON = "application/json"
 # A whole answer begins when it is complete, so its first byte has no time limit but the request's own.
 _WHOLE = Timeouts(first_token=None)
 _STREAMED = Timeouts()
-_REUSED = OptimizationOutcome(name="connection_pooling", applied=True, reason="sent over a connection that was open")
-_NEW = OptimizationOutcome(name="connection_pooling", applied=False, reason="no connection was idle: one was made")
 
 
 class OpenAIClient:
@@ -110,7 +109,7 @@ class OpenAIClient:
         yield Finish(
             usage=reader.usage,
             timings=Timings(time_to_first_token=(first or now) - began, total=now - began),
-            optimizations=(_REUSED if answer.is_reused else _NEW, prompt_caching(reader.usage)),
+            optimizations=(connection_pooling(is_reused=answer.is_reused), prompt_caching(reader.usage)),
         )
 
     def _parser(self, answer: HttpStream) -> SseParser | None:
