@@ -72,7 +72,7 @@ COMPATIBLE = Flavour(
 )
 
 _SAME_NAME = ("temperature", "top_p", "seed")
-_WITH_DEFAULT = ("presence_penalty", "frequency_penalty", "stop", "logit_bias")
+_WITH_DEFAULT = ("presence_penalty", "frequency_penalty", "stop")
 _RESERVED = frozenset({"model", "messages", "prompt", "input", "stream", "stream_options"})
 
 
@@ -130,6 +130,10 @@ def _add_shared(body: dict[str, Any], request: LLMRequest, flavour: Flavour) -> 
     for field in _WITH_DEFAULT:
         if value := getattr(request, field):
             body[field] = value
+    if request.logit_bias:
+        # OpenAI's type for a bias is a whole number.
+        biases = request.logit_bias.items()
+        body["logit_bias"] = {token: int(bias) if bias == int(bias) else bias for token, bias in biases}
     for field in _ADDITIONS:
         if value := getattr(request, field):
             if not flavour.takes_additions:
