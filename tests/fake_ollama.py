@@ -291,8 +291,8 @@ class FakeOllama:
 
 
 @contextlib.asynccontextmanager
-async def running_ollama(ollama: FakeOllama | None = None, **more: Any) -> AsyncIterator[FakeOllama]:
-    """A fake on a free port; afterwards, every request must have been one of the documented API."""
+async def running_ollama(ollama: FakeOllama | None = None, *, port: int = 0, **more: Any) -> AsyncIterator[FakeOllama]:
+    """A fake on a free port, or on one that it had before; afterwards, every request must have been one of the documented API."""
     ollama = ollama or FakeOllama(**more)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -305,7 +305,7 @@ async def running_ollama(ollama: FakeOllama | None = None, **more: Any) -> Async
         finally:
             tasks.discard(task)
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(connected, "127.0.0.1", port)
     ollama.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield ollama

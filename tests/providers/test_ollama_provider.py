@@ -456,6 +456,38 @@ async def test_a_server_that_is_down_at_the_start_is_used_once_it_is_there() -> 
         await ask(provider)
 
 
+async def test_the_status_follows_the_server_though_nobody_asks_for_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeOllama()
+    async with running_ollama(fake):
+        provider = OllamaProvider(Settings(ollama_endpoint=fake.url), watch_seconds=0.01)
+        await provider.start()
+        assert provider.status().state == "ready"
+    try:
+        async with asyncio.timeout(5):
+            while provider.status().state != "failed":
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)
+            assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1, "told once"
+            async with running_ollama(fake, port=int(fake.url.rpartition(":")[2])):
+                while provider.status().state != "ready":
+                    await asyncio.sleep(0.005)
+    finally:
+        await provider.close()
+
+
+async def test_what_runs_is_told_as_far_as_the_server_tells() -> None:
+    async with running_ollama() as ollama, provider_of(ollama) as provider:
+        before = {outcome.name: outcome for outcome in provider.optimizations()}
+        await ask(provider)
+        after = {outcome.name: outcome for outcome in provider.optimizations()}
+        assert provider.engine_version() == "0.40.0"
+    assert (before["prefix_caching"].applied, after["prefix_caching"].applied) == (False, True)
+    assert after["prefix_caching"].reason == "46% of the prompt tokens so far were in Ollama's cache"
+    assert after["connection_pooling"].applied
+    assert after["quantization"].lossy
+    assert not after["flash_attention"].applied
+
+
 @pytest.mark.parametrize(
     ("tail", "message"),
     [

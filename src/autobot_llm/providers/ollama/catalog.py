@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -35,9 +35,9 @@ class _Remembered(Generic[ValueT]):
         self._lock = asyncio.Lock()
 
     async def get(self) -> ValueT:
-        if not self._is_fresh():
+        if not self.is_fresh:
             async with self._lock:
-                if not self._is_fresh():
+                if not self.is_fresh:
                     asked_at = time.monotonic()
                     self._value = await self._ask()
                     self._asked_at = asked_at
@@ -46,8 +46,16 @@ class _Remembered(Generic[ValueT]):
     def forget(self) -> None:
         self._asked_at = None
 
-    def _is_fresh(self) -> bool:
+    @property
+    def is_fresh(self) -> bool:
         return self._asked_at is not None and time.monotonic() - self._asked_at < self._seconds
+
+
+class Version(NamedTuple):
+    """A server's version as it writes it, and its numbers; None for a build that has none."""
+
+    text: str
+    numbers: tuple[int, ...] | None
 
 
 class Catalog:
@@ -60,10 +68,9 @@ class Catalog:
         self._processes = _Remembered(PROCESSES_FRESH, client.processes)
         self._shown: dict[str, _Remembered[Shown]] = {}
 
-    async def version(self) -> tuple[str, tuple[int, ...] | None]:
-        """The version as the server writes it, and its numbers, None for a build that has none."""
+    async def version(self) -> Version:
         text = await self._version.get()
-        return text, version_numbers(text)
+        return Version(text, version_numbers(text))
 
     async def tags(self) -> list[Tag]:
         return await self._tags.get()
@@ -76,17 +83,23 @@ class Catalog:
         self._shown[name] = remembered  # only now: names that do not exist are not kept
         return shown
 
-    async def running(self, model: str) -> Running | None:
-        """The model as it is in memory now; None where it is not."""
+    async def about(self, model: str) -> tuple[Shown, Running | None]:
+        """What the server tells of a model, and the model as it is in memory now; None where it is not."""
+        if self._processes.is_fresh:
+            shown = await self.shown(model)
+        else:
+            shown, _ = await asyncio.gather(self.shown(model), self._processes.get())
         name = full_name(model).lower()
-        return next((one for one in await self._processes.get() if full_name(one.name).lower() == name), None)
+        running = (one for one in await self._processes.get() if full_name(one.name).lower() == name)
+        return shown, next(running, None)
 
     def forget_processes(self) -> None:
         """Ask again: something was loaded or unloaded."""
         self._processes.forget()
 
     def forget_models(self) -> None:
-        """Ask again: a model came or went."""
+        """Ask again: a model came or went, or the server is another one."""
+        self._version.forget()
         self._tags.forget()
         self._shown.clear()
 

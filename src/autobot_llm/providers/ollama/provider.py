@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
-from datetime import UTC, datetime, timedelta
+from contextlib import aclosing, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from autobot_llm.dialects.ollama.answers import AnswerReader, read_embeddings, timings_of, usage_of
-from autobot_llm.dialects.ollama.bodies import parse_duration
-from autobot_llm.dialects.ollama.models import Progress, Running, Shown
+from autobot_llm.dialects.ollama.models import Progress, Tag
 from autobot_llm.dialects.ollama.requests import asked_context, refuse_too_new, write_embedding, write_request
-from autobot_llm.errors import LLMError, ProviderTimeout, ProviderUnavailable, UnsupportedError
+from autobot_llm.errors import LLMError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.providers.base import ProviderStatus
 from autobot_llm.providers.ollama import variants
 from autobot_llm.providers.ollama.catalog import Catalog
 from autobot_llm.providers.ollama.client import OllamaClient
-from autobot_llm.providers.ollama.context import Pin
-from autobot_llm.providers.ollama.report import outcomes, was_loaded
+from autobot_llm.providers.ollama.placement import Placed, Placement
+from autobot_llm.providers.ollama.report import outcomes, running_optimizations, was_loaded
+from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import SETTINGS, Settings
 from autobot_llm.types import (
     ChoiceEnd,
@@ -37,6 +37,7 @@ from autobot_llm.types import (
 
 logger = logging.getLogger("autobot_llm.ollama")
 
+WATCH_SECONDS = 10.0
 DEFAULT_MODEL = "mistral:7b-instruct-q4_K_M"
 _PACKAGE_DEFAULT = next(setting.default for setting in SETTINGS if setting.field == "default_model")
 
@@ -59,13 +60,17 @@ class OllamaProvider:
 
     name = "ollama"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, watch_seconds: float = WATCH_SECONDS) -> None:
         self._settings = settings
+        self._watch_seconds = watch_seconds
         self._default = default_model(settings)
         self._memory = variants.machine_memory() if _is_here(settings.ollama_endpoint) else None
         self._client: OllamaClient | None = None
         self._catalog: Catalog | None = None
-        self._pins: dict[str, Pin] = {}
+        self._placement = Placement(settings)
+        self._watching: asyncio.Task[None] | None = None
+        self._tag: Tag | None = None
+        self._version: str | None = None
         self._last_loads: dict[str, float] = {}
         self._failure = "not started"
         self._details: dict[str, float | int | str] = {}
@@ -79,24 +84,45 @@ class OllamaProvider:
             connections = self._settings.cloud_connection_pool_size
             self._client = OllamaClient(self._settings.ollama_endpoint, max_connections=connections)
             self._catalog = Catalog(self._client)
-        try:
-            self._details = await self._describe(self._catalog_of())
-            self._failure = ""
-        except LLMError as exc:
-            self._failure = exc.message
-            logger.warning("%s; requests to it fail until it is there", exc.message)
+            self._watching = asyncio.create_task(self._watch(self._catalog))
+            await self._look(self._catalog)
 
     async def close(self) -> None:
+        watching, self._watching = self._watching, None
         client, self._client, self._catalog = self._client, None, None
         self._failure = "closed"
-        self._pins.clear()
+        self._placement.pins.clear()
+        if watching is not None:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
         if client is not None:
             await client.close()
 
+    async def _watch(self, catalog: Catalog) -> None:
+        """So that the status is true though nobody asks for an answer."""
+        while True:
+            await asyncio.sleep(self._watch_seconds)
+            try:
+                await self._look(catalog)
+            except Exception:
+                logger.exception("looking at the ollama server failed unexpectedly")
+
+    async def _look(self, catalog: Catalog) -> None:
+        try:
+            catalog.forget_models()
+            self._details = await self._describe(catalog)
+            self._failure = ""
+        except LLMError as exc:
+            if exc.message != self._failure:
+                logger.warning("%s; requests to it fail until it is there", exc.message)
+            self._failure = exc.message
+
     async def _describe(self, catalog: Catalog) -> dict[str, float | int | str]:
         """What is worth showing, and once in the log: the version, the default model, settings that would help."""
-        version, _ = await catalog.version()
-        tag = variants.find_tag(await catalog.tags(), self._default)
+        version = (await catalog.version()).text
+        self._version = version
+        self._tag = tag = variants.find_tag(await catalog.tags(), self._default)
         shown = None if tag is None else await catalog.shown(self._default)
         recommended = variants.server_settings(self._settings)
         if not self._told_settings:
@@ -118,7 +144,7 @@ class OllamaProvider:
     def status(self) -> ProviderStatus:
         if self._client is None:
             return ProviderStatus(name=self.name, state="stopped", message=self._failure)
-        details = self._details | {f"num_ctx of {model}": pin.num_ctx for model, pin in self._pins.items()}
+        details = self._details | {f"num_ctx of {model}": pin.num_ctx for model, pin in self._placement.pins.items()}
         return ProviderStatus(
             name=self.name, state="failed" if self._failure else "ready", message=self._failure, details=details
         )
@@ -126,13 +152,19 @@ class OllamaProvider:
     def metrics(self) -> dict[str, float]:
         counts = self._counts
         figures: dict[str, float] = {
-            "num_running": sum(pin.num_in_flight for pin in self._pins.values()),
+            "num_running": sum(pin.num_in_flight for pin in self._placement.pins.values()),
             "num_model_loads": counts["num_model_loads"],
-            "num_context_growths": sum(pin.num_growths for pin in self._pins.values()),
+            "num_context_growths": sum(pin.num_growths for pin in self._placement.pins.values()),
             "num_generated_tokens": counts["num_generated_tokens"],
             "prefix_cache_hit_rate": counts["num_cached"] / max(1, counts["num_prompt_tokens"]),
         }
         return figures | ({} if self._client is None else self._client.pool.metrics())
+
+    def engine_version(self) -> str | None:
+        return self._version
+
+    def optimizations(self) -> list[OptimizationOutcome]:
+        return list(running_optimizations(self._tag, self.metrics()))
 
     # Work
 
@@ -144,14 +176,15 @@ class OllamaProvider:
         path, body = write_request(request, model=model)
         reader = AnswerReader(request_id, model)
         try:
-            _, version = await catalog.version()
-            refuse_too_new(body, version)
-            pin, shown = await self._place(catalog, model, body, body, request.max_tokens, asked_context(request))
+            refuse_too_new(body, (await catalog.version()).numbers)
+            placed = await self._placement.place(
+                catalog, body, sized=body, max_tokens=request.max_tokens, asked=asked_context(request)
+            )
         except (ProviderUnavailable, ProviderTimeout) as exc:
             self._failure = exc.message
             raise
         began, first_at, has_begun = time.perf_counter(), None, False
-        pin.num_in_flight += 1
+        placed.pin.num_in_flight += 1
         try:
             async with aclosing(client.answer(path, body, reader)) as events:
                 async for event in events:
@@ -166,17 +199,10 @@ class OllamaProvider:
             self._failure = exc.message
             raise
         finally:
-            pin.num_in_flight -= 1
-        yield self._finish(reader, body, pin, shown, first_at)
+            placed.pin.num_in_flight -= 1
+        yield self._finish(reader, body, placed, first_at)
 
-    def _finish(
-        self,
-        reader: AnswerReader,
-        body: Mapping[str, Any],
-        pin: Pin,
-        shown: Shown,
-        first_at: float | None,
-    ) -> Finish:
+    def _finish(self, reader: AnswerReader, body: Mapping[str, Any], placed: Placed, first_at: float | None) -> Finish:
         line, model = reader.ending, str(body["model"])
         assert line is not None, "the client raises where an answer has no end"
         usage, timings = usage_of(line), timings_of(line, first_at)
@@ -184,7 +210,7 @@ class OllamaProvider:
             line,
             num_ctx=body["options"]["num_ctx"],
             last_load=self._last_loads.get(model),
-            shown=shown,
+            shown=placed.shown,
         )
         finish = Finish(usage=usage, timings=timings, optimizations=tuple(report))
         if was_loaded(line) and timings.load is not None:
@@ -193,22 +219,23 @@ class OllamaProvider:
         self._counts["num_generated_tokens"] += usage.completion_tokens
         self._counts["num_prompt_tokens"] += usage.prompt_tokens
         self._counts["num_cached"] += usage.cached_tokens
-        pin.learn(body, usage.prompt_tokens)
+        placed.pin.learn(body, usage.prompt_tokens)
         return finish
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
         client, catalog = self._client_of(), self._catalog_of()
         model = await self._resolve(request.model, catalog)
         body = write_embedding(request, model=model)
-        _, version = await catalog.version()
-        refuse_too_new(body, version)
+        refuse_too_new(body, (await catalog.version()).numbers)
         longest = max((text for text in request.inputs if isinstance(text, str)), key=len, default="")
-        pin, _ = await self._place(catalog, model, body, {"prompt": longest}, 0, asked_context(request))
-        pin.num_in_flight += 1
+        placed = await self._placement.place(
+            catalog, body, sized={"prompt": longest}, max_tokens=0, asked=asked_context(request)
+        )
+        placed.pin.num_in_flight += 1
         try:
             data = await client.embed(body, request.timeout)
         finally:
-            pin.num_in_flight -= 1
+            placed.pin.num_in_flight -= 1
         return read_embeddings(
             data,
             num_inputs=len(request.inputs),
@@ -225,7 +252,7 @@ class OllamaProvider:
         name = await self._resolve(model, catalog)
         fields: dict[str, Any] = {"model": name} if keep_alive is None else {"model": name, "keep_alive": keep_alive}
         if keep_alive != 0:
-            await self._place(catalog, name, fields, {"prompt": ""}, None, num_ctx)
+            await self._placement.place(catalog, fields, sized={"prompt": ""}, max_tokens=None, asked=num_ctx)
         await client.load(name, fields)
         catalog.forget_processes()
 
@@ -236,8 +263,6 @@ class OllamaProvider:
                 yield progress
         self._catalog_of().forget_models()
 
-    # Where a request goes
-
     async def _resolve(self, asked: str | None, catalog: Catalog) -> str:
         """The model that answers: what was asked for, or a quantized variant of it where those are preferred."""
         model = self._default if asked is None else asked
@@ -245,48 +270,6 @@ class OllamaProvider:
             return model
         variant = variants.choose_variant(model, await catalog.tags(), self._memory)
         return model if variant is None else variant.name
-
-    async def _place(
-        self,
-        catalog: Catalog,
-        model: str,
-        body: dict[str, Any],
-        sized: Mapping[str, Any],
-        max_tokens: int | None,
-        asked: int | None,
-    ) -> tuple[Pin, Shown]:
-        """Write the context and the stay in memory into `body`, whose prompt is in `sized`."""
-        shown = await catalog.shown(model)
-        running = await catalog.running(model)
-        pin = self._pins.setdefault(variants.full_name(model), Pin())
-        pin.limit = self._limit(shown)
-        pin.num_ctx = pin.num_ctx or min(shown.num_ctx or 0, pin.limit or shown.num_ctx or 0)
-        if asked is not None and pin.limit is not None and asked > pin.limit:
-            raise UnsupportedError(f"num_ctx={asked}: {model} has at most {pin.limit} tokens here", param="num_ctx")
-        before = pin.num_ctx
-        num_tokens = max(pin.estimate(sized, max_tokens), asked or 0)
-        body["options"] = body.get("options", {}) | {
-            "num_ctx": pin.choose(num_tokens, loaded=running.context_length if running is not None else 0)
-        }
-        if pin.num_ctx != before:
-            catalog.forget_processes()
-        if (stay := self._stay(running)) is not None:
-            body.setdefault("keep_alive", stay)
-        return pin, shown
-
-    def _limit(self, shown: Shown) -> int | None:
-        known = [limit for limit in (shown.context_length, self._settings.max_model_len) if limit is not None]
-        return min(known, default=None)
-
-    def _stay(self, running: Running | None) -> str | None:
-        """`keep_alive` as the settings have it, unless the model stays longer already: nobody's stay is cut short."""
-        wanted = self._settings.ollama_keep_alive
-        expires = running.expires() if running is not None else None
-        if wanted is None or expires is None or expires.tzinfo is None:
-            return wanted
-        seconds = parse_duration(wanted)
-        is_shorter = seconds < (expires - datetime.now(UTC)) / timedelta(seconds=1)
-        return None if is_shorter else wanted
 
     def _client_of(self) -> OllamaClient:
         if self._client is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from autobot_llm.dialects.ollama.answers import WireLine
-from autobot_llm.dialects.ollama.models import Shown
+from autobot_llm.dialects.ollama.models import Shown, Tag
 from autobot_llm.providers.ollama.variants import FULL_PRECISION
 from autobot_llm.report import OptimizationOutcome
 
@@ -29,6 +29,30 @@ def outcomes(line: WireLine, *, num_ctx: int, last_load: float | None, shown: Sh
             reason=f"the model's weights are stored as {level}",
             lossy=not is_full,
         )
+
+
+def running_optimizations(tag: Tag | None, metrics: Mapping[str, float]) -> Iterator[OptimizationOutcome]:
+    """What runs apart from any one request. `tag` is the default model's; settings of the server nobody can ask for."""
+    reason = "Ollama fills its slots (OLLAMA_NUM_PARALLEL) together; it does not tell how many there are"
+    yield OptimizationOutcome(name="continuous_batching", applied=True, reason=reason)
+    rate = metrics.get("prefix_cache_hit_rate", 0.0)
+    yield OptimizationOutcome(
+        name="prefix_caching",
+        applied=rate > 0,
+        reason=f"{rate:.0%} of the prompt tokens so far were in Ollama's cache"
+        if rate
+        else "Ollama has not told of any prompt token in its cache so far",
+    )
+    for name, variable in (("flash_attention", "FLASH_ATTENTION"), ("kv_cache_optimization", "KV_CACHE_TYPE")):
+        reason = f"OLLAMA_{variable} of the server decides, and it does not tell"
+        yield OptimizationOutcome(name=name, applied=False, reason=reason)
+    level = tag.details.quantization_level if tag is not None else ""
+    is_quantized = bool(level) and level.upper() not in FULL_PRECISION
+    reason = f"the default model's weights are stored as {level}" if level else "the default model is not there"
+    yield OptimizationOutcome(name="quantization", applied=is_quantized, reason=reason, lossy=is_quantized)
+    connects, requests = metrics.get("num_connects", 0), metrics.get("num_http_requests", 0)
+    reason = f"{requests:.0f} requests went over {connects:.0f} connections"
+    yield OptimizationOutcome(name="connection_pooling", applied=requests > connects, reason=reason)
 
 
 def _residency(line: WireLine, num_ctx: int, last_load: float | None) -> OptimizationOutcome:
