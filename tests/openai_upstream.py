@@ -28,10 +28,10 @@ from raw_server import Asked, RawServer, Wire, raw_server
 Json = dict[str, Any]
 Script = Callable[[Json], "Json | list[Json]"]
 
-_SHAPES: dict[str, Any] = {
+_SHAPES: dict[str, tuple[Any, Any]] = {  # of a streamed and of a whole answer
     "/chat/completions": (CompletionCreateParamsStreaming, CompletionCreateParamsNonStreaming),
     "/completions": (TextParamsStreaming, TextParamsNonStreaming),
-    "/embeddings": (EmbeddingCreateParams, EmbeddingCreateParams),
+    "/embeddings": (None, EmbeddingCreateParams),
 }
 # What vLLM adds to OpenAI's shapes, with the types that its documentation gives.
 VLLM_FIELDS = {
@@ -41,13 +41,9 @@ VLLM_FIELDS = {
 
 
 def complaint(path: str, body: Json, extra: dict[str, Any]) -> str | None:
-    """What the published shapes do not allow in `body`, or None; `extra` are fields that are allowed besides."""
+    """What the published shapes do not allow in `body`, or None; `extra` are types of fields in place of the published ones."""
     streaming, plain = _SHAPES[path]
-    own = {name: value for name, value in body.items() if name not in extra}
-    wrong = _wrong(streaming if body.get("stream") else plain, own, "body")
-    for name in body.keys() & extra.keys():
-        wrong = wrong or _wrong(extra[name], body[name], name)
-    return wrong
+    return _wrong_object(streaming if body.get("stream") else plain, body, "body", extra)
 
 
 def _wrong(kind: Any, value: object, place: str) -> str | None:
@@ -77,10 +73,10 @@ def _wrong(kind: Any, value: object, place: str) -> str | None:
     return None if is_right else f"{place}: {value!r} is no {kind}"
 
 
-def _wrong_object(kind: Any, value: object, place: str) -> str | None:
+def _wrong_object(kind: Any, value: object, place: str, extra: dict[str, Any] | None = None) -> str | None:
     if not isinstance(value, dict):
         return f"{place}: {value!r} is no object"
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = typing.get_type_hints(kind, include_extras=True) | (extra or {})
     if unknown := value.keys() - hints.keys():
         return f"{place}: unknown fields {sorted(unknown)}"
     # Not `__required_keys__`: it does not see the marks of classes whose annotations are strings, as these are.
