@@ -5,53 +5,26 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_ollama import check_body
+from dialect_tables import PROVIDERS, expected_param, table, to_ollama
 from server_harness import serving
 
-from autobot_llm.dialects.anthropic import requests as anthropic_requests
 from autobot_llm.dialects.anthropic.bodies import read_messages
-from autobot_llm.dialects.ollama import requests as ollama_requests
 from autobot_llm.dialects.ollama.bodies import read_chat, read_generate
 from autobot_llm.dialects.openai import bodies as openai_bodies
-from autobot_llm.dialects.openai import requests as openai_requests
 from autobot_llm.errors import UnsupportedError
 from autobot_llm.interface import LLMInterface
 from autobot_llm.providers.native import NativeProvider
-from autobot_llm.providers.vllm.fields import in_words_of
 from autobot_llm.settings import Settings
 from autobot_llm.types import LLMRequest
 
-PAGE = Path(__file__).parents[2] / "docs" / "dialects.md"
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(8)).decode()
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
 TOOLS = [{"type": "function", "function": FUNCTION}]
 USER = {"role": "user", "content": "Tell me a story about a fox."}
-
-Cells = dict[tuple[str, str], str]
-
-
-def table(heading: str) -> Cells:
-    """The cells of the table below a heading, by row and column."""
-    section = PAGE.read_text(encoding="utf-8").partition(f"### {heading}\n")[2].partition("\n#")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
-    ]
-    columns, _, *body = rows
-    return {(row[0], column): cell for row in body for column, cell in zip(columns[1:], row[1:], strict=True)}
-
-
-def expected_param(cell: str) -> str | None:
-    """The field that a cell says is refused; None where it says yes."""
-    if cell == "yes":
-        return None
-    assert cell.startswith("400 `"), cell
-    return cell.removeprefix("400 `").removesuffix("`")
-
 
 # A client speaks Ollama's dialect
 
@@ -91,26 +64,6 @@ def asked_in_ollamas_dialect(feature: str) -> LLMRequest:
     return request
 
 
-def to_ollama(request: LLMRequest) -> dict[str, Any]:
-    path, body = ollama_requests.write_request(request, model="m")
-    check_body(path, body)
-    return body
-
-
-def to_openai(flavour: openai_requests.Flavour, request: LLMRequest) -> dict[str, Any]:
-    write = openai_requests.write_chat if request.messages is not None else openai_requests.write_completion
-    body: dict[str, Any] = json.loads(write(request, "m", flavour))
-    assert ("stream_options" in body) is request.stream
-    return body
-
-
-PROVIDERS: dict[str, Callable[[LLMRequest], object]] = {
-    "ollama": to_ollama,
-    "openai": lambda request: to_openai(openai_requests.OPENAI, request),
-    "clouds": lambda request: to_openai(openai_requests.COMPATIBLE, request),
-    "vllm": lambda request: to_openai(openai_requests.COMPATIBLE, in_words_of(request, "0.33.0")),
-    "anthropic": lambda request: anthropic_requests.write_request(request, "claude-opus-4-5").body,
-}
 ASKED = table("A client speaks Ollama's dialect")
 
 
