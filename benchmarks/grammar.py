@@ -3,8 +3,8 @@
 Both walk the same documents, token by token, under the same schemas, with the embedded model's tokenizer (8,192
 entries) and with one of 32,000 that is trained here on Python's own library. At a batch of 32, as many sequences stand
 at different places of the documents; each library fills the rows one after the other on one thread, and once with its
-own threads. xgrammar is no dependency of the package: without it the table has llguidance alone. Prints means (of
-compiling, medians) and one JSON line at the end.
+own threads. xgrammar is no dependency of the package: without it the table has llguidance alone. Prints medians
+and one JSON line at the end.
 
     python benchmarks/grammar.py
     pip install xgrammar && python benchmarks/grammar.py
@@ -222,12 +222,12 @@ def measure(library: Library, tokenizer: Tokenizer, schema: dict[str, Any], docu
     return {
         "num_tokens": len(token_ids),
         "compile_ms": statistics.median(compile_times),
-        "first_walk_us": statistics.mean(mask for mask, _ in cold),
-        "mask_us": statistics.mean(masks),
+        "first_walk_us": statistics.median(mask for mask, _ in cold),
+        "mask_us": statistics.median(masks),
         "mask_us_p99": float(np.percentile(masks, 99)),
-        "advance_us": statistics.mean(advance for _, advance in warm),
-        "batch32_us_per_step": statistics.mean(one for one, _ in steps),
-        "batch32_threads_us_per_step": statistics.mean(together for _, together in steps),
+        "advance_us": statistics.median(advance for _, advance in warm),
+        "batch32_us_per_step": statistics.median(one for one, _ in steps),
+        "batch32_threads_us_per_step": statistics.median(together for _, together in steps),
     }
 
 

@@ -18,9 +18,10 @@ from tokenizers_of_every_kind import KINDS, write_tokenizer
 
 from autobot_llm.engine.detokenizer import Detokenizer, token_bytes
 from autobot_llm.engine.grammar.compiler import MAX_WAITING, GrammarCompiler
+from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.grammar.spec import MAX_SCHEMA_CHARACTERS, GrammarSpec
 from autobot_llm.engine.tokenizer import Tokenizer
-from autobot_llm.errors import InvalidRequestError, OverloadedError
+from autobot_llm.errors import InvalidRequestError, OverloadedError, ProviderUnavailable
 
 VOCAB_SIZE = 8192
 END_IDS = frozenset({0, 4})
@@ -339,6 +340,14 @@ def test_an_expression_that_explodes_elsewhere_is_followed_or_given_up(
     assert longest < 0.5
 
 
+def test_an_answer_has_a_bound_on_the_time_its_masks_may_take(compiler: GrammarCompiler) -> None:
+    library_matcher = schema_grammar(compiler, PERSON)._matcher
+    matcher = Grammar(library_matcher, VOCAB_SIZE, FIELD, max_mask_seconds=0.0).start()
+    with pytest.raises(InvalidRequestError, match="too costly to follow: its masks took"):
+        for _ in range(1000):  # a clock may be coarse
+            matcher.mask()
+
+
 def test_no_more_grammars_wait_than_are_bounded(tokenizer: Tokenizer) -> None:
     async def ask() -> list[object]:
         compiler = GrammarCompiler.for_model(tokenizer, VOCAB_SIZE, END_IDS)
@@ -354,24 +363,62 @@ def test_no_more_grammars_wait_than_are_bounded(tokenizer: Tokenizer) -> None:
 
 
 def test_a_grammar_is_compiled_once_and_the_least_recently_used_is_dropped(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler.for_model(tokenizer, VOCAB_SIZE, END_IDS)
-    compiler = GrammarCompiler(compiler._make_vocabulary, max_grammars=2)
+    compiler = GrammarCompiler.for_model(tokenizer, VOCAB_SIZE, END_IDS, max_grammars=2)
     for word in ("a", "b", "a", "c", "a", "b"):  # c drops b
         compiled(compiler, GrammarSpec.choice([word], FIELD))
     assert (compiler.num_compiled, compiler.num_reused) == (4, 2)
     compiler.close()
 
 
-def test_requests_that_ask_for_a_grammar_at_once_share_it_under_their_own_fields(tokenizer: Tokenizer) -> None:
-    async def ask() -> list[str]:
+def test_requests_that_ask_for_a_grammar_at_once_wait_for_one_compilation(tokenizer: Tokenizer) -> None:
+    async def ask() -> GrammarCompiler:
         compiler = GrammarCompiler.for_model(tokenizer, VOCAB_SIZE, END_IDS)
         spec = GrammarSpec.json_schema(PERSON, FIELD)
-        grammars = await asyncio.gather(*(compiler.compile(spec, field) for field in ("guided_json", "tools")))
-        assert compiler.num_compiled == 1
+        first, second = await asyncio.gather(compiler.compile(spec, FIELD), compiler.compile(spec, FIELD))
+        assert first is second
         compiler.close()
-        return [grammar.start().field for grammar in grammars]
+        return compiler
 
-    assert asyncio.run(ask()) == ["guided_json", "tools"]
+    assert asyncio.run(ask()).num_compiled == 1
+
+
+def test_tenants_share_no_grammar(tokenizer: Tokenizer) -> None:
+    async def ask() -> int:
+        compiler = GrammarCompiler.for_model(tokenizer, VOCAB_SIZE, END_IDS)
+        for tenant in ("one", "another", "one"):
+            await compiler.compile(GrammarSpec.choice(["yes"], FIELD), FIELD, tenant)
+        compiler.close()
+        return compiler.num_compiled
+
+    assert asyncio.run(ask()) == 2
+
+
+def test_a_grammar_that_met_a_limit_is_compiled_anew(compiler: GrammarCompiler) -> None:
+    """Else the first answer that a limit ends would end all later ones at their first token."""
+    spec = GrammarSpec.regex(r"(\w+\s?){1,500}", FIELD)
+    for _ in range(2):
+        grammar = compiled(compiler, spec)
+        matcher = grammar.start()
+        assert allowed(matcher)
+        with pytest.raises(InvalidRequestError, match="too costly"):
+            for place in range(300):
+                tokens = sorted(allowed(matcher) - END_IDS)
+                assert matcher.advance(tokens[(place * 7919) % len(tokens)])
+        assert grammar.is_spent
+
+
+def test_what_waits_when_the_compiler_closes_is_told_so(tokenizer: Tokenizer) -> None:
+    async def ask() -> list[object]:
+        compiler = GrammarCompiler.for_model(tokenizer, VOCAB_SIZE, END_IDS)
+        specs = [GrammarSpec.choice([str(number)], FIELD) for number in range(20)]
+        waiting = [asyncio.create_task(compiler.compile(spec, FIELD)) for spec in specs]
+        await asyncio.sleep(0)
+        compiler.close()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        return [type(result) for result in results if isinstance(result, BaseException)]
+
+    errors = asyncio.run(ask())
+    assert errors and set(errors) == {ProviderUnavailable}
 
 
 def test_the_order_of_properties_is_part_of_a_grammar() -> None:

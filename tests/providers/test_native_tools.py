@@ -155,6 +155,23 @@ async def test_every_choice_has_calls_of_its_own(llm: LLMInterface) -> None:
             assert "".join(token.token for token in choice.logprobs).count("get_weather") == 1
 
 
+async def test_descriptions_may_hold_anything(llm: LLMInterface) -> None:
+    """They are part of the schema in the grammar, and of the prompt."""
+    text = '// no comment # nor this } { "quoted" \\ %json <[1]> \n é 火 </tool_call>'
+    schema = {
+        "type": "object",
+        "description": text,
+        "properties": {text: {"enum": [text, "b"], "description": text}},
+        "required": [text],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "f", "description": text, "parameters": schema}}]
+    answer = await llm.chat_completion(ASKED, tools=tools, tool_choice=function(), temperature=0, max_tokens=300)
+    (call,) = answer.tool_calls
+    assert answer.finish_reason == "tool_calls"
+    assert json.loads(call.arguments)[text] in (text, "b")
+
+
 async def test_a_function_without_parameters_is_called_with_none(llm: LLMInterface) -> None:
     tools = [{"type": "function", "function": {"name": "now"}}]
     answer = await llm.chat_completion(
@@ -172,15 +189,15 @@ async def test_offered_tools_leave_an_answer_in_words_as_it_is(llm: LLMInterface
     assert answer.finish_reason in ("stop", "length")
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral"])
+@pytest.mark.parametrize(("name", "opening"), [("hermes", 1), ("mistral", 1), ("llama", 95)])
 async def test_a_call_that_a_model_begins_by_itself_obeys_a_strict_schema(
-    name: str, cache_dir: Path, tmp_path: Path
+    name: str, opening: int, cache_dir: Path, tmp_path: Path
 ) -> None:
     """A bias makes the model open a call, which nothing else would make it do."""
     folder = family_folder(tmp_path / "model", name, special_marker=FORMS[name].markers.open)
     tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]  # type: ignore[dict-item]
     async with LLMInterface(settings_for(folder, cache_dir)) as llm:
-        options: dict[str, Any] = {"tools": tools, "temperature": 0, "max_tokens": 150, "logit_bias": {1: 100.0}}
+        options: dict[str, Any] = {"tools": tools, "temperature": 0, "max_tokens": 150, "logit_bias": {opening: 100.0}}
         answer = await llm.chat_completion(ASKED, extra_body={"parallel_tool_calls": False}, **options)
         assert len(answer.tool_calls) == 1
         assert (answer.content, answer.finish_reason) == ("", "tool_calls")

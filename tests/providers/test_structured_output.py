@@ -141,7 +141,7 @@ async def test_leaving_in_the_middle_frees_everything(llm: LLMInterface) -> None
 
 
 async def test_a_hostile_schema_does_not_hold_up_others(llm: LLMInterface) -> None:
-    """While a schema of thousands of required properties compiles, another answer's tokens keep coming, the same ones."""
+    """While a schema of thousands of required properties compiles, another answer's tokens keep coming."""
     names = [f"property_{number}" for number in range(3_500)]
     costly = {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names}
     alone = await llm.chat_completion(ASKED, temperature=0, max_tokens=60)

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import llguidance
 
@@ -21,13 +22,21 @@ from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.grammar.spec import GrammarSpec
 from autobot_llm.engine.grammar.vocabulary import Vocabulary
 from autobot_llm.engine.tokenizer import Tokenizer
-from autobot_llm.errors import InvalidRequestError, OverloadedError
+from autobot_llm.errors import InvalidRequestError, OverloadedError, ProviderUnavailable
 
-MAX_GRAMMARS = 256
+MAX_GRAMMARS = 128
 MAX_WAITING = 64
-# Work for one place of a grammar. The library's speed makes this about 10 ms at worst, when a hostile expression is met
-# for the first time; ordinary ones take hundredths of that.
+# Work for one place of a grammar: some 4 ms at worst, of expressions made to explode; ordinary ones stay below 1 ms.
 MAX_LEXER_FUEL_PER_STEP = 100_000
+MAX_LEXER_STATES = 50_000  # of one grammar, half a kilobyte to two each; the library's own limit is five times that
+
+
+class _Key(NamedTuple):
+    """What a compiled grammar is kept under. Tenants share none: not its limits, and not the time that it saves."""
+
+    spec: GrammarSpec
+    field: str
+    tenant: str
 
 
 class GrammarCompiler:
@@ -40,54 +49,73 @@ class GrammarCompiler:
         self._make_vocabulary = make_vocabulary
         self._vocabulary: Vocabulary | None = None
         self._max_grammars = max_grammars
-        self._grammars: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._grammars: OrderedDict[_Key, Grammar] = OrderedDict()
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="autobot-grammar")
         self._num_waiting = 0
+        self._is_closed = False
         self.num_compiled = 0
         self.num_reused = 0
 
     @classmethod
-    def for_model(cls, tokenizer: Tokenizer, vocab_size: int, end_ids: frozenset[int]) -> GrammarCompiler:
+    def for_model(
+        cls, tokenizer: Tokenizer, vocab_size: int, end_ids: frozenset[int], *, max_grammars: int = MAX_GRAMMARS
+    ) -> GrammarCompiler:
         """`end_ids` are the tokens that end an answer of this model."""
-        return cls(partial(Vocabulary, tokenizer, vocab_size, end_ids))
+        return cls(partial(Vocabulary, tokenizer, vocab_size, end_ids), max_grammars=max_grammars)
 
-    async def compile(self, spec: GrammarSpec, field: str) -> Grammar:
+    async def compile(self, spec: GrammarSpec, field: str, tenant: str = "") -> Grammar:
         """The grammar of `spec`. Raises InvalidRequestError with `field` and the library's reason where it is none,
-        OverloadedError while too many wait to be compiled."""
-        if (known := self._known(spec)) is not None:
-            return known.named(field)
+        OverloadedError while too many wait to be compiled, ProviderUnavailable when the compiler is closed meanwhile.
+        """
+        key = _Key(spec, field, tenant)
+        if (known := self._known(key)) is not None:
+            return known
         if self._num_waiting >= MAX_WAITING:
             raise OverloadedError(f"{self._num_waiting} grammars are waiting to be compiled", retry_after=1.0)
         self._num_waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, spec, field)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, key)
+        except asyncio.CancelledError:
+            if self._is_closed and not _is_cancelled():
+                raise ProviderUnavailable("the engine was stopped") from None
+            raise
         finally:
             self._num_waiting -= 1
 
     def close(self) -> None:
-        """Let the thread go, once it is done with what it does."""
+        """Let the thread go, once it is done with what it does; what waits for it is given up."""
+        self._is_closed = True
         self._thread.shutdown(cancel_futures=True)
 
-    def _known(self, spec: GrammarSpec) -> Grammar | None:
+    def _known(self, key: _Key) -> Grammar | None:
         with self._lock:
-            if (grammar := self._grammars.get(spec)) is not None:
-                self._grammars.move_to_end(spec)
-                self.num_reused += 1
+            grammar = self._grammars.get(key)
+            if grammar is None or grammar.is_spent:
+                return None
+            self._grammars.move_to_end(key)
+            self.num_reused += 1
             return grammar
 
-    def _compile(self, spec: GrammarSpec, field: str) -> Grammar:
-        if (known := self._known(spec)) is not None:  # another request asked for it meanwhile
-            return known.named(field)
+    def _compile(self, key: _Key) -> Grammar:
+        if (known := self._known(key)) is not None:  # another request asked for it meanwhile
+            return known
         if self._vocabulary is None:
             self._vocabulary = self._make_vocabulary()
-        grammar = _compiled(spec, self._vocabulary, field)
+        grammar = _compiled(key.spec, self._vocabulary, key.field)
         with self._lock:
-            self._grammars[spec] = grammar
+            self._grammars[key] = grammar
+            self._grammars.move_to_end(key)
             self.num_compiled += 1
             if len(self._grammars) > self._max_grammars:
                 self._grammars.popitem(last=False)
         return grammar
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the request that was given up, and not what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 _DRAWING = re.compile(r"<|(\d+ )?\| ")
@@ -99,7 +127,9 @@ _SOURCES: dict[str, Callable[[str], str]] = {
 
 
 def _compiled(spec: GrammarSpec, vocabulary: Vocabulary, field: str) -> Grammar:
-    limits = llguidance.LLParserLimits(step_lexer_fuel=MAX_LEXER_FUEL_PER_STEP, verbose_errors=False)
+    limits = llguidance.LLParserLimits(
+        step_lexer_fuel=MAX_LEXER_FUEL_PER_STEP, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False
+    )
     try:
         source = _SOURCES[spec.kind](spec.source)
         matcher = llguidance.LLMatcher(vocabulary.library_tokenizer, source, log_level=0, limits=limits)

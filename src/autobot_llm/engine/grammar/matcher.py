@@ -7,6 +7,7 @@ with `rollback`.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,34 +20,53 @@ if TYPE_CHECKING:
 
 UInt8Array = npt.NDArray[np.uint8]
 
+# Processor time that one answer's masks may take: an ordinary answer of 2,000 tokens takes a tenth of it. Together with
+# the library's limit on each mask it keeps a hostile grammar from slowing everybody down for long.
+MAX_MASK_SECONDS = 2.0
+
 
 class Grammar:
-    """A compiled grammar: what every answer under it begins with. `field` is the request's field that asked for it."""
+    """A compiled grammar: what every answer under it begins with. `field` is the request's field that asked for it.
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, field: str) -> None:
+    Answers under one grammar share what the library learns of it on the way, its limits too: once one of them has met
+    a limit, the grammar `is_spent`, and is compiled anew for those that come.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        vocab_size: int,
+        field: str,
+        *,
+        max_mask_seconds: float = MAX_MASK_SECONDS,
+    ) -> None:
         self.vocab_size = vocab_size
+        self.max_mask_seconds = max_mask_seconds
         self.field = field
+        self.is_spent = False
         self._matcher = matcher
 
     def start(self) -> Matcher:
-        return Matcher(self._matcher.deep_copy(), self.vocab_size, self.field)
-
-    def named(self, field: str) -> Grammar:
-        """The same grammar, asked for by another field."""
-        return self if field == self.field else Grammar(self._matcher, self.vocab_size, field)
+        return Matcher(self, self._matcher.deep_copy())
 
 
 # V vocabulary
 class Matcher:
     """One answer's place in its grammar. Not thread-safe; a call may be made from any thread."""
 
-    __slots__ = ("_bits", "_matcher", "_vocab_size", "field")
+    __slots__ = ("_bits", "_grammar", "_matcher", "_seconds")
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, field: str) -> None:
-        self.field = field
+    def __init__(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
+        self._grammar = grammar
         self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._bits = np.zeros(-(-(vocab_size + 1) // 32), np.uint32)  # the library's own end token is the last bit
+        # One bit more than tokens: the library's own end token.
+        self._bits = np.zeros(-(-(grammar.vocab_size + 1) // 32), np.uint32)
+        self._seconds = 0.0
+
+    @property
+    def field(self) -> str:
+        """The request's field that asked for the grammar."""
+        return self._grammar.field
 
     @property
     def is_satisfied(self) -> bool:
@@ -61,13 +81,18 @@ class Matcher:
     def mask(self) -> UInt8Array:
         """allowed_V: 1 for each token that may come next, the end tokens among them where the answer may end.
 
-        Raises InvalidRequestError where the grammar needs more work for this place than it gets, or the vocabulary
-        cannot spell what must follow.
+        Raises InvalidRequestError where the grammar needs more work than it gets, for this place or for the answer so
+        far, and where the vocabulary cannot spell what must follow.
         """
+        start = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._seconds += time.thread_time() - start
         if self._matcher.is_error():
-            raise self._failure()
-        return np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+            self._grammar.is_spent = True
+            raise self._refusal(self._matcher.get_error().splitlines()[0])
+        if self._seconds > self._grammar.max_mask_seconds:
+            raise self._refusal(f"its masks took {self._seconds:.1f} s")
+        return np.unpackbits(self._bits.view(np.uint8), count=self._grammar.vocab_size, bitorder="little")
 
     def advance(self, token_id: int) -> bool:
         """Take a token as the next one; False, and the matcher is of no use any more, where it is not allowed."""
@@ -84,12 +109,11 @@ class Matcher:
 
     def clone(self) -> Matcher:
         """A matcher at the same place that goes its own way."""
-        return Matcher(self._matcher.deep_copy(), self._vocab_size, self.field)
+        return Matcher(self._grammar, self._matcher.deep_copy())
 
-    def _failure(self) -> InvalidRequestError:
-        reason = self._matcher.get_error().splitlines()[0]
+    def _refusal(self, reason: str) -> InvalidRequestError:
         if reason.startswith("NoExtension"):  # the library's name for it
-            reason = "no token of this model's vocabulary continues the answer"
+            message = "no token of this model's vocabulary continues the answer"
         else:
-            reason = f"the grammar is too costly to follow: {reason}"
-        return InvalidRequestError(f"{self.field}: {reason}", param=self.field)
+            message = f"the grammar is too costly to follow: {reason}"
+        return InvalidRequestError(f"{self.field}: {message}", param=self.field)

@@ -66,23 +66,38 @@ class GrammarSpec:
             )
         return cls("lark", "start: " + " | ".join(literal(text) for text in dict.fromkeys(choices)))
 
+    @classmethod
+    def lark(cls, source: str, field: str) -> GrammarSpec:
+        """A grammar of our own making. Raises InvalidRequestError where what the request put into it is too big."""
+        _check_size(source, field)
+        return cls("lark", source)
+
 
 def schema_source(schema: object, field: str) -> str:
     """A schema as JSON text, its keys in their order, with our white space. Raises InvalidRequestError."""
     if not isinstance(schema, Mapping):
         raise InvalidRequestError(f"{field}: expected a JSON schema, which is an object", param=field)
-    if _nests_deeper(schema, MAX_SCHEMA_DEPTH):
-        raise InvalidRequestError(f"{field}: nested more than {MAX_SCHEMA_DEPTH} levels deep", param=field)
     try:
         source = json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidRequestError(f"{field}: not a JSON schema: {error}", param=field) from error
+    except RecursionError:
+        raise _too_deep(field) from None
+    _check_size(source, field)
+    if _nests_deeper(schema, MAX_SCHEMA_DEPTH):
+        raise _too_deep(field)
+    return source
+
+
+def _check_size(source: str, field: str) -> None:
     if len(source) > MAX_SCHEMA_CHARACTERS:
         raise InvalidRequestError(
-            f"{field}: the schema has {len(source):,} characters; expected at most {MAX_SCHEMA_CHARACTERS:,}",
-            param=field,
+            f"{field}: {len(source):,} characters; expected at most {MAX_SCHEMA_CHARACTERS:,}", param=field
         )
-    return source
+
+
+def _too_deep(field: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: nested more than {MAX_SCHEMA_DEPTH} levels deep", param=field)
 
 
 def literal(text: str) -> str:

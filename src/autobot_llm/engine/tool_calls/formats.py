@@ -54,7 +54,7 @@ class CallFormat:
     def forced(self, functions: Sequence[Function], tokenizer: Tokenizer, field: str, *, several: bool) -> GrammarSpec:
         """An answer that is one call of one of `functions`, or `several`. Raises InvalidRequestError for a schema."""
         calls, rules = self._calls(tokenizer, several=several), self._rules(functions, field)
-        return GrammarSpec("lark", "\n".join((f"start: {calls}", *rules)))
+        return GrammarSpec.lark("\n".join((f"start: {calls}", *rules)), field)
 
     def offered(self, functions: Sequence[Function], tokenizer: Tokenizer, field: str, *, several: bool) -> GrammarSpec:
         """Any text, with or without calls, and what begins as a call is one of one of `functions`."""
@@ -68,7 +68,7 @@ class CallFormat:
         else:
             start = f"start: TEXT | head {calls}"
             rules = (*rules, f"head[lazy]: TEXT {opening}")
-        return GrammarSpec("lark", "\n".join((start, *rules, _ANY_TEXT)))
+        return GrammarSpec.lark("\n".join((start, *rules, _ANY_TEXT)), field)
 
     def _calls(self, tokenizer: Tokenizer, *, several: bool, opened: bool = False) -> str:
         markers = self.markers

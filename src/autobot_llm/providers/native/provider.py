@@ -71,8 +71,7 @@ class NativeProvider:
     async def close(self) -> None:
         services, self._services, self._prefix_caches = list(self._services.values()), {}, {}
         compilers, self._compilers = list(self._compilers.values()), {}
-        for compiler in compilers:
-            compiler.close()
+        await asyncio.gather(*(asyncio.to_thread(compiler.close) for compiler in compilers))
         await asyncio.gather(*(service.close() for service in services))
 
     async def models(self) -> list[ModelInfo]:
@@ -170,7 +169,7 @@ class NativeProvider:
                 param="priority",
             )
         prompt_ids = await encode_prompt(engine, request, shape.tools)
-        grammar = await self._grammar(model, engine, shape)
+        grammar = await self._grammar(model, engine, shape, request.tenant)
         engine_request = EngineRequest(
             prompt_ids=prompt_ids,
             params=sampling_params(engine, request, len(prompt_ids), grammar),
@@ -187,7 +186,7 @@ class NativeProvider:
                     yield event
         yield answer.finish()
 
-    async def _grammar(self, model: str, engine: Engine, shape: AnswerShape) -> Grammar | None:
+    async def _grammar(self, model: str, engine: Engine, shape: AnswerShape, tenant: str) -> Grammar | None:
         if shape.grammar is None:
             return None
         if (compiler := self._compilers.get(model)) is None:
@@ -196,7 +195,7 @@ class NativeProvider:
             compiler = self._compilers[model] = GrammarCompiler.for_model(
                 engine.tokenizer, engine.config.vocab_size, engine.config.eos_token_ids
             )
-        return await compiler.compile(shape.grammar, shape.field)
+        return await compiler.compile(shape.grammar, shape.field, tenant)
 
     async def _service(self, model: str) -> EngineService:
         if model not in self._folders:
