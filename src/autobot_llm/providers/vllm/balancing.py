@@ -12,8 +12,6 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 
-import msgspec
-
 from autobot_llm.types import ChatMessage, LLMRequest
 
 POINTS_PER_REPLICA = 160  # on the ring: the shares of replicas differ by a few percent
@@ -89,21 +87,30 @@ def affinity_key(request: LLMRequest) -> bytes:
     """What requests have in common that should meet the same prefix cache: the tenant, and how the prompt begins.
 
     Of a conversation that is everything up to the first thing the user said, so that its later turns have the same
-    key; of a prompt, its first bytes or token ids.
+    key; of a prompt, its first characters or token ids.
     """
-    beginning: object = request.prompt
+    prompt = request.prompt
     if request.messages is not None:
-        beginning = _opening(request.messages)
-    elif isinstance(request.prompt, list):
-        beginning = request.prompt[: MAX_KEY_BYTES // 4]
-    text = beginning.encode("utf-8", "surrogatepass") if isinstance(beginning, str) else msgspec.json.encode(beginning)
-    return request.tenant.encode() + b"\0" + text[:MAX_KEY_BYTES]
+        beginning = "\0".join(_opening(request.messages))
+    elif isinstance(prompt, str):
+        beginning = prompt[:MAX_KEY_BYTES]
+    else:
+        beginning = str((prompt or [])[: MAX_KEY_BYTES // 4])
+    return request.tenant.encode() + b"\0" + beginning.encode("utf-8", "surrogatepass")[:MAX_KEY_BYTES]
 
 
-def _opening(messages: Sequence[ChatMessage]) -> list[object]:
-    opening: list[object] = []
+def _opening(messages: Sequence[ChatMessage]) -> Iterator[str]:
     for message in messages:
-        opening.append(message.content)
+        parts = message.content if isinstance(message.content, list) else [message.content]
+        for part in parts:
+            # A picture is megabytes of text: only its beginning is looked at.
+            yield (part if isinstance(part, str) else repr(_cut(part)))[:MAX_KEY_BYTES]
         if message.role == "user":
-            break
-    return opening
+            return
+
+
+def _cut(part: object) -> object:
+    """A content part with its long texts cut."""
+    if isinstance(part, dict):
+        return {name: _cut(value) for name, value in part.items()}
+    return part[:MAX_KEY_BYTES] if isinstance(part, str) else part

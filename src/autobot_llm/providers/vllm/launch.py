@@ -51,8 +51,9 @@ async def launched_vllm(
     port = _free_port()
     address = f"http://{HOST}:{port}"
     pool = HttpPool(address, name="vllm")
+    arguments = [TELL_CACHED, *_name_for(model, settings), *translation.arguments]
     server = ManagedServer(
-        [program, "serve", model, "--host", HOST, "--port", str(port), TELL_CACHED, *translation.arguments],
+        [program, "serve", model, "--host", HOST, "--port", str(port), *arguments],
         environment=child_environment(translation.environment),
         is_ready=lambda: _answers(pool),
         log=BoundedLog(settings.cache_dir / "logs" / f"vllm-{port}.log"),
@@ -77,6 +78,12 @@ def _model(settings: Settings) -> str:
         raise ConfigurationError("--launch needs a model for vLLM: name one with --model, a folder or a hub's name")
     path = Path(model).expanduser()
     return str(path) if path.is_dir() else model
+
+
+def _name_for(model: str, settings: Settings) -> list[str]:
+    """A folder is served under the name that the settings have for it."""
+    name = settings.default_model.removeprefix("vllm/")
+    return [] if name == model else ["--served-model-name", name]
 
 
 def _program() -> str:
