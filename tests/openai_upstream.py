@@ -41,7 +41,7 @@ VLLM_FIELDS = {
 
 
 def complaint(path: str, body: Json, extra: dict[str, Any]) -> str | None:
-    """What the published shapes do not allow in `body`, or None; `extra` are types of fields in place of the published ones."""
+    """What the published shapes do not allow in `body`, or None; `extra` are types of more fields."""
     streaming, plain = _SHAPES[path]
     return _wrong_object(streaming if body.get("stream") else plain, body, "body", extra)
 

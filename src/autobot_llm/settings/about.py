@@ -68,15 +68,23 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "vllm_endpoints": About("Where vLLM servers listen.", "providers/vllm", VLLM),
-    "openai_endpoint": About("OpenAI's base address.", "providers/openai", OPENAI),
+    "openai_endpoint": About(
+        "OpenAI's base address, or Azure's (https://NAME.openai.azure.com/openai/v1).",
+        "providers/openai",
+        OPENAI,
+        now=True,
+    ),
     "anthropic_endpoint": About("Anthropic's base address.", "providers/anthropic", ANTHROPIC, now=True),
     "clouds": About(
         "Base address of a named OpenAI-compatible cloud; its key is AUTOBOT_CLOUD_<NAME>_API_KEY.",
         "providers/openai",
         CLOUD,
+        now=True,
         variable="AUTOBOT_CLOUD_<NAME>_ENDPOINT",
     ),
-    "openai_api_key": About("Key for OpenAI.", "providers/openai", OPENAI, secret=True, variable="OPENAI_API_KEY"),
+    "openai_api_key": About(
+        "Key for OpenAI.", "providers/openai", OPENAI, now=True, secret=True, variable="OPENAI_API_KEY"
+    ),
     "anthropic_api_key": About(
         "Key for Anthropic.", "providers/anthropic", ANTHROPIC, now=True, secret=True, variable="ANTHROPIC_API_KEY"
     ),
