@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from autobot_llm.dialects.plain import plain_messages, plain_tools
+from autobot_llm.errors import UnsupportedError
 from autobot_llm.types import ChatMessage
 
 MARK = {"cache_control": {"type": "ephemeral"}}
@@ -50,3 +53,10 @@ def test_signed_reasoning_is_plain_reasoning_and_encrypted_reasoning_is_left_out
     assert plain_messages([spoken]) == [ChatMessage(role="assistant", content=[text("a")], reasoning_content="hm")]
     silent = ChatMessage(role="assistant", content=[redacted])
     assert plain_messages([silent]) == [ChatMessage(role="assistant", content="")]
+
+
+@pytest.mark.parametrize("kind", ["document", "search_result"])
+def test_content_that_only_anthropic_reads_is_refused(kind: str) -> None:
+    with pytest.raises(UnsupportedError, match=kind) as caught:
+        plain_messages([ChatMessage(role="user", content=[text("a"), {"type": kind}])])
+    assert caught.value.param == "messages[0].content[1].type"

@@ -10,14 +10,19 @@ from typing import Any
 
 import msgspec
 
+from autobot_llm.errors import UnsupportedError
 from autobot_llm.types import ChatMessage
 
 _NOTES = ("cache_control", "is_error")
+_FOREIGN = ("document", "search_result")
 
 
 def plain_messages(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """The messages without what is Anthropic's; the list itself where there is nothing of the kind."""
-    plain = [_plain_message(message) for message in messages]
+    """The messages without what is Anthropic's; the list itself where there is nothing of the kind.
+
+    Raises UnsupportedError for content that only Anthropic's models read.
+    """
+    plain = [_plain_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
     return messages if all(one is other for one, other in zip(plain, messages, strict=True)) else plain
 
 
@@ -26,9 +31,10 @@ def plain_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | No
     return None if tools is None else _without_notes(tools)
 
 
-def _plain_message(message: ChatMessage) -> ChatMessage:
+def _plain_message(place: str, message: ChatMessage) -> ChatMessage:
     changes: dict[str, Any] = {}
     if isinstance(message.content, list):
+        _refuse_foreign(f"{place}.content", message.content)
         parts = [part for part in message.content if part.get("type") not in ("thinking", "redacted_thinking")]
         thoughts = [part.get("thinking", "") for part in message.content if part.get("type") == "thinking"]
         if thoughts:
@@ -39,6 +45,12 @@ def _plain_message(message: ChatMessage) -> ChatMessage:
     if message.tool_calls is not None and (calls := _without_notes(message.tool_calls)) is not message.tool_calls:
         changes["tool_calls"] = calls
     return msgspec.structs.replace(message, **changes) if changes else message
+
+
+def _refuse_foreign(place: str, parts: list[dict[str, Any]]) -> None:
+    for i, part in enumerate(parts):
+        if (kind := part.get("type")) in _FOREIGN:
+            raise UnsupportedError(f"{place}[{i}].type: only Anthropic reads a {kind}", param=f"{place}[{i}].type")
 
 
 def _without_notes(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
