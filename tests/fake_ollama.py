@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -290,9 +291,22 @@ class FakeOllama:
         yield {"status": "success"}
 
 
+def reserved() -> socket.socket:
+    """A free port that nobody listens on yet: who connects is refused."""
+    reserved = socket.socket()
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
+
+
+def url_of(listener: Any) -> str:
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 @contextlib.asynccontextmanager
-async def running_ollama(ollama: FakeOllama | None = None, *, port: int = 0, **more: Any) -> AsyncIterator[FakeOllama]:
-    """A fake on a free port, or on one that it had before; afterwards, every request must have been one of the documented API."""
+async def running_ollama(
+    ollama: FakeOllama | None = None, *, listener: socket.socket | None = None, **more: Any
+) -> AsyncIterator[FakeOllama]:
+    """A fake on a free port, or a reserved one; afterwards, every request must have been one of the documented API."""
     ollama = ollama or FakeOllama(**more)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -305,8 +319,8 @@ async def running_ollama(ollama: FakeOllama | None = None, *, port: int = 0, **m
         finally:
             tasks.discard(task)
 
-    server = await asyncio.start_server(connected, "127.0.0.1", port)
-    ollama.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(connected, sock=listener or reserved())
+    ollama.url = url_of(server.sockets[0])
     try:
         yield ollama
     finally:

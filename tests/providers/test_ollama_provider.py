@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from fake_ollama import LOAD_SECONDS, FakeOllama, Model, running_ollama
+from fake_ollama import LOAD_SECONDS, FakeOllama, Model, reserved, running_ollama, url_of
 
 from autobot_llm.collect import collect
 from autobot_llm.errors import (
@@ -443,36 +443,38 @@ def test_the_default_model_is_ollamas_own_unless_it_is_set_for_ollama() -> None:
 
 
 async def test_a_server_that_is_down_at_the_start_is_used_once_it_is_there() -> None:
-    async with running_ollama() as ollama:
-        url = ollama.url
-    async with provider_of(FakeOllama(url=url)) as provider:
+    listener = reserved()
+    async with provider_of(FakeOllama(url=url_of(listener))) as provider:
         assert provider.status().state == "failed"
         with pytest.raises(ProviderUnavailable, match="ollama cannot be reached"):
             await ask(provider)
-    async with running_ollama() as ollama, provider_of(ollama) as provider:
-        await ask(provider)
-        assert provider.status().state == "ready"
+        async with running_ollama(listener=listener):
+            await ask(provider)
+            assert provider.status().state == "ready"
     with pytest.raises(ProviderUnavailable, match="closed"):
         await ask(provider)
 
 
 async def test_the_status_follows_the_server_though_nobody_asks_for_an_answer(caplog: pytest.LogCaptureFixture) -> None:
-    fake = FakeOllama()
-    async with running_ollama(fake):
-        provider = OllamaProvider(Settings(ollama_endpoint=fake.url), watch_seconds=0.01)
-        await provider.start()
-        assert provider.status().state == "ready"
-    try:
+    listener = reserved()
+    provider = OllamaProvider(Settings(ollama_endpoint=url_of(listener)), watch_seconds=0.01)
+
+    async def becomes(state: str) -> None:
         async with asyncio.timeout(5):
-            while provider.status().state != "failed":
+            while provider.status().state != state:
                 await asyncio.sleep(0.005)
-            await asyncio.sleep(0.05)
-            assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1, "told once"
-            async with running_ollama(fake, port=int(fake.url.rpartition(":")[2])):
-                while provider.status().state != "ready":
-                    await asyncio.sleep(0.005)
+
+    try:
+        await provider.start()
+        assert provider.status().state == "failed"
+        async with running_ollama(listener=listener):
+            await becomes("ready")
+        await becomes("failed")
+        await asyncio.sleep(0.05)
     finally:
         await provider.close()
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2, "each failure is told once, however often it is seen"
 
 
 async def test_what_runs_is_told_as_far_as_the_server_tells() -> None:

@@ -15,6 +15,7 @@ from autobot_llm.cli.chat import chat
 from autobot_llm.cli.config import config
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
+from autobot_llm.cli.pull import pull
 from autobot_llm.cli.routes import routes
 from autobot_llm.cli.serve import serve
 from autobot_llm.errors import ConfigurationError, LLMError
@@ -42,7 +43,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, knobs, routes):
+for command in (serve, chat, config, models, pull, knobs, routes):
     cli.add_command(command)
 
 

@@ -95,9 +95,10 @@ class _Version(msgspec.Struct):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """One line of a pull: what is being done, and how many bytes of how many have come."""
+    """One line of a pull: what is being done, and how many bytes of how many of a layer have come."""
 
     status: str = ""
+    digest: str = ""
     completed: int = 0
     total: int = 0
     error: str | None = None
