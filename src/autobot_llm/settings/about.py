@@ -24,7 +24,8 @@ OVER_HTTP = EVERY - NATIVE
 class About(msgspec.Struct, frozen=True):
     """One setting in words. `read_by` is the part that acts on it, `on` the providers it can act on.
 
-    `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect.
+    `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect. `later_on`
+    are the providers whose reader is still to be built although another one's exists.
     `variable` is AUTOBOT_ and the field's name unless it is given.
     """
 
@@ -32,6 +33,7 @@ class About(msgspec.Struct, frozen=True):
     read_by: str
     on: frozenset[str] = EVERY
     now: bool = False
+    later_on: frozenset[str] = frozenset()
     secret: bool = False
     variable: str = ""
     alias: str | None = None
@@ -67,7 +69,9 @@ ABOUT: dict[str, About] = {
         OLLAMA,
         now=True,
     ),
-    "vllm_endpoints": About("Where vLLM servers listen.", "providers/vllm", VLLM),
+    "vllm_endpoints": About(
+        "Where vLLM servers listen, separated by commas; several share the requests.", "providers/vllm", VLLM, now=True
+    ),
     "openai_endpoint": About(
         "OpenAI's base address, or Azure's (https://NAME.openai.azure.com/openai/v1).",
         "providers/openai",
@@ -210,6 +214,8 @@ ABOUT: dict[str, About] = {
         "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy.",
         "engine/kv_cache",
         LOCAL,
+        now=True,
+        later_on=NATIVE | OLLAMA,
     ),
     "kv_sliding_window": About(
         "Tokens that attention looks back (lossy); 0 is the model's own window.", "engine/kv_cache", NATIVE
@@ -221,13 +227,36 @@ ABOUT: dict[str, About] = {
     ),
     # Speculation
     "speculation_enabled": About(
-        "Draft tokens and verify them in one step; the answers stay the same.", "engine/speculative", ENGINES
+        "Draft tokens and verify them in one step; the answers stay the same.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
     ),
-    "speculation_method": About("Who drafts.", "engine/speculative", ENGINES),
-    "speculation_draft_model": About("Model that drafts; unset chooses one that fits.", "engine/speculative", ENGINES),
-    "speculation_num_tokens": About("Most tokens drafted at a time.", "engine/speculative", ENGINES),
+    "speculation_method": About(
+        "Who drafts; auto on vLLM is the draft model where one is named, else nobody.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
+    ),
+    "speculation_draft_model": About(
+        "Model that drafts; unset chooses one that fits.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
+    ),
+    "speculation_num_tokens": About(
+        "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True, later_on=NATIVE
+    ),
     "speculation_use_ngram": About(
-        "Let earlier text of the request itself serve as a draft.", "engine/speculative", ENGINES
+        "Let earlier text of the request itself serve as a draft; on vLLM only where it is set, because vLLM cannot "
+        "switch it off where it loses.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
     ),
     "speculation_min_acceptance_rate": About(
         "Share of accepted tokens below which drafting stops; unset decides by measured cost.",
@@ -237,8 +266,10 @@ ABOUT: dict[str, About] = {
     # Quantization
     "quantization_type": About(
         "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only.",
-        "engine/quantization",
+        "engine/quantization, tuning/knobs",
         ENGINES,
+        now=True,
+        later_on=NATIVE,
     ),
     "use_quantized_models": About(
         "Prefer a known quantized variant of a model where there is one (lossy).",
@@ -247,9 +278,15 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     # vLLM
-    "vllm_multi_step": About("Steps that vLLM plans at a time.", "tuning/knobs", VLLM),
-    "vllm_prefix_caching": About("Let vLLM reuse equal beginnings of prompts.", "tuning/knobs", VLLM),
-    "vllm_async_output": About("Let vLLM overlap output with computing.", "tuning/knobs", VLLM),
+    "vllm_multi_step": About(
+        "Steps that a vLLM which we start plans at a time; none since 0.10.1 does.", "tuning/knobs", VLLM, now=True
+    ),
+    "vllm_prefix_caching": About(
+        "Let a vLLM which we start reuse equal beginnings of prompts.", "tuning/knobs", VLLM, now=True
+    ),
+    "vllm_async_output": About(
+        "Let a vLLM which we start overlap output with computing.", "tuning/knobs", VLLM, now=True
+    ),
     # Everything over HTTP
     "cloud_connection_pool_size": About("Most connections to one provider.", "transport/pool", OVER_HTTP, now=True),
     "cloud_batch_window_ms": About(

@@ -25,7 +25,7 @@ from autobot_llm.tuning.knobs.design import (
     OPTIMIZED_VLLM_CONFIG,
 )
 from autobot_llm.tuning.knobs.facts import EngineFacts
-from autobot_llm.tuning.knobs.from_settings import SPECULATION_LEFT_OFF, leaves_speculation_off, own_wishes, wishes
+from autobot_llm.tuning.knobs.from_settings import SPECULATION_LEFT_OFF, drafting_method, own_wishes, wishes
 from autobot_llm.tuning.knobs.native import NATIVE
 from autobot_llm.tuning.knobs.ollama import OLLAMA
 from autobot_llm.tuning.knobs.translate import Fate, KnobAnswer, Translation, translate
@@ -85,7 +85,8 @@ def translate_settings(engine: str, version: str, settings: Settings) -> Transla
     variables = {wish.knob: wish.variable for wish in asked}
     translation = translate(facts, version, {wish.knob: wish.value for wish in asked})
     answers = tuple(replace(answer, variable=variables[answer.name]) for answer in translation.knobs)
-    notes = (SPECULATION_LEFT_OFF,) if facts is VLLM and leaves_speculation_off(settings) else ()
+    is_left_off = facts is VLLM and settings.speculation_enabled and drafting_method(settings) is None
+    notes = (SPECULATION_LEFT_OFF,) if is_left_off else ()
     return replace(translation, knobs=answers, notes=(*translation.notes, *notes))
 
 

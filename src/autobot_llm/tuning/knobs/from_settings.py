@@ -93,13 +93,19 @@ def own_wishes(settings: Settings) -> list[Wish]:
     return [Wish(setting.field, value, setting.variable) for setting, value in changed if value != setting.default]
 
 
-def leaves_speculation_off(settings: Settings) -> bool:
-    """Whether drafting is wanted, and left to us to choose, and there is no draft model to choose."""
-    return (
-        settings.speculation_enabled
-        and settings.speculation_method == "auto"
-        and settings.speculation_draft_model is None
-    )
+def drafting_method(settings: Settings) -> str | None:
+    """Who is to draft on an engine that cannot choose; None where nobody is.
+
+    Drafting from the text itself has to be asked for: such an engine goes on with it where it loses.
+    """
+    if not settings.speculation_enabled:
+        return None
+    if settings.speculation_method != "auto":
+        return settings.speculation_method
+    if settings.speculation_draft_model is not None:
+        return "draft_model"
+    use_ngram = _SETTINGS["speculation_use_ngram"].variable
+    return "ngram" if settings.speculation_use_ngram and use_ngram in settings.sources else None
 
 
 def _of_workload(settings: Settings, engine: str) -> Iterator[Wish]:
@@ -110,13 +116,9 @@ def _of_workload(settings: Settings, engine: str) -> Iterator[Wish]:
 
 
 def _of_speculation(settings: Settings) -> Iterator[Wish]:
-    if not settings.speculation_enabled:
-        return
-    method: str | None = settings.speculation_method
-    draft_model = settings.speculation_draft_model
-    if method == "auto":
-        method = "draft_model" if draft_model else None
+    method = drafting_method(settings)
     if method is not None:
         yield Wish("speculative_method", method, _SETTINGS["speculation_method"].variable)
-    if draft_model is not None and method != "ngram":
-        yield Wish("speculative_model", draft_model, _SETTINGS["speculation_draft_model"].variable)
+    if method not in (None, "ngram") and settings.speculation_draft_model is not None:
+        variable = _SETTINGS["speculation_draft_model"].variable
+        yield Wish("speculative_model", settings.speculation_draft_model, variable)
