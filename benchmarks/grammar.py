@@ -3,8 +3,8 @@
 Both walk the same documents, token by token, under the same schemas, with the embedded model's tokenizer (8,192
 entries) and with one of 32,000 that is trained here on Python's own library. At a batch of 32, as many sequences stand
 at different places of the documents; each library fills the rows one after the other on one thread, and once with its
-own threads. xgrammar is no dependency of the package: without it the table has llguidance alone. Prints medians
-and one JSON line at the end.
+own threads. At last, the engine's own steps with the embedded model, with a grammar and without. xgrammar is no
+dependency of the package: without it the table has llguidance alone. Prints medians and one JSON line at the end.
 
     python benchmarks/grammar.py
     pip install xgrammar && python benchmarks/grammar.py
@@ -13,6 +13,7 @@ and one JSON line at the end.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import platform
 import statistics
@@ -29,7 +30,13 @@ import llguidance.numpy
 import numpy as np
 import tokenizers
 
+from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.grammar.compiler import GrammarCompiler
+from autobot_llm.engine.grammar.matcher import Grammar
+from autobot_llm.engine.grammar.spec import GrammarSpec
 from autobot_llm.engine.grammar.vocabulary import Vocabulary
+from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "src" / "autobot_llm" / "assets" / "tiny"
@@ -231,6 +238,35 @@ def measure(library: Library, tokenizer: Tokenizer, schema: dict[str, Any], docu
     }
 
 
+def step_milliseconds(engine: Engine, batch: int, grammar: Grammar | None) -> float:
+    """The median step of `batch` sequences that decode, all under the grammar or none."""
+    prompt_ids = engine.tokenizer.encode("Tell me a story about a fox.")
+    params = SamplingParams(max_tokens=48, temperature=0.0, grammar=grammar)
+    for number in range(batch):
+        engine.add(number, EngineRequest(prompt_ids=prompt_ids, params=(params,)), RequestStats())
+    times = []
+    while engine.has_work:
+        times.append(microseconds(engine.step) / 1e3)
+    return statistics.median(times[1:])  # the first one computes the prompts
+
+
+def measure_engine() -> dict[str, float]:
+    """What grammars add to the embedded model's steps; with and without take turns, the best of nine rounds counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = load_engine(EngineOptions(folder=TINY, cache_dir=Path(folder), device="cpu", max_num_seqs=BATCH))
+        compiler = GrammarCompiler.for_model(engine.tokenizer, engine.config.vocab_size, engine.config.eos_token_ids)
+        schema = {"type": "object", "properties": {"text": {"type": "string", "minLength": 400}}, "required": ["text"]}
+        grammar = asyncio.run(compiler.compile(GrammarSpec.json_schema(schema, "schema"), "schema"))
+        compiler.close()
+        figures = {}
+        for batch in (1, BATCH):
+            rounds = [[step_milliseconds(engine, batch, used) for used in (None, grammar)] for _ in range(9)]
+            free, bound = (min(times) for times in zip(*rounds, strict=True))
+            figures |= {f"step_ms_{batch}_free": free, f"step_ms_{batch}_grammar": bound}
+        engine.close()
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
@@ -258,6 +294,8 @@ def main() -> None:
                     name = f"{kind.name}, {vocab_size}, {case}"
                     print(f"{name:38}" + "".join(f"{row[column]:16.1f}" for column in columns))
                 print(f"{kind.name}, {vocab_size}: vocabulary read in {seconds * 1e3:.0f} ms")
+    report["engine"] = measure_engine()
+    print("embedded model, ms a step: " + ", ".join(f"{name} {value:.2f}" for name, value in report["engine"].items()))
     print(json.dumps(report))
 
 
