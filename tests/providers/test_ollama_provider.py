@@ -565,6 +565,47 @@ async def test_a_reader_that_is_cancelled_ends_the_work_at_the_server() -> None:
         assert provider.metrics()["num_running"] == 0
 
 
+async def test_text_of_any_script_survives_being_cut_anywhere() -> None:
+    text = "blau 蓝 🟦 é\u2028 \x85 \u0000 ende"
+    async with running_ollama() as ollama, provider_of(ollama) as provider:
+        assert (await ask(provider, asking(text))).content == text
+
+
+async def test_a_thousand_answers_of_which_many_fail_or_are_left_leave_nothing_behind() -> None:
+    def script(body: dict[str, Any]) -> list[Any]:
+        text = body["messages"][0]["content"]
+        broken = [ollama.line("/api/chat", "half"), b"broken\n"] if text == "fail" else None
+        return broken or ollama.words("/api/chat", body, 0.02)
+
+    async with running_ollama(script=script) as ollama, provider_of(ollama) as provider:
+        await ask(provider)
+        tasks = asyncio.all_tasks()
+
+        async def one(number: int) -> str:
+            if number % 10 == 0:
+                with pytest.raises(ProviderError, match="not of its API"):
+                    await ask(provider, asking("fail"))
+                return "failed"
+            if number % 10 == 1:
+                events = provider.stream(asking("a b c"))
+                await anext(events)
+                await events.aclose()
+                return "left"
+            return (await ask(provider, asking(f"number {number}"))).content
+
+        for begin in range(0, 1000, 50):
+            answers = await asyncio.gather(*(one(number) for number in range(begin, begin + 50)))
+            assert [text for text in answers if text not in ("failed", "left")] == [
+                f"number {number}" for number in range(begin, begin + 50) if number % 10 > 1
+            ]
+        figures = provider.metrics()
+        assert (figures["num_running"], figures["num_connections"]) == (0, figures["num_idle_connections"])
+        async with asyncio.timeout(5):
+            while len(asyncio.all_tasks()) > len(tasks) + figures["num_idle_connections"]:
+                await asyncio.sleep(0.01)
+    assert ollama.num_loads == {MODEL: 1}
+
+
 async def test_one_connection_serves_answer_after_answer() -> None:
     async with running_ollama() as ollama, provider_of(ollama) as provider:
         for _ in range(10):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -40,6 +42,23 @@ def ollama_api(service: Service) -> Api:
     )
 
 
+class _Read(Protocol):
+    def __call__(self, data: bytes, *, request_id: str, tenant: str) -> Call: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """What tells /api/chat from /api/generate: how a body is read, and an answer written, as a stream or whole."""
+
+    read: _Read
+    lines: Callable[[], StreamEncoder]
+    write: Callable[[LLMResponse], bytes]
+
+
+_CHAT = _Endpoint(read_chat, lines.ChatLines, replies.chat_body)
+_GENERATE = _Endpoint(read_generate, lines.GenerateLines, replies.generate_body)
+
+
 class _Handlers:
     def __init__(self, service: Service) -> None:
         self._answers = service.answers
@@ -50,37 +69,25 @@ class _Handlers:
     # Answers of the model
 
     async def chat(self, exchange: Exchange, record: RequestRecord) -> None:
-        data = await self._answers.body(exchange)
-        call = read_chat(data, request_id=exchange.request_id, tenant=exchange.tenant)
-        if call.request is None:
-            await self._load(exchange, call.model, call.hints, is_chat=True)
-        else:
-            await self._answer(exchange, record, call, call.request, lines.ChatLines, replies.chat_body)
+        await self._answer(exchange, record, _CHAT)
 
     async def generate(self, exchange: Exchange, record: RequestRecord) -> None:
-        data = await self._answers.body(exchange)
-        call = read_generate(data, request_id=exchange.request_id, tenant=exchange.tenant)
-        if call.request is None:
-            await self._load(exchange, call.model, call.hints, is_chat=False)
-        else:
-            await self._answer(exchange, record, call, call.request, lines.GenerateLines, replies.generate_body)
+        await self._answer(exchange, record, _GENERATE)
 
-    async def _answer(
-        self,
-        exchange: Exchange,
-        record: RequestRecord,
-        call: Call,
-        request: LLMRequest,
-        encoder: Callable[[], StreamEncoder],
-        write: Callable[[LLMResponse], bytes],
-    ) -> None:
+    async def _answer(self, exchange: Exchange, record: RequestRecord, endpoint: _Endpoint) -> None:
+        data = await self._answers.body(exchange)
+        call = endpoint.read(data, request_id=exchange.request_id, tenant=exchange.tenant)
+        request = call.request
+        if request is None:
+            await self._load(exchange, call.model, call.hints, is_chat=endpoint is _CHAT)
+            return
         extra = await self._settle(call.hints, self._llm.route(request))
         if extra:
             request = msgspec.structs.replace(request, extra_body=request.extra_body | extra)
         if call.stream:
-            await self._answers.stream(exchange, record, (request,), encoder())
+            await self._answers.stream(exchange, record, (request,), endpoint.lines())
         else:
-            await self._answers.whole(exchange, record, (request,), write)
+            await self._answers.whole(exchange, record, (request,), endpoint.write)
 
     async def _load(self, exchange: Exchange, model: str, hints: Hints, *, is_chat: bool) -> None:
         async def work() -> None:
