@@ -487,7 +487,8 @@ async def test_what_runs_is_told_as_far_as_the_server_tells() -> None:
     assert after["prefix_caching"].reason == "46% of the prompt tokens so far were in Ollama's cache"
     assert after["connection_pooling"].applied
     assert after["quantization"].lossy
-    assert not after["flash_attention"].applied
+    for name in ("flash_attention", "kv_cache_optimization", "continuous_batching"):
+        assert not after[name].applied, "the server does not tell, so nobody here says that it does"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,11 @@ from autobot_llm.dialects.ollama.models import Shown, Tag
 from autobot_llm.providers.ollama.variants import FULL_PRECISION
 from autobot_llm.report import OptimizationOutcome
 
+_DECIDED_BY = {
+    "continuous_batching": "OLLAMA_NUM_PARALLEL (1 unless it is set)",
+    "flash_attention": "OLLAMA_FLASH_ATTENTION",
+    "kv_cache_optimization": "OLLAMA_KV_CACHE_TYPE",
+}
 A_LOAD = 0.5  # seconds from which `load_duration` is a load; finding a loaded model takes hundredths
 
 
@@ -33,8 +38,6 @@ def outcomes(line: WireLine, *, num_ctx: int, last_load: float | None, shown: Sh
 
 def running_optimizations(tag: Tag | None, metrics: Mapping[str, float]) -> Iterator[OptimizationOutcome]:
     """What runs apart from any one request. `tag` is the default model's; settings of the server nobody can ask for."""
-    reason = "Ollama fills its slots (OLLAMA_NUM_PARALLEL) together; it does not tell how many there are"
-    yield OptimizationOutcome(name="continuous_batching", applied=True, reason=reason)
     rate = metrics.get("prefix_cache_hit_rate", 0.0)
     yield OptimizationOutcome(
         name="prefix_caching",
@@ -43,15 +46,15 @@ def running_optimizations(tag: Tag | None, metrics: Mapping[str, float]) -> Iter
         if rate
         else "Ollama has not told of any prompt token in its cache so far",
     )
-    for name, variable in (("flash_attention", "FLASH_ATTENTION"), ("kv_cache_optimization", "KV_CACHE_TYPE")):
-        reason = f"OLLAMA_{variable} of the server decides, and it does not tell"
+    for name, variable in _DECIDED_BY.items():
+        reason = f"{variable} of the server decides, and it does not tell"
         yield OptimizationOutcome(name=name, applied=False, reason=reason)
     level = tag.details.quantization_level if tag is not None else ""
     is_quantized = bool(level) and level.upper() not in FULL_PRECISION
     reason = f"the default model's weights are stored as {level}" if level else "the default model is not there"
     yield OptimizationOutcome(name="quantization", applied=is_quantized, reason=reason, lossy=is_quantized)
     connects, requests = metrics.get("num_connects", 0), metrics.get("num_http_requests", 0)
-    reason = f"{requests:.0f} requests went over {connects:.0f} connections"
+    reason = f"{requests:.0f} requests went over {connects:.0f} connection{'' if connects == 1 else 's'}"
     yield OptimizationOutcome(name="connection_pooling", applied=requests > connects, reason=reason)
 
 
