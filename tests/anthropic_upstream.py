@@ -1,4 +1,4 @@
-"""A server that answers as Anthropic does, and refuses what its reference does not allow. For tests of this folder."""
+"""A server that answers as Anthropic does, and refuses what its reference forbids. For tests of several folders."""
 
 from __future__ import annotations
 
