@@ -153,7 +153,7 @@ async def test_no_more_connections_than_the_limit_and_no_more_idle_ones() -> Non
         await wire.reply(b"ok")
 
     async with raw_server(play) as server:
-        pool = pool_of(server, max_connections=4, max_idle=2)
+        pool = pool_of(server, max_connections=4, max_idle=2, surplus_seconds=0.02)
         tasks = [asyncio.create_task(pool.request("GET", "/")) for _ in range(10)]
         await server.until(lambda seen: len(seen.asked) == 4)
         assert pool.metrics()["num_connections"] == 4

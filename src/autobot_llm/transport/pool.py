@@ -30,11 +30,15 @@ _UNSAFE_VALUE = re.compile(r"[\r\n\0]")
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """What a pool holds at most: connections in all and idle ones, and bytes of a decoded answer (whole, streamed)."""
+    """What a pool holds at most: connections in all and idle ones, and bytes of a decoded answer (whole, streamed).
+
+    More than `max_idle` may be idle for `surplus_seconds`: requests that come in waves find their connections again.
+    """
 
     max_connections: int = 100
     max_idle: int = 20
     idle_seconds: float = 60.0
+    surplus_seconds: float = 2.0
     max_body_bytes: int = 64 * 2**20
     max_stream_bytes: int = 512 * 2**20
 
@@ -98,6 +102,7 @@ class HttpPool:
         self._idle: list[Connection] = []  # the latest used one is last
         self._open: set[Connection] = set()
         self._all_lost = asyncio.Event()
+        self._surplus: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._num_waiting = 0
         self._num_connects = 0
@@ -155,6 +160,9 @@ class HttpPool:
         """Close every connection; answers under way end with an error. May be called again."""
         self._is_closed = True
         self._idle.clear()
+        if self._surplus is not None:
+            self._surplus.cancel()
+            self._surplus = None
         for connection in tuple(self._open):
             connection.close()
         if self._open:
@@ -190,11 +198,23 @@ class HttpPool:
     def release(self, connection: Connection) -> None:
         """Keep `connection` for another request if it can be, else close it."""
         self._slots.release()
-        room = self.limits.max_idle + self._num_waiting
-        if self._is_closed or not connection.is_reusable or len(self._idle) >= room:
+        if self._is_closed or not connection.is_reusable:
             connection.close()
-        else:
-            self._idle.append(connection)
+            return
+        self._idle.append(connection)
+        if len(self._idle) > self.limits.max_idle and self._surplus is None:
+            loop = asyncio.get_running_loop()
+            self._surplus = loop.call_later(self.limits.surplus_seconds, self._close_surplus)
+
+    def _close_surplus(self) -> None:
+        """Close the idle connections above the limit that have not been used for long enough, the oldest first."""
+        self._surplus = None
+        loop = asyncio.get_running_loop()
+        last_use = loop.time() - self.limits.surplus_seconds
+        while len(self._idle) > self.limits.max_idle and self._idle[0].idle_since <= last_use:
+            self._idle.pop(0).close()
+        if len(self._idle) > self.limits.max_idle:
+            self._surplus = loop.call_later(self.limits.surplus_seconds, self._close_surplus)
 
     def error_from(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception:
         return error_from(status, headers, body, self.name, secrets=self._secrets)
