@@ -430,3 +430,27 @@ async def test_closing_ends_what_is_under_way_and_leaves_no_task() -> None:
         with pytest.raises(ProviderUnavailable, match="not started"):
             await answer(provider, ask())
         gate.set()
+
+
+async def test_after_many_requests_left_failed_and_answered_nothing_is_left_over() -> None:
+    async def reset(wire: Wire) -> None:
+        wire.reset()
+
+    replicas = [FakeReplica(pieces=("a", "b", "c")), FakeReplica(), FakeReplica(fail=reset)]
+    async with serving(*replicas) as provider:
+        num_tasks = len(asyncio.all_tasks())
+
+        async def one(number: int) -> None:
+            async with aclosing(provider.stream(ask(f"question {number % 50}"))) as events:
+                async for _ in events:
+                    if number % 10 == 0:
+                        return
+
+        for begin in range(0, 600, 60):
+            await asyncio.gather(*(one(number) for number in range(begin, begin + 60)))
+        assert set(provider._balancer.loads.values()) == {0}
+        for replica in replicas:
+            assert replica.server is not None
+            await replica.server.until(lambda server: server.num_open <= 61)  # kept ones, as many as were used at once
+        await until(lambda: len(asyncio.all_tasks()) <= num_tasks + sum(len(r.server.tasks) for r in replicas))  # type: ignore[union-attr]
+    assert all(replica.server is not None and replica.server.num_open == 0 for replica in replicas)
