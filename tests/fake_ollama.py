@@ -117,6 +117,7 @@ class FakeOllama:
     tells_cached: bool = True
     breaks_off: bool = False  # end the connection after the script, without the body's end
     hangs: bool = False  # say nothing after the script, until the client leaves
+    authorization: str | None = None  # what a proxy in front of it demands
     refusal: tuple[int, str] | None = None  # a status and a sentence for every request for work
     url: str = ""
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -141,7 +142,10 @@ class FakeOllama:
                     line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
                 ]
                 data = await reader.readexactly(int(lengths[0])) if lengths else b""
-                if not await self._reply(method, path, data, reader, writer):
+                wanted = f"authorization: {self.authorization}".encode() if self.authorization else b""
+                if wanted not in head:
+                    writer.write(b"HTTP/1.1 401 X\r\ncontent-length: 0\r\n\r\n")
+                elif not await self._reply(method, path, data, reader, writer):
                     return
         except (asyncio.IncompleteReadError, ConnectionError):
             self.client_left.set()

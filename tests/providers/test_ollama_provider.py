@@ -607,6 +607,18 @@ async def test_a_thousand_answers_of_which_many_fail_or_are_left_leave_nothing_b
     assert ollama.num_loads == {MODEL: 1}
 
 
+async def test_a_password_in_the_address_is_sent_and_never_shown() -> None:
+    async with running_ollama(authorization="Basic bWU6cEBzcw==") as ollama:
+        endpoint = ollama.url.replace("://", "://me:p%40ss@")
+        async with provider_of(ollama, ollama_endpoint=endpoint) as provider:
+            await ask(provider)
+            assert "p%40ss" not in str(provider.status())
+            assert provider.status().details["endpoint"] == ollama.url
+        async with provider_of(ollama) as provider:
+            with pytest.raises(ProviderError, match="401"):
+                await ask(provider)
+
+
 async def test_one_connection_serves_answer_after_answer() -> None:
     async with running_ollama() as ollama, provider_of(ollama) as provider:
         for _ in range(10):

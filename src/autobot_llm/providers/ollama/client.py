@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from autobot_llm.dialects.bodies import encode
 from autobot_llm.dialects.ollama import models
@@ -23,10 +26,14 @@ _PULL = Timeouts(first_token=LOAD_PATIENCE, read=LOAD_PATIENCE)
 
 
 class OllamaClient:
-    """One server. Every method raises the errors of `HttpPool.request`, in Ollama's words, and ProviderError."""
+    """One server; a user and a password in its address are for a proxy in front of it.
+
+    Every method raises the errors of `HttpPool.request`, in Ollama's words, and ProviderError.
+    """
 
     def __init__(self, endpoint: str, *, max_connections: int) -> None:
-        self.pool = HttpPool(endpoint, limits=PoolLimits(max_connections=max_connections), name="ollama")
+        limits = PoolLimits(max_connections=max_connections)
+        self.pool = HttpPool(without_user(endpoint), headers=_authorization(endpoint), limits=limits, name="ollama")
 
     async def close(self) -> None:
         await self.pool.close()
@@ -91,6 +98,19 @@ class OllamaClient:
         with _in_ollamas_words(model):
             answer = await self.pool.request("POST", path, body=encode(body), headers=_JSON, timeout=patience)
         return answer.body
+
+
+def without_user(endpoint: str) -> str:
+    """The address without a user and a password, as it may be shown."""
+    return re.sub(r"://[^@/]*@", "://", endpoint)
+
+
+def _authorization(endpoint: str) -> dict[str, str]:
+    url = urlsplit(endpoint)
+    if url.username is None:
+        return {}
+    pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
+    return {"authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from autobot_llm.errors import LLMError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.providers.base import ProviderStatus
 from autobot_llm.providers.ollama import variants
 from autobot_llm.providers.ollama.catalog import Catalog
-from autobot_llm.providers.ollama.client import OllamaClient
+from autobot_llm.providers.ollama.client import OllamaClient, without_user
 from autobot_llm.providers.ollama.placement import Placed, Placement
 from autobot_llm.providers.ollama.report import outcomes, running_optimizations, was_loaded
 from autobot_llm.report import OptimizationOutcome
@@ -129,7 +129,7 @@ class OllamaProvider:
             self._told_settings = True
             logger.info("settings that suit this Ollama server, if it does not have them: %s", recommended)
         return {
-            "endpoint": self._settings.ollama_endpoint,
+            "endpoint": without_user(self._settings.ollama_endpoint),
             "version": version,
             "model": self._default,
             "quantization": variants.advice(self._default, tag, shown, self._memory),
