@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from engines import TINY
 from grammars import FIELD, allowed, compiled, schema_grammar, walk
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_of_every_kind import KINDS, write_tokenizer
 
@@ -88,6 +88,23 @@ def test_a_choice_is_any_text_and_nothing_else(compiler: GrammarCompiler, tokeni
     assert walk(matcher, tokenizer, text)
     assert matcher.is_complete
     assert not walk(grammar.start(), tokenizer, "other")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=4, unique=True))
+def test_any_texts_can_be_choices(choices: list[str]) -> None:
+    compiler, tokenizer = _shared()
+    grammar = compiled(compiler, GrammarSpec.choice(choices, FIELD))
+    for text in choices:
+        matcher = grammar.start()
+        taken = b""
+        while not (matcher.is_satisfied and taken == text.encode()):
+            left = text.encode()[len(taken) :]
+            spellings = {token_id: token_bytes(tokenizer, token_id) for token_id in allowed(matcher) - END_IDS}
+            token_id = max((i for i, piece in spellings.items() if left.startswith(piece)), key=lambda i: spellings[i])
+            assert matcher.advance(token_id)
+            taken += spellings[token_id]
+    assert not grammar.start().is_satisfied
 
 
 @pytest.mark.parametrize(

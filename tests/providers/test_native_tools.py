@@ -44,32 +44,27 @@ TOOLS = [
 FORMS = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL}
 
 
-def settings_for(folder: Path | None, cache_dir: Path) -> Settings:
-    overrides: dict[str, Any] = {"cache_dir": cache_dir, "cpu_threads": 2}
+def settings_for(folder: Path | None) -> Settings:
+    overrides: dict[str, Any] = {"cpu_threads": 2}
     if folder is not None:
         overrides["default_model"] = str(folder)
     return load_settings(environ={}, env_file=None, overrides=overrides)
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-async def llm(cache_dir: Path) -> AsyncIterator[LLMInterface]:
+async def llm() -> AsyncIterator[LLMInterface]:
     """The embedded model, whose template has no place for tools."""
-    async with LLMInterface(settings_for(None, cache_dir)) as made:
+    async with LLMInterface(settings_for(None)) as made:
         yield made
 
 
 @pytest.fixture(params=["hermes", "llama", "mistral", "hermes special", "llama special", "mistral special"])
-async def family(request: pytest.FixtureRequest, cache_dir: Path, tmp_path: Path) -> AsyncIterator[LLMInterface]:
+async def family(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LLMInterface]:
     """A model of each family, its opening marker spelled out or a special token."""
     name, _, is_special = request.param.partition(" ")
     marker = FORMS[name].markers.open if is_special else None
     folder = family_folder(tmp_path / "model", name, special_marker=marker)
-    async with LLMInterface(settings_for(folder, cache_dir)) as made:
+    async with LLMInterface(settings_for(folder)) as made:
         yield made
 
 
@@ -191,12 +186,12 @@ async def test_offered_tools_leave_an_answer_in_words_as_it_is(llm: LLMInterface
 
 @pytest.mark.parametrize(("name", "opening"), [("hermes", 1), ("mistral", 1), ("llama", 95)])
 async def test_a_call_that_a_model_begins_by_itself_obeys_a_strict_schema(
-    name: str, opening: int, cache_dir: Path, tmp_path: Path
+    name: str, opening: int, tmp_path: Path
 ) -> None:
     """A bias makes the model open a call, which nothing else would make it do."""
     folder = family_folder(tmp_path / "model", name, special_marker=FORMS[name].markers.open)
     tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]  # type: ignore[dict-item]
-    async with LLMInterface(settings_for(folder, cache_dir)) as llm:
+    async with LLMInterface(settings_for(folder)) as llm:
         options: dict[str, Any] = {"tools": tools, "temperature": 0, "max_tokens": 150, "logit_bias": {opening: 100.0}}
         answer = await llm.chat_completion(ASKED, extra_body={"parallel_tool_calls": False}, **options)
         assert len(answer.tool_calls) == 1

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -42,14 +43,9 @@ TREE = {
 }
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-async def llm(cache_dir: Path) -> AsyncIterator[LLMInterface]:
-    settings = load_settings(environ={}, env_file=None, overrides={"cache_dir": cache_dir, "cpu_threads": 2})
+async def llm() -> AsyncIterator[LLMInterface]:
+    settings = load_settings(environ={}, env_file=None, overrides={"cpu_threads": 2})
     async with LLMInterface(settings) as made:
         yield made
 
@@ -83,6 +79,12 @@ async def test_each_kind_of_grammar_gives_what_it_describes(llm: LLMInterface, t
     assert re.fullmatch("(ä|ö){3}é", await ask(extra_body={"structured_outputs": {"regex": "(ä|ö){3}é"}}))
     assert await ask(extra_body={"guided_choice": ["red", "green"]}) in ("red", "green")
     assert await ask(extra_body={"structured_outputs": {"choice": ["火", "水\n"]}}) in ("火", "水\n")
+
+
+def test_the_grammar_library_is_loaded_with_the_first_grammar_only() -> None:
+    """An engine without it serves everything else."""
+    program = "import sys, autobot_llm.providers.native.provider; sys.exit('llguidance' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 async def test_a_recursive_schema_parses_or_is_cut(llm: LLMInterface) -> None:
