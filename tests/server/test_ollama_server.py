@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anthropic
 import ollama
 import openai
 import pytest
@@ -173,3 +174,32 @@ async def test_openais_client_is_answered_by_an_ollama() -> None:
     assert refusal.value.param == "logit_bias"
     options = fake.asked("/api/chat")[0]["options"]
     assert (options["num_predict"], options["stop"], options["seed"]) == (50, ["END"], 3)
+
+
+async def test_anthropics_client_is_answered_by_an_ollama() -> None:
+    function = {"name": "weather", "arguments": {"city": "Riga"}}
+
+    def calling(body: dict[str, Any]) -> list[Any]:
+        pieces = [fake.line("/api/chat", "", thinking="Hm."), fake.line("/api/chat", "Let me look.")]
+        call = fake.line("/api/chat", "", tool_calls=[{"id": "c1", "function": function}])
+        return [*pieces, call, fake.line("/api/chat", "") | fake.ending(20, 7)]
+
+    tools = [{"name": "weather", "input_schema": {"type": "object"}}]
+    asking: dict[str, Any] = {"model": MODEL, "max_tokens": 50, "messages": QUESTION}
+    async with (
+        running_ollama() as fake,
+        in_front_of(fake) as server,
+        anthropic.AsyncAnthropic(base_url=server.url, api_key="any", max_retries=0) as asked,
+    ):
+        plain = await asked.messages.create(**asking)
+        fake.script = calling
+        whole = await asked.messages.create(**asking, tools=tools)
+        async with asked.messages.stream(**asking, tools=tools) as stream:
+            streamed = await stream.get_final_message()
+        with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
+            await asked.messages.create(**asking, tools=tools, tool_choice={"type": "any"})
+    assert plain.content[0].text == QUESTION[0]["content"]
+    for message in (whole, streamed):
+        assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
+        assert (message.content[2].input, message.stop_reason) == ({"city": "Riga"}, "tool_use")
+        assert (message.usage.cache_read_input_tokens, message.usage.input_tokens) == (10, 10)
