@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobot_llm.dialects.anthropic.answers import AnswerReader, ErrorEvent, ModelsPage
+from autobot_llm.dialects.anthropic.rate_limits import read_rate_limits
 from autobot_llm.dialects.anthropic.replies import (
     MessageBuilder,
     error_body,
@@ -23,6 +25,7 @@ from autobot_llm.dialects.anthropic.replies import (
     usage_fields,
 )
 from autobot_llm.dialects.anthropic.stream import MessageEvents
+from autobot_llm.dialects.rate_limits import RateLimit, RateLimits
 from autobot_llm.errors import (
     AuthenticationError,
     InvalidRequestError,
@@ -361,6 +364,33 @@ def test_models_are_read_and_written_with_their_limits() -> None:
     assert model_fields(infos[0])["created_at"] == "2026-09-01T00:00:00Z"
     assert json.loads(models_body(infos))["last_id"] == "b"
     assert json.loads(models_body([])) == {"data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+NOW = datetime(2026, 11, 25, 12, 0, 0, tzinfo=UTC)
+
+
+def test_rate_limits_are_read_with_the_seconds_until_they_are_whole_again() -> None:
+    headers = {
+        "anthropic-ratelimit-requests-limit": "50",
+        "anthropic-ratelimit-requests-remaining": "49",
+        "anthropic-ratelimit-requests-reset": "2026-11-25T12:00:01.5Z",
+        "anthropic-ratelimit-tokens-remaining": "39000",
+        "anthropic-ratelimit-tokens-reset": "2026-11-25T11:00:00Z",
+    }
+    assert read_rate_limits(headers, NOW) == RateLimits(
+        requests=RateLimit(limit=50, remaining=49, reset_seconds=1.5),
+        tokens=RateLimit(limit=None, remaining=39_000, reset_seconds=0.0),
+    )
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "1.5", "٣"])
+def test_rate_limits_that_are_none_are_left_out(value: str) -> None:
+    assert read_rate_limits({}) is None
+    assert read_rate_limits({"anthropic-ratelimit-requests-remaining": value}) is None
+    reset = {"anthropic-ratelimit-requests-remaining": "1", "anthropic-ratelimit-requests-reset": value}
+    limits = read_rate_limits(reset)
+    assert limits is not None
+    assert limits.requests == RateLimit(limit=None, remaining=1, reset_seconds=None)
 
 
 class Teapot(LLMError):

@@ -470,6 +470,21 @@ async def test_models_are_listed_over_all_pages_and_their_limits_kept() -> None:
     ]
 
 
+async def test_what_is_left_of_the_rate_limits_is_shown() -> None:
+    async def play(wire: Wire, asked: Asked) -> None:
+        limits = {"anthropic-ratelimit-requests-remaining": "49", "anthropic-ratelimit-tokens-remaining": "39000"}
+        await wire.begin_stream(**limits)
+        for data in WHOLE:
+            await wire.piece(data)
+        await wire.end_stream()
+
+    async with upstream(play) as (_, provider):
+        assert provider.rate_limits is None
+        await ask(provider, request())
+        details = provider.status().details
+    assert (details["remaining_requests"], details["remaining_tokens"]) == (49, 39_000)
+
+
 async def test_a_list_without_an_end_is_an_error() -> None:
     page = json.dumps({"data": [], "has_more": True, "last_id": "x"}).encode()
 

@@ -9,25 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import msgspec
+from autobot_llm.dialects.rate_limits import RateLimit, RateLimits
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-
-
-class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
-    """One limit: how much in all, how much of it is left, and in how many seconds it is whole again."""
-
-    limit: int | None
-    remaining: int
-    reset_seconds: float | None
-
-
-class RateLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a provider said of its limits with an answer; None for a limit that it does not tell."""
-
-    requests: RateLimit | None
-    tokens: RateLimit | None
 
 
 def read_rate_limits(headers: Mapping[str, str]) -> RateLimits | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
@@ -12,8 +12,10 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from autobot_llm.dialects.anthropic.answers import AnswerReader, ErrorEvent, ModelsPage
+from autobot_llm.dialects.anthropic.rate_limits import read_rate_limits
 from autobot_llm.dialects.anthropic.requests import NEWEST_VERSION, write_count, write_request
 from autobot_llm.dialects.bodies import encode
+from autobot_llm.dialects.rate_limits import RateLimits
 from autobot_llm.errors import ConfigurationError, InvalidRequestError, LLMError, ProviderError, ProviderUnavailable
 from autobot_llm.providers.anthropic.prompt_caching import mark_prefix, outcome
 from autobot_llm.providers.base import ModelInfo, ProviderStatus
@@ -56,6 +58,7 @@ class AnthropicProvider:
         self._default_model = _default_model(settings, self.name)
         self._output_limits: dict[str, int] = {}
         self._pool: HttpPool | None = None
+        self._headers: Mapping[str, str] = {}
         self._failure = ""
         self._num_running = 0
         self._num_prompt_tokens = 0
@@ -100,7 +103,16 @@ class AnthropicProvider:
         details: dict[str, float | int | str] = {"endpoint": self._endpoint}
         if self._default_model is not None:
             details["model"] = self._default_model
+        limits = self.rate_limits
+        for kind, limit in (("requests", limits.requests), ("tokens", limits.tokens)) if limits else ():
+            if limit is not None:
+                details[f"remaining_{kind}"] = limit.remaining
         return ProviderStatus(name=self.name, state="ready", message=self._failure, details=details)
+
+    @property
+    def rate_limits(self) -> RateLimits | None:
+        """What Anthropic said of the key's limits with its latest answer."""
+        return read_rate_limits(self._headers)
 
     def metrics(self) -> dict[str, float]:
         figures = self._pool.metrics() if self._pool is not None else {}
@@ -137,6 +149,7 @@ class AnthropicProvider:
                 ) as answer,
                 aclosing(_pieces(pool, answer, reader)) as pieces,
             ):
+                self._headers = answer.headers
                 async for events in pieces:
                     for event in events:
                         if first_piece is None and type(event) is not Start:

@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Mapping
 
 from autobot_llm.dialects.openai import answers, embeddings, requests
 from autobot_llm.dialects.openai.answers import ChatReader, ErrorChunk, TextReader
-from autobot_llm.dialects.openai.rate_limits import RateLimits, read_rate_limits
+from autobot_llm.dialects.openai.rate_limits import read_rate_limits
+from autobot_llm.dialects.rate_limits import RateLimits
 from autobot_llm.errors import ProviderError
 from autobot_llm.providers.openai.endpoint import Endpoint
 from autobot_llm.report import OptimizationOutcome
