@@ -39,9 +39,9 @@ MODEL = "mistral:7b"
 
 
 @contextlib.asynccontextmanager
-async def provider_of(ollama: FakeOllama, **values: Any) -> AsyncIterator[OllamaProvider]:
+async def provider_of(ollama: FakeOllama, *, memory: int | None = None, **values: Any) -> AsyncIterator[OllamaProvider]:
     settings = Settings(**({"ollama_endpoint": ollama.url, "provider": "ollama", "default_model": MODEL} | values))
-    provider = OllamaProvider(settings)
+    provider = OllamaProvider(settings, memory=memory)
     await provider.start()
     try:
         yield provider
@@ -415,10 +415,9 @@ async def test_a_quantized_variant_answers_where_those_are_preferred() -> None:
         f"{MODEL}-q8_0": Model("Q8_0", 7_700_000_000),
     }
     async with running_ollama(models=models) as ollama:
-        async with provider_of(ollama, use_quantized_models=True) as provider:
-            provider._memory = 6_000_000_000
+        async with provider_of(ollama, memory=6_000_000_000, use_quantized_models=True) as provider:
             small = await ask(provider, asking(model="llama3:8b-instruct"))
-            provider._memory = 32_000_000_000
+        async with provider_of(ollama, memory=32_000_000_000, use_quantized_models=True) as provider:
             large = await ask(provider, asking(model="llama3:8b-instruct"))
             own = await ask(provider, asking(model=MODEL))
         async with provider_of(ollama) as provider:

@@ -55,16 +55,19 @@ class OllamaProvider:
     """Answers from one Ollama server, which may be down at the start: then requests say so until it is there.
 
     It keeps a model in memory (`keep_alive`) and to one context (`num_ctx`), so that no request of ours has it loaded
-    anew, except one whose prompt needs a larger context.
+    anew, except one whose prompt needs a larger context. `memory` is the server's, in bytes; None: this machine's, where
+    the server runs on it.
     """
 
     name = "ollama"
 
-    def __init__(self, settings: Settings, *, watch_seconds: float = WATCH_SECONDS) -> None:
+    def __init__(self, settings: Settings, *, memory: int | None = None, watch_seconds: float = WATCH_SECONDS) -> None:
         self._settings = settings
         self._watch_seconds = watch_seconds
         self._default = default_model(settings)
-        self._memory = variants.machine_memory() if _is_here(settings.ollama_endpoint) else None
+        if memory is None and _is_here(settings.ollama_endpoint):
+            memory = variants.machine_memory()
+        self._memory = memory
         self._client: OllamaClient | None = None
         self._catalog: Catalog | None = None
         self._placement = Placement(settings)
