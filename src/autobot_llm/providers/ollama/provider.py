@@ -55,7 +55,7 @@ class OllamaProvider:
     """Answers from one Ollama server, which may be down at the start: then requests say so until it is there.
 
     It keeps a model in memory (`keep_alive`) and to one context (`num_ctx`), so that no request of ours has it loaded
-    anew, except one whose prompt needs a larger context. `memory` is the server's, in bytes; None: this machine's, where
+    anew, except one whose prompt needs a larger context. `memory` is the server's, in bytes; None: this machine's, if
     the server runs on it.
     """
 
