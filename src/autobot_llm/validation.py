@@ -51,12 +51,15 @@ _RANGES: tuple[tuple[str, _Range], ...] = (
     ("repetition_penalty", _Range(0, _INF, above=True)),
     ("timeout", _Range(0, _INF, above=True)),
 )
-_RANGES_WITH_DEFAULT: tuple[tuple[str, _Range], ...] = (
-    ("n", _Range(1, 128, whole=True)),
-    ("min_tokens", _Range(0, _INF, whole=True)),
-    ("priority", _Range(-(2**31), 2**31 - 1, whole=True)),
-    ("presence_penalty", _Range(-2, 2)),
-    ("frequency_penalty", _Range(-2, 2)),
+_RANGES_WITH_DEFAULT: tuple[tuple[str, _Range, object], ...] = tuple(
+    (field, limits, getattr(LLMRequest(prompt="x"), field))
+    for field, limits in (
+        ("n", _Range(1, 128, whole=True)),
+        ("min_tokens", _Range(0, _INF, whole=True)),
+        ("priority", _Range(-(2**31), 2**31 - 1, whole=True)),
+        ("presence_penalty", _Range(-2, 2)),
+        ("frequency_penalty", _Range(-2, 2)),
+    )
 )
 _BIAS = _Range(-100, 100)
 _TOKEN_ID = _Range(0, _INF, whole=True)
@@ -72,9 +75,9 @@ def validate_request(request: LLMRequest) -> None:
         value = getattr(request, field)
         if value is not None and not limits.accepts(value):
             raise _refusal(field, value, str(limits))
-    for field, limits in _RANGES_WITH_DEFAULT:
+    for field, limits, default in _RANGES_WITH_DEFAULT:
         value = getattr(request, field)
-        if not limits.accepts(value):
+        if value is not default and not limits.accepts(value):
             raise _refusal(field, value, str(limits))
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:
         raise _refusal("min_tokens", request.min_tokens, f"at most max_tokens ({request.max_tokens})")

@@ -10,12 +10,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from autobot_llm.observability.instruments import Distribution, Observations, Values
 from autobot_llm.types import ChoiceEnd, Event, Finish, Start, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -143,6 +144,8 @@ PROVIDER_METRICS = (
     ),
 )
 
+InstrumentT = TypeVar("InstrumentT", Values, Distribution)
+
 ProviderFigures = Callable[[], Mapping[str, Mapping[str, float]]]
 
 
@@ -154,18 +157,25 @@ class Metrics:
         self.requests = self._counter(REQUESTS)
         self.errors = self._counter(ERRORS)
         self.tokens = self._counter(TOKENS)
-        self.in_flight = Gauge(IN_FLIGHT.name, IN_FLIGHT.help, IN_FLIGHT.labels, registry=self.registry)
+        self.in_flight = self._gauge(IN_FLIGHT)
         self.latency = self._histogram(LATENCY)
         self.first_token = self._histogram(FIRST_TOKEN)
         self.inter_token = self._histogram(INTER_TOKEN)
         self.queue_wait = self._histogram(QUEUE_WAIT)
         self.queue_position = self._histogram(QUEUE_POSITION)
 
-    def _counter(self, spec: MetricSpec) -> Counter:
-        return Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+    def _counter(self, spec: MetricSpec) -> Values:
+        return self._registered(Values(spec.name, spec.help, spec.labels, is_counter=True))
 
-    def _histogram(self, spec: MetricSpec) -> Histogram:
-        return Histogram(spec.name, spec.help, spec.labels, buckets=spec.buckets, registry=self.registry)
+    def _gauge(self, spec: MetricSpec) -> Values:
+        return self._registered(Values(spec.name, spec.help, spec.labels, is_counter=False))
+
+    def _histogram(self, spec: MetricSpec) -> Distribution:
+        return self._registered(Distribution(spec.name, spec.help, spec.labels, spec.buckets))
+
+    def _registered(self, instrument: InstrumentT) -> InstrumentT:
+        self.registry.register(instrument)
+        return instrument
 
     def watch_providers(self, figures: ProviderFigures) -> None:
         """Read `figures()`, provider name -> figure -> value, at every scrape."""
@@ -196,7 +206,7 @@ class RequestRecord:
     async def observe(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """Pass the events through, recording the pace of their pieces and the totals at their `Finish`."""
         last_at: dict[int, float] = {}  # choice index -> when its latest piece came
-        inter_token: Histogram | None = None
+        inter_token: Observations | None = None
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Start):

@@ -44,15 +44,21 @@ class SseParser:
         if b"\n" in chunk:
             *lines, rest = b"".join(self._line).split(b"\n")
             self._line = [rest]
+            if self._is_first_line:
+                self._is_first_line = False
+                lines[0] = lines[0].removeprefix(_BOM)
             for line in lines:
-                if line:
+                if line.startswith(b"data: "):
+                    self._data.append(line[6:])
+                    self._num_data_bytes += len(line)
+                elif line:
                     self._take(line)
-                elif self._data:
-                    events.append(SseEvent(self._event, b"\n".join(self._data)))
-                    self._event, self._data, self._num_data_bytes = "", [], 0
                 else:
+                    if self._data:
+                        events.append(SseEvent(self._event, b"\n".join(self._data)))
+                        self._data = []
+                        self._num_data_bytes = 0
                     self._event = ""
-            self._is_first_line = False
             self._num_bytes = len(rest) + self._num_data_bytes
         if self._num_bytes > MAX_EVENT_BYTES:
             raise ProviderError(f"the provider sent an event larger than {MAX_EVENT_BYTES} bytes")
@@ -68,9 +74,6 @@ class SseParser:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _take(self, line: bytes) -> None:
-        if self._is_first_line:
-            self._is_first_line = False
-            line = line.removeprefix(_BOM)
         field, _, value = line.partition(b":")
         if field == b"data":
             self._data.append(value[1:] if value.startswith(b" ") else value)
