@@ -29,6 +29,7 @@ FIELDS = {
     "tools",
 }
 COUNT_FIELDS = {"cache_control", "messages", "model", "output_config", "system", "thinking", "tool_choice", "tools"}
+TOOL_FIELDS = {"type", "name", "description", "input_schema", "strict", "cache_control", "eager_input_streaming"}
 BLOCK_FIELDS = {
     "text": {"type", "text", "cache_control"},
     "image": {"type", "source", "cache_control"},
@@ -113,7 +114,7 @@ def _check_prompt(body: dict[str, Any]) -> None:
 def _check_tool(place: str, tool: dict[str, Any]) -> None:
     if tool.get("type", "custom") != "custom":
         return
-    require(tool.keys() <= {"type", "name", "description", "input_schema", "strict", "cache_control"}, place)
+    require(tool.keys() <= TOOL_FIELDS, place)
     require(re.fullmatch(r"[a-zA-Z0-9_-]{1,128}", tool.get("name", "")), f"{place}.name")
     require(isinstance(tool.get("input_schema"), dict), f"{place}.input_schema: required")
     require(tool["input_schema"].get("type") == "object", f"{place}.input_schema.type: object")

@@ -87,7 +87,7 @@ def test_a_whole_request_survives_the_wire(messages: list[ChatMessage]) -> None:
         top_p=0.25,
         top_k=3,
         stop=["END"],
-        tools=[{"type": "function", "function": tool}],
+        tools=[{"type": "function", "function": tool, "eager_input_streaming": True}],
         tool_choice="required",
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": {}, "strict": True}},
         metadata={"user_id": "u"},

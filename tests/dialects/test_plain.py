@@ -43,7 +43,7 @@ def test_marks_and_notes_are_taken_off_and_nothing_else() -> None:
     assert plain[2] == ChatMessage(role="tool", content=[text("b")], tool_call_id="c")
     assert messages[0].content == [text("a", **MARK), image | MARK]
     tool = {"type": "function", "function": {"name": "f"}}
-    assert plain_tools([tool | MARK]) == [tool]
+    assert plain_tools([tool | MARK | {"eager_input_streaming": True}]) == [tool]
 
 
 def test_signed_reasoning_is_plain_reasoning_and_encrypted_reasoning_is_left_out() -> None:

@@ -1,7 +1,8 @@
 """A conversation in OpenAI's own words, for those who know no others. Knows what Anthropic's clients add to it.
 
-What is left out changes no answer: marks for Anthropic's prompt cache, the note that a tool's result is an error (its
-text says so too), and reasoning that Anthropic has encrypted for itself. Signed reasoning is plain reasoning here.
+What is left out changes no answer: marks for Anthropic's prompt cache, how finely a call is streamed, the note that a
+tool's result is an error (its text says so too), and reasoning that Anthropic has encrypted for itself. Signed reasoning
+is plain reasoning here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import msgspec
 from autobot_llm.errors import UnsupportedError
 from autobot_llm.types import ChatMessage
 
-_NOTES = ("cache_control", "is_error")
+_NOTES = ("cache_control", "eager_input_streaming", "is_error")
 _FOREIGN = ("document", "search_result")
 
 
@@ -27,7 +28,7 @@ def plain_messages(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 
 def plain_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """The tools without marks for the prompt cache."""
+    """The tools without what is Anthropic's."""
     return None if tools is None else _without_notes(tools)
 
 

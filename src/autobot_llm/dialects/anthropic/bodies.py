@@ -19,7 +19,10 @@ API_VERSIONS = ("2023-06-01", "2026-10-21")
 # Anthropic's own tools that the caller runs: their calls come as those of any other tool. They travel as they are.
 CLIENT_TOOLS = ("bash_", "memory_", "text_editor_")
 
-_TOOL_FIELDS = frozenset({"type", "name", "description", "input_schema", "strict", "cache_control"})
+# Fields of a tool that change no answer: they travel beside its function, for Anthropic alone.
+TOOL_NOTES = ("cache_control", "eager_input_streaming")
+
+_TOOL_FIELDS = frozenset({"type", "name", "description", "input_schema", "strict", *TOOL_NOTES})
 
 
 class Turn(msgspec.Struct):
@@ -117,8 +120,8 @@ def _tool(place: str, tool: dict[str, Any]) -> dict[str, Any]:
         raise InvalidRequestError(f"{place}.input_schema: expected a JSON schema", param=f"{place}.input_schema")
     function = {"name": tool["name"], "parameters": tool["input_schema"]}
     function |= {name: tool[name] for name in ("description", "strict") if tool.get(name) is not None}
-    marked = {"cache_control": tool["cache_control"]} if tool.get("cache_control") else {}
-    return {"type": "function", "function": function, **marked}
+    notes = {name: tool[name] for name in TOOL_NOTES if tool.get(name) is not None}
+    return {"type": "function", "function": function, **notes}
 
 
 def _tool_choice(choice: dict[str, Any], extra: dict[str, Any]) -> str | dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from autobot_llm.dialects.anthropic.bodies import API_VERSIONS, CLIENT_TOOLS
+from autobot_llm.dialects.anthropic.bodies import API_VERSIONS, CLIENT_TOOLS, TOOL_NOTES
 from autobot_llm.dialects.anthropic.models import facts_about
 from autobot_llm.dialects.anthropic.turns import write_conversation
 from autobot_llm.errors import InvalidRequestError, UnsupportedError
@@ -152,7 +152,7 @@ def _tool(place: str, tool: dict[str, Any]) -> dict[str, Any]:
         case {"type": "function", "function": {"name": str(name), **rest}}:
             written = {"name": name, "input_schema": rest.get("parameters") or {"type": "object", "properties": {}}}
             written |= {field: rest[field] for field in ("description", "strict") if rest.get(field)}
-            return written | ({"cache_control": tool["cache_control"]} if tool.get("cache_control") else {})
+            return written | {note: tool[note] for note in TOOL_NOTES if note in tool}
         case {"type": str(kind)} if kind.startswith(CLIENT_TOOLS):
             return tool
     raise UnsupportedError(f"{place}: Anthropic takes tools of type function, with a name", param=place)
