@@ -1,8 +1,8 @@
 """A conversation in OpenAI's own words, for those who know no others. Knows what Anthropic's clients add to it.
 
 What is left out changes no answer: marks for Anthropic's prompt cache, how finely a call is streamed, the note that a
-tool's result is an error (its text says so too), and reasoning that Anthropic has encrypted for itself. Signed reasoning
-is plain reasoning here.
+tool's result is an error (its text says so too), and reasoning that Anthropic has encrypted for itself. Signed
+reasoning is plain reasoning here.
 """
 
 from __future__ import annotations
