@@ -35,6 +35,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "ollama_endpoint": ("http://box:1", "http://box:1", "box:1"),
     "ollama_keep_alive": ("-1m", "-1m", "30"),
     "vllm_endpoints": ("http://a, https://b", ("http://a", "https://b"), "http://a,b"),
+    "vllm_api_key": ("sk-3", "sk-3", None),
     "openai_endpoint": ("https://o/v1", "https://o/v1", "ftp://o"),
     "anthropic_endpoint": ("https://a", "https://a", "https://"),
     "openai_api_key": ("sk-1", "sk-1", None),

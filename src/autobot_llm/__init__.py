@@ -30,7 +30,14 @@ from autobot_llm.errors import (
 )
 from autobot_llm.interface import LLMInterface
 from autobot_llm.report import OptimizationOutcome
+from autobot_llm.routing import OptimizationRouter, ProviderType
 from autobot_llm.settings import Settings, load_settings
+from autobot_llm.tuning.knobs import (
+    CONTINUOUS_BATCHING_CONFIG,
+    CUDA_GRAPH_CONFIG,
+    KV_CACHE_CONFIG,
+    OPTIMIZED_VLLM_CONFIG,
+)
 from autobot_llm.types import (
     ChatMessage,
     ChoiceEnd,
@@ -58,6 +65,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONTINUOUS_BATCHING_CONFIG",
+    "CUDA_GRAPH_CONFIG",
+    "KV_CACHE_CONFIG",
+    "OPTIMIZED_VLLM_CONFIG",
     "AuthenticationError",
     "ChatMessage",
     "ChoiceEnd",
@@ -76,9 +87,11 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFoundError",
     "OptimizationOutcome",
+    "OptimizationRouter",
     "OverloadedError",
     "ProviderError",
     "ProviderTimeout",
+    "ProviderType",
     "ProviderUnavailable",
     "ReasoningDelta",
     "RefusalDelta",

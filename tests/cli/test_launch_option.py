@@ -98,15 +98,18 @@ def test_the_launched_vllm_answers_through_the_server_and_is_gone_after_ctrl_c(f
         time.sleep(0.01)
 
 
-def test_a_folder_is_served_under_the_name_that_was_given(folder: Path) -> None:
+def test_a_folder_is_served_under_the_name_given_and_what_follows_the_dashes_is_passed_on(
+    folder: Path,
+) -> None:
     (folder / "m").mkdir()
-    with serving(folder, "--model", "./m") as process:
+    with serving(folder, "--model", "./m", "--", "--tensor-parallel-size", "2") as process:
         text = lines_until(process, "stop ")
         process.send_signal(signal.SIGINT)
         process.wait(TIME_LIMIT)
     argv = starts(folder)[0]["argv"]
     assert argv[:2] == ["serve", "m"]
     assert argv[argv.index("--served-model-name") + 1] == "./m"
+    assert argv[-2:] == ["--tensor-parallel-size", "2"]
     assert "ready" in text
 
 
@@ -127,6 +130,7 @@ def test_a_vllm_that_ends_at_once_is_an_error_with_its_last_words(folder: Path) 
     [
         (["--launch", "--model", "m"], "the provider is native: add --provider vllm"),
         ([*LAUNCH], "--launch needs a model"),
+        (["--", "--tensor-parallel-size", "2"], "only --launch takes arguments for vLLM, after --"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(folder: Path, arguments: list[str], words: str) -> None:

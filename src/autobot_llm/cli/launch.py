@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import functools
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -20,8 +21,8 @@ MAX_LINE = 100  # characters of vLLM's latest line beside the spinner
 
 
 @contextlib.asynccontextmanager
-async def launched(settings: Settings) -> AsyncIterator[Settings]:
-    """The settings, with the address of a vLLM that runs while the block does.
+async def launched(settings: Settings, further: Sequence[str]) -> AsyncIterator[Settings]:
+    """The settings, with the address of a vLLM that runs while the block does; `further` are arguments for it.
 
     Raises ConfigurationError where it cannot be launched at all, and ProviderUnavailable where it does not get ready.
     """
@@ -32,11 +33,14 @@ async def launched(settings: Settings) -> AsyncIterator[Settings]:
     what = f"Starting vllm for {settings.default_model}"
     async with contextlib.AsyncExitStack() as stack:
         with Progress(what) as progress:
-            vllm = await stack.enter_async_context(
-                launched_vllm(settings, on_line=lambda line: progress.say(f"{what}: {line.strip()[:MAX_LINE]}"))
-            )
+            heard = functools.partial(_say, progress, what)
+            vllm = await stack.enter_async_context(launched_vllm(settings, further, on_line=heard))
         click.echo("\n".join(_lines(vllm)))
         yield replace(settings, vllm_endpoints=(vllm.address,))
+
+
+def _say(progress: Progress, what: str, line: str) -> None:
+    progress.say(f"{what}: {line.strip()[:MAX_LINE]}")
 
 
 def _lines(vllm: LaunchedVllm) -> Iterator[str]:

@@ -72,6 +72,9 @@ ABOUT: dict[str, About] = {
     "vllm_endpoints": About(
         "Where vLLM servers listen, separated by commas; several share the requests.", "providers/vllm", VLLM, now=True
     ),
+    "vllm_api_key": About(
+        "Key for vLLM servers that were started with --api-key.", "providers/vllm", VLLM, now=True, secret=True
+    ),
     "openai_endpoint": About(
         "OpenAI's base address, or Azure's (https://NAME.openai.azure.com/openai/v1).",
         "providers/openai",

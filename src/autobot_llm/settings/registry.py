@@ -84,6 +84,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ollama_endpoint: HttpUrl = "http://127.0.0.1:11434"
     ollama_keep_alive: Duration | None = "30m"
     vllm_endpoints: tuple[HttpUrl, ...] = ()
+    vllm_api_key: Text | None = None
     openai_endpoint: HttpUrl = "https://api.openai.com/v1"
     anthropic_endpoint: HttpUrl = "https://api.anthropic.com"
     clouds: Mapping[str, CloudSettings] = msgspec.field(default_factory=dict)

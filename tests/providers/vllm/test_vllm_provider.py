@@ -176,6 +176,19 @@ async def test_a_prompt_goes_through_the_interface_to_the_server() -> None:
     assert states["cuda_graphs"] == (True, False)
 
 
+async def test_the_key_is_sent_and_never_shown() -> None:
+    replica = FakeReplica()
+    async with serving(replica, vllm_api_key="a-secret") as provider:
+        await answer(provider, ask())
+        assert replica.server is not None
+        sent = {asked.headers.get("authorization") for asked in replica.server.asked if asked.method == "POST"}
+        assert sent == {"Bearer a-secret"}
+        replica.fail = refuses(401, "the key a-secret is wrong")
+        with pytest.raises(ProviderError) as refusal:
+            await answer(provider, ask())
+        assert "a-secret" not in refusal.value.message + repr(provider.status())
+
+
 # --- health
 
 

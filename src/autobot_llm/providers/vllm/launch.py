@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from autobot_llm.errors import ConfigurationError, LLMError
@@ -37,9 +37,15 @@ class LaunchedVllm:
 
 @contextlib.asynccontextmanager
 async def launched_vllm(
-    settings: Settings, *, on_line: Callable[[str], None] | None = None, patience: Patience = PATIENCE
+    settings: Settings,
+    further: Sequence[str] = (),
+    *,
+    on_line: Callable[[str], None] | None = None,
+    patience: Patience = PATIENCE,
 ) -> AsyncIterator[LaunchedVllm]:
     """A vLLM that serves the settings' default model, ready, while the block runs; it is stopped at the block's end.
+
+    `further` arguments come last on its command line, so that vLLM obeys them where the settings say something else.
 
     Raises ConfigurationError where vllm is not installed, no model is named or endpoints are set too, and
     ProviderUnavailable where it does not become ready.
@@ -51,7 +57,7 @@ async def launched_vllm(
     port = _free_port()
     address = f"http://{HOST}:{port}"
     pool = HttpPool(address, name="vllm")
-    arguments = [TELL_CACHED, *_name_for(model, settings), *translation.arguments]
+    arguments = [TELL_CACHED, *_name_for(model, settings), *translation.arguments, *further]
     server = ManagedServer(
         [program, "serve", model, "--host", HOST, "--port", str(port), *arguments],
         environment=child_environment(translation.environment),

@@ -54,6 +54,7 @@ class VllmProvider:
 
     def __init__(self, settings: Settings, *, watch_seconds: float = WATCH_SECONDS) -> None:
         self._addresses = settings.vllm_endpoints
+        self._api_key = settings.vllm_api_key
         self._default_model = _default_model(settings)
         self._limits = PoolLimits(max_connections=settings.cloud_connection_pool_size)
         self._watch_seconds = watch_seconds
@@ -71,7 +72,7 @@ class VllmProvider:
             )
         if self._watching is not None:
             return
-        replicas = [Replica(address, self._limits) for address in dict.fromkeys(self._addresses)]
+        replicas = [Replica(address, self._limits, self._api_key) for address in dict.fromkeys(self._addresses)]
         self._replicas = {replica.address: replica for replica in replicas}
         self._balancer = Balancer(list(self._replicas))
         await self._look()

@@ -28,9 +28,9 @@ class _Version(msgspec.Struct):
 class Replica:
     """The server at `address`. `is_up` is None until it was looked at; `failure` says why it is down."""
 
-    def __init__(self, address: str, limits: PoolLimits) -> None:
+    def __init__(self, address: str, limits: PoolLimits, api_key: str | None = None) -> None:
         root = _root(address)
-        endpoint = Endpoint(base_url=f"{root}/v1", flavour=VLLM)
+        endpoint = Endpoint(base_url=f"{root}/v1", flavour=VLLM, api_key=api_key)
         self.address = endpoint.shown.removesuffix("/v1")
         self.client = OpenAIClient(endpoint, name="vllm", limits=limits)
         self.is_up: bool | None = None
