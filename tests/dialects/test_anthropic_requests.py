@@ -237,7 +237,7 @@ def call(arguments: str) -> dict[str, Any]:
 
 
 REFUSED = [
-    ({"prompt": "Once", "messages": None}, "prompt"),
+    ({"prompt": "Once" * 100, "messages": None}, "prompt"),
     ({"seed": 7}, "seed"),
     ({"n": 2}, "n"),
     ({"logprobs": 0}, "logprobs"),
@@ -255,6 +255,7 @@ REFUSED = [
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"extra_body": {"reasoning_effort": "minimal"}}, "reasoning_effort"),
     ({"extra_body": {"model": "other"}}, "model"),
+    ({"extra_body": {"output_config": "x"}}, "output_config"),
     ({"tools": [{"type": "web_search"}]}, "tools[0]"),
     ({"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
     ({"messages": [ChatMessage(role="user", content="Hi", name="Ann")]}, "messages[0].name"),
@@ -280,4 +281,5 @@ def test_what_anthropic_cannot_honour_is_refused_by_name(fields: dict[str, Any],
     with pytest.raises(InvalidRequestError) as caught:
         write_request(asked, MODEL)
     assert caught.value.param == param
+    assert len(caught.value.message) < 200
     assert isinstance(caught.value, UnsupportedError) or param in caught.value.message

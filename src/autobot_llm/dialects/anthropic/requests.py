@@ -91,7 +91,7 @@ def _prompt(request: LLMRequest, model: str, extra: dict[str, Any]) -> dict[str,
     """All that becomes part of the prompt, in the order in which Anthropic caches it; takes what it uses from extra."""
     for field, neutral in _UNSUPPORTED:
         if (value := getattr(request, field)) not in neutral:
-            raise UnsupportedError(f"{field}={value!r}: Anthropic has no such field", param=field)
+            raise UnsupportedError(f"{field}={_shortened(value)}: Anthropic has no such field", param=field)
     assert request.messages is not None, "validation asked for messages or a prompt"
     extra.pop(PROMPT_CACHING, None)
     parallel = extra.pop("parallel_tool_calls", None)
@@ -117,7 +117,10 @@ def _sampling(request: LLMRequest) -> dict[str, Any]:
 
 
 def _output(request: LLMRequest, extra: dict[str, Any]) -> dict[str, Any]:
-    config = dict(extra.pop("output_config", None) or {})
+    config = extra.pop("output_config", None) or {}
+    if not isinstance(config, dict):
+        raise InvalidRequestError("output_config: expected an object", param="output_config")
+    config = dict(config)
     body: dict[str, Any] = {}
     match extra.pop("reasoning_effort", None):
         case None:
@@ -176,6 +179,11 @@ def _tool_choice(choice: str | dict[str, Any] | None, parallel: bool | None) -> 
     if parallel is False:
         return written | {"disable_parallel_tool_use": True}
     return None if choice is None else written
+
+
+def _shortened(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def _add_extra(body: dict[str, Any], extra: dict[str, Any]) -> None:
