@@ -312,6 +312,7 @@ NONSENSE: list[list[dict[str, Any]]] = [
     [MESSAGE_START, block_start(0, type="text"), block_start(0, type="text")],
     [MESSAGE_START, block_start(0, type="server_tool_use", id="s", name="web_search")],
     [MESSAGE_START, block_delta(0, type="text_delta", text="a")],
+    [MESSAGE_START, block_delta(0, type="newer_delta", partial_json="a")],
     [MESSAGE_START, block_start(0, type="text"), block_delta(0, type="input_json_delta", partial_json="{")],
     [MESSAGE_START, block_start(0, type="text"), block_delta(0, type="citations_delta")],
     [MESSAGE_START, block_start(0, type="text"), {"type": "content_block_delta", "index": 0}],

@@ -201,7 +201,7 @@ class AnswerReader:
 
     def _on_block_delta(self, event: _StreamEvent, data: bytes) -> Sequence[Event]:
         kind, delta = self._blocks.get(event.index), event.delta
-        if delta is None or _BLOCK_OF_DELTA.get(delta.type) != kind:
+        if delta is None or kind is None or _BLOCK_OF_DELTA.get(delta.type) != kind:
             raise self._nonsense(f"a delta that does not fit its block of type {kind!r}", data)
         if kind == "text":
             return (TextDelta(delta.text),)
