@@ -509,11 +509,12 @@ async def test_tokens_are_counted_by_anthropic() -> None:
 async def test_the_public_address_needs_a_key_and_another_one_does_not() -> None:
     with pytest.raises(ConfigurationError, match="set ANTHROPIC_API_KEY"):
         await AnthropicProvider(Settings()).start()
-    elsewhere = AnthropicProvider(Settings(anthropic_endpoint="http://127.0.0.1:9"))
+    elsewhere = AnthropicProvider(Settings(anthropic_endpoint="http://user:word@127.0.0.1:9/a?key=b"))
     assert elsewhere.status().state == "stopped"
     await elsewhere.start()
     await elsewhere.start()
     assert elsewhere.status().state == "ready"
+    assert elsewhere.status().details["endpoint"] == "http://127.0.0.1:9/a"
     await elsewhere.close()
     await elsewhere.close()
     with pytest.raises(ProviderUnavailable, match="not started"):

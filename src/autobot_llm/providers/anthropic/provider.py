@@ -100,7 +100,7 @@ class AnthropicProvider:
         """Ready once started: whether Anthropic answers, the last request tells, in `message` if it failed."""
         if self._pool is None:
             return ProviderStatus(name=self.name, state="stopped", message="not started")
-        details: dict[str, float | int | str] = {"endpoint": self._endpoint}
+        details: dict[str, float | int | str] = {"endpoint": _shown(self._endpoint)}
         if self._default_model is not None:
             details["model"] = self._default_model
         limits = self.rate_limits
@@ -213,6 +213,12 @@ async def _pieces(pool: HttpPool, answer: HttpStream, reader: AnswerReader) -> A
         await answer.end()
     except ErrorEvent as exc:
         raise pool.error_from(exc.status, {}, exc.body) from exc
+
+
+def _shown(address: str) -> str:
+    """An address without what may be secret in it: a user, a password, a query."""
+    url = urlsplit(address)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
 
 
 def _default_model(settings: Settings, name: str) -> str | None:
