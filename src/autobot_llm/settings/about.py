@@ -63,8 +63,8 @@ ABOUT: dict[str, About] = {
     ),
     "ollama_endpoint": About("Where Ollama listens.", "providers/ollama", OLLAMA, now=True),
     "ollama_keep_alive": About(
-        "How long Ollama keeps a model in memory after a request, negative for ever; off leaves it to Ollama. A stay "
-        "that is longer already is not cut short.",
+        "How long Ollama keeps a model in memory after a request, negative for ever; off leaves it to the server's own "
+        "OLLAMA_KEEP_ALIVE. A loaded model's stay that is longer already is not cut short.",
         "providers/ollama",
         OLLAMA,
         now=True,
