@@ -134,6 +134,21 @@ async def test_the_older_endpoint_models_and_unknown_fields_come_through() -> No
     assert (body["reasoning_effort"], body["user"], body["top_k"], body["logit_bias"]) == ("low", "u", 4, {"5": -2})
 
 
+async def test_an_answers_reasoning_and_refusal_may_be_sent_back_as_history() -> None:
+    history: Any = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning": "Hm.", "refusal": None},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": None, "refusal": "I cannot."},
+        {"role": "user", "content": "d"},
+    ]
+    async with behind(extra_fields={"messages": list[Any]}) as (server, upstream):
+        assert (await server.post("/v1/chat/completions", {"messages": history})).status == 200
+    sent = upstream.bodies[0]["messages"]
+    assert sent[1] == {"role": "assistant", "content": "b", "reasoning_content": "Hm."}
+    assert sent[3] == {"role": "assistant", "content": "I cannot."}
+
+
 async def test_errors_keep_their_status_their_words_and_their_patience() -> None:
     answers = {
         "busy": (429, {"retry-after": "3"}, {"message": "Slow down", "code": "rate_limit_exceeded"}),

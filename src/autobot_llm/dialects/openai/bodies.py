@@ -117,6 +117,8 @@ SERVICE_OPTIONS = (
     "store",
     "user",
 )
+_CHAT_FIELDS = frozenset(ChatBody.__struct_fields__)
+_COMPLETION_FIELDS = frozenset(CompletionBody.__struct_fields__)
 MESSAGE_FIELDS = frozenset(ChatMessage.__struct_fields__)
 NOTES_ON_MESSAGES = frozenset({"annotations"})  # what OpenAI's client sends back with an answer, for the reader only
 
@@ -124,8 +126,9 @@ NOTES_ON_MESSAGES = frozenset({"annotations"})  # what OpenAI's client sends bac
 def read_chat(data: bytes, *, request_id: str, tenant: str) -> Call:
     """Read the body of `POST /v1/chat/completions`. Errors: `InvalidRequestError` with the field in `param`."""
     fields = read_object(data)
+    _rename_message_fields(fields.get("messages"))
     body = convert(fields, ChatBody)
-    extra = _extra(fields, body)
+    extra = _extra(fields, _CHAT_FIELDS)
     _refuse_unknown_message_fields(fields["messages"])
     if body.parallel_tool_calls is not None and body.tools:
         extra["parallel_tool_calls"] = body.parallel_tool_calls
@@ -150,7 +153,7 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
     """
     fields = read_object(data)
     body = convert(fields, CompletionBody)
-    extra = _extra(fields, body)
+    extra = _extra(fields, _COMPLETION_FIELDS)
     if body.echo:
         raise UnsupportedError("echo=true: expected false; the prompt is not repeated in the answer", param="echo")
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -174,13 +177,25 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
     return Call(requests, bool(body.stream), _include_usage(body))
 
 
-def _extra(fields: Mapping[str, Any], body: SharedFields) -> dict[str, Any]:
-    known = body.__struct_fields__
+def _extra(fields: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in known and value is not None}
+
+
+def _rename_message_fields(messages: Any) -> None:
+    """What other servers' answers, and OpenAI's refusals, are called when a client sends them back as history."""
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            continue
+        if "reasoning" in message:
+            message.setdefault("reasoning_content", message.pop("reasoning"))
+        if message.get("refusal") is not None and message.get("content") is None:
+            message["content"] = message.pop("refusal")
 
 
 def _refuse_unknown_message_fields(messages: list[dict[str, Any]]) -> None:
     for position, message in enumerate(messages):
+        if message.keys() <= MESSAGE_FIELDS:
+            continue
         for name in message.keys() - MESSAGE_FIELDS - NOTES_ON_MESSAGES:
             if message[name] is not None:
                 param = f"messages[{position}].{name}"
