@@ -271,17 +271,38 @@ async def test_a_replica_that_fails_before_its_first_byte_is_replaced_by_another
         assert provider.metrics()["num_retries"] == 1
 
 
-async def test_a_replica_that_cannot_be_reached_gets_nothing_more_until_it_is_well() -> None:
+async def test_a_replica_that_is_not_well_gets_nothing_more_until_it_is() -> None:
+    async def reset(wire: Wire) -> None:
+        wire.reset()
+
     replicas = [FakeReplica(), FakeReplica()]
     async with serving(*replicas) as provider:
         await answer(provider, ask())
         home = next(replica for replica in replicas if replica.bodies)
-        home.fail = refuses(503)
+        home.fail, home.is_well = reset, False
+        await answer(provider, ask())
+        await until(lambda: provider.metrics()["num_replicas_up"] == 1)  # its failure had it looked at
+        num_asked = len(home.bodies)
         for _ in range(3):
             await answer(provider, ask())
-        assert len(home.bodies) == 2, "one answer, one failure"
-        assert provider.metrics()["num_replicas_up"] == 1
+        assert len(home.bodies) == num_asked
         assert provider.status().state == "ready"
+
+
+async def test_a_replica_that_has_too_much_to_do_stays_in_use() -> None:
+    replicas = [FakeReplica(), FakeReplica()]
+    async with serving(*replicas) as provider:
+        await answer(provider, ask())
+        home = next(replica for replica in replicas if replica.bodies)
+        home.fail = refuses(503, "the queue is full")
+        assert home.server is not None
+        num_looks = sum(asked.path == "/health" for asked in home.server.asked)
+        await answer(provider, ask())
+        await home.server.until(lambda server: sum(asked.path == "/health" for asked in server.asked) > num_looks)
+        home.fail = None
+        await answer(provider, ask())
+        assert len(home.bodies) == 3
+        assert provider.metrics()["num_replicas_up"] == 2
 
 
 async def test_nothing_is_repeated_once_an_answer_has_begun() -> None:
@@ -349,7 +370,7 @@ async def test_a_reader_that_leaves_ends_the_work_at_the_server() -> None:
             async for event in events:
                 if isinstance(event, TextDelta):
                     break
-        assert provider._balancer.loads == {replica.url: 0}
+        assert provider.metrics()["num_in_flight"] == 0
         assert replica.server is not None
         await replica.server.until(lambda server: server.num_open <= 2)
         gate.set()
@@ -388,6 +409,13 @@ async def test_counters_go_on_when_a_server_begins_anew() -> None:
         )
         await until(lambda: provider.metrics()["num_generated_tokens"] != 500)
         assert provider.metrics()["num_generated_tokens"] == 520
+
+
+@pytest.mark.parametrize("version", ["dev", "0.0.0+unknown", ""])
+async def test_a_version_that_is_none_is_unknown(version: str) -> None:
+    async with serving(FakeReplica(version=version), FakeReplica(version="0.32.0")) as provider:
+        assert provider.engine_version() in ("0.32.0", "0.0.0+unknown")
+        assert (await answer(provider, ask(extra_body={"guided_regex": "a"}))).content == "Hello world"
 
 
 @pytest.mark.parametrize("page", ["", "<html>", "vllm:num_requests_running{ nonsense", "\x00\xff" * 100])
@@ -461,7 +489,7 @@ async def test_after_many_requests_left_failed_and_answered_nothing_is_left_over
 
         for begin in range(0, 600, 60):
             await asyncio.gather(*(one(number) for number in range(begin, begin + 60)))
-        assert set(provider._balancer.loads.values()) == {0}
+        assert provider.metrics()["num_in_flight"] == 0
         for replica in replicas:
             assert replica.server is not None
             await replica.server.until(lambda server: server.num_open <= 61)  # kept ones, as many as were used at once

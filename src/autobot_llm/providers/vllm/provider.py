@@ -36,6 +36,7 @@ from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish
 logger = logging.getLogger("autobot_llm.vllm")
 
 WATCH_SECONDS = 5.0  # between two looks at the servers
+LEAST_SECONDS = 0.25  # between two looks, however many requests fail
 _EMBEDDED_MODEL = "tiny"  # what the setting says unless it was set
 # A failure of the server and not of the request: another server may do better.
 _OF_THE_SERVER = (ProviderError, OverloadedError)
@@ -61,6 +62,7 @@ class VllmProvider:
         self._replicas: dict[str, Replica] = {}
         self._balancer = Balancer(())
         self._watching: asyncio.Task[None] | None = None
+        self._look_now = asyncio.Event()
         self._num_retries = 0
 
     async def start(self) -> None:
@@ -122,6 +124,7 @@ class VllmProvider:
         return figures | {
             "num_replicas": len(replicas),
             "num_replicas_up": sum(bool(replica.is_up) for replica in replicas),
+            "num_in_flight": sum(self._balancer.loads.values()),
             "num_retries": self._num_retries,
         }
 
@@ -161,7 +164,7 @@ class VllmProvider:
                             yield event
                 return
             except LLMError as error:
-                self._note(replica, error)
+                self._note(error)
                 if has_begun or replica is order[-1] or not _may_try_another(error):
                     raise
                 self._num_retries += 1
@@ -169,13 +172,14 @@ class VllmProvider:
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
         """One vector for each input, from the least busy replica that serves the model, else from another one."""
         model = request.model or self._only_model()
-        order = self._order(b"", await self._serving(model))
+        loads = self._balancer.loads
+        order = sorted(await self._serving(model), key=lambda replica: loads[replica.address])
         for replica in order:
             try:
                 with self._balancer.under_way(replica.address):
                     return await replica.client.embed(request, model)
             except LLMError as error:
-                self._note(replica, error)
+                self._note(error)
                 if replica is order[-1] or not _may_try_another(error):
                     raise
                 self._num_retries += 1
@@ -220,16 +224,22 @@ class VllmProvider:
             )
         return served[0]
 
-    def _note(self, replica: Replica, error: LLMError) -> None:
-        if type(error) is ProviderUnavailable:
-            replica.mark_down(error.message)
+    def _note(self, error: LLMError) -> None:
+        """Whether a server is down or only has too much to do (vLLM says 503 to both), a look at it will tell."""
+        if isinstance(error, ProviderUnavailable):
+            self._look_now.set()
 
     async def _look(self) -> None:
         await asyncio.gather(*(replica.look() for replica in self._replicas.values()))
 
     async def _watch(self) -> None:
+        """Look at the servers regularly, and soon after one has failed."""
         while True:
-            await asyncio.sleep(self._watch_seconds)
+            await asyncio.sleep(min(LEAST_SECONDS, self._watch_seconds))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._watch_seconds):
+                    await self._look_now.wait()
+            self._look_now.clear()
             try:
                 await self._look()
             except Exception:

@@ -8,12 +8,13 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from autobot_llm.dialects.openai.requests import COMPATIBLE
-from autobot_llm.errors import LLMError, ProviderError, ProviderTimeout, ProviderUnavailable
+from autobot_llm.errors import ConfigurationError, LLMError, ProviderError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.providers.base import ModelInfo
 from autobot_llm.providers.openai import Endpoint, OpenAIClient
 from autobot_llm.providers.vllm.fields import separates_tenants
 from autobot_llm.providers.vllm.scrape import Accumulated, EngineFacts, read_engine_facts, read_figures
 from autobot_llm.transport.pool import HttpPool, PoolLimits
+from autobot_llm.tuning.knobs.versions import release_of
 
 logger = logging.getLogger("autobot_llm.vllm")
 
@@ -92,14 +93,16 @@ class Replica:
             logger.warning("vllm %s at %s cannot keep the cached prefixes of tenants apart", self.version, self.address)
 
     async def _ask_version(self) -> str | None:
-        """Its version; None where a proxy in between does not pass that on."""
+        """Its version; None where it has no release's, or a proxy in between does not pass that on."""
         try:
             answer = await self._looks.request("GET", "/version", timeout=LOOK_SECONDS)
-            return msgspec.json.decode(answer.body, type=_Version).version
-        except (ProviderError, msgspec.MsgspecError) as error:
+            version = msgspec.json.decode(answer.body, type=_Version).version
+            release_of(version)
+        except (ProviderError, ConfigurationError, msgspec.MsgspecError) as error:
             if isinstance(error, ProviderUnavailable | ProviderTimeout):
                 raise
             return None
+        return version
 
 
 def _root(address: str) -> str:

@@ -9,7 +9,6 @@ Knows engines by their tables of facts; knows nothing of running ones.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +66,8 @@ def installed_version(engine: str) -> str | None:
     package = facts_of(engine).package
     if package is None:
         return None
+    import importlib.metadata  # a tenth of the package's whole import time
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
