@@ -1,4 +1,4 @@
-"""Clients of every dialect, through the server, to Anthropic: what they say arrives, and what it says comes back."""
+"""Clients of every dialect to Anthropic, and Anthropic's to OpenAI: what is said arrives, what is answered returns."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import pytest
 from anthropic import AsyncAnthropic
 from anthropic.types import ThinkingBlock, ToolUseBlock
 from anthropic_upstream import MODEL, Script, answer, ending, error, event, message_start, text_block, upstream
+from openai_upstream import LAST, Json, chunk, hello, openai_upstream
+from openai_upstream import whole as openai_whole
 from raw_server import Asked, RawServer, Wire
 from server_harness import Server, serving
 
 from autobot_llm.interface import LLMInterface
 from autobot_llm.providers.anthropic import AnthropicProvider
+from autobot_llm.routing import build_provider
 from autobot_llm.settings import Settings
 
 QUESTION: Any = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -261,3 +264,72 @@ async def test_a_client_of_ollamas_chats_with_anthropic() -> None:
     lines = [json.loads(line) for line in streamed.body.splitlines()]
     assert "".join(line["message"]["content"] for line in lines) == "I look."
     assert lines[-1]["done"]
+
+
+# Clients of Anthropic's, to a server that speaks OpenAI's language
+
+OPENAI_CALL = {
+    "index": 0,
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Riga"}'},
+}
+
+
+def weather(body: Json) -> Json | list[Json]:
+    """Calls the tool first, and answers once it has the result."""
+    if body["messages"][-1]["role"] == "tool":
+        return hello(body)
+    if not body.get("stream"):
+        return openai_whole({"tool_calls": [OPENAI_CALL]}, finish="tool_calls")
+    return [chunk({"tool_calls": [OPENAI_CALL]}), chunk({}, finish="tool_calls"), LAST]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_client_of_anthropics_goes_round_with_a_server_of_openais(is_stream: bool) -> None:
+    async def ask(client: AsyncAnthropic, messages: Any) -> Any:
+        options: Any = ASKED | {
+            "model": "m-1",
+            "messages": messages,
+            "system": [{"type": "text", "text": "Be brief.", "cache_control": MARK}],
+            "tools": [TOOL | {"cache_control": MARK}],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            "stop_sequences": ["END"],
+        }
+        if not is_stream:
+            return await client.messages.create(**options)
+        async with client.messages.stream(**options) as stream:
+            return await stream.get_final_message()
+
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+    asked_for: Any = [{"role": "user", "content": [picture, {"type": "text", "text": "Where?", "cache_control": MARK}]}]
+    async with openai_upstream(weather, extra_fields={"messages": list[Any]}) as upstream:  # reasoning is no OpenAI's
+        settings = Settings(port=0, provider="openai", openai_endpoint=upstream.url, openai_api_key="sk-secret")
+        provider = build_provider(settings, "openai")
+        async with (
+            serving(settings, LLMInterface(settings, providers={"openai": provider}), provider) as server,
+            AsyncAnthropic(base_url=server.url, api_key="any", max_retries=0) as client,
+        ):
+            first = await ask(client, asked_for)
+            past = [{"type": "thinking", "thinking": "hm", "signature": "s"}, *first.to_param()["content"]]
+            result = {"type": "tool_result", "tool_use_id": "call_1", "content": "12", "is_error": True}
+            history = [*asked_for, {"role": "assistant", "content": past}, {"role": "user", "content": [result]}]
+            second = await ask(client, history)
+    assert upstream.complaints == []
+    assert (first.stop_reason, first.content[0].name, first.content[0].input) == (
+        "tool_use",
+        "weather",
+        {"city": "Riga"},
+    )
+    assert (first.usage.input_tokens, first.usage.cache_read_input_tokens, first.usage.output_tokens) == (4, 8, 5)
+    assert (second.stop_reason, second.content[0].text) == ("end_turn", "Hello, world")
+    asked, continued = upstream.bodies
+    assert (asked["tool_choice"], asked["parallel_tool_calls"], asked["stop"]) == ("required", False, ["END"])
+    assert asked["messages"][1]["content"][0]["image_url"]["url"] == "data:image/png;base64,iVBORw0KGgo="
+    assert continued["messages"][3] == {
+        "role": "tool",
+        "content": [{"type": "text", "text": "12"}],
+        "tool_call_id": "call_1",
+    }
+    assert continued["messages"][2]["reasoning_content"] == "hm"
+    assert "cache_control" not in json.dumps(upstream.bodies)
