@@ -9,6 +9,7 @@ from typing import Any
 
 from anthropic_reference import check_messages
 from fake_ollama import check_body
+from openai_upstream import VLLM_FIELDS, complaint
 
 from autobot_llm.dialects.anthropic import requests as anthropic_requests
 from autobot_llm.dialects.ollama import requests as ollama_requests
@@ -49,6 +50,11 @@ def to_openai(flavour: openai_requests.Flavour, request: LLMRequest) -> dict[str
     write = openai_requests.write_chat if request.messages is not None else openai_requests.write_completion
     body: dict[str, Any] = json.loads(write(request, "m", flavour))
     assert ("stream_options" in body) is request.stream
+    path = openai_requests.CHAT if request.messages is not None else openai_requests.COMPLETIONS
+    extra = dict.fromkeys(request.extra_body, Any)  # the server's affair
+    if flavour is openai_requests.COMPATIBLE:
+        extra |= VLLM_FIELDS | {"messages": list[Any]} | dict.fromkeys(("tools", "response_format"), Any)
+    assert complaint(path, body, extra) is None
     return body
 
 
