@@ -57,6 +57,14 @@ SPECULATIVE_METHODS = {
     "dflash": _since("0.22.1"),
     "dspark": _since("0.26.0"),
 }
+REJECTION_METHODS = {
+    "strict": _between("0.18.1", "0.22.1"),
+    "probabilistic": _between("0.18.1", "0.22.1"),
+    "standard": _since("0.22.1"),
+    "synthetic": _since("0.22.1"),  # for tests of speed: its answers mean nothing
+    "block": _since("0.26.0"),
+    "fly": _since("0.33.0"),  # lossy
+}
 QUANTIZATIONS = {
     "fp8": ALWAYS,
     "compressed-tensors": ALWAYS,
@@ -145,6 +153,16 @@ ARGUMENTS = {
     "speculative_config.speculative_token_tree": Argument(shape="json", spans=_between("0.9.0.1", "0.22.1")),
     "speculative_config.parallel_drafting": Argument(shape="json", spans=_since("0.16.0")),
     "speculative_config.use_heterogeneous_vocab": Argument(shape="json", spans=_since("0.26.0")),
+    "speculative_config.rejection_sample_method": Argument(
+        shape="json", spans=_since("0.18.1"), values=REJECTION_METHODS
+    ),
+    "speculative_config.draft_sample_method": Argument(
+        shape="json", spans=_since("0.22.1"), values={"greedy": ALWAYS, "probabilistic": ALWAYS}
+    ),
+    "speculative_config.quantization": Argument(shape="json"),
+    "speculative_config.max_model_len": Argument(shape="json"),
+    "speculative_config.attention_backend": Argument(shape="json", spans=_since("0.22.1")),
+    "speculative_config.kv_cache_dtype": Argument(shape="json", spans=_since("0.26.0")),
 }
 
 _PLACEHOLDERS = {"[ngram]": "ngram"}
