@@ -13,7 +13,7 @@ from anthropic.types import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobot_llm.dialects.anthropic.answers import AnswerReader, ErrorEvent, ModelsPage
+from autobot_llm.dialects.anthropic.answers import AnswerReader, ModelsPage
 from autobot_llm.dialects.anthropic.rate_limits import read_rate_limits
 from autobot_llm.dialects.anthropic.replies import (
     MessageBuilder,
@@ -25,6 +25,7 @@ from autobot_llm.dialects.anthropic.replies import (
     usage_fields,
 )
 from autobot_llm.dialects.anthropic.stream import MessageEvents
+from autobot_llm.dialects.error_in_stream import ErrorInStream
 from autobot_llm.dialects.rate_limits import RateLimit, RateLimits
 from autobot_llm.errors import (
     AuthenticationError,
@@ -346,7 +347,7 @@ def test_hostile_json_is_an_error(data: bytes) -> None:
 )
 def test_an_error_within_the_stream_has_the_status_of_its_type(kind: str, status: int) -> None:
     data = json.dumps({"type": "error", "error": {"type": kind, "message": "Overloaded"}}).encode()
-    with pytest.raises(ErrorEvent, match="Overloaded") as caught:
+    with pytest.raises(ErrorInStream, match="Overloaded") as caught:
         AnswerReader("r", "anthropic").read_event(data)
     assert (caught.value.status, caught.value.body) == (status, data)
 

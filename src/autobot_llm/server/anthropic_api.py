@@ -7,10 +7,11 @@ from contextlib import aclosing
 from autobot_llm.dialects.anthropic import replies
 from autobot_llm.dialects.anthropic.bodies import check_version, read_count, read_messages
 from autobot_llm.dialects.anthropic.stream import MessageEvents
-from autobot_llm.errors import ModelNotFoundError, ProviderError
+from autobot_llm.errors import ProviderError
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.server.answers import Service, optimizations_header
 from autobot_llm.server.asgi import Exchange
+from autobot_llm.server.models import find_model
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
 from autobot_llm.types import Finish, LLMRequest
 
@@ -74,14 +75,8 @@ class _Handlers:
         await exchange.reply(200, replies.models_body(await self._llm.get_available_models()))
 
     async def show_model(self, exchange: Exchange, record: RequestRecord) -> None:
-        wanted = exchange.path.removeprefix(MODELS + "/")
-        models = await self._llm.get_available_models()
-        for model in models:
-            if wanted in (model.id, f"{model.provider}/{model.id}"):
-                await exchange.reply(200, replies.model_body(model))
-                return
-        known = ", ".join(model.id for model in models) or "none"
-        raise ModelNotFoundError(f"model {wanted!r} is not served here; served are {known}", param="model")
+        model = find_model(await self._llm.get_available_models(), exchange.path.removeprefix(MODELS + "/"))
+        await exchange.reply(200, replies.model_body(model))
 
 
 def _check_version(exchange: Exchange) -> None:

@@ -8,10 +8,10 @@ from functools import partial
 from autobot_llm.dialects.openai import chunks, replies
 from autobot_llm.dialects.openai.bodies import read_chat, read_completion
 from autobot_llm.dialects.openai.embeddings import embedding_reply, read_embedding_body
-from autobot_llm.errors import ModelNotFoundError
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.server.answers import Service
 from autobot_llm.server.asgi import Exchange
+from autobot_llm.server.models import find_model
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
 
 MODELS = "/v1/models"
@@ -80,11 +80,5 @@ class _Handlers:
         await exchange.reply(200, replies.encode({"object": "list", "data": data}))
 
     async def show_model(self, exchange: Exchange, record: RequestRecord) -> None:
-        wanted = exchange.path.removeprefix(MODELS + "/")
-        models = await self._llm.get_available_models()
-        for model in models:
-            if wanted in (model.id, f"{model.provider}/{model.id}"):
-                await exchange.reply(200, replies.encode(replies.model_fields(model)))
-                return
-        known = ", ".join(model.id for model in models) or "none"
-        raise ModelNotFoundError(f"model {wanted!r} is not served here; served are {known}", param="model")
+        model = find_model(await self._llm.get_available_models(), exchange.path.removeprefix(MODELS + "/"))
+        await exchange.reply(200, replies.encode(replies.model_fields(model)))

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from autobot_llm.dialects.anthropic.replies import REDACTED_MARK
+from autobot_llm.dialects.error_in_stream import ErrorInStream
 from autobot_llm.errors import ProviderError
 from autobot_llm.types import (
     ChoiceEnd,
@@ -54,15 +55,6 @@ _BLOCK_OF_DELTA = {
     "thinking_delta": "thinking",
     "signature_delta": "thinking",
 }
-
-
-class ErrorEvent(Exception):
-    """The stream says that it failed: the status that this kind of error has, and the body that would have come."""
-
-    def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(body.decode("utf-8", "replace"))
-        self.status = status
-        self.body = body
 
 
 class _OutputDetails(msgspec.Struct):
@@ -160,7 +152,7 @@ class AnswerReader:
         )
 
     def read_event(self, data: bytes) -> Sequence[Event]:
-        """The events in one server-sent event's data. Errors: ErrorEvent; ProviderError where it makes no sense."""
+        """The events in one server-sent event's data. Errors: ErrorInStream; ProviderError where it makes no sense."""
         try:
             event = _EVENT.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
@@ -169,7 +161,7 @@ class AnswerReader:
             raise self._nonsense(f"an event that is not Anthropic's ({exc})", data) from exc
         if event.type == "error":
             kind = event.error.type if event.error else ""
-            raise ErrorEvent(_STATUS_OF_ERROR.get(kind, 500), data)
+            raise ErrorInStream(_STATUS_OF_ERROR.get(kind, 500), data)
         handler = _HANDLERS.get(event.type)
         return () if handler is None else handler(self, event, data)
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from autobot_llm.dialects.error_in_stream import ErrorInStream
 from autobot_llm.errors import ProviderError
 from autobot_llm.types import (
     ChoiceEnd,
@@ -40,15 +41,6 @@ _FINISH_REASONS: dict[str, FinishReason] = {
     "eos": "stop",
     "max_tokens": "length",
 }
-
-
-class ErrorChunk(Exception):
-    """An error within a stream; `body` is its JSON and `status` the HTTP status it would have had."""
-
-    def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(body.decode("utf-8", "replace"))
-        self.status = status
-        self.body = body
 
 
 class _Details(msgspec.Struct):
@@ -167,7 +159,7 @@ class _Reader(Generic[ChoiceT]):
         return self._is_done or len(self._ended) >= self._num_choices
 
     def read(self, data: bytes) -> list[Event]:
-        """The events of a whole body or of one chunk's data. Raises ErrorChunk, and ProviderError for nonsense."""
+        """The events of a whole body or of one chunk's data. Raises ErrorInStream, and ProviderError for nonsense."""
         if data == DONE:
             self._is_done = True
             if not self._has_started:
@@ -320,7 +312,7 @@ def _text_logprobs(logprobs: _TextLogprobs) -> tuple[TokenLogprob, ...]:
     )
 
 
-def _error_chunk(error: bytes) -> ErrorChunk:
+def _error_chunk(error: bytes) -> ErrorInStream:
     """The error of a chunk; some servers put an HTTP status into its `code`."""
     try:
         said = msgspec.json.decode(error)
@@ -330,7 +322,7 @@ def _error_chunk(error: bytes) -> ErrorChunk:
     if isinstance(code, str) and code.isdecimal():
         code = int(code)
     status = code if isinstance(code, int) and 400 <= code <= 599 else 502
-    return ErrorChunk(status, b'{"error":' + error + b"}")
+    return ErrorInStream(status, b'{"error":' + error + b"}")
 
 
 class _Model(msgspec.Struct):

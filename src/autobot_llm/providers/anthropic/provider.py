@@ -11,10 +11,11 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from autobot_llm.dialects.anthropic.answers import AnswerReader, ErrorEvent, ModelsPage
+from autobot_llm.dialects.anthropic.answers import AnswerReader, ModelsPage
 from autobot_llm.dialects.anthropic.rate_limits import read_rate_limits
 from autobot_llm.dialects.anthropic.requests import NEWEST_VERSION, write_count, write_request
 from autobot_llm.dialects.bodies import encode
+from autobot_llm.dialects.error_in_stream import ErrorInStream
 from autobot_llm.dialects.rate_limits import RateLimits
 from autobot_llm.errors import ConfigurationError, InvalidRequestError, LLMError, ProviderError, ProviderUnavailable
 from autobot_llm.providers.anthropic.prompt_caching import mark_prefix, outcome
@@ -211,7 +212,7 @@ async def _pieces(pool: HttpPool, answer: HttpStream, reader: AnswerReader) -> A
         if not reader.is_complete:
             raise ProviderError(f"{pool.name} ended its answer before it was complete", code="truncated_answer")
         await answer.end()
-    except ErrorEvent as exc:
+    except ErrorInStream as exc:
         raise pool.error_from(exc.status, {}, exc.body) from exc
 
 

@@ -6,8 +6,9 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 
+from autobot_llm.dialects.error_in_stream import ErrorInStream
 from autobot_llm.dialects.openai import answers, embeddings, requests
-from autobot_llm.dialects.openai.answers import ChatReader, ErrorChunk, TextReader
+from autobot_llm.dialects.openai.answers import ChatReader, TextReader
 from autobot_llm.dialects.openai.rate_limits import read_rate_limits
 from autobot_llm.dialects.rate_limits import RateLimits
 from autobot_llm.errors import ProviderError
@@ -127,7 +128,7 @@ class OpenAIClient:
     def _events(self, reader: ChatReader | TextReader, data: bytes) -> list[Event]:
         try:
             return reader.read(data)
-        except ErrorChunk as exc:
+        except ErrorInStream as exc:
             raise self._pool.error_from(exc.status, {}, exc.body) from exc
 
 
