@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from raw_server import Asked, RawServer, Wire, raw_server
+from raw_server import PATIENCE, Asked, RawServer, Wire, raw_server
 
 from autobot_llm.errors import (
     ConfigurationError,
@@ -212,6 +212,19 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
     await pool.close()
     with pytest.raises(ProviderUnavailable, match="closed"):
         await pool.request("GET", "/")
+
+
+async def test_a_server_that_hangs_up_at_once_leaves_nothing_to_wait_for() -> None:
+    listener = await asyncio.start_server(lambda reader, writer: writer.transport.abort(), "127.0.0.1", 0)
+    pool = HttpPool(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", name="test")
+    requests = [pool.request("GET", "/") for _ in range(50)]
+    answers = await asyncio.gather(*requests, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {ProviderUnavailable}
+    async with asyncio.timeout(PATIENCE):
+        await pool.close()
+    assert pool.metrics()["num_connections"] == 0
+    listener.close()
+    await listener.wait_closed()
 
 
 async def test_closing_the_pool_ends_what_is_under_way() -> None:

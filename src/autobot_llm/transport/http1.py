@@ -50,6 +50,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._is_idle = True
         self._begin()
+        self.is_lost = False
         self.num_exchanges = 0
         self.idle_since = 0.0
 
@@ -187,6 +188,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.is_lost = True
         if not self._is_complete and self._failure is None:
             if self._has_head and self._ends_with_connection():
                 self._is_complete = True
