@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import gzip
 import socket
@@ -444,8 +445,26 @@ async def test_a_header_or_path_cannot_smuggle_a_second_request() -> None:
         with pytest.raises(ProviderError, match="cannot be asked for"):
             await pool.request("GET", "/models/a b\r\n")
         assert server.asked == []
-    with pytest.raises(ConfigurationError, match="not of the form"):
-        HttpPool("ftp://x", name="test")
+
+
+async def test_an_address_may_carry_a_user_and_a_password_and_no_error_repeats_them() -> None:
+    async def play(wire: Wire, asked: Asked) -> None:
+        await wire.reply(b'{"error": "no entry for ann with p@ss"}', status=403)
+
+    async with raw_server(play) as server:
+        url = server.url.replace("http://", "http://ann:p%40ss@")
+        pool = HttpPool(url, name="test")
+        with pytest.raises(ProviderError, match="no entry for ann") as caught:
+            await pool.request("GET", "/")
+        await pool.close()
+    assert "p@ss" not in caught.value.message
+    headers = server.asked[0].headers
+    assert headers["host"] == server.url.removeprefix("http://")
+    assert base64.b64decode(headers["authorization"].removeprefix("Basic ")) == b"ann:p@ss"
+    for wrong in ("ftp://ann:secret@x", "http://ann:secret@x:port", "http://"):
+        with pytest.raises(ConfigurationError, match="the address is not") as refused:
+            HttpPool(wrong, name="test")
+        assert "secret" not in refused.value.message
 
 
 async def test_tls_is_verified_and_spoken(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ the libraries that were measured, and ends a stream when its reader is cancelled
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from autobot_llm.errors import ConfigurationError, ProviderError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.transport.failures import error_from
@@ -55,7 +56,8 @@ class HttpPool:
     """Connections to the server at `base_url`, opened when they are needed and kept for the next request.
 
     `base_url` may have a path, which is put before every request's, and a query, which is put after it. `name` stands
-    for the provider in errors. `tls` replaces the default context, which trusts what the system trusts. `headers` go
+    for the provider in errors. A user and a password in the address are sent as such, unless `headers` have an
+    authorization. `tls` replaces the default context, which trusts what the system trusts. `headers` go
     with every request; API keys among them are taken out of what a provider says. Belongs to one event loop.
     """
 
@@ -70,22 +72,18 @@ class HttpPool:
     ) -> None:
         self.name = name
         self.limits = limits
-        url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ConfigurationError(
-                f"{name}: the address {base_url!r} is not of the form http(s)://host[:port][/path]"
-            )
-        self._host = url.hostname
+        url, self._host, self._port = _parsed(base_url, name)
         self._is_tls = url.scheme == "https"
-        self._port = url.port or (443 if self._is_tls else 80)
         self._tls = tls
         self._path = url.path.rstrip("/")
         self._query = f"?{url.query}" if url.query else ""
-        self._secrets = tuple(
-            value.removeprefix("Bearer ") for key, value in (headers or {}).items() if key.lower() in _SECRET_HEADERS
-        )
+        own = {key.lower(): value for key, value in (headers or {}).items()}
+        self._secrets = _secrets(own, url)
         common = {"host": url.netloc.rpartition("@")[2], "accept-encoding": "identity", "user-agent": "autobot_llm"}
-        self._head = _header_lines(common | {key.lower(): value for key, value in (headers or {}).items()})
+        if url.username is not None:
+            pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
+            common["authorization"] = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
+        self._head = _header_lines(common | own)
         self._slots = asyncio.Semaphore(limits.max_connections)
         self._idle: list[Connection] = []  # the latest used one is last
         self._open: set[Connection] = set()
@@ -248,6 +246,24 @@ class HttpPool:
             self._idle.remove(connection)
         if not self._open:
             self._all_lost.set()
+
+
+def _parsed(base_url: str, name: str) -> tuple[SplitResult, str, int]:
+    """The address, its host and its port. Raises ConfigurationError, which does not repeat a password."""
+    try:
+        url = urlsplit(base_url)
+        port = url.port or (443 if url.scheme == "https" else 80)
+    except ValueError as exc:
+        raise ConfigurationError(f"{name}: the address is not valid: {exc}") from exc
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigurationError(f"{name}: the address is not of the form http(s)://host[:port][/path]")
+    return url, url.hostname, port
+
+
+def _secrets(headers: Mapping[str, str], url: SplitResult) -> tuple[str, ...]:
+    """What must not be passed on when a provider repeats it."""
+    keys = [headers[name].removeprefix("Bearer ") for name in _SECRET_HEADERS if name in headers]
+    return tuple(filter(None, [*keys, unquote(url.password or "")]))
 
 
 def _header_lines(headers: Mapping[str, str]) -> bytes:
