@@ -127,6 +127,23 @@ async def test_the_arguments_are_those_of_the_installed_version(plan: Plan) -> N
     assert start["environ"]["VLLM_ATTENTION_BACKEND"] == "FLASHINFER"
 
 
+async def test_a_program_of_another_python_is_asked_by_that_python(plan: Plan) -> None:
+    """The Python that this one names has no vllm, so that the program itself is asked in the end."""
+    program = plan.folder / "bin" / "vllm"
+    program.write_text(f"#!{sys.executable}\nimport runpy, sys\nrunpy.run_path({str(FAKE)!r}, run_name='__main__')\n")
+    plan.order("version", "0.18.1")
+    async with launched_vllm(plan.settings, patience=QUICK) as vllm:
+        assert vllm.translation.version == "0.18.1"
+
+
+async def test_a_program_that_cannot_tell_its_version_is_an_error_with_its_words(plan: Plan) -> None:
+    program = plan.folder / "bin" / "vllm"
+    program.write_text("#!/bin/sh\necho 'RuntimeError: no device' >&2\nexit 1\n")
+    with pytest.raises(ConfigurationError, match="--version failed: RuntimeError: no device"):
+        async with launched_vllm(plan.settings, patience=QUICK):
+            pytest.fail("there is nothing to launch")
+
+
 async def test_the_child_gets_no_key_of_ours(plan: Plan) -> None:
     async with launched_vllm(plan.settings, patience=QUICK):
         (start,) = plan.starts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import shutil
 import socket
 import sys
@@ -21,7 +22,8 @@ from autobot_llm.tuning.knobs import Translation, installed_version, translate_s
 
 HOST = "127.0.0.1"
 PROGRAM = "vllm"
-VERSION_PATIENCE = 120.0  # seconds; vLLM imports all of torch before it says its version
+VERSION_PATIENCE = 120.0  # seconds; vLLM imports all of torch before it says its version, its Python need not
+ASK_VERSION = "import importlib.metadata; print(importlib.metadata.version('vllm'))"
 EMBEDDED_MODEL = "tiny"
 TELL_CACHED = "--enable-prompt-tokens-details"  # usage then tells the cached tokens; every release has it
 
@@ -62,7 +64,8 @@ async def launched_vllm(
         [program, "serve", model, "--host", HOST, "--port", str(port), *arguments],
         environment=child_environment(translation.environment),
         is_ready=lambda: _answers(pool),
-        log=BoundedLog(settings.cache_dir / "logs" / f"vllm-{port}.log"),
+        # Named after our own port, which stays, so that starts do not pile up files.
+        log=BoundedLog(settings.cache_dir / "logs" / f"vllm-{settings.port}.log"),
         patience=patience,
         on_line=on_line,
     )
@@ -103,12 +106,33 @@ def _program() -> str:
 
 
 async def _version_of(program: str) -> str:
-    """The program's version: that of the package beside us if it is ours, else what the program says."""
+    """The program's version: that of the package beside us if it is ours, else what its Python or it itself says."""
     installed = installed_version("vllm")
     if installed is not None and Path(program).parent == Path(sys.executable).parent:
         return installed
+    if (python := _python_of(program)) is not None:
+        status, said, _ = await _output_of(python, "-I", "-c", ASK_VERSION)
+        if status == 0 and said:
+            return said[-1]
+    status, said, errors = await _output_of(program, "--version")
+    if status or not said:
+        raise ConfigurationError(f"{program} --version failed: {errors[-1] if errors else 'it said nothing'}")
+    return said[-1]
+
+
+def _python_of(program: str) -> str | None:
+    """The interpreter that a script names in its first line, if that is a Python."""
+    with Path(program).open("rb") as file:
+        first = file.readline(1024).decode("utf-8", "replace")
+    interpreter = first.removeprefix("#!").strip()
+    is_python = first.startswith("#!/") and Path(interpreter).name.startswith("python")
+    return interpreter if is_python and Path(interpreter).is_file() else None
+
+
+async def _output_of(*command: str) -> tuple[int, list[str], list[str]]:
+    """The exit status and the lines that a short command prints, on its output and as errors."""
     process = await asyncio.create_subprocess_exec(
-        program, "--version", env=child_environment({}), stdin=DEVNULL, stdout=PIPE, stderr=PIPE
+        *command, env=child_environment({}), stdin=DEVNULL, stdout=PIPE, stderr=PIPE
     )
     try:
         async with asyncio.timeout(VERSION_PATIENCE):
@@ -118,13 +142,10 @@ async def _version_of(program: str) -> str:
             process.kill()
         await process.wait()
         if isinstance(exc, TimeoutError):
-            raise ConfigurationError(f"{program} --version did not answer within {VERSION_PATIENCE:g} s") from exc
+            raise ConfigurationError(f"{shlex.join(command)} did not answer within {VERSION_PATIENCE:g} s") from exc
         raise
-    lines = output.decode("utf-8", "replace").split()
-    if process.returncode or not lines:
-        said = errors.decode("utf-8", "replace").strip().splitlines()
-        raise ConfigurationError(f"{program} --version failed: {said[-1] if said else 'it said nothing'}")
-    return lines[-1]
+    lines = [part.decode("utf-8", "replace").strip().splitlines() for part in (output, errors)]
+    return process.returncode or 0, lines[0], lines[1]
 
 
 def _free_port() -> int:
