@@ -24,6 +24,7 @@ from autobot_llm.transport.stream import DEFAULT_TIMEOUTS, HttpStream, Timeouts
 __all__ = ["HttpAnswer", "HttpPool", "HttpStream", "PoolLimits", "Timeouts"]
 
 _SECRET_HEADERS = ("authorization", "x-api-key", "api-key")
+_SHORTEST_SECRET = 4
 _UNSAFE_TARGET = re.compile(r"[^!-~]")
 _UNSAFE_VALUE = re.compile(r"[\r\n\0]")
 
@@ -261,9 +262,9 @@ def _parsed(base_url: str, name: str) -> tuple[SplitResult, str, int]:
 
 
 def _secrets(headers: Mapping[str, str], url: SplitResult) -> tuple[str, ...]:
-    """What must not be passed on when a provider repeats it."""
+    """What must not be passed on when a provider repeats it; what is shorter than a word is no secret."""
     keys = [headers[name].removeprefix("Bearer ") for name in _SECRET_HEADERS if name in headers]
-    return tuple(filter(None, [*keys, unquote(url.password or "")]))
+    return tuple(key for key in (*keys, unquote(url.password or "")) if len(key) >= _SHORTEST_SECRET)
 
 
 def _header_lines(headers: Mapping[str, str]) -> bytes:
