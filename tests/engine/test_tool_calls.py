@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from engines import TINY
+from grammars import compiled
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobot_llm.engine.grammar.compiler import GrammarCompiler
+from autobot_llm.engine.grammar.spec import GrammarSpec
+from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.engine.tool_calls.formats import HERMES, LLAMA, MISTRAL, CallFormat, Function
 from autobot_llm.engine.tool_calls.json_call import CallArguments, CallStart, Piece, Text
 from autobot_llm.engine.tool_calls.parser import ToolCallParser
+from autobot_llm.errors import InvalidRequestError
 
 FUNCTIONS = (Function("get_weather"), Function("add"), Function("no.arguments-1"))
 FORMS = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL}
+TOKENIZER = Tokenizer.from_folder(TINY)
 Found = tuple[str, list[tuple[str, str]]]
 
 
@@ -192,3 +199,72 @@ def test_a_long_answer_takes_time_in_proportion_to_its_length() -> None:
         if isinstance(piece, CallArguments)
     )
     assert num_characters == 1_000_000
+
+
+# --- the grammars of calls --------------------------------------------------------------------------------------------
+
+ZONE = {"type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"]}
+TIMES = (Function("tell_time", ZONE | {"additionalProperties": False}), Function("now"))
+CALLED = {
+    "hermes": '<tool_call>\n{"name": "tell_time", "arguments": {"zone": "UTC"}}\n</tool_call>',
+    "llama": '{"name": "tell_time", "parameters": {"zone": "UTC"}}',
+    "mistral": '[TOOL_CALLS] [{"name": "tell_time", "arguments": {"zone": "UTC"}}]',
+}
+TWICE = {
+    "hermes": f"{CALLED['hermes']}\n{CALLED['hermes']}",
+    "llama": f"{CALLED['llama']}; {CALLED['llama']}",
+    "mistral": CALLED["mistral"][:-1] + ", " + CALLED["mistral"][len("[TOOL_CALLS] [") :],
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler.for_model(TOKENIZER, TOKENIZER.vocab_size, frozenset({0, 4}))
+    yield made
+    made.close()
+
+
+def takes(compiler: GrammarCompiler, spec: GrammarSpec, text: str) -> bool:
+    matcher = compiled(compiler, spec).start()
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    return matcher.num_allowed(ids) == len(ids) and all(map(matcher.advance, ids)) and matcher.is_satisfied
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_forced_answer_is_a_call_in_the_familys_form_and_nothing_else(compiler: GrammarCompiler, name: str) -> None:
+    one = FORMS[name].forced(TIMES, TOKENIZER, "tools", several=False)
+    several = FORMS[name].forced(TIMES, TOKENIZER, "tools", several=True)
+    assert takes(compiler, one, CALLED[name]) and takes(compiler, several, CALLED[name])
+    assert takes(compiler, several, TWICE[name]) and not takes(compiler, one, TWICE[name])
+    for wrong in ("UTC", "tell_time", "name"):
+        assert not takes(compiler, several, CALLED[name].replace(wrong, "other"))
+    assert not takes(compiler, several, "Some text")
+    assert not takes(compiler, several, "Some text " + CALLED[name])
+    assert parse_as(FORMS[name], TWICE[name]) == ("", [("tell_time", '{"zone": "UTC"}')] * 2)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_offered_call_is_a_valid_one_and_words_are_free(compiler: GrammarCompiler, name: str) -> None:
+    offered = FORMS[name].offered(TIMES, TOKENIZER, "tools", several=True)
+    for text in ("", "Just words, with { braces } < and [ brackets ]\n", CALLED[name], TWICE[name]):
+        assert takes(compiler, offered, text)
+    assert not takes(compiler, offered, CALLED[name].replace("UTC", "other"))
+    if name != "llama":  # its calls are whole answers
+        assert takes(compiler, offered, f"Words first. {CALLED[name]}")
+        assert not takes(compiler, offered, f"Words first. {CALLED[name].replace('UTC', 'other')}")
+
+
+def parse_as(form: CallFormat, text: str) -> Found:
+    parser = form.parser(TIMES)
+    pieces = parser.push(text) + parser.finish()
+    shown = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+    names = [piece.name for piece in pieces if isinstance(piece, CallStart)]
+    arguments = [piece.text for piece in pieces if isinstance(piece, CallArguments)]
+    return shown, list(zip(names, arguments, strict=True))
+
+
+def test_functions_whose_schemas_are_too_big_together_are_refused() -> None:
+    many = tuple(Function(f"f{n}", {"enum": ["x" * 1000] * 20}) for n in range(20))
+    with pytest.raises(InvalidRequestError, match="expected at most") as caught:
+        HERMES.forced(many, TOKENIZER, "tools", several=False)
+    assert caught.value.param == "tools"
