@@ -19,24 +19,28 @@ from autobot_llm.engine.tool_calls.parser import Markers, ToolCallParser
 from autobot_llm.errors import UnsupportedError
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-_ANY_TEXT = "TEXT: /(?s:.*)/"
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function that a model may call. `parameters` is the JSON schema of its arguments."""
+    """A function that a model may call. `parameters` is the JSON schema of its arguments, `field` the request's."""
 
     name: str
     parameters: dict[str, Any] | None = None
+    field: str = "tools"
 
-    def source(self, field: str) -> str:
+    def source(self) -> str:
         """The schema as JSON; arguments are an object, whether or not it says so. Raises InvalidRequestError."""
-        return schema_source(NO_ARGUMENTS if self.parameters is None else self.parameters | {"type": "object"}, field)
+        schema = NO_ARGUMENTS if self.parameters is None else self.parameters | {"type": "object"}
+        return schema_source(schema, self.field)
 
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """One family's form. `arguments_key` is what it calls the arguments, `shape` how calls stand between markers."""
+    """One family's form. `arguments_key` is what it calls the arguments, `call_id` makes an id that its template takes.
+
+    A grammar's `field` is the request's field that errors name; `several` calls may follow each other, or one.
+    """
 
     name: str
     markers: Markers
@@ -52,43 +56,42 @@ class CallFormat:
         return frozenset(token_id for token_id in ids if token_id is not None) & tokenizer.special_ids
 
     def forced(self, functions: Sequence[Function], tokenizer: Tokenizer, field: str, *, several: bool) -> GrammarSpec:
-        """An answer that is one call of one of `functions`, or `several`. Raises InvalidRequestError for a schema."""
-        calls, rules = self._calls(tokenizer, several=several), self._rules(functions, field)
-        return GrammarSpec.lark("\n".join((f"start: {calls}", *rules)), field)
+        """An answer that is a call of one of `functions`. Raises InvalidRequestError for a schema."""
+        calls = self._calls(tokenizer, several=several)
+        opening = "" if self.markers.may_be_bare else _marker(self.markers.open, tokenizer)
+        return GrammarSpec.lark("\n".join((f"start: {opening} {calls}", *self._rules(functions))), field)
 
     def offered(self, functions: Sequence[Function], tokenizer: Tokenizer, field: str, *, several: bool) -> GrammarSpec:
-        """Any text, with or without calls, and what begins as a call is one of one of `functions`."""
-        calls, rules = self._calls(tokenizer, several=several, opened=True), self._rules(functions, field)
+        """Any text, where what begins as a call is one of `functions`. Raises InvalidRequestError for a schema."""
+        calls = self._calls(tokenizer, several=several)
         opening = _marker(self.markers.open, tokenizer)
         if self.markers.may_be_bare:
-            start = f"start: PLAIN | {self._calls(tokenizer, several=several)}"
-            rules = (*rules, 'PLAIN: /[^{](?s:.*)/ | ""')
-        elif opening.startswith("<"):
-            start = f"start: TEXT | TEXT {opening} {calls}"
+            start = f'start: PLAIN | {calls}\nPLAIN: /[^{{](?s:.*)/ | ""'
+        elif opening.startswith("<"):  # a special token, which no text holds
+            start = f"start: TEXT | TEXT {opening} {calls}\nTEXT: /(?s:.*)/"
         else:
-            start = f"start: TEXT | head {calls}"
-            rules = (*rules, f"head[lazy]: TEXT {opening}")
-        return GrammarSpec.lark("\n".join((start, *rules, _ANY_TEXT)), field)
+            start = f"start: TEXT | head {calls}\nTEXT: /(?s:.*)/\nhead[lazy]: TEXT {opening}"
+        return GrammarSpec.lark("\n".join((start, *self._rules(functions))), field)
 
-    def _calls(self, tokenizer: Tokenizer, *, several: bool, opened: bool = False) -> str:
+    def _calls(self, tokenizer: Tokenizer, *, several: bool) -> str:
+        """What follows the opening marker."""
         markers = self.markers
-        opening = "" if opened else "" if markers.may_be_bare else _marker(markers.open, tokenizer)
         if markers.list_open:
             more = ' (", " call)*' if several else ""
-            return f'{opening} " "? {literal(markers.list_open)} call{more} {literal(markers.close)}'
+            return f'" "? {literal(markers.list_open)} call{more} {literal(markers.close)}'
         if markers.separator:
             more = f" ({literal(markers.separator + ' ')} call)*" if several else ""
-            return f"{opening} call{more}"
-        closing = _marker(markers.close, tokenizer)
-        again = f' ("\\n" {_marker(markers.open, tokenizer)} "\\n" call "\\n" {closing})*' if several else ""
-        return f'{opening} "\\n" call "\\n" {closing}{again}'
+            return f"call{more}"
+        opening, closing = _marker(markers.open, tokenizer), _marker(markers.close, tokenizer)
+        more = f' ("\\n" {opening} "\\n" call "\\n" {closing})*' if several else ""
+        return f'"\\n" call "\\n" {closing}{more}'
 
-    def _rules(self, functions: Sequence[Function], field: str) -> tuple[str, ...]:
+    def _rules(self, functions: Sequence[Function]) -> tuple[str, ...]:
         rules = [f"call: {' | '.join(f'call_{place}' for place in range(len(functions)))}"]
         for place, function in enumerate(functions):
             head = f'{{"name": {literal(function.name)}, "{self.arguments_key}": '
             rules.append(f'call_{place}: {literal(head)} arguments_{place} "}}"')
-            rules.append(f"arguments_{place}: %json {function.source(f'{field}[{place}].function.parameters')}")
+            rules.append(f"arguments_{place}: %json {function.source()}")
         return tuple(rules)
 
 

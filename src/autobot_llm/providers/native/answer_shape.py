@@ -207,7 +207,7 @@ def _function(tool: object, place: str) -> Function:
         )
     if parameters is not None and not isinstance(parameters, dict):
         raise InvalidRequestError(f"{place}.function.parameters: expected a JSON schema", param="tools")
-    return Function(name, parameters)
+    return Function(name, parameters, f"{place}.function.parameters")
 
 
 def _named(choice: object, functions: tuple[Function, ...]) -> Function:
