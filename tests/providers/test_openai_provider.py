@@ -402,6 +402,13 @@ async def test_what_a_server_does_wrong_is_an_error_and_never_an_answer(
     assert server.num_open == 0
 
 
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_server_that_overlooks_n_is_found_out(streams: bool) -> None:
+    async with openai_upstream() as upstream, provider_at(upstream.url) as one:
+        with pytest.raises(ProviderError, match="1 of 2 choices missing"):
+            await ask(one, asking(n=2, stream=streams))
+
+
 async def test_a_hundred_megabytes_of_stream_are_cut_off() -> None:
     async def play(wire: Wire, asked: Asked) -> None:
         await wire.begin_stream()

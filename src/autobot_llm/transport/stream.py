@@ -89,6 +89,7 @@ class HttpStream:
                 pool.release(connection)
                 raise
         self._connection = connection
+        self._request = b""  # it may be large, and the answer long
         self.status, self.headers = connection.status, connection.headers
         if self.status >= 300:
             try:

@@ -154,9 +154,9 @@ class _Reader(Generic[ChoiceT]):
         return self._is_done
 
     @property
-    def is_complete(self) -> bool:
-        """Every choice has ended; a stream may stop here."""
-        return self._is_done or len(self._ended) >= self._num_choices
+    def num_missing(self) -> int:
+        """How many of the choices asked for have not ended; an answer is complete when none is missing."""
+        return self._num_choices - len(self._ended)
 
     def read(self, data: bytes) -> list[Event]:
         """The events of a whole body or of one chunk's data. Raises ErrorInStream, and ProviderError for nonsense."""

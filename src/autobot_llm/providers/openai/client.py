@@ -103,8 +103,11 @@ class OpenAIClient:
                         if first is None and type(event) is not Start:
                             first = time.perf_counter()
                         yield event
-            if not reader.is_complete:
-                raise ProviderError(f"{self._name} ended its answer before it was complete", code="truncated_answer")
+            if missing := reader.num_missing:
+                raise ProviderError(
+                    f"{self._name} ended its answer before it was complete: {missing} of {request.n} choices missing",
+                    code="truncated_answer",
+                )
             if reader.is_done:
                 await answer.end()
         now = time.perf_counter()
