@@ -346,7 +346,7 @@ def test_settings_without_effect_are_listed_only_when_the_user_set_them() -> Non
     ]
     remote = load({"AUTOBOT_LLM_PROVIDER": "openai", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(remote)] == [
-        ("AUTOBOT_DEVICE", "no effect on provider openai")
+        ("AUTOBOT_DEVICE", "no effect on provider openai, only on native")
     ]
 
 

@@ -84,7 +84,9 @@ def _default(setting: Setting) -> str:
 def _effect(setting: Setting, settings: Settings) -> str:
     if not setting.about.now or settings.provider in setting.about.later_on:
         return "no effect yet"
-    return "" if settings.provider in setting.about.on else f"no effect on provider {settings.provider}"
+    if settings.provider in setting.about.on:
+        return ""
+    return f"no effect on provider {settings.provider}, only on {', '.join(sorted(setting.about.on))}"
 
 
 PAGE_HEAD = """# Settings
