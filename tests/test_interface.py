@@ -440,11 +440,11 @@ async def test_an_unknown_model_or_provider_is_refused_with_the_known_ones() -> 
 
 
 async def test_a_provider_that_cannot_be_used_is_not_found_unless_it_is_the_default() -> None:
-    llm = LLMInterface(Settings(provider="ollama"))
-    with pytest.raises(ConfigurationError, match="not implemented yet"):
+    llm = LLMInterface(Settings(provider="openai"))
+    with pytest.raises(ConfigurationError, match="'openai' needs a key: set OPENAI_API_KEY"):
         await llm.initialize()
-    with pytest.raises(ModelNotFoundError, match=r"'vllm' cannot be used: .*not implemented yet"):
-        await llm.chat_completion(HELLO, provider="vllm")
+    with pytest.raises(ModelNotFoundError, match=r"'anthropic' cannot be used: .*needs a key"):
+        await llm.chat_completion(HELLO, provider="anthropic")
     await llm.aclose()
 
 

@@ -74,3 +74,10 @@ def test_without_a_terminal_it_is_one_line() -> None:
     work = "progress.advance(1, 2); time.sleep(PATIENCE + 0.3); progress.advance(2, 2)"
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(work=work)], capture_output=True, text=True, check=True)
     assert done.stderr == "Loading [a] model ...\n"
+
+
+def test_the_message_can_be_another_one_while_it_is_shown() -> None:
+    shown, _ = on_a_terminal('time.sleep(PATIENCE + 0.3); progress.say("Loading: [b] 50%"); time.sleep(0.4)')
+    assert "Loading [a] model ..." in shown
+    assert "Loading: [b] 50% ..." in shown
+    assert shown.index("Loading [a] model ...") < shown.index("Loading: [b] 50% ...")

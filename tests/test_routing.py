@@ -20,8 +20,11 @@ from autobot_llm.routing import (
     build_chain,
     build_provider,
     choose_route,
+    default_provider,
+    known_providers,
+    the_cloud,
 )
-from autobot_llm.settings import Settings
+from autobot_llm.settings import CloudSettings, Settings
 from autobot_llm.types import Event, LLMRequest, TextDelta
 
 KNOWN = ["native", "openai", "ollama"]
@@ -95,11 +98,12 @@ def test_an_unknown_provider_is_refused_with_the_known_ones() -> None:
     assert refusal.value.param == "provider"
 
 
-def test_a_provider_that_is_not_built_yet_says_so() -> None:
-    for kind in ProviderType:
-        if kind is not ProviderType.LOCAL_NATIVE:
-            with pytest.raises(ConfigurationError, match=f"'{kind}' is not implemented yet"):
-                build_provider(Settings(), kind)
+def test_every_provider_is_built_by_its_name_and_a_cloud_by_its_own() -> None:
+    clouds = {"groq": CloudSettings(endpoint="https://groq.test/v1", api_key="k")}
+    settings = Settings(clouds=clouds)
+    for name in ("native", "openai", "anthropic", "ollama", "groq"):
+        assert build_provider(settings, name).name == name
+    assert build_provider(settings, "cloud").name == "groq"
     with pytest.raises(ModelNotFoundError, match="no provider is called 'x'"):
         build_provider(Settings(), "x")
 
@@ -158,3 +162,20 @@ async def test_the_chain_has_the_links_that_could_apply_the_first_outermost() ->
 def test_without_links_the_chain_is_the_provider_itself() -> None:
     provider = ScriptedProvider(name="native")
     assert build_chain(provider, Settings(), ()) is provider
+
+
+def test_declared_clouds_are_providers_and_cloud_is_the_one_that_is_meant() -> None:
+    one, other = (CloudSettings(endpoint=f"https://{name}.test/v1") for name in ("one", "other"))
+    both = {"one": one, "other": other}
+    known = known_providers(Settings(clouds=both))
+    assert known == (*ProviderType, "one", "other")
+    assert the_cloud(Settings(clouds=both, default_model="other/m")) == "other"
+    assert default_provider(Settings(provider="cloud", clouds={"one": one}), known) == "one"
+    with pytest.raises(ConfigurationError, match="chooses among one, other"):
+        default_provider(Settings(provider="cloud", clouds=both), known)
+    with pytest.raises(ConfigurationError, match="declare one with AUTOBOT_CLOUD_<NAME>_ENDPOINT"):
+        build_provider(Settings(), "cloud")
+    with pytest.raises(ConfigurationError, match="AUTOBOT_CLOUD_OLLAMA_ENDPOINT: 'ollama' is a provider of its own"):
+        known_providers(Settings(clouds={"ollama": one}))
+    request = LLMRequest(prompt="x", model="other/meta-llama/x")
+    assert choose_route(request, Settings(), default="native", known=known) == Route("other", "meta-llama/x")

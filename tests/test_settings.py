@@ -33,7 +33,9 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "default_model": ("/models/one", "/models/one", None),
     "timeout": ("12.5", 12.5, "-1"),
     "ollama_endpoint": ("http://box:1", "http://box:1", "box:1"),
+    "ollama_keep_alive": ("-1m", "-1m", "30"),
     "vllm_endpoints": ("http://a, https://b", ("http://a", "https://b"), "http://a,b"),
+    "vllm_api_key": ("sk-3", "sk-3", None),
     "openai_endpoint": ("https://o/v1", "https://o/v1", "ftp://o"),
     "anthropic_endpoint": ("https://a", "https://a", "https://"),
     "openai_api_key": ("sk-1", "sk-1", None),
@@ -344,7 +346,7 @@ def test_settings_without_effect_are_listed_only_when_the_user_set_them() -> Non
     ]
     remote = load({"AUTOBOT_LLM_PROVIDER": "openai", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(remote)] == [
-        ("AUTOBOT_DEVICE", "no effect on provider openai")
+        ("AUTOBOT_DEVICE", "no effect on provider openai, only on native")
     ]
 
 

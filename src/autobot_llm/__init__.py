@@ -30,14 +30,25 @@ from autobot_llm.errors import (
 )
 from autobot_llm.interface import LLMInterface
 from autobot_llm.report import OptimizationOutcome
+from autobot_llm.routing import OptimizationRouter, ProviderType
 from autobot_llm.settings import Settings, load_settings
+from autobot_llm.tuning.knobs import (
+    CONTINUOUS_BATCHING_CONFIG,
+    CUDA_GRAPH_CONFIG,
+    KV_CACHE_CONFIG,
+    OPTIMIZED_VLLM_CONFIG,
+)
 from autobot_llm.types import (
     ChatMessage,
     ChoiceEnd,
+    EmbeddingRequest,
+    EmbeddingResponse,
     Event,
     Finish,
     LLMRequest,
     LLMResponse,
+    ReasoningDelta,
+    RefusalDelta,
     Start,
     TextDelta,
     ToolCallDelta,
@@ -54,11 +65,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONTINUOUS_BATCHING_CONFIG",
+    "CUDA_GRAPH_CONFIG",
+    "KV_CACHE_CONFIG",
+    "OPTIMIZED_VLLM_CONFIG",
     "AuthenticationError",
     "ChatMessage",
     "ChoiceEnd",
     "ConfigurationError",
     "ContextLengthError",
+    "EmbeddingRequest",
+    "EmbeddingResponse",
     "EngineError",
     "Event",
     "Finish",
@@ -70,10 +87,14 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFoundError",
     "OptimizationOutcome",
+    "OptimizationRouter",
     "OverloadedError",
     "ProviderError",
     "ProviderTimeout",
+    "ProviderType",
     "ProviderUnavailable",
+    "ReasoningDelta",
+    "RefusalDelta",
     "RequestTimeout",
     "RequestTooLarge",
     "Settings",

@@ -13,6 +13,8 @@ from autobot_llm.types import (
     Finish,
     FinishReason,
     LLMResponse,
+    ReasoningDelta,
+    RefusalDelta,
     Start,
     TextDelta,
     TokenLogprob,
@@ -28,7 +30,11 @@ class _OpenChoice:
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.tool_calls: dict[int, list[ToolCallDelta]] = {}
+        self.reasoning: list[str] = []
+        self.reasoning_signature: str | None = None
+        self.refusal: list[str] = []
         self.finish_reason: FinishReason | None = None
+        self.stop_sequence: str | None = None
 
     def close(self, index: int) -> Choice:
         if self.finish_reason is None:
@@ -39,6 +45,10 @@ class _OpenChoice:
             finish_reason=self.finish_reason,
             tool_calls=tuple(_joined(self.tool_calls[position]) for position in sorted(self.tool_calls)),
             logprobs=tuple(self.logprobs),
+            reasoning="".join(self.reasoning),
+            reasoning_signature=self.reasoning_signature,
+            refusal="".join(self.refusal),
+            stop_sequence=self.stop_sequence,
         )
 
 
@@ -71,8 +81,18 @@ async def collect(events: AsyncIterator[Event]) -> LLMResponse:
                 first_delta = first_delta or time.perf_counter()
                 pieces = choices.setdefault(event.index, _OpenChoice()).tool_calls
                 pieces.setdefault(event.position, []).append(event)
+            case ReasoningDelta():
+                first_delta = first_delta or time.perf_counter()
+                choice = choices.setdefault(event.index, _OpenChoice())
+                choice.reasoning.append(event.text)
+                choice.reasoning_signature = event.signature or choice.reasoning_signature
+            case RefusalDelta():
+                first_delta = first_delta or time.perf_counter()
+                choices.setdefault(event.index, _OpenChoice()).refusal.append(event.text)
             case ChoiceEnd():
-                choices.setdefault(event.index, _OpenChoice()).finish_reason = event.finish_reason
+                choice = choices.setdefault(event.index, _OpenChoice())
+                choice.finish_reason = event.finish_reason
+                choice.stop_sequence = event.stop_sequence
             case Start():
                 start = event
             case Finish():
@@ -96,6 +116,7 @@ def _response(
         choices=closed,
         request_id=start.request_id,
         tool_calls=first.tool_calls,
+        reasoning=first.reasoning,
         processing_time=time.perf_counter() - began,
         time_to_first_token=None if first_delta is None else first_delta - began,
         timings=finish.timings,

@@ -21,11 +21,15 @@ from __future__ import annotations
 
 
 class LLMError(Exception):
-    """The root. `status` is the HTTP status the server answers with; `code` is a stable machine-readable name."""
+    """The root. `status` is the HTTP status the server answers with; `code` is a stable machine-readable name.
+
+    `retry_after` is in seconds, None where nobody said when to come back.
+    """
 
     status: int = 500
     type: str = "server_error"
     code: str | None = None
+    retry_after: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -89,14 +93,14 @@ class AuthenticationError(LLMError):
 
 
 class OverloadedError(LLMError):
-    """Too much work is queued. `retry_after` (seconds) says when to come back."""
+    """Too much is asked at once. `retry_after` (seconds) says when to come back."""
 
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, retry_after: float, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.retry_after = retry_after
 
 
@@ -114,6 +118,10 @@ class ProviderError(LLMError):
     status = 502
     type = "provider_error"
     code = "provider_error"
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
 
 
 class ProviderTimeout(ProviderError):

@@ -7,9 +7,8 @@ There is one path: `stream()`; every other way to ask collects it.
 from __future__ import annotations
 
 import asyncio
-import enum
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,47 @@ import msgspec
 
 from autobot_llm.call_shapes import MessagesLike, make_request
 from autobot_llm.collect import collect
+from autobot_llm.counts import Counts, Ending
 from autobot_llm.deadline import Deadline
-from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderError, ProviderUnavailable
-from autobot_llm.providers.base import ModelInfo, Provider, ProviderStatus, Streamer
-from autobot_llm.routing import ProviderType, build_chain, build_provider, choose_route, unknown_provider
+from autobot_llm.errors import (
+    ConfigurationError,
+    LLMError,
+    ModelNotFoundError,
+    ProviderError,
+    ProviderUnavailable,
+    RequestTimeout,
+    UnsupportedError,
+)
+from autobot_llm.optimization_matrix import ProviderRow, optimization_matrix
+from autobot_llm.providers.base import (
+    Embedder,
+    ModelInfo,
+    ModelLoader,
+    Provider,
+    ProviderStatus,
+    Streamer,
+    TokenCounter,
+)
+from autobot_llm.routing import (
+    Route,
+    build_chain,
+    build_provider,
+    choose_route,
+    default_provider,
+    known_providers,
+    unknown_provider,
+)
 from autobot_llm.settings import Settings, load_settings
-from autobot_llm.types import ChatMessage, Event, Finish, LLMRequest, LLMResponse, Usage
-from autobot_llm.validation import validate_request
+from autobot_llm.types import (
+    ChatMessage,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    Event,
+    Finish,
+    LLMRequest,
+    LLMResponse,
+)
+from autobot_llm.validation import validate_embedding, validate_request
 
 
 class LLMInterface:
@@ -48,15 +81,14 @@ class LLMInterface:
         self.settings = load_settings() if settings is None else settings
         self._on_progress = on_progress
         self._given = dict(providers) if providers is not None else None
-        self._known: tuple[str, ...] = tuple(self._given if self._given is not None else ProviderType)
+        self._known = tuple(self._given) if self._given is not None else known_providers(self.settings)
         if not self._known:
             raise ConfigurationError("providers is empty: expected at least one")
-        wanted = self.settings.provider
-        self._default = wanted if wanted in self._known else self._known[0]
+        self._default = default_provider(self.settings, self._known)
         self._in_use: dict[str, _InUse] = {}
         self._starting = asyncio.Lock()
         self._is_closed = False
-        self._counts = _Counts()
+        self._counts = Counts()
 
     @classmethod
     def from_env(
@@ -93,7 +125,7 @@ class LLMInterface:
         """The older name of `aclose`."""
         await self.aclose()
 
-    async def stream(
+    def stream(
         self,
         messages: LLMRequest | MessagesLike | None = None,
         llm_type: str = "general",
@@ -109,9 +141,14 @@ class LLMInterface:
         cancels the work at the provider. Raises RequestTimeout when the timeout (seconds; the request's own, else
         the settings') passes before the answer is complete, and ProviderError when the provider cuts it short.
         """
-        if llm_type != "general":
-            options["llm_type"] = llm_type
-        request = make_request(messages, {**options, "model": model, "provider": provider})
+        request = _asked(messages, llm_type, {**options, "model": model, "provider": provider})
+        return self.events(msgspec.structs.replace(request, stream=True))
+
+    async def events(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
+        """Answer `request` as `stream` does, but as a whole unless `request.stream` is set.
+
+        A provider may then send the answer in one piece, which costs less. Raises what `stream` raises.
+        """
         counts = self._counts
         counts.num_requests += 1
         counts.num_in_flight += 1
@@ -148,13 +185,71 @@ class LLMInterface:
         provider: str | None = None,
         **options: Any,
     ) -> LLMResponse:
-        """Ask as `stream` does, and return the complete answer. An error is raised, never told in the content."""
-        async with aclosing(self.stream(messages, llm_type, model=model, provider=provider, **options)) as events:
+        """Ask as `stream` does, and return the complete answer. An error is raised, never told in the content.
+
+        The answer may be made in one piece: its first token's time then tells little. `stream=True` has it come in
+        pieces.
+        """
+        request = _asked(messages, llm_type, {**options, "model": model, "provider": provider})
+        async with aclosing(self.events(request)) as events:
             return await collect(events)
 
     async def generate_response(self, prompt: str, **options: Any) -> LLMResponse:
         """The answer to `prompt` as one user message. For raw continuation: `chat_completion(prompt=...)`."""
         return await self.chat_completion([ChatMessage(role="user", content=prompt)], **options)
+
+    async def embed(
+        self,
+        inputs: EmbeddingRequest | str | Sequence[str | list[int]],
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        dimensions: int | None = None,
+    ) -> EmbeddingResponse:
+        """One vector for each input: texts or lists of token ids, or a whole EmbeddingRequest.
+
+        The model is the one asked for, else AUTOBOT_EMBEDDING_MODEL, else the provider's default. Raises
+        UnsupportedError where the provider makes no embeddings, and RequestTimeout.
+        """
+        if not isinstance(inputs, EmbeddingRequest):
+            texts: list[str | list[int]] = [inputs] if isinstance(inputs, str) else list(inputs)
+            inputs = EmbeddingRequest(inputs=texts, model=model, provider=provider, dimensions=dimensions)
+        request = inputs
+        counts = self._counts
+        counts.num_requests += 1
+        counts.num_in_flight += 1
+        ending = Ending.CANCELLED
+        timeout = request.timeout if request.timeout is not None else self.settings.timeout
+        try:
+            validate_embedding(request)
+            async with asyncio.timeout(timeout):
+                response = await self._embedded(request)
+            counts.add_usage(response.usage)
+            ending = Ending.COMPLETED
+            return response
+        except TimeoutError as exc:
+            ending = Ending.FAILED
+            raise RequestTimeout(f"there was no answer after its timeout of {timeout:g} s", param="timeout") from exc
+        except Exception:
+            ending = Ending.FAILED
+            raise
+        finally:
+            counts.num_in_flight -= 1
+            counts.num_ended[ending] += 1
+
+    async def _embedded(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        route = self.route(LLMRequest(model=request.model, provider=request.provider, llm_type="embedding"))
+        embedder: object = (await self._usable(route.provider)).provider
+        if not isinstance(embedder, Embedder):
+            raise UnsupportedError(f"provider '{route.provider}' makes no embeddings", param="model")
+        return await embedder.embed(
+            msgspec.structs.replace(
+                request,
+                provider=route.provider,
+                model=route.model,
+                request_id=request.request_id or f"req-{secrets.token_hex(12)}",
+            )
+        )
 
     @property
     def default_provider(self) -> str:
@@ -173,10 +268,56 @@ class LLMInterface:
         self._default = name
 
     async def get_available_models(self) -> list[ModelInfo]:
-        """The models of every provider in use, the default provider's first."""
+        """The models of every provider in use, the default provider's first.
+
+        Another provider that cannot tell its models now has none here; its status says why.
+        """
         default = await self._started(self._default)
-        others = [one for one in self._in_use.values() if one is not default]
-        return [model for one in (default, *others) for model in await one.provider.models()]
+        others = [one.provider for one in self._in_use.values() if one is not default]
+        listed = await asyncio.gather(
+            default.provider.models(), *(provider.models() for provider in others), return_exceptions=True
+        )
+        for provider, models in zip((default.provider, *others), listed, strict=True):
+            if isinstance(models, BaseException) and (provider is default.provider or not isinstance(models, LLMError)):
+                raise models
+        return [model for models in listed if not isinstance(models, BaseException) for model in models]
+
+    def route(self, request: LLMRequest) -> Route:
+        """Who would answer `request`. Raises ModelNotFoundError for an unknown provider."""
+        return choose_route(request, self.settings, default=self._default, known=self._known)
+
+    async def load_model(
+        self, model: str | None = None, *, keep_alive: str | float | None = None, num_ctx: int | None = None
+    ) -> None:
+        """Have a model in memory, where its provider can do that; else only make sure that it is served.
+
+        `keep_alive` is as Ollama has it: for how long after its last use, 0 taking it out of memory at once.
+        Raises UnsupportedError where that is asked of a provider that keeps its models in memory.
+        """
+        route = self.route(LLMRequest(model=model))
+        provider = (await self._usable(route.provider)).provider
+        if isinstance(provider, ModelLoader):
+            await provider.load(route.model, keep_alive=keep_alive, num_ctx=num_ctx)
+            return
+        served = [info.id for info in await provider.models()]
+        if route.model is not None and route.model not in served:
+            raise ModelNotFoundError(
+                f"model {route.model!r} is not served here; served are {', '.join(served)}", param="model"
+            )
+        if keep_alive == 0:
+            raise UnsupportedError(f"provider '{route.provider}' keeps its models in memory", param="keep_alive")
+
+    async def count_tokens(self, request: LLMRequest) -> int:
+        """The number of tokens of the request's prompt, as the provider that would answer it counts them.
+
+        Raises UnsupportedError where that provider cannot count.
+        """
+        validate_request(request)
+        route = self.route(request)
+        provider = (await self._usable(route.provider)).provider
+        if not isinstance(provider, TokenCounter):
+            raise UnsupportedError(f"provider '{route.provider}' cannot count a prompt's tokens", param="provider")
+        return await provider.count_tokens(msgspec.structs.replace(request, provider=route.provider, model=route.model))
 
     def get_all_provider_status(self) -> dict[str, ProviderStatus]:
         """The state of every provider in use and of the default one, by name."""
@@ -191,6 +332,11 @@ class LLMInterface:
             name: one.provider.metrics() for name, one in self._in_use.items()
         }
 
+    def get_optimizations(self) -> list[ProviderRow]:
+        """For every provider and optimization: whether it could apply, whether it runs now, and why."""
+        in_use = {name: one.provider for name, one in self._in_use.items()}
+        return optimization_matrix(self._known, in_use)
+
     def get_cache_metrics(self) -> dict[str, bool | str]:
         """Whether answers are cached. There is no response cache yet, and so there are no figures of one."""
         return {"enabled": False, "reason": "the response cache is not implemented yet"}
@@ -201,19 +347,23 @@ class LLMInterface:
 
     async def _routed(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
         """The chain that answers, and the request as the chain gets it."""
-        route = choose_route(request, self.settings, default=self._default, known=self._known)
-        try:
-            chosen = await self._started(route.provider)
-        except ConfigurationError as exc:
-            if route.provider == self._default:
-                raise
-            raise ModelNotFoundError(f"provider '{route.provider}' cannot be used: {exc}", param="provider") from exc
+        route = self.route(request)
+        chosen = await self._usable(route.provider)
         return chosen.chain, msgspec.structs.replace(
             request,
             provider=route.provider,
             model=route.model,
             request_id=request.request_id or f"req-{secrets.token_hex(12)}",
         )
+
+    async def _usable(self, name: str) -> _InUse:
+        """The started provider; one that a request names and that cannot be used is the request's error."""
+        try:
+            return await self._started(name)
+        except ConfigurationError as exc:
+            if name == self._default:
+                raise
+            raise ModelNotFoundError(f"provider '{name}' cannot be used: {exc}", param="provider") from exc
 
     async def _started(self, name: str) -> _InUse:
         if (one := self._in_use.get(name)) is not None:
@@ -237,12 +387,10 @@ class LLMInterface:
         return build_provider(self.settings, name, self._on_progress)
 
 
-class Ending(enum.StrEnum):
-    """How a request can end."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+def _asked(messages: LLMRequest | MessagesLike | None, llm_type: str, options: dict[str, Any]) -> LLMRequest:
+    if llm_type != "general":
+        options["llm_type"] = llm_type
+    return make_request(messages, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,30 +399,3 @@ class _InUse:
 
     provider: Provider
     chain: Streamer
-
-
-class _Counts:
-    """What the interface itself has seen."""
-
-    def __init__(self) -> None:
-        self.num_requests = 0
-        self.num_in_flight = 0
-        self.num_ended = dict.fromkeys(Ending, 0)
-        self.num_prompt_tokens = 0
-        self.num_completion_tokens = 0
-        self.num_cached_tokens = 0
-
-    def add_usage(self, usage: Usage) -> None:
-        self.num_prompt_tokens += usage.prompt_tokens
-        self.num_completion_tokens += usage.completion_tokens
-        self.num_cached_tokens += usage.cached_tokens
-
-    def figures(self) -> dict[str, float]:
-        return {
-            "num_requests": self.num_requests,
-            "num_in_flight": self.num_in_flight,
-            **{f"num_{ending}": count for ending, count in self.num_ended.items()},
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_completion_tokens": self.num_completion_tokens,
-            "num_cached_tokens": self.num_cached_tokens,
-        }

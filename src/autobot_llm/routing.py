@@ -13,6 +13,7 @@ import msgspec
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
 from autobot_llm.providers.base import Provider, Streamer
 from autobot_llm.settings import Settings
+from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import LLMRequest
 
 
@@ -27,7 +28,7 @@ class ProviderType(enum.StrEnum):
     CLOUD_OTHER = "cloud"
 
 
-_LOCAL = (
+LOCAL_OPTIMIZATIONS = (
     "speculative_decoding",
     "flash_attention",
     "cuda_graphs",
@@ -39,14 +40,14 @@ _LOCAL = (
 )
 _OVER_HTTP = ("request_batching", "connection_pooling", "retry_with_backoff", "rate_limit_handling")
 _EVERYWHERE = ("response_caching", "prompt_compression", "request_deduplication")
-OPTIMIZATIONS = (*_LOCAL, *_OVER_HTTP, *_EVERYWHERE)
+OPTIMIZATIONS = (*LOCAL_OPTIMIZATIONS, *_OVER_HTTP, *_EVERYWHERE)
 
-# vLLM dropped Medusa in 0.33. Ollama drafts only with a model that its own package attaches, and its graphs are its
-# own; it does run flash attention, a quantized KV cache, parallel slots and prompt reuse when told to.
+# Ollama drafts only with a model that its own package attaches, and its graphs are its own; it does run flash
+# attention, a quantized KV cache, parallel slots and prompt reuse when told to.
 _COULD_APPLY: Mapping[ProviderType, frozenset[str]] = {
-    ProviderType.LOCAL_NATIVE: frozenset(_LOCAL + _EVERYWHERE),
-    ProviderType.LOCAL_VLLM: frozenset(_LOCAL + _OVER_HTTP + _EVERYWHERE) - {"medusa_heads"},
-    ProviderType.LOCAL_OLLAMA: frozenset(_LOCAL + _OVER_HTTP + _EVERYWHERE)
+    ProviderType.LOCAL_NATIVE: frozenset(LOCAL_OPTIMIZATIONS + _EVERYWHERE),
+    ProviderType.LOCAL_VLLM: frozenset(LOCAL_OPTIMIZATIONS + _OVER_HTTP + _EVERYWHERE),
+    ProviderType.LOCAL_OLLAMA: frozenset(LOCAL_OPTIMIZATIONS + _OVER_HTTP + _EVERYWHERE)
     - {"speculative_decoding", "cuda_graphs", "medusa_heads"},
     ProviderType.CLOUD_OPENAI: frozenset(_OVER_HTTP + _EVERYWHERE),
     ProviderType.CLOUD_ANTHROPIC: frozenset(_OVER_HTTP + _EVERYWHERE),
@@ -54,19 +55,37 @@ _COULD_APPLY: Mapping[ProviderType, frozenset[str]] = {
 }
 
 
+# What an engine's release must take for an optimization to be possible there: an argument and a value of it.
+ARGUMENTS_OF: Mapping[ProviderType, Mapping[str, tuple[str, object]]] = {
+    ProviderType.LOCAL_VLLM: {
+        "speculative_decoding": ("speculative_config.method", "ngram"),
+        "medusa_heads": ("speculative_config.method", "medusa"),
+        "quantization": ("quantization", "fp8"),
+        "kv_cache_optimization": ("kv_cache_dtype", "fp8"),
+        "prefix_caching": ("enable_prefix_caching", True),
+    }
+}
+
+
 class OptimizationRouter:
     """What could apply to a kind of provider. What does run, the running provider and the report of a request say."""
 
     @classmethod
-    def get_optimizations(cls, provider_type: ProviderType) -> dict[str, bool]:
-        """Every optimization by name, True where this kind of provider could use it."""
-        could_apply = _COULD_APPLY[ProviderType(provider_type)]
-        return {name: name in could_apply for name in OPTIMIZATIONS}
+    def get_optimizations(cls, provider_type: ProviderType, version: str | None = None) -> dict[str, bool]:
+        """Every optimization by name, True where this kind of provider could use it.
+
+        `version` is the detected one of the engine behind it; None stands for today's.
+        """
+        return {name: cls.should_apply(name, provider_type, version) for name in OPTIMIZATIONS}
 
     @classmethod
-    def should_apply(cls, name: str, provider_type: ProviderType) -> bool:
-        """Whether this kind of provider could use the optimization; an unknown name is False."""
-        return name in _COULD_APPLY[ProviderType(provider_type)]
+    def should_apply(cls, name: str, provider_type: ProviderType, version: str | None = None) -> bool:
+        """Whether this kind of provider, of that version, could use the optimization; an unknown name is False."""
+        kind = ProviderType(provider_type)
+        if name not in _COULD_APPLY[kind]:
+            return False
+        needed = ARGUMENTS_OF.get(kind, {}).get(name)
+        return needed is None or accepts(kind, version or facts_of(kind).read[-1], *needed)
 
 
 class Wrapper(msgspec.Struct, frozen=True):
@@ -82,7 +101,7 @@ WRAPPERS: tuple[Wrapper, ...] = ()
 
 def build_chain(provider: Provider, settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> Streamer:
     """`provider` behind every wrapper that could apply to its kind, the first of `wrappers` outermost."""
-    kind = _kind_of(provider.name)
+    kind = kind_of(provider.name)
     chain: Streamer = provider
     for wrapper in reversed(wrappers):
         if OptimizationRouter.should_apply(wrapper.optimization, kind):
@@ -90,9 +109,49 @@ def build_chain(provider: Provider, settings: Settings, wrappers: Sequence[Wrapp
     return chain
 
 
-def _kind_of(name: str) -> ProviderType:
+def kind_of(name: str) -> ProviderType:
     """A provider with a name of its own is one more OpenAI-compatible cloud."""
     return ProviderType(name) if name in _COULD_APPLY else ProviderType.CLOUD_OTHER
+
+
+def _anthropic(settings: Settings) -> Provider:
+    from autobot_llm.providers.anthropic import AnthropicProvider
+
+    return AnthropicProvider(settings)
+
+
+def _ollama(settings: Settings) -> Provider:
+    from autobot_llm.providers.ollama import OllamaProvider
+
+    return OllamaProvider(settings)
+
+
+def _vllm(settings: Settings) -> Provider:
+    from autobot_llm.providers.vllm import vllm_provider
+
+    return vllm_provider(settings)
+
+
+def _openai(settings: Settings) -> Provider:
+    from autobot_llm.providers.openai.provider import openai_provider
+
+    return openai_provider(settings)
+
+
+def _cloud(settings: Settings) -> Provider:
+    from autobot_llm.providers.openai.provider import cloud_provider
+
+    return cloud_provider(settings, the_cloud(settings))
+
+
+# Providers over HTTP, imported when they are asked for: `import autobot_llm` has no need of a client.
+_CLIENTS: Mapping[str, Callable[[Settings], Provider]] = {
+    ProviderType.CLOUD_OPENAI: _openai,
+    ProviderType.CLOUD_OTHER: _cloud,
+    ProviderType.CLOUD_ANTHROPIC: _anthropic,
+    ProviderType.LOCAL_OLLAMA: _ollama,
+    ProviderType.LOCAL_VLLM: _vllm,
+}
 
 
 def build_provider(settings: Settings, name: str, on_progress: Callable[[int, int], None] | None = None) -> Provider:
@@ -101,10 +160,16 @@ def build_provider(settings: Settings, name: str, on_progress: Callable[[int, in
     Raises ConfigurationError where it does not exist yet or a part that it needs is not installed, and
     ModelNotFoundError where there is no such provider.
     """
+    if name in settings.clouds:
+        from autobot_llm.providers.openai.provider import cloud_provider
+
+        return cloud_provider(settings, name)
     if name not in _COULD_APPLY:
-        raise unknown_provider(name, list(ProviderType))
+        raise unknown_provider(name, known_providers(settings))
+    if (make := _CLIENTS.get(name)) is not None:
+        return make(settings)
     if name != ProviderType.LOCAL_NATIVE:
-        raise ConfigurationError(f"provider '{name}' is not implemented yet: expected native")
+        raise ConfigurationError(f"provider '{name}' is not implemented yet: expected native, {', '.join(_CLIENTS)}")
     try:
         from autobot_llm.providers.native import NativeProvider
     except ModuleNotFoundError as exc:
@@ -114,6 +179,40 @@ def build_provider(settings: Settings, name: str, on_progress: Callable[[int, in
             f"provider 'native' needs {exc.name}, which is not installed: pip install \"autobot_llm[engine]\""
         ) from exc
     return NativeProvider(settings, on_progress=on_progress)
+
+
+def known_providers(settings: Settings) -> tuple[str, ...]:
+    """Every provider by name: one of each kind, and each cloud that settings declare. Raises ConfigurationError."""
+    for name in settings.clouds:
+        if name in _COULD_APPLY:
+            raise ConfigurationError(f"AUTOBOT_CLOUD_{name.upper()}_ENDPOINT: '{name}' is a provider of its own")
+    return (*ProviderType, *settings.clouds)
+
+
+def the_cloud(settings: Settings) -> str:
+    """Which of the declared clouds the provider "cloud" is: the default model's, else the only one.
+
+    Raises ConfigurationError where that leaves none or several.
+    """
+    prefix = settings.default_model.partition("/")[0]
+    if prefix in settings.clouds:
+        return prefix
+    if len(settings.clouds) == 1:
+        return next(iter(settings.clouds))
+    if not settings.clouds:
+        raise ConfigurationError("provider 'cloud': declare one with AUTOBOT_CLOUD_<NAME>_ENDPOINT")
+    raise ConfigurationError(
+        f"provider 'cloud': several are declared; AUTOBOT_DEFAULT_LLM_MODEL=<name>/<model> chooses among "
+        f"{', '.join(settings.clouds)}"
+    )
+
+
+def default_provider(settings: Settings, known: Sequence[str]) -> str:
+    """Who answers where a request names nobody: the one that settings name, else the first of `known`."""
+    wanted = settings.provider
+    if wanted == str(ProviderType.CLOUD_OTHER) and settings.clouds and the_cloud(settings) in known:
+        return the_cloud(settings)
+    return wanted if wanted in known else known[0]
 
 
 def unknown_provider(name: str, known: Sequence[str]) -> ModelNotFoundError:

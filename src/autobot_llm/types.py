@@ -2,13 +2,14 @@
 
 A request is one frozen `LLMRequest`. An answer is a stream of events, always in this order:
 
-    Start, (TextDelta | ToolCallDelta)*, one ChoiceEnd for each choice, Finish
+    Start, (TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta)*, one ChoiceEnd for each choice, Finish
 
-and `LLMResponse` is what `collect` makes of them.
+and `LLMResponse` is what `collect` makes of them. Embeddings are asked for and answered whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -37,6 +38,8 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     continue, or token ids) is given. `n` is the number of independent choices. `tenant` separates callers whose
     caches must not touch. `timeout` is in seconds, for the whole answer. `logprobs=k` asks for the chosen
     token's log probability and the k best ones'. `priority`: a lower one is served sooner, where the engine heeds it.
+    `extra_body` holds fields of one provider's own, which the others refuse. `service_options` are OpenAI's notes to
+    its service (`user`, `store`, `service_tier`, ...): they change no answer, and mean nothing to other providers.
     """
 
     messages: list[ChatMessage] | None = None
@@ -70,14 +73,37 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     metadata: dict[str, Any] = msgspec.field(default_factory=dict)
     request_id: str | None = None
     extra_body: dict[str, Any] = msgspec.field(default_factory=dict)
+    service_options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Texts, or lists of token ids, to be turned into one vector each. None means the provider's own default.
+
+    `dimensions` is the length of the vectors, where the model offers a choice. `timeout` is in seconds.
+    """
+
+    inputs: list[str | list[int]]
+    model: str | None = None
+    provider: str | None = None
+    dimensions: int | None = None
+    timeout: float | None = None
+    tenant: str = ""
+    request_id: str | None = None
+    extra_body: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts. `cached_tokens` of the prompt were not computed again; `completion_tokens` sums all choices."""
+    """Token counts. `completion_tokens` sums all choices, and `reasoning_tokens` of them were never part of the text.
+
+    `prompt_tokens` is the whole prompt: `cached_tokens` of it were not computed again, and `cache_write_tokens` were
+    put into the provider's cache, where the provider charges for that.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -94,12 +120,19 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request's time went, in seconds. `queue_position` is how many requests were ahead at arrival."""
+    """Where a request's time went, in seconds; None where the provider does not tell.
+
+    `queue_position` is how many requests were ahead at arrival. `load` went into loading the model, `prefill` into the
+    prompt and `decode` into the answer's tokens.
+    """
 
     queued: float | None = None
     queue_position: int | None = None
     time_to_first_token: float | None = None
     total: float | None = None
+    load: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +151,25 @@ class TextDelta(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class ReasoningDelta(msgspec.Struct, frozen=True):
+    """More of what a model thinks before it answers.
+
+    `signature` is the provider's proof that the reasoning is its own, to be sent back with it in the next turn; it
+    comes once for a block of reasoning, with its last piece or after it.
+    """
+
+    text: str
+    index: int = 0
+    signature: str | None = None
+
+
+class RefusalDelta(msgspec.Struct, frozen=True):
+    """More of the sentence with which a model declines to answer, from providers that keep it apart from the text."""
+
+    text: str
+    index: int = 0
+
+
 class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of a tool call: `call_id` and `name` come with the first piece, `arguments` (JSON text) in pieces."""
 
@@ -129,10 +181,11 @@ class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChoiceEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """One choice is complete."""
+    """One choice is complete. `stop_sequence` is the stop string that ended it, where the provider tells."""
 
     finish_reason: FinishReason
     index: int = 0
+    stop_sequence: str | None = None
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +196,7 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
     optimizations: tuple[OptimizationOutcome, ...] = ()
 
 
-Event = Start | TextDelta | ToolCallDelta | ChoiceEnd | Finish
+Event = Start | TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta | ChoiceEnd | Finish
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,10 +215,16 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    reasoning_signature: str | None = None
+    refusal: str = ""
+    stop_sequence: str | None = None
 
 
 class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete answer. `content`, `tool_calls` and `finish_reason` are the first choice's; times are in seconds.
+    """A complete answer; `content`, `reasoning`, `tool_calls` and `finish_reason` are the first choice's.
+
+    Times are in seconds.
 
     Callers of the older interface may read it as a mapping: `response["content"]`, `response.get("content")`.
     """
@@ -178,6 +237,7 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
     choices: tuple[Choice, ...]
     request_id: str
     tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
     cached: bool = False
     fallback_used: bool = False
     processing_time: float = 0.0
@@ -192,3 +252,27 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in self.__struct_fields__ else default
+
+
+class EmbeddingResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector for each input, in the inputs' order."""
+
+    vectors: tuple[Sequence[float], ...]
+    model: str
+    provider: str
+    usage: Usage
+    request_id: str
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One model a provider serves. `context_length` is in tokens; None where the provider does not tell.
+
+    `is_loaded` says whether the model is in memory now. `details` is what the provider tells besides, under its names.
+    """
+
+    id: str
+    provider: str
+    context_length: int | None = None
+    created: int = 0
+    is_loaded: bool | None = None
+    details: dict[str, Any] = msgspec.field(default_factory=dict)

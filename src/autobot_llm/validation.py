@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from autobot_llm.errors import InvalidRequestError
-from autobot_llm.types import ChatMessage, LLMRequest
+from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest
 
 MAX_STOP_STRINGS = 16
 MAX_REQUEST_ID_LENGTH = 128
@@ -51,12 +51,15 @@ _RANGES: tuple[tuple[str, _Range], ...] = (
     ("repetition_penalty", _Range(0, _INF, above=True)),
     ("timeout", _Range(0, _INF, above=True)),
 )
-_RANGES_WITH_DEFAULT: tuple[tuple[str, _Range], ...] = (
-    ("n", _Range(1, 128, whole=True)),
-    ("min_tokens", _Range(0, _INF, whole=True)),
-    ("priority", _Range(-(2**31), 2**31 - 1, whole=True)),
-    ("presence_penalty", _Range(-2, 2)),
-    ("frequency_penalty", _Range(-2, 2)),
+_RANGES_WITH_DEFAULT: tuple[tuple[str, _Range, object], ...] = tuple(
+    (field, limits, getattr(LLMRequest(prompt="x"), field))
+    for field, limits in (
+        ("n", _Range(1, 128, whole=True)),
+        ("min_tokens", _Range(0, _INF, whole=True)),
+        ("priority", _Range(-(2**31), 2**31 - 1, whole=True)),
+        ("presence_penalty", _Range(-2, 2)),
+        ("frequency_penalty", _Range(-2, 2)),
+    )
 )
 _BIAS = _Range(-100, 100)
 _TOKEN_ID = _Range(0, _INF, whole=True)
@@ -72,14 +75,30 @@ def validate_request(request: LLMRequest) -> None:
         value = getattr(request, field)
         if value is not None and not limits.accepts(value):
             raise _refusal(field, value, str(limits))
-    for field, limits in _RANGES_WITH_DEFAULT:
+    for field, limits, default in _RANGES_WITH_DEFAULT:
         value = getattr(request, field)
-        if not limits.accepts(value):
+        if value is not default and not limits.accepts(value):
             raise _refusal(field, value, str(limits))
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:
         raise _refusal("min_tokens", request.min_tokens, f"at most max_tokens ({request.max_tokens})")
     for check in _CHECKS:
         check(request)
+
+
+def validate_embedding(request: EmbeddingRequest) -> None:
+    """Raise InvalidRequestError, with `param` naming the field, unless every value of `request` is acceptable."""
+    inputs = request.inputs
+    if not isinstance(inputs, list) or not inputs:
+        raise _refusal("inputs", inputs, "at least one text or list of token ids")
+    for place, one in enumerate(inputs):
+        is_text = isinstance(one, str) and one
+        is_ids = isinstance(one, list) and one and all(_TOKEN_ID.accepts(token) for token in one)
+        if not is_text and not is_ids:
+            raise _refusal(f"inputs[{place}]", one, "text that is not empty, or a list of token ids of at least 0")
+    for field, limits in (("dimensions", _Range(1, _INF, whole=True)), ("timeout", _Range(0, _INF, above=True))):
+        value = getattr(request, field)
+        if value is not None and not limits.accepts(value):
+            raise _refusal(field, value, str(limits))
 
 
 def _refusal(field: str, value: object, accepted: str) -> InvalidRequestError:

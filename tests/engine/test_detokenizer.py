@@ -138,11 +138,14 @@ def test_text_ends_before_the_first_stop_string_however_it_falls_into_tokens(
     one, pieces = Detokenizer(source, stop), []
     for token_id in ids:
         pieces.append(one.push(token_id))
-        if one.stopped:
+        if one.stop_string is not None:
             assert one.push(token_id) == ""
             break
     pieces.append(one.flush())
-    assert ("".join(pieces), one.stopped) == cut_at_first_stop(whole, stop)
+    assert ("".join(pieces), one.stop_string is not None) == cut_at_first_stop(whole, stop)
+    if one.stop_string is not None:
+        assert one.stop_string in stop
+        assert whole.startswith("".join(pieces) + one.stop_string)
 
 
 def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_decided() -> None:
@@ -151,7 +154,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_decided() -> No
     (sharp,), (letter,) = source.encode("#"), source.encode("a")
     assert [one.push(i) for i in (letter, sharp, sharp, letter, sharp, sharp)] == ["a", "", "", "##a", "", ""]
     assert one.flush() == "##"
-    assert not one.stopped
+    assert one.stop_string is None
 
 
 def test_a_stop_string_within_the_minimum_is_passed_on() -> None:
@@ -160,7 +163,7 @@ def test_a_stop_string_within_the_minimum_is_passed_on() -> None:
     a, b = (source.encode(c)[0] for c in "ab")
     assert one.push(a, match_stop=False) + one.push(b, match_stop=False) == "ab"
     assert one.push(a) + one.push(b) == ""
-    assert one.stopped
+    assert one.stop_string is not None
 
 
 @pytest.mark.parametrize("kind", ["byte level", "SentencePiece with bytes"])

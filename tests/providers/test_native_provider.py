@@ -116,6 +116,7 @@ async def test_stop_strings_cut_the_answer_before_them(llm: LLMInterface) -> Non
     cut = await llm.chat_completion(FOX, max_tokens=60, temperature=0, stop=[stop])
     assert cut.content == whole[: whole.index(stop)]
     assert cut.finish_reason == "stop"
+    assert cut.choices[0].stop_sequence == stop
 
 
 async def test_min_tokens_hold_the_end_back(llm: LLMInterface) -> None:
@@ -144,8 +145,8 @@ async def test_log_probabilities_belong_to_the_text(llm: LLMInterface) -> None:
         ({"max_tokens": 5000}, ContextLengthError, "at most 2,034 tokens can be generated", "max_tokens"),
         ({"logit_bias": {9000: 1.0}}, InvalidRequestError, "token id 9000 is outside", "logit_bias"),
         ({"stop_token_ids": [9000]}, InvalidRequestError, "token id 9000 is outside", "stop_token_ids"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, UnsupportedError, "tools", "tools"),
-        ({"response_format": {"type": "json_object"}}, UnsupportedError, "'json_object'", "response_format"),
+        ({"tools": [{"type": "web_search"}]}, UnsupportedError, "tools of type 'function'", "tools"),
+        ({"response_format": {"type": "json_schema"}}, InvalidRequestError, "json_schema", "response_format"),
         ({"extra_body": {"mirostat": 2}}, UnsupportedError, "does not know the field 'mirostat'", "mirostat"),
         ({"model": "gpt-4"}, ModelNotFoundError, "'gpt-4' is not served here; served are tiny", "model"),
     ],

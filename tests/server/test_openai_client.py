@@ -246,7 +246,9 @@ async def test_null_means_not_given_and_bookkeeping_changes_nothing() -> None:
     assert (plain.status, noted.status) == (200, 200)
     first, second = server.provider.requests
     same = {name: getattr(first, name) for name in LLMRequest.__struct_fields__ if name != "request_id"}
+    del same["service_options"]  # notes to OpenAI's own service, which are for that alone
     assert same == {name: getattr(second, name) for name in same}
+    assert second.service_options == {"user": "u", "store": True, "service_tier": "flex"}
 
 
 async def test_a_field_that_nobody_here_knows_goes_to_the_provider_to_decide() -> None:

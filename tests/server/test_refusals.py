@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_harness import PATIENCE, QUESTION, parse_reply, request_bytes, running_server, sse_events
 
+from autobot_llm.dialects.openai.bodies import read_chat, read_completion
 from autobot_llm.errors import (
     ContextLengthError,
     EngineError,
@@ -21,7 +22,6 @@ from autobot_llm.errors import (
     RequestTimeout,
     UnsupportedError,
 )
-from autobot_llm.server.openai_api.bodies import read_chat, read_completion
 from autobot_llm.types import LLMRequest, Start
 
 CHAT = "/v1/chat/completions"
@@ -216,6 +216,8 @@ async def test_a_key_is_demanded_where_keys_are_set_and_never_for_health() -> No
             {"authorization": "Bearer "},
             {"authorization": "Bearer wrong"},
             {"authorization": "Basic x"},
+            {"x-api-key": "wrong"},
+            {"authorization": "Bearer wrong", "x-api-key": "first-secret"},
         ):
             reply = await server.post(CHAT, {"messages": QUESTION}, **headers)
             assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
@@ -227,6 +229,8 @@ async def test_a_key_is_demanded_where_keys_are_set_and_never_for_health() -> No
         for key in ("first-secret", "zweites-Geheimnis"):
             async with server.client(key) as client:
                 await client.chat.completions.create(model="tiny", messages=QUESTION, user="somebody")
+        by_other_header = await server.post(CHAT, {"messages": QUESTION}, **{"x-api-key": "first-secret"})
+        assert by_other_header.status == 200
         async with server.client("wrong") as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.models.list()

@@ -13,7 +13,10 @@ import click
 from autobot_llm import __version__
 from autobot_llm.cli.chat import chat
 from autobot_llm.cli.config import config
+from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
+from autobot_llm.cli.pull import pull
+from autobot_llm.cli.routes import routes
 from autobot_llm.cli.serve import serve
 from autobot_llm.errors import ConfigurationError, LLMError
 
@@ -30,6 +33,8 @@ Examples:
   autobot-llm chat "Tell me a story"           ask once, and stream the answer
   autobot-llm chat                             an interactive session
   autobot-llm config                           every setting, its value and its source
+  autobot-llm knobs --engine vllm              what each setting becomes in an engine
+  autobot-llm routes                           which optimization runs at which provider
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -38,7 +43,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models):
+for command in (serve, chat, config, models, pull, knobs, routes):
     cli.add_command(command)
 
 

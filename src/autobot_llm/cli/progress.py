@@ -63,6 +63,13 @@ class Progress:
         figures = f"{num_done / 1e9:.1f} of {num_total / 1e9:.1f} GB{rate}"
         bar.update(task, completed=num_done, total=num_total, figures=figures)
 
+    def say(self, message: str) -> None:
+        """Show another message; where nothing moves, only the first one is printed."""
+        self._message = message
+        if self._shown is not None:
+            bar, task = self._shown
+            bar.update(task, description=message)
+
     def stop(self) -> None:
         self._timer.cancel()
         self._timer.join()

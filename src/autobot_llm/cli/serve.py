@@ -7,10 +7,11 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import click
 
+from autobot_llm.cli.launch import launched
 from autobot_llm.cli.options import given
 from autobot_llm.cli.progress import Progress
 from autobot_llm.interface import LLMInterface
@@ -29,6 +30,8 @@ Examples:
   autobot-llm serve --model ~/models/Mistral-7B --workload interactive --max-model-len 8192
   autobot-llm serve --model ~/models/Mistral-7B --gpu-memory-utilization 0.5 --attention-backend triton
   autobot-llm serve --cached-prefixes '["You are a librarian. Answer in one sentence."]'
+  autobot-llm serve --provider vllm --launch --model ~/models/Mistral-7B
+  autobot-llm serve --provider vllm --launch --model big/model -- --tensor-parallel-size 4
   AUTOBOT_API_KEYS=a-long-secret autobot-llm serve --host 0.0.0.0""",
 )
 @click.option("-m", "--model", "default_model", help="A model's name or folder, instead of AUTOBOT_DEFAULT_LLM_MODEL.")
@@ -59,16 +62,28 @@ Examples:
     "--cached-prefixes",
     help="System prompts to compute now and to keep: a JSON list, or @FILE; instead of AUTOBOT_CACHED_PREFIXES.",
 )
-def serve(**options: str | None) -> None:
+@click.option(
+    "--launch",
+    is_flag=True,
+    help="Start a vLLM for the model too, told what the settings say; it is minded while this runs. Needs "
+    "--provider vllm and the command `vllm`.",
+)
+@click.argument("vllm_arguments", nargs=-1)
+def serve(launch: bool, vllm_arguments: tuple[str, ...], **options: str | None) -> None:
     """Start the OpenAI-compatible server; Ctrl-C lets running answers finish, a second one does not.
 
-    Every setting can be given as an AUTOBOT_* variable or in .env; `autobot-llm config` lists them.
+    Every setting can be given as an AUTOBOT_* variable or in .env; `autobot-llm config` lists them. What follows a
+    lone -- is for the vLLM that --launch starts.
     """
+    if vllm_arguments and not launch:
+        raise click.UsageError(
+            f"unexpected {' '.join(vllm_arguments)}: only --launch takes arguments for vLLM, after --"
+        )
     settings = load_settings(overrides=given(**options))
     log_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(stream=_Stderr(), level=settings.log_level.upper(), format=log_format)
     with asyncio.Runner(loop_factory=_event_loop()) as runner:
-        runner.run(_serve(settings))
+        runner.run(_launch_and_serve(settings, vllm_arguments) if launch else _serve(settings))
 
 
 class _Stderr:
@@ -88,6 +103,11 @@ def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     import uvloop
 
     return uvloop.new_event_loop
+
+
+async def _launch_and_serve(settings: Settings, vllm_arguments: Sequence[str]) -> None:
+    async with launched(settings, vllm_arguments) as settings_with_address:
+        await _serve(settings_with_address)
 
 
 async def _serve(settings: Settings) -> None:

@@ -62,6 +62,8 @@ class ChatTemplate:
                 self._templates[name] = environment.from_string(source)
             except jinja2.TemplateSyntaxError as exc:
                 raise ModelLoadError(f"{origin}: the chat template is malformed, line {exc.lineno}: {exc}") from exc
+        self.tool_source = (sources.get("tool_use") or sources.get("default") or ("", ""))[1]
+        """The text of the template that a request with tools is written with; empty where there is none."""
         self._knows_developer = any("developer" in source for _, source in sources.values())
 
     @classmethod
@@ -121,7 +123,7 @@ class ChatTemplate:
         if role == "developer" and not self._knows_developer:
             role = "system"  # OpenAI's newer name for it, which older templates do not know
         plain: dict[str, Any] = {"role": role}
-        content = _text(position, message.content)
+        content = plain_text(message.content, f"messages[{position}]")
         if content is not None:
             plain["content"] = content
         for key in ("name", "tool_call_id", "reasoning_content"):
@@ -133,7 +135,8 @@ class ChatTemplate:
         return plain
 
 
-def _text(position: int, content: str | list[dict[str, Any]] | None) -> str | None:
+def plain_text(content: str | list[dict[str, Any]] | None, place: str) -> str | None:
+    """A message's content as text; None stays None. Raises UnsupportedError, naming `place`, for other parts."""
     if content is None or isinstance(content, str):
         return content
     texts = []
@@ -141,13 +144,13 @@ def _text(position: int, content: str | list[dict[str, Any]] | None) -> str | No
         kind = part.get("type")
         if kind != "text":
             raise UnsupportedError(
-                f"messages[{position}].content has a part of type {kind!r}; this model reads only 'text' parts",
+                f"{place}.content has a part of type {kind!r}; this model reads only 'text' parts",
                 param="messages",
             )
         text = part.get("text")
         if not isinstance(text, str):
             raise InvalidRequestError(
-                f"messages[{position}].content has a text part whose text is {text!r}; expected a string",
+                f"{place}.content has a text part whose text is {text!r}; expected a string",
                 param="messages",
             )
         texts.append(text)

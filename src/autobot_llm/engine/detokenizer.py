@@ -18,6 +18,23 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 MAX_HEAD_TOKENS = 8
 
 
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What one token adds to a text that goes before it, as bytes: they may be half a character.
+
+    A special token is written as its name, and an id that is no token as nothing.
+    """
+    piece = tokenizer.piece(token_id)
+    if piece is None:
+        return b""
+    if token_id in tokenizer.special_ids:
+        return piece.encode()
+    if tokenizer.decoder_kind == "byte_level":
+        return _bytes_and_text(piece)[0]
+    if tokenizer.decoder_kind == "byte_fallback" and BYTE_PIECE.match(piece):
+        return bytes([int(piece[3:5], 16)])
+    return tokenizer.decode_after_text([token_id], skip_special_tokens=False).encode()
+
+
 class Detokenizer:
     """One answer's text. The pieces that `push` and `flush` return add up to `tokenizer.decode` of all the ids, less an
     incomplete character at the end, and cut before the first stop string.
@@ -26,11 +43,22 @@ class Detokenizer:
     tokens. Each call costs time for the new token alone, however long the answer. Not thread-safe; one per choice.
     """
 
-    stopped = False
-    """Whether a stop string was met. The text ended before it, and later tokens add nothing."""
+    stop_string: str | None = None
+    """The stop string that was met. The text ended before it, and later tokens add nothing."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, skip_special_tokens: bool = True) -> None:
-        self._text = _text_stream(tokenizer, skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
+        keeps_leading_space: bool = False,
+    ) -> None:
+        """`shown_ids` are special tokens that are shown though others are skipped. With `keeps_leading_space` the text
+        is what the tokens add to a text before them, also where `tokenizer.decode` would drop a space at the start."""
+        skipped_ids = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset[int]()
+        self._text = _text_stream(tokenizer, skipped_ids, keeps_leading_space)
         self._stop = _StopStrings(stop) if stop else None
 
     def push(self, token_id: int, *, match_stop: bool = True) -> str:
@@ -42,7 +70,7 @@ class Detokenizer:
         if self._stop is None:
             return text
         text = self._stop.push(text, match_stop)
-        self.stopped = self._stop.matched
+        self.stop_string = self._stop.matched
         return text
 
     def flush(self) -> str:
@@ -51,7 +79,7 @@ class Detokenizer:
         if self._stop is None:
             return text
         text = self._stop.push(text, match=True) + self._stop.flush()
-        self.stopped = self._stop.matched
+        self.stop_string = self._stop.matched
         return text
 
 
@@ -62,17 +90,17 @@ class _StopStrings:
         assert all(stop), "an empty stop string is refused with the request"
         self._stop = stop
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
 
     def push(self, text: str, match: bool) -> str:
-        if self.matched or not text:
+        if self.matched is not None or not text:
             return ""
         buffer = self._held + text
-        ends = [(start + len(stop), start) for stop in self._stop if (start := buffer.find(stop)) >= 0]
+        ends = [(start + len(stop), start, stop) for stop in self._stop if (start := buffer.find(stop)) >= 0]
         if ends and match:
-            self.matched = True
+            _, start, self.matched = min(ends)
             self._held = ""
-            return buffer[: min(ends)[1]]
+            return buffer[:start]
         num_held = max(_overlap(buffer, stop) for stop in self._stop)
         self._held = buffer[len(buffer) - num_held :]
         return buffer[: len(buffer) - num_held]
@@ -96,19 +124,24 @@ class _TextStream(Protocol):
     def flush(self) -> str: ...
 
 
-def _text_stream(tokenizer: Tokenizer, skip_special_tokens: bool) -> _TextStream:
+def _text_stream(tokenizer: Tokenizer, skipped_ids: frozenset[int], keeps_leading_space: bool) -> _TextStream:
     if tokenizer.decoder_kind == "byte_level":
-        return _ByteLevelText(tokenizer, skip_special_tokens)
-    return _PieceText(tokenizer, skip_special_tokens, has_bytes=tokenizer.decoder_kind == "byte_fallback")
+        return _ByteLevelText(tokenizer, skipped_ids)
+    return _PieceText(
+        tokenizer,
+        skipped_ids,
+        has_bytes=tokenizer.decoder_kind == "byte_fallback",
+        keeps_leading_space=keeps_leading_space,
+    )
 
 
 class _ByteLevelText:
     """For vocabularies of byte strings (GPT-2's scheme; Llama 3, Qwen): UTF-8, decoded incrementally."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._pieces = _PIECES.setdefault(tokenizer, {})
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._is_between = True  # two characters, so that whole ones need no decoder
 
@@ -165,16 +198,17 @@ class _PieceText:
     bytes: a run that is not UTF-8 as a whole becomes U+FFFD for each byte, so a run is held until it ends.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, *, has_bytes: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skipped_ids: frozenset[int], *, has_bytes: bool, keeps_leading_space: bool
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped_ids  # they never get as far as the library's decoder
         self._has_bytes = has_bytes
         self._bytes: list[int] = []
         self._head: list[int] = []
         """The first tokens, while they may still all be the space that is dropped."""
         self._head_text = ""
-        self._is_past_head = False
+        self._is_past_head = keeps_leading_space
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
@@ -194,10 +228,10 @@ class _PieceText:
 
     def _decode(self, ids: list[int]) -> str:
         if self._is_past_head:
-            return self._tokenizer.decode_after_text(ids, skip_special_tokens=self._skip_special_tokens)
+            return self._tokenizer.decode_after_text(ids, skip_special_tokens=False)
         self._head += ids
         before = len(self._head_text)
-        self._head_text = self._tokenizer.decode(self._head, skip_special_tokens=self._skip_special_tokens)
+        self._head_text = self._tokenizer.decode(self._head, skip_special_tokens=False)
         self._is_past_head = bool(self._head_text.strip(" ")) or len(self._head) >= MAX_HEAD_TOKENS
         return self._head_text[before:]
 

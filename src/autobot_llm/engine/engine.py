@@ -37,7 +37,8 @@ EndReason = Literal["stop", "length"]
 class EngineRequest:
     """One prompt, to be continued once per entry of `params` (the choices; they differ in their seeds only).
 
-    `priority`: lower goes sooner, where the scheduling policy heeds it.
+    `priority`: lower goes sooner, where the scheduling policy heeds it. `shown_ids` are special tokens that the text
+    is to contain, as markers of tool calls.
     """
 
     prompt_ids: list[int]
@@ -45,6 +46,7 @@ class EngineRequest:
     stop: tuple[str, ...] = ()
     salt: str = ""
     priority: int = 0
+    shown_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class TokenInfo:
 class Output:
     """What one step added to one choice. With `end` or `error` the choice is over and its blocks are free.
 
+    `stop_string` is the one of the request's that ended it, if one did.
+
     One is made for each token, which is why it is not frozen: that would take three times as long.
     """
 
@@ -70,6 +74,7 @@ class Output:
     logprobs: tuple[TokenInfo, ...] = ()
     end: EndReason | None = None
     error: LLMError | None = None
+    stop_string: str | None = None
 
 
 @dataclass(slots=True)
@@ -173,7 +178,14 @@ class Engine:
             )
             self._next_sequence_id += 1
             leader = leader or sequence
-            choice = _Choice(request_id, index, sequence, Detokenizer(self.tokenizer, request.stop), stats)
+            # A grammar says what the text is from its first character on, so no leading space is dropped under one.
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                request.stop,
+                shown_ids=request.shown_ids,
+                keeps_leading_space=params.grammar is not None,
+            )
+            choice = _Choice(request_id, index, sequence, detokenizer, stats)
             choices.append(choice)
             self._choices[sequence.id] = choice
             self._num_host_sampled += needs_host(params)
@@ -326,9 +338,15 @@ class Engine:
             return self._end(choice, detokenizer.flush(), "stop")
         if info is not None:
             choice.withheld_logprobs.append(info)
+        matcher = choice.sequence.matcher
+        if matcher is not None and not matcher.advance(token_id):
+            error = EngineError(f"token {token_id} was chosen, which the grammar of {matcher.field} forbids")
+            return self._end(choice, "", error=error)
         text = detokenizer.push(token_id, match_stop=may_end)
-        if detokenizer.stopped:
+        if detokenizer.stop_string is not None:
             return self._end(choice, text, "stop")
+        if matcher is not None and matcher.is_complete:
+            return self._end(choice, text + detokenizer.flush(), "stop")
         if num_tokens >= params.max_tokens:
             return self._end(choice, text + detokenizer.flush(), "length")
         if not text or not choice.withheld_logprobs:
@@ -342,7 +360,8 @@ class Engine:
         self.scheduler.finish(choice.sequence)
         self._forget(choice)
         logprobs = tuple(choice.withheld_logprobs)
-        return Output(choice.request_id, choice.index, text, choice.num_tokens, logprobs, end=end, error=error)
+        stop = choice.detokenizer.stop_string if end == "stop" else None
+        return Output(choice.request_id, choice.index, text, choice.num_tokens, logprobs, end, error, stop)
 
     def _forget(self, choice: _Choice) -> None:
         sequence, stats = choice.sequence, choice.stats

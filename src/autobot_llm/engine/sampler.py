@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from autobot_llm.engine.executor import SamplingArrays
+from autobot_llm.engine.grammar.masks import Allowed, Masks, make_masks
 from autobot_llm.engine.logit_adjuster import LogitAdjuster, needs_adjustment
 from autobot_llm.engine.noise import exponential_noise, exponential_noise_on_device, noise_keys
 from autobot_llm.engine.sequence import SamplingParams, Sequence
@@ -58,21 +59,22 @@ Outcome = SampledToken | SamplingFailure
 
 def needs_host(params: SamplingParams) -> bool:
     """Whether a request's tokens can only be chosen here, from logits: a device samples without looking back."""
-    return needs_adjustment(params) or params.num_logprobs is not None
+    return needs_adjustment(params) or params.num_logprobs is not None or params.grammar is not None
 
 
 class _Row:
     """What the parameters of one sequence mean for the sampler, found out once."""
 
-    __slots__ = ("adjuster", "is_greedy", "is_plain", "is_restricted", "num_logprobs")
+    __slots__ = ("adjuster", "is_constrained", "is_greedy", "is_plain", "is_restricted", "num_logprobs")
 
     def __init__(self, sequence: Sequence, vocab_size: int, device: torch.device) -> None:
         params = sequence.params
         self.adjuster = LogitAdjuster(sequence, device) if needs_adjustment(params) else None
+        self.is_constrained = params.grammar is not None
         self.is_greedy = params.is_greedy
         self.is_restricted = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
         self.num_logprobs = params.num_logprobs
-        self.is_plain = self.is_greedy and self.adjuster is None and self.num_logprobs is None
+        self.is_plain = self.is_greedy and not needs_host(params)
 
 
 # R rows, one per sampling sequence, V vocabulary, K candidates
@@ -91,6 +93,8 @@ class Sampler:
         SamplingFailure.
         """
         assert logits_RV.shape == (len(sequences), self.vocab_size)
+        # Before anything asks for the logits: a GPU is still computing them, and the masks cost no time of their own.
+        masks = make_masks(sequences)
         rows = [self._rows.get(s.id) or self._meet(s, logits_RV.device) for s in sequences]
         model_bests, tokens = _best_of_rows(logits_RV)
         if all(row.is_plain for row in rows):
@@ -99,15 +103,18 @@ class Sampler:
                 for token, best in zip(tokens, model_bests, strict=True)
             ]
         adjusted_RV, bests = logits_RV, model_bests
-        if any(row.adjuster is not None for row in rows):
-            adjusted_RV = _adjust(logits_RV, sequences, rows)
+        if masks or any(row.adjuster is not None for row in rows):
+            adjusted_RV = _adjust(logits_RV, sequences, rows, masks)
             bests, tokens = _best_of_rows(adjusted_RV)
         failures = {
-            r: broken_logits(model_best) if not math.isfinite(model_best) else _broken_adjustment(best)
+            r: broken_logits(model_best)
+            if not math.isfinite(model_best)
+            else _broken_adjustment(best, sequences[r], masks)
             for r, (model_best, best) in enumerate(zip(model_bests, bests, strict=True))
             if not (math.isfinite(model_best) and math.isfinite(best))
         }
-        drawn = [r for r, row in enumerate(rows) if not row.is_greedy and r not in failures]
+        forced = {r for r, sequence in enumerate(sequences) if _is_forced(masks.get(sequence.id))}
+        drawn = [r for r, row in enumerate(rows) if not row.is_greedy and r not in failures and r not in forced]
         draw_freely = draw_from_all if logits_RV.device.type == "cpu" else draw_from_all_on_device
         for is_restricted, draw in ((True, self._draw_restricted), (False, draw_freely)):
             group = [r for r in drawn if rows[r].is_restricted is is_restricted]
@@ -164,7 +171,7 @@ class Sampler:
     ) -> npt.NDArray[np.bool_]:
         """Which candidates (best first) survive top_k, top_p and min_p; weights are relative to the best token's."""
         num_candidates = logits_RK.shape[1]
-        kept_RK = np.ones_like(logits_RK, np.bool_)
+        kept_RK = logits_RK > -np.inf
         if any(p.top_k > 0 for p in params):
             ends_R1 = np.array([[min(p.top_k or num_candidates, num_candidates) - 1] for p in params])
             kept_RK &= logits_RK >= np.take_along_axis(logits_RK, ends_R1, 1)
@@ -287,12 +294,29 @@ def _best_of_rows(scores_RV: torch.Tensor) -> tuple[list[float], list[int]]:
     return best.values.tolist(), best.indices.tolist()
 
 
-def _adjust(logits_RV: torch.Tensor, sequences: SequenceABC[Sequence], rows: SequenceABC[_Row]) -> torch.Tensor:
+def _adjust(
+    logits_RV: torch.Tensor, sequences: SequenceABC[Sequence], rows: SequenceABC[_Row], masks: Masks
+) -> torch.Tensor:
     adjusted_RV = logits_RV.clone()
     for r, row in enumerate(rows):
         if row.adjuster is not None:
             row.adjuster.apply(adjusted_RV[r], sequences[r])
+        if row.is_constrained:  # at last, so that nothing brings a token back
+            _exclude(adjusted_RV[r], masks[sequences[r].id])
     return adjusted_RV
+
+
+def _exclude(logits_V: torch.Tensor, allowed: Allowed | InvalidRequestError) -> None:
+    """Leave the tokens that a grammar allows; none where it cannot say."""
+    if isinstance(allowed, InvalidRequestError):
+        logits_V.fill_(-torch.inf)
+    else:
+        logits_V.masked_fill_(torch.from_numpy(allowed.tokens_V).to(logits_V.device) == 0, -torch.inf)
+
+
+def _is_forced(allowed: Allowed | InvalidRequestError | None) -> bool:
+    """Whether a grammar leaves one token. It is taken undrawn: a noise may be infinite, and then it would not win."""
+    return isinstance(allowed, Allowed) and allowed.is_forced
 
 
 def _take(rows_RV: torch.Tensor, chosen: list[int]) -> torch.Tensor:
@@ -324,7 +348,15 @@ def broken_logits(best: float) -> SamplingFailure:
     return SamplingFailure(EngineError(f"the model's logits for this sequence hold {name}, so no token can be chosen"))
 
 
-def _broken_adjustment(best: float) -> SamplingFailure:
+def _broken_adjustment(best: float, sequence: Sequence, masks: Masks) -> SamplingFailure:
+    allowed = masks.get(sequence.id)
+    if isinstance(allowed, InvalidRequestError):
+        return SamplingFailure(allowed)
+    if allowed is not None and best == -math.inf:
+        assert sequence.matcher is not None
+        field = sequence.matcher.field
+        message = f"{field}: bias and minimum length exclude every token that the grammar allows"
+        return SamplingFailure(InvalidRequestError(message, param=field))
     if best == -math.inf:
         message = "logit_bias and min_tokens together exclude every token of the vocabulary"
     else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from autobot_llm.engine.grammar.matcher import Grammar
     from autobot_llm.engine.kv_cache.block_pool import PrefixBlock
 
 UNKNOWN_TOKEN = -1  # stands in token_ids for a token that the device has not told yet
@@ -25,7 +26,8 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. `seed` makes the
     sequence's tokens a function of (prompt, parameters, seed) alone. `num_logprobs` None: none are wanted;
-    0: the chosen token's only. Stop strings live with the text, in the engine's detokenizer.
+    0: the chosen token's only. Under a `grammar` only tokens that it allows are chosen. Stop strings live with the
+    text, in the engine's detokenizer.
     """
 
     max_tokens: int
@@ -41,6 +43,7 @@ class SamplingParams:
     seed: int = 0
     num_logprobs: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -59,13 +62,13 @@ class Sequence:
     lost its blocks, so that what a step says of blocks it no longer has can be told apart.
 
     `leader` is an earlier sequence with the same prompt (another choice of one request): this one waits until the
-    leader's prompt is computed, then shares its blocks.
+    leader's prompt is computed, then shares its blocks. `matcher` is where its answer stands in its grammar.
     """
 
     __slots__ = (
-        "arrival_time", "block_ids", "epoch", "first_scheduled_time", "id", "leader", "max_num_tokens",
-        "num_cached_tokens", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params", "pending_row",
-        "priority", "published", "queue_position", "salt", "token_ids",
+        "arrival_time", "block_ids", "epoch", "first_scheduled_time", "id", "leader", "matcher",
+        "max_num_tokens", "num_cached_tokens", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params",
+        "pending_row", "priority", "published", "queue_position", "salt", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +89,7 @@ class Sequence:
         self.params = params
         self.salt = salt
         self.leader = leader
+        self.matcher = None if params.grammar is None else params.grammar.start()
         self.priority = priority
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0

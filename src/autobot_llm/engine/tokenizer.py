@@ -81,6 +81,16 @@ class Tokenizer:
         return self._chat_template.is_given
 
     @property
+    def tool_template(self) -> str:
+        """The text of the chat template that a request with tools is written with."""
+        return self._chat_template.tool_source
+
+    def token_id(self, token: str) -> int | None:
+        """The token that the vocabulary writes so; None where there is none."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._special_id("bos_token")
 

@@ -10,13 +10,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from autobot_llm.types import Event, Finish, Start, TextDelta, ToolCallDelta
+from autobot_llm.observability.instruments import Distribution, Observations, Values
+from autobot_llm.types import ChoiceEnd, Event, Finish, Start, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -109,6 +110,26 @@ PROVIDER_METRICS = (
         "gauge",
         "Share of prompt tokens found in the prefix cache, 0 to 1.",
     ),
+    _figure(
+        "autobot_speculation_acceptance_rate",
+        "speculation_acceptance_rate",
+        "gauge",
+        "Share of drafted tokens that were accepted, 0 to 1.",
+    ),
+    _figure("autobot_speculation_tokens_proposed", "num_draft_tokens", "counter", "Tokens drafted."),
+    _figure("autobot_speculation_tokens_accepted", "num_accepted_tokens", "counter", "Drafted tokens accepted."),
+    _figure("autobot_llm_engine_kv_cache_usage", "kv_cache_usage", "gauge", "Share of the KV cache in use, 0 to 1."),
+    _figure("autobot_llm_replicas", "num_replicas", "gauge", "Servers of the provider."),
+    _figure("autobot_llm_replicas_up", "num_replicas_up", "gauge", "Servers of the provider that can be reached."),
+    _figure(
+        "autobot_llm_model_loads", "num_model_loads", "counter", "Answers that waited for their model to be loaded."
+    ),
+    _figure(
+        "autobot_llm_context_growths",
+        "num_context_growths",
+        "counter",
+        "Times that a model's context was made larger, which loads it anew.",
+    ),
     _figure("autobot_llm_engine_running", "num_running", "gauge", "Sequences in the running batch."),
     _figure("autobot_llm_engine_waiting", "num_waiting", "gauge", "Sequences that wait to be scheduled."),
     _figure("autobot_llm_engine_free_blocks", "num_free_blocks", "gauge", "KV cache blocks that nobody holds."),
@@ -123,6 +144,8 @@ PROVIDER_METRICS = (
     ),
 )
 
+InstrumentT = TypeVar("InstrumentT", Values, Distribution)
+
 ProviderFigures = Callable[[], Mapping[str, Mapping[str, float]]]
 
 
@@ -134,18 +157,25 @@ class Metrics:
         self.requests = self._counter(REQUESTS)
         self.errors = self._counter(ERRORS)
         self.tokens = self._counter(TOKENS)
-        self.in_flight = Gauge(IN_FLIGHT.name, IN_FLIGHT.help, IN_FLIGHT.labels, registry=self.registry)
+        self.in_flight = self._gauge(IN_FLIGHT)
         self.latency = self._histogram(LATENCY)
         self.first_token = self._histogram(FIRST_TOKEN)
         self.inter_token = self._histogram(INTER_TOKEN)
         self.queue_wait = self._histogram(QUEUE_WAIT)
         self.queue_position = self._histogram(QUEUE_POSITION)
 
-    def _counter(self, spec: MetricSpec) -> Counter:
-        return Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+    def _counter(self, spec: MetricSpec) -> Values:
+        return self._registered(Values(spec.name, spec.help, spec.labels, is_counter=True))
 
-    def _histogram(self, spec: MetricSpec) -> Histogram:
-        return Histogram(spec.name, spec.help, spec.labels, buckets=spec.buckets, registry=self.registry)
+    def _gauge(self, spec: MetricSpec) -> Values:
+        return self._registered(Values(spec.name, spec.help, spec.labels, is_counter=False))
+
+    def _histogram(self, spec: MetricSpec) -> Distribution:
+        return self._registered(Distribution(spec.name, spec.help, spec.labels, spec.buckets))
+
+    def _registered(self, instrument: InstrumentT) -> InstrumentT:
+        self.registry.register(instrument)
+        return instrument
 
     def watch_providers(self, figures: ProviderFigures) -> None:
         """Read `figures()`, provider name -> figure -> value, at every scrape."""
@@ -176,10 +206,14 @@ class RequestRecord:
     async def observe(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """Pass the events through, recording the pace of their pieces and the totals at their `Finish`."""
         last_at: dict[int, float] = {}  # choice index -> when its latest piece came
-        inter_token: Histogram | None = None
+        inter_token: Observations | None = None
         async with aclosing(events):
             async for event in events:
-                if isinstance(event, TextDelta | ToolCallDelta):
+                if isinstance(event, Start):
+                    self._model = event.model
+                elif isinstance(event, Finish):
+                    self._finish(event)
+                elif not isinstance(event, ChoiceEnd):
                     now, index = time.perf_counter(), event.index
                     if inter_token is None:
                         inter_token = self._metrics.inter_token.labels(self._model)
@@ -187,17 +221,19 @@ class RequestRecord:
                     elif index in last_at:
                         inter_token.observe(now - last_at[index])
                     last_at[index] = now
-                elif isinstance(event, Start):
-                    self._model = event.model
-                elif isinstance(event, Finish):
-                    self._count(event)
                 yield event
 
-    def _count(self, finish: Finish) -> None:
-        metrics, model, usage, timings = self._metrics, self._model, finish.usage, finish.timings
-        metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
-        metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
-        metrics.tokens.labels(model, "cached").inc(usage.cached_tokens)
+    def count(self, model: str, usage: Usage) -> None:
+        """Record whose answer it is and its tokens, where there is no stream of events to observe."""
+        self._model = model
+        tokens = self._metrics.tokens
+        tokens.labels(model, "prompt").inc(usage.prompt_tokens)
+        tokens.labels(model, "completion").inc(usage.completion_tokens)
+        tokens.labels(model, "cached").inc(usage.cached_tokens)
+
+    def _finish(self, finish: Finish) -> None:
+        metrics, model, timings = self._metrics, self._model, finish.timings
+        self.count(model, finish.usage)
         if timings.queued is not None:
             metrics.queue_wait.labels(model).observe(timings.queued)
         if timings.queue_position is not None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from autobot_llm.types import Event, LLMRequest
+from autobot_llm.report import OptimizationOutcome
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, LLMRequest, ModelInfo
 
-
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One model a provider serves. `context_length` is in tokens; None where the provider does not tell."""
-
-    id: str
-    provider: str
-    context_length: int | None = None
-    created: int = 0
+__all__ = [
+    "Embedder",
+    "ModelInfo",
+    "ModelLoader",
+    "Provider",
+    "ProviderStatus",
+    "Streamer",
+    "TellsOptimizations",
+    "TokenCounter",
+]
 
 
 class ProviderStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,4 +56,47 @@ class Provider(Streamer, Protocol):
 
     def metrics(self) -> dict[str, float]:
         """Current figures by name, for the metrics endpoint; names are listed in observability/metrics.py."""
+        ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """What a provider that makes embeddings can do besides. Cancelling the call gives it up at the provider too."""
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse: ...
+
+
+@runtime_checkable
+class ModelLoader(Protocol):
+    """What a provider that can move models into memory, and out of it, can do besides."""
+
+    async def load(
+        self, model: str | None, *, keep_alive: str | float | None = None, num_ctx: int | None = None
+    ) -> None:
+        """Have `model` (None: the default one) in memory with a context of `num_ctx` tokens at least.
+
+        `keep_alive` says for how long after its last use, as Ollama writes it; 0 takes it out of memory.
+        """
+        ...
+
+
+@runtime_checkable
+class TokenCounter(Protocol):
+    """What a provider that knows the length of a prompt before it is computed can do besides."""
+
+    async def count_tokens(self, request: LLMRequest) -> int:
+        """The number of tokens of the request's prompt. What `stream` would refuse in a prompt is refused here too."""
+        ...
+
+
+@runtime_checkable
+class TellsOptimizations(Protocol):
+    """What a provider can do besides that knows which optimizations run in it; the names are the router's."""
+
+    def engine_version(self) -> str | None:
+        """The version of the engine behind it; None while it is not known."""
+        ...
+
+    def optimizations(self) -> list[OptimizationOutcome]:
+        """For each optimization that it can speak about: whether it runs now, and why."""
         ...

@@ -130,7 +130,9 @@ class Exchange:
     async def _start(self, status: int, content_type: bytes, headers: Iterable[Header]) -> None:
         self.status = status
         self.started = True
-        own = [(b"content-type", content_type), (b"x-request-id", self.request_id.encode())]
+        request_id = self.request_id.encode()
+        # OpenAI's clients read the one name, Anthropic's the other.
+        own = [(b"content-type", content_type), (b"x-request-id", request_id), (b"request-id", request_id)]
         await self._send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
 
     async def write(self, data: bytes, *, more: bool) -> None:

@@ -21,6 +21,7 @@ import uvicorn
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.interface import LLMInterface
 from autobot_llm.observability.metrics import Metrics
+from autobot_llm.server.answers import Answers
 from autobot_llm.server.app import App, create_app
 from autobot_llm.server.protocol import BoundedHttpProtocol
 from autobot_llm.settings import Settings
@@ -90,12 +91,12 @@ async def _serve_app(app: App, listener: socket.socket, grace: float, on_ready: 
     server = _Server(config, lambda: on_ready(_url(listener)) if on_ready is not None else None)
     stop = _StopSwitch()
     with stop.on_signals():
-        draining = asyncio.create_task(_drain(app, server, stop, grace))
+        draining = asyncio.create_task(_drain(app.answers, server, stop, grace))
         try:
             await server.serve(sockets=[listener])
         except asyncio.CancelledError:
-            app.begin_drain()
-            app.abort()
+            app.answers.begin_drain()
+            app.answers.abort()
             await server.shutdown([listener])
             raise
         finally:
@@ -155,23 +156,25 @@ class _StopSwitch:
             self._loop.call_soon_threadsafe(self.drain.set)
 
 
-async def _drain(app: App, server: uvicorn.Server, stop: _StopSwitch, grace: float) -> None:
+async def _drain(answers: Answers, server: uvicorn.Server, stop: _StopSwitch, grace: float) -> None:
     await stop.drain.wait()
-    app.begin_drain()
-    if app.num_running:
+    answers.begin_drain()
+    if answers.num_running:
         logger.warning(
-            "draining: %d answers are running and have %g seconds; a second signal ends them", app.num_running, grace
+            "draining: %d answers are running and have %g seconds; a second signal ends them",
+            answers.num_running,
+            grace,
         )
     forced = asyncio.create_task(stop.force.wait())
-    idle = asyncio.create_task(app.wait_idle())
+    idle = asyncio.create_task(answers.wait_idle())
     try:
         await asyncio.wait((forced, idle), timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-        if app.num_running:
-            logger.warning("ending %d answers that are still running", app.num_running)
-            app.abort()
+        if answers.num_running:
+            logger.warning("ending %d answers that are still running", answers.num_running)
+            answers.abort()
         server.should_exit = True
         await stop.force.wait()
-        app.abort()
+        answers.abort()
         server.force_exit = True
     finally:
         forced.cancel()

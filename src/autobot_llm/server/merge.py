@@ -11,7 +11,7 @@ import msgspec
 
 from autobot_llm.errors import ProviderError
 from autobot_llm.report import OptimizationOutcome
-from autobot_llm.types import ChoiceEnd, Event, Finish, Start, TextDelta, Timings, ToolCallDelta, Usage
+from autobot_llm.types import Event, Finish, Start, Timings, Usage
 
 QUEUE_LIMIT = 64  # events that may wait for a slow reader before the streams are held back
 
@@ -58,7 +58,7 @@ async def _forward(
     try:
         async with aclosing(stream):
             async for event in stream:
-                if isinstance(event, TextDelta | ToolCallDelta | ChoiceEnd):
+                if not isinstance(event, Start | Finish):
                     event = msgspec.structs.replace(event, index=first_index + event.index)
                 await queue.put(event)
         if not isinstance(event, Finish):
@@ -73,6 +73,8 @@ def _summed(finishes: Sequence[Finish]) -> Finish:
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
         cached_tokens=sum(usage.cached_tokens for usage in usages),
+        cache_write_tokens=sum(usage.cache_write_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
     )
     timings = [finish.timings for finish in finishes]
     longest = Timings(

@@ -24,7 +24,8 @@ OVER_HTTP = EVERY - NATIVE
 class About(msgspec.Struct, frozen=True):
     """One setting in words. `read_by` is the part that acts on it, `on` the providers it can act on.
 
-    `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect.
+    `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect. `later_on`
+    are the providers whose reader is still to be built although another one's exists.
     `variable` is AUTOBOT_ and the field's name unless it is given.
     """
 
@@ -32,6 +33,7 @@ class About(msgspec.Struct, frozen=True):
     read_by: str
     on: frozenset[str] = EVERY
     now: bool = False
+    later_on: frozenset[str] = frozenset()
     secret: bool = False
     variable: str = ""
     alias: str | None = None
@@ -41,8 +43,9 @@ ABOUT: dict[str, About] = {
     # Providers and models
     "provider": About("Provider that answers by default.", "interface", now=True, variable="AUTOBOT_LLM_PROVIDER"),
     "default_model": About(
-        "Model that answers by default: the embedded `tiny`, or the path of a model folder.",
-        "interface, providers/native",
+        "Model that answers by default: the embedded `tiny`, or the path of a model folder; the name of a model where "
+        "another provider answers. Ollama's is `mistral:7b-instruct-q4_K_M` unless this is set.",
+        "interface, providers/native, providers/ollama",
         now=True,
         variable="AUTOBOT_DEFAULT_LLM_MODEL",
     ),
@@ -58,19 +61,39 @@ ABOUT: dict[str, About] = {
         now=True,
         variable="AUTOBOT_LLM_TIMEOUT",
     ),
-    "ollama_endpoint": About("Where Ollama listens.", "providers/ollama", OLLAMA),
-    "vllm_endpoints": About("Where vLLM servers listen.", "providers/vllm", VLLM),
-    "openai_endpoint": About("OpenAI's base address.", "providers/openai", OPENAI),
-    "anthropic_endpoint": About("Anthropic's base address.", "providers/anthropic", ANTHROPIC),
+    "ollama_endpoint": About("Where Ollama listens.", "providers/ollama", OLLAMA, now=True),
+    "ollama_keep_alive": About(
+        "How long Ollama keeps a model in memory after a request, negative for ever; off leaves it to the server's own "
+        "OLLAMA_KEEP_ALIVE. A loaded model's stay that is longer already is not cut short.",
+        "providers/ollama",
+        OLLAMA,
+        now=True,
+    ),
+    "vllm_endpoints": About(
+        "Where vLLM servers listen, separated by commas; several share the requests.", "providers/vllm", VLLM, now=True
+    ),
+    "vllm_api_key": About(
+        "Key for vLLM servers that were started with --api-key.", "providers/vllm", VLLM, now=True, secret=True
+    ),
+    "openai_endpoint": About(
+        "OpenAI's base address, or Azure's (https://NAME.openai.azure.com/openai/v1).",
+        "providers/openai",
+        OPENAI,
+        now=True,
+    ),
+    "anthropic_endpoint": About("Anthropic's base address.", "providers/anthropic", ANTHROPIC, now=True),
     "clouds": About(
         "Base address of a named OpenAI-compatible cloud; its key is AUTOBOT_CLOUD_<NAME>_API_KEY.",
         "providers/openai",
         CLOUD,
+        now=True,
         variable="AUTOBOT_CLOUD_<NAME>_ENDPOINT",
     ),
-    "openai_api_key": About("Key for OpenAI.", "providers/openai", OPENAI, secret=True, variable="OPENAI_API_KEY"),
+    "openai_api_key": About(
+        "Key for OpenAI.", "providers/openai", OPENAI, now=True, secret=True, variable="OPENAI_API_KEY"
+    ),
     "anthropic_api_key": About(
-        "Key for Anthropic.", "providers/anthropic", ANTHROPIC, secret=True, variable="ANTHROPIC_API_KEY"
+        "Key for Anthropic.", "providers/anthropic", ANTHROPIC, now=True, secret=True, variable="ANTHROPIC_API_KEY"
     ),
     # Server
     "host": About("Address the server listens on; the default is this machine only.", "server", now=True),
@@ -156,9 +179,10 @@ ABOUT: dict[str, About] = {
         "Share of a GPU's memory that the engine may use.", "engine/memory", ENGINES, now=True
     ),
     "prefix_caching": About(
-        "Reuse what was computed for an equal beginning of a prompt of the same tenant.",
-        "engine/kv_cache",
-        NATIVE,
+        "Reuse what was computed for an equal beginning of a prompt of the same tenant; for Anthropic, mark the "
+        "beginning that stays the same, so that its cache keeps it.",
+        "engine/kv_cache, providers/anthropic",
+        NATIVE | ANTHROPIC,
         now=True,
     ),
     "cached_prefixes": About(
@@ -193,6 +217,8 @@ ABOUT: dict[str, About] = {
         "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy.",
         "engine/kv_cache",
         LOCAL,
+        now=True,
+        later_on=NATIVE | OLLAMA,
     ),
     "kv_sliding_window": About(
         "Tokens that attention looks back (lossy); 0 is the model's own window.", "engine/kv_cache", NATIVE
@@ -204,13 +230,36 @@ ABOUT: dict[str, About] = {
     ),
     # Speculation
     "speculation_enabled": About(
-        "Draft tokens and verify them in one step; the answers stay the same.", "engine/speculative", ENGINES
+        "Draft tokens and verify them in one step; the answers stay the same.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
     ),
-    "speculation_method": About("Who drafts.", "engine/speculative", ENGINES),
-    "speculation_draft_model": About("Model that drafts; unset chooses one that fits.", "engine/speculative", ENGINES),
-    "speculation_num_tokens": About("Most tokens drafted at a time.", "engine/speculative", ENGINES),
+    "speculation_method": About(
+        "Who drafts; auto on vLLM is the draft model where one is named, else nobody.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
+    ),
+    "speculation_draft_model": About(
+        "Model that drafts; unset chooses one that fits.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
+    ),
+    "speculation_num_tokens": About(
+        "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True, later_on=NATIVE
+    ),
     "speculation_use_ngram": About(
-        "Let earlier text of the request itself serve as a draft.", "engine/speculative", ENGINES
+        "Let earlier text of the request itself serve as a draft; on vLLM only where it is set, because vLLM cannot "
+        "switch it off where it loses.",
+        "engine/speculative, tuning/knobs",
+        ENGINES,
+        now=True,
+        later_on=NATIVE,
     ),
     "speculation_min_acceptance_rate": About(
         "Share of accepted tokens below which drafting stops; unset decides by measured cost.",
@@ -220,18 +269,29 @@ ABOUT: dict[str, About] = {
     # Quantization
     "quantization_type": About(
         "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only.",
-        "engine/quantization",
+        "engine/quantization, tuning/knobs",
         ENGINES,
+        now=True,
+        later_on=NATIVE,
     ),
     "use_quantized_models": About(
-        "Prefer a known quantized variant of a model where there is one (lossy).", "engine/quantization", LOCAL
+        "Prefer a known quantized variant of a model where there is one (lossy).",
+        "providers/ollama",
+        OLLAMA,
+        now=True,
     ),
     # vLLM
-    "vllm_multi_step": About("Steps that vLLM plans at a time.", "tuning/knobs", VLLM),
-    "vllm_prefix_caching": About("Let vLLM reuse equal beginnings of prompts.", "tuning/knobs", VLLM),
-    "vllm_async_output": About("Let vLLM overlap output with computing.", "tuning/knobs", VLLM),
+    "vllm_multi_step": About(
+        "Steps that a vLLM which we start plans at a time; none since 0.10.1 does.", "tuning/knobs", VLLM, now=True
+    ),
+    "vllm_prefix_caching": About(
+        "Let a vLLM which we start reuse equal beginnings of prompts.", "tuning/knobs", VLLM, now=True
+    ),
+    "vllm_async_output": About(
+        "Let a vLLM which we start overlap output with computing.", "tuning/knobs", VLLM, now=True
+    ),
     # Everything over HTTP
-    "cloud_connection_pool_size": About("Connections kept per provider.", "cloud/http_pool", OVER_HTTP),
+    "cloud_connection_pool_size": About("Most connections to one provider.", "transport/pool", OVER_HTTP, now=True),
     "cloud_batch_window_ms": About(
         "Milliseconds to wait for requests that can share a call.", "cloud/request_batching", OVER_HTTP
     ),

@@ -124,10 +124,10 @@ def _weakest_first(layers: Mapping[str, Mapping[str, str]]) -> Iterable[tuple[st
 
 
 def _filled(texts: Mapping[str, str]) -> dict[str, str]:
-    return {name: text.strip() for name, text in texts.items() if _is_ours(name) and text.strip()}
+    return {name: text.strip() for name, text in texts.items() if is_ours(name) and text.strip()}
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
     return name.startswith(PREFIX) or name in _VARIABLES
 
 
@@ -147,7 +147,7 @@ def _read_env_file(path: Path | None) -> dict[str, str]:
         line = f"{path} line {binding.original.line}"
         if binding.error:
             raise ConfigurationError(f"{line}: expected NAME=value, with closed quotes")
-        if binding.key is not None and binding.value is None and _is_ours(binding.key):
+        if binding.key is not None and binding.value is None and is_ours(binding.key):
             raise ConfigurationError(f"{line}: expected {binding.key}=value, got no value")
         if binding.key is not None and binding.value is not None:
             values[binding.key] = binding.value

@@ -22,6 +22,7 @@ from autobot_llm.settings.values import (
     BadValue,
     Count,
     Dollars,
+    Duration,
     Fraction,
     HttpUrl,
     Milliseconds,
@@ -81,7 +82,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     models: Mapping[str, Text] = msgspec.field(default_factory=dict)
     timeout: Seconds | None = 600.0
     ollama_endpoint: HttpUrl = "http://127.0.0.1:11434"
+    ollama_keep_alive: Duration | None = "30m"
     vllm_endpoints: tuple[HttpUrl, ...] = ()
+    vllm_api_key: Text | None = None
     openai_endpoint: HttpUrl = "https://api.openai.com/v1"
     anthropic_endpoint: HttpUrl = "https://api.anthropic.com"
     clouds: Mapping[str, CloudSettings] = msgspec.field(default_factory=dict)

@@ -82,9 +82,11 @@ def _default(setting: Setting) -> str:
 
 
 def _effect(setting: Setting, settings: Settings) -> str:
-    if not setting.about.now:
+    if not setting.about.now or settings.provider in setting.about.later_on:
         return "no effect yet"
-    return "" if settings.provider in setting.about.on else f"no effect on provider {settings.provider}"
+    if settings.provider in setting.about.on:
+        return ""
+    return f"no effect on provider {settings.provider}, only on {', '.join(sorted(setting.about.on))}"
 
 
 PAGE_HEAD = """# Settings
@@ -113,6 +115,7 @@ def settings_page() -> str:
         variable = f"`{setting.variable}`" + (f" or `{about.alias}`" if about.alias else "")
         accepted = expected(HttpUrl) if setting.field == "clouds" else expected(setting.kind)
         doc = about.doc + ("" if about.now else " **No effect yet.**")
+        doc += f" **No effect yet on {', '.join(sorted(about.later_on))}.**" if about.later_on else ""
         acts_on = "every provider" if about.on == EVERY else ", ".join(sorted(about.on))
         lines.append(f"| {variable} | {_default(setting)} | {accepted} | {doc} | {acts_on} | {about.read_by} |")
     return PAGE_HEAD + "\n".join(lines) + "\n"

@@ -36,6 +36,10 @@ HttpUrl = Annotated[
 RedisUrl = Annotated[
     str, Meta(pattern=r"^(rediss?|unix)://\S+$", extra={"expected": "a redis://, rediss:// or unix:// address"})
 ]
+Duration = Annotated[
+    str,
+    Meta(pattern=r"^-?(\d+(\.\d+)?(ms|s|m|h))+$", extra={"expected": "a duration such as 90s, 30m or 1h30m"}),
+]
 Switch = Literal["auto", "on", "off"]
 
 _TRUE = frozenset({"true", "1", "yes", "on"})

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from autobot_llm.engine.description import DescribedExecutor
 from autobot_llm.engine.engine import Engine, Output, RequestStats
+from autobot_llm.engine.tool_calls.json_call import CallArguments, Piece, Text
+from autobot_llm.engine.tool_calls.parser import ToolCallParser
+from autobot_llm.providers.native.answer_shape import Tools
 from autobot_llm.report import OptimizationOutcome
-from autobot_llm.types import ChoiceEnd, Finish, TextDelta, Timings, TokenLogprob, Usage
+from autobot_llm.types import ChoiceEnd, Finish, FinishReason, TextDelta, Timings, TokenLogprob, ToolCallDelta, Usage
 
 
 class Answer:
-    """One request's answer as it grows. `stats` is complete once every choice has ended."""
+    """One request's answer as it grows. `stats` is complete once every choice has ended. Without `tools` no text is
+    taken for a call of one."""
 
-    def __init__(self, engine: Engine, stats: RequestStats, *, num_prompt_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, stats: RequestStats, *, num_prompt_tokens: int, tools: Tools | None = None
+    ) -> None:
         self._engine = engine
         self._stats = stats
         self._num_prompt_tokens = num_prompt_tokens
+        self._tools = tools
+        self._parsers: dict[int, ToolCallParser] = {}
         self._num_tokens: dict[int, int] = {}
         self._first_token_time: float | None = None
 
-    def events(self, outputs: list[Output]) -> Iterator[TextDelta | ChoiceEnd]:
+    def events(self, outputs: list[Output]) -> Iterator[TextDelta | ToolCallDelta | ChoiceEnd]:
         """What became visible, a choice's consecutive pieces joined: a slow reader gets fewer and longer deltas."""
         if self._first_token_time is None:
             self._first_token_time = time.monotonic()
@@ -33,10 +41,36 @@ class Answer:
             self._num_tokens[index] = last.num_tokens
             text = "".join(part.text for part in parts)
             logprobs = tuple(logprob for part in parts for logprob in self._described(part))
+            if self._tools is not None:
+                yield from self._with_calls(self._tools, last, text, logprobs)
+                continue
             if text or logprobs:
                 yield TextDelta(text, index, logprobs)
             if last.end is not None:
-                yield ChoiceEnd(finish_reason=last.end, index=index)
+                yield ChoiceEnd(finish_reason=last.end, index=index, stop_sequence=last.stop_string)
+
+    def _with_calls(
+        self, tools: Tools, last: Output, text: str, logprobs: tuple[TokenLogprob, ...]
+    ) -> Iterator[TextDelta | ToolCallDelta | ChoiceEnd]:
+        """A choice's text with the calls in it told apart. Log probabilities cover both, in the order of the tokens."""
+        index = last.index
+        if (parser := self._parsers.get(index)) is None:
+            parser = self._parsers[index] = tools.form.parser(tools.functions)
+        pieces = parser.push(text)
+        if last.end is not None:
+            pieces += parser.finish()
+        if logprobs and not any(isinstance(piece, Text) for piece in pieces):
+            yield TextDelta("", index, logprobs)
+        for delta in _deltas(pieces, index, tools):
+            if isinstance(delta, TextDelta):
+                yield TextDelta(delta.text, index, logprobs)
+                logprobs = ()
+            else:
+                yield delta
+        if last.end is not None:
+            has_called = parser.num_calls > 0 and last.end == "stop"
+            reason: FinishReason = "tool_calls" if has_called else last.end
+            yield ChoiceEnd(finish_reason=reason, index=index, stop_sequence=last.stop_string)
 
     def finish(self) -> Finish:
         stats = self._stats
@@ -97,3 +131,13 @@ class Answer:
                 applied=gpu.attention != "sdpa",
                 reason=f"{gpu.attention}: {gpu.attention_reason}",
             )
+
+
+def _deltas(pieces: Sequence[Piece], index: int, tools: Tools) -> Iterator[TextDelta | ToolCallDelta]:
+    for piece in pieces:
+        if isinstance(piece, Text):
+            yield TextDelta(piece.text, index)
+        elif isinstance(piece, CallArguments):
+            yield ToolCallDelta(position=piece.position, index=index, arguments=piece.text)
+        else:
+            yield ToolCallDelta(position=piece.position, index=index, call_id=tools.form.call_id(), name=piece.name)

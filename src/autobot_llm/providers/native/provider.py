@@ -12,19 +12,27 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autobot_llm.engine.batching.profiles import get_batching_config
 from autobot_llm.engine.description import DescribedExecutor
 from autobot_llm.engine.engine import Engine, EngineRequest
+from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.service import EngineService
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
 from autobot_llm.providers.base import ModelInfo, ProviderStatus
+from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.from_engine import Answer
-from autobot_llm.providers.native.to_engine import encode_prompt, refuse_unsupported, sampling_params
+from autobot_llm.providers.native.optimizations import running_optimizations
+from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
+from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
 from autobot_llm.types import Event, LLMRequest, Start
+
+if TYPE_CHECKING:
+    from autobot_llm.engine.grammar.compiler import GrammarCompiler
 
 EMBEDDED_MODEL = "tiny"
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -50,6 +58,7 @@ class NativeProvider:
                 self._folders[name] = model_folder(name)
         self._services: dict[str, EngineService] = {}
         self._prefix_caches: dict[str, PrefixCacheManager] = {}
+        self._compilers: dict[str, GrammarCompiler] = {}
         batching = get_batching_config(settings.workload)
         self._heeds_priority = (settings.scheduling_policy or batching.scheduling_policy) == "priority"
         self._starting = asyncio.Lock()
@@ -61,11 +70,19 @@ class NativeProvider:
 
     async def close(self) -> None:
         services, self._services, self._prefix_caches = list(self._services.values()), {}, {}
+        compilers, self._compilers = list(self._compilers.values()), {}
+        await asyncio.gather(*(asyncio.to_thread(compiler.close) for compiler in compilers))
         await asyncio.gather(*(service.close() for service in services))
 
     async def models(self) -> list[ModelInfo]:
         return [
-            ModelInfo(id=name, provider=self.name, context_length=self._context_length(name), created=self._created)
+            ModelInfo(
+                id=name,
+                provider=self.name,
+                context_length=self._context_length(name),
+                created=self._created,
+                is_loaded=name in self._services,
+            )
             for name in self._folders
         ]
 
@@ -124,34 +141,61 @@ class NativeProvider:
             "num_generated_tokens": sum(engine.num_generated_tokens for engine in engines),
         }
 
+    def engine_version(self) -> str | None:
+        return None  # the engine has no releases of its own
+
+    def optimizations(self) -> list[OptimizationOutcome]:
+        """What runs in the default model's engine; see `TellsOptimizations`."""
+        service = self._services.get(self._default)
+        return [] if service is None or service.engine is None else list(running_optimizations(service.engine))
+
+    async def count_tokens(self, request: LLMRequest) -> int:
+        """The prompt's length, chat template and tools included."""
+        engine = (await self._service(request.model or self._default)).engine
+        assert engine is not None, "a started service has an engine"
+        return len(await encode_prompt(engine, request, answer_shape(request, engine.tokenizer).tools))
+
     async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
         """Answer with the engine. Everything that can be refused is refused before `Start`."""
         model = request.model or self._default
         service = await self._service(model)
         engine = service.engine
         assert engine is not None, "a started service has an engine"
-        refuse_unsupported(request)
+        shape = answer_shape(request, engine.tokenizer)
         if request.priority and not self._heeds_priority:
             raise UnsupportedError(
                 f"priority={request.priority}: the engine serves who came first; AUTOBOT_SCHEDULING_POLICY=priority "
                 "makes it heed priorities",
                 param="priority",
             )
-        prompt_ids = await encode_prompt(engine, request)
+        prompt_ids = await encode_prompt(engine, request, shape.tools)
+        grammar = await self._grammar(model, engine, shape, request.tenant)
         engine_request = EngineRequest(
             prompt_ids=prompt_ids,
-            params=sampling_params(engine, request, len(prompt_ids)),
+            params=sampling_params(engine, request, len(prompt_ids), grammar),
             stop=tuple(request.stop),
             salt=request.tenant,
             priority=request.priority,
+            shown_ids=frozenset() if shape.tools is None else shape.tools.form.shown_ids(engine.tokenizer),
         )
         with service.submit(engine_request) as handle:
             yield Start(request_id=request.request_id or secrets.token_hex(12), model=model, provider=self.name)
-            answer = Answer(engine, handle.stats, num_prompt_tokens=len(prompt_ids))
+            answer = Answer(engine, handle.stats, num_prompt_tokens=len(prompt_ids), tools=shape.tools)
             while handle.is_open:
                 for event in answer.events(await handle.next_outputs()):
                     yield event
         yield answer.finish()
+
+    async def _grammar(self, model: str, engine: Engine, shape: AnswerShape, tenant: str) -> Grammar | None:
+        if shape.grammar is None:
+            return None
+        if (compiler := self._compilers.get(model)) is None:
+            from autobot_llm.engine.grammar.compiler import GrammarCompiler  # its library is needed only here
+
+            compiler = self._compilers[model] = GrammarCompiler.for_model(
+                engine.tokenizer, engine.config.vocab_size, engine.config.eos_token_ids
+            )
+        return await compiler.compile(shape.grammar, shape.field, tenant)
 
     async def _service(self, model: str) -> EngineService:
         if model not in self._folders:

@@ -9,31 +9,21 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from autobot_llm.dialects.plain import plain_messages, plain_tools
 from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.sequence import SamplingParams
-from autobot_llm.errors import ContextLengthError, InvalidRequestError, UnsupportedError
-from autobot_llm.types import LLMRequest
+from autobot_llm.engine.tool_calls.untrained import in_words
+from autobot_llm.errors import ContextLengthError, InvalidRequestError
+from autobot_llm.providers.native.answer_shape import Tools
+from autobot_llm.types import ChatMessage, LLMRequest
 
 # Text this long is encoded on a thread, so that the event loop goes on answering others meanwhile.
 LONG_TEXT = 20_000
 
 
-def refuse_unsupported(request: LLMRequest) -> None:
-    """What our engine cannot honour is refused by name: dropped in silence, it would be a wrong answer."""
-    if request.tools and request.tool_choice != "none":
-        raise UnsupportedError("the native engine does not call tools yet", param="tools")
-    kind = (request.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise UnsupportedError(
-            f"response_format.type={kind!r}: the native engine supports 'text' only so far", param="response_format"
-        )
-    if request.extra_body:
-        field = min(request.extra_body)
-        raise UnsupportedError(f"the native engine does not know the field {field!r}", param=field)
-
-
-async def encode_prompt(engine: Engine, request: LLMRequest) -> list[int]:
-    """The request's token ids; messages go through the chat template. Raises InvalidRequestError."""
+async def encode_prompt(engine: Engine, request: LLMRequest, tools: Tools | None = None) -> list[int]:
+    """The request's token ids; messages go through the chat template, with the tools. Raises InvalidRequestError."""
     tokenizer = engine.tokenizer
     if isinstance(request.prompt, list):
         prompt_ids = request.prompt
@@ -47,7 +37,7 @@ async def encode_prompt(engine: Engine, request: LLMRequest) -> list[int]:
             text, add_special_tokens, param = request.prompt, True, "prompt"
         else:
             assert request.messages is not None, "validation asked for messages or a prompt"
-            text = tokenizer.render_chat(request.messages)
+            text = _conversation(engine, request, request.messages, tools)
             add_special_tokens, param = False, "messages"
         refuse_hopeless(engine, text, param)
         encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
@@ -55,6 +45,15 @@ async def encode_prompt(engine: Engine, request: LLMRequest) -> list[int]:
     if not prompt_ids:
         raise InvalidRequestError("the prompt has no tokens", param="prompt")
     return prompt_ids
+
+
+def _conversation(engine: Engine, request: LLMRequest, messages: list[ChatMessage], tools: Tools | None) -> str:
+    tokenizer = engine.tokenizer
+    messages = plain_messages(messages)
+    shown = plain_tools(request.tools) or [] if tools is not None else []
+    if tools.is_known if tools is not None else "tools" in tokenizer.tool_template:
+        return tokenizer.render_chat(messages, shown or None)
+    return tokenizer.render_chat(in_words(messages, shown))
 
 
 def refuse_hopeless(engine: Engine, text: str, param: str) -> None:
@@ -68,7 +67,9 @@ def refuse_hopeless(engine: Engine, text: str, param: str) -> None:
         )
 
 
-def sampling_params(engine: Engine, request: LLMRequest, num_prompt_tokens: int) -> tuple[SamplingParams, ...]:
+def sampling_params(
+    engine: Engine, request: LLMRequest, num_prompt_tokens: int, grammar: Grammar | None = None
+) -> tuple[SamplingParams, ...]:
     """One value per choice: the request's fields, for what they leave open the model's advice, then neutral values."""
     context = engine.scheduler.max_model_len
     param = "prompt" if request.messages is None else "messages"
@@ -109,6 +110,7 @@ def sampling_params(engine: Engine, request: LLMRequest, num_prompt_tokens: int)
         logit_bias=request.logit_bias,
         num_logprobs=request.logprobs,
         stop_token_ids=stop_token_ids,
+        grammar=grammar,
     )
     seed = secrets.randbits(63) if request.seed is None else request.seed
     return tuple(replace(common, seed=choice_seed(seed, index)) for index in range(request.n))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import msgspec
 
 from autobot_llm.errors import LLMError
-from autobot_llm.providers.base import ModelInfo
 from autobot_llm.report import OptimizationOutcome
-from autobot_llm.types import Choice, LLMResponse, Timings, TokenLogprob, ToolCall, Usage
+from autobot_llm.types import Choice, LLMResponse, ModelInfo, Timings, TokenLogprob, ToolCall, Usage
 
 LOWEST_LOGPROB = -9999.0  # what OpenAI writes for a token that could not be chosen; JSON has no infinity
-_HEADER_UNSAFE = re.compile(r"[^A-Za-z0-9_.:-]+")
 
 
 def encode(value: object) -> bytes:
@@ -47,28 +44,13 @@ def usage_fields(usage: Usage) -> dict[str, object]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
 def report_fields(timings: Timings, optimizations: tuple[OptimizationOutcome, ...]) -> dict[str, object]:
     """What we add to OpenAI's shape, under the key "autobot": times in seconds, and the report."""
     return {"timings": timings, "optimizations": optimizations}
-
-
-def optimizations_header(optimizations: tuple[OptimizationOutcome, ...]) -> bytes:
-    """The applied optimizations in one line, as in `prefix_cache;tokens_saved=512, response_cache`."""
-    return ", ".join(_applied(outcome) for outcome in optimizations if outcome.applied).encode("ascii")
-
-
-def _applied(outcome: OptimizationOutcome) -> str:
-    savings = {
-        "tokens_saved": outcome.tokens_saved,
-        "ms_saved": None if outcome.milliseconds_saved is None else round(outcome.milliseconds_saved, 1),
-        "bytes_saved": outcome.bytes_saved,
-    }
-    parts = [_HEADER_UNSAFE.sub("_", outcome.name)]
-    parts += [f"{name}={value}" for name, value in savings.items() if value is not None]
-    return ";".join(parts)
 
 
 def chat_body(response: LLMResponse, request_id: str, created: int) -> bytes:
@@ -79,6 +61,7 @@ def chat_body(response: LLMResponse, request_id: str, created: int) -> bytes:
             "message": _message(choice),
             "logprobs": chat_logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
+            **_stop_reason(choice),
         }
         for choice in response.choices
     ]
@@ -93,6 +76,7 @@ def completion_body(response: LLMResponse, request_id: str, created: int) -> byt
             "text": choice.content,
             "logprobs": completion_logprobs(choice.logprobs, text_offset=0),
             "finish_reason": choice.finish_reason,
+            **_stop_reason(choice),
         }
         for choice in response.choices
     ]
@@ -114,11 +98,23 @@ def _body(response: LLMResponse, id: str, object_name: str, choices: list[dict[s
 
 
 def _message(choice: Choice) -> dict[str, object]:
-    message: dict[str, object] = {"role": "assistant", "content": choice.content, "refusal": None}
-    if choice.tool_calls:
+    message: dict[str, object] = {
+        "role": "assistant",
+        "content": choice.content,
+        "refusal": choice.refusal or None,
+    }
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.refusal or choice.tool_calls:
         message["content"] = choice.content or None
+    if choice.tool_calls:
         message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
     return message
+
+
+def _stop_reason(choice: Choice) -> dict[str, object]:
+    """The stop string that ended the choice, under the name that vLLM gives it."""
+    return {} if choice.stop_sequence is None else {"stop_reason": choice.stop_sequence}
 
 
 def _tool_call(call: ToolCall) -> dict[str, object]:

@@ -9,11 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobot_llm.collect import collect
+from autobot_llm.dialects.openai.chunks import ChatChunks, CompletionChunks, error_event
+from autobot_llm.dialects.openai.replies import chat_body
 from autobot_llm.errors import EngineError, ProviderError
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.merge import merge_streams
-from autobot_llm.server.openai_api.chunks import ChatChunks, CompletionChunks, error_event
-from autobot_llm.types import ChoiceEnd, Event, Finish, Start, TextDelta, Timings, ToolCallDelta, Usage
+from autobot_llm.types import (
+    ChoiceEnd,
+    Event,
+    Finish,
+    ReasoningDelta,
+    RefusalDelta,
+    Start,
+    TextDelta,
+    Timings,
+    ToolCallDelta,
+    Usage,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 START = Start(request_id="r", model='a "model"', provider="p")
@@ -84,3 +97,36 @@ async def test_merged_streams_have_one_start_and_one_finish_with_the_sums() -> N
 async def test_a_merged_stream_without_its_finish_is_an_error_and_not_a_wait() -> None:
     with pytest.raises(ProviderError, match="without its finish"):
         _ = [event async for event in merge_streams([play(START, FINISH), play(START, TextDelta("x"))], 1)]
+
+
+EVERY_KIND: tuple[Event, ...] = (
+    START,
+    ReasoningDelta("Hm"),
+    ReasoningDelta(", so.", signature="proof"),
+    TextDelta("Yes"),
+    RefusalDelta("but no"),
+    ChoiceEnd(finish_reason="stop", stop_sequence="END"),
+    Finish(usage=Usage(prompt_tokens=1, completion_tokens=9, cached_tokens=1, reasoning_tokens=4)),
+)
+
+
+async def test_reasoning_refusals_and_the_stop_string_reach_a_streaming_client() -> None:
+    encoder = ChatChunks("r", 1, 1, include_usage=True)
+    text = b"".join(encoder.encode(event) for event in EVERY_KIND).decode()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta] == ["Hm", ", so."]
+    assert [delta["refusal"] for delta in deltas if delta.get("refusal")] == ["but no"]
+    assert chunks[-2]["choices"][0]["stop_reason"] == "END"
+    assert chunks[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+
+
+async def test_reasoning_refusals_and_the_stop_string_are_part_of_the_whole_answer() -> None:
+    answer = await collect(play(*EVERY_KIND))
+    choice = answer.choices[0]
+    assert (answer.content, answer.reasoning) == ("Yes", "Hm, so.")
+    assert (choice.reasoning_signature, choice.refusal, choice.stop_sequence) == ("proof", "but no", "END")
+    body = json.loads(chat_body(answer, "r", 1))
+    message = body["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"], message["refusal"]) == ("Yes", "Hm, so.", "but no")
+    assert body["choices"][0]["stop_reason"] == "END"

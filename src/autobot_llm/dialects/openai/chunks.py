@@ -6,51 +6,43 @@ and one concatenation.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from autobot_llm.errors import LLMError
-from autobot_llm.server.openai_api.replies import (
+from autobot_llm.dialects.bodies import encode, one_line
+from autobot_llm.dialects.openai.replies import (
     chat_logprobs,
     completion_logprobs,
-    encode,
     error_body,
     report_fields,
     usage_fields,
 )
-from autobot_llm.types import ChoiceEnd, Event, Finish, Start, TextDelta, ToolCallDelta
+from autobot_llm.errors import LLMError
+from autobot_llm.types import (
+    ChoiceEnd,
+    Event,
+    Finish,
+    ReasoningDelta,
+    RefusalDelta,
+    Start,
+    TextDelta,
+    ToolCallDelta,
+)
 
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
-# JSON may hold these line ends of Unicode as they are, but a client that cuts an event stream into lines as Python's
-# `str.splitlines` does would cut there; the escaped form means the same.
-_LINE_ENDS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"), ("\x85".encode(), b"\\u0085"))
-
-
-class ChunkEncoder(Protocol):
-    """Turns the events of one answer into bytes for the wire; `b""` where an event has none."""
-
-    def encode(self, event: Event) -> bytes: ...
 
 
 def error_event(error: LLMError) -> bytes:
     """An error after the stream began: an event of its own, and no `[DONE]` follows."""
-    return b"data: " + _one_line(error_body(error)) + b"\n\n"
-
-
-def _one_line(data: bytes) -> bytes:
-    if not data.isascii():
-        for line_end, escaped in _LINE_ENDS:
-            data = data.replace(line_end, escaped)
-    return data
+    return b"data: " + one_line(error_body(error)) + b"\n\n"
 
 
 def _json(value: object) -> bytes:
-    return _one_line(encode(value))
+    return one_line(encode(value))
 
 
 class _Chunks:
     """What both endpoints' chunks share: their frame, the usage chunk and the end."""
 
+    content_type = CONTENT_TYPE
     object_name: str
     id_prefix: str
 
@@ -92,14 +84,20 @@ class ChatChunks(_Chunks):
         if isinstance(event, ToolCallDelta):
             delta = b'"delta":{"tool_calls":[' + _json(_tool_call_delta(event)) + b"]"
             return self._heads[event.index] + delta + self._after_text
+        if isinstance(event, ReasoningDelta):
+            return self._piece(event.index, b"reasoning_content", event.text)
+        if isinstance(event, RefusalDelta):
+            return self._piece(event.index, b"refusal", event.text)
         if isinstance(event, ChoiceEnd):
-            ending = b'"delta":{},"logprobs":null,"finish_reason":"' + event.finish_reason.encode() + b'"}'
-            return self._heads[event.index] + ending + self._tail
+            return self._heads[event.index] + b'"delta":{},' + _ending(event) + self._tail
         if isinstance(event, Start):
             self._open(event)
             role = b'"delta":{"role":"assistant","content":"","refusal":null'
             return b"".join(head + role + self._after_text for head in self._heads)
         return self._finish(event)
+
+    def _piece(self, index: int, field: bytes, text: str) -> bytes:
+        return self._heads[index] + b'"delta":{"' + field + b'":' + _json(text) + self._after_text if text else b""
 
     def _text(self, event: TextDelta) -> bytes:
         begin = self._heads[event.index] + b'"delta":{"content":' + _json(event.text)
@@ -107,6 +105,13 @@ class ChatChunks(_Chunks):
             logprobs = _json(chat_logprobs(event.logprobs))
             return begin + b'},"logprobs":' + logprobs + b',"finish_reason":null}' + self._tail
         return begin + self._after_text if event.text else b""
+
+
+def _ending(event: ChoiceEnd) -> bytes:
+    ending = b'"logprobs":null,"finish_reason":"' + event.finish_reason.encode() + b'"'
+    if event.stop_sequence is not None:
+        ending += b',"stop_reason":' + _json(event.stop_sequence)  # the name vLLM gives it
+    return ending + b"}"
 
 
 def _tool_call_delta(event: ToolCallDelta) -> dict[str, object]:
@@ -134,14 +139,13 @@ class CompletionChunks(_Chunks):
         if isinstance(event, TextDelta):
             return self._text(event)
         if isinstance(event, ChoiceEnd):
-            ending = b'"text":"","logprobs":null,"finish_reason":"' + event.finish_reason.encode() + b'"}'
-            return self._heads[event.index] + ending + self._tail
+            return self._heads[event.index] + b'"text":"",' + _ending(event) + self._tail
+        if isinstance(event, Finish):
+            return self._finish(event)
         if isinstance(event, Start):
             self._open(event)
-            return b""
-        # A text completion has no tools, so no provider makes tool calls for one.
-        assert isinstance(event, Finish)
-        return self._finish(event)
+        # This older format has no place for reasoning or refusals, and no tools to be called.
+        return b""
 
     def _text(self, event: TextDelta) -> bytes:
         begin = self._heads[event.index] + b'"text":' + _json(event.text)

@@ -7,17 +7,16 @@ silence.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import msgspec
 
+from autobot_llm.dialects.bodies import convert, read_object
 from autobot_llm.errors import InvalidRequestError, UnsupportedError
-from autobot_llm.types import ChatMessage, LLMRequest, Role
+from autobot_llm.types import ChatMessage, LLMRequest
 
-MAX_NESTING = 64  # levels of arrays and objects within one field
 DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's legacy endpoint generates where nothing is said
 
 
@@ -48,8 +47,8 @@ class SharedFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     top_k: int | None = None
-    # Bookkeeping of OpenAI's own service: accepted, and without meaning here. `user` is no tenant: a client could
-    # name anybody.
+    # Notes to OpenAI's own service: passed on to it, and without meaning elsewhere. `user` is no tenant: a client
+    # could name anybody.
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -110,18 +109,26 @@ SAME_NAME = (
     "top_k",
     "metadata",
 )
+SERVICE_OPTIONS = (
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+_CHAT_FIELDS = frozenset(ChatBody.__struct_fields__)
+_COMPLETION_FIELDS = frozenset(CompletionBody.__struct_fields__)
 MESSAGE_FIELDS = frozenset(ChatMessage.__struct_fields__)
 NOTES_ON_MESSAGES = frozenset({"annotations"})  # what OpenAI's client sends back with an answer, for the reader only
-ROLES = ", ".join(get_args(Role))
-
-BodyT = TypeVar("BodyT", bound=SharedFields)
 
 
 def read_chat(data: bytes, *, request_id: str, tenant: str) -> Call:
     """Read the body of `POST /v1/chat/completions`. Errors: `InvalidRequestError` with the field in `param`."""
-    fields = _read_object(data)
-    body = _convert(fields, ChatBody)
-    extra = _extra(fields, body)
+    fields = read_object(data)
+    _rename_message_fields(fields.get("messages"))
+    body = convert(fields, ChatBody)
+    extra = _extra(fields, _CHAT_FIELDS)
     _refuse_unknown_message_fields(fields["messages"])
     if body.parallel_tool_calls is not None and body.tools:
         extra["parallel_tool_calls"] = body.parallel_tool_calls
@@ -144,9 +151,9 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
 
     Errors: `InvalidRequestError` with the field in `param`.
     """
-    fields = _read_object(data)
-    body = _convert(fields, CompletionBody)
-    extra = _extra(fields, body)
+    fields = read_object(data)
+    body = convert(fields, CompletionBody)
+    extra = _extra(fields, _COMPLETION_FIELDS)
     if body.echo:
         raise UnsupportedError("echo=true: expected false; the prompt is not repeated in the answer", param="echo")
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -170,59 +177,25 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
     return Call(requests, bool(body.stream), _include_usage(body))
 
 
-def _read_object(data: bytes) -> dict[str, Any]:
-    try:
-        fields = msgspec.json.decode(data)
-    except RecursionError as exc:
-        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from exc
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise InvalidRequestError(f"the body is not valid JSON in UTF-8: {exc}", code="invalid_json") from exc
-    if not isinstance(fields, dict):
-        raise InvalidRequestError("the body is not a JSON object", code="invalid_json")
-    for name, value in fields.items():
-        if isinstance(value, dict | list) and _nests_deeper(value, MAX_NESTING):
-            raise InvalidRequestError(f"{name}: nested more than {MAX_NESTING} levels deep", param=name)
-    return fields
-
-
-def _nests_deeper(value: dict[str, Any] | list[Any], num_levels: int) -> bool:
-    if num_levels == 0:
-        return True
-    children = value.values() if isinstance(value, dict) else value
-    return any(isinstance(child, dict | list) and _nests_deeper(child, num_levels - 1) for child in children)
-
-
-def _convert(fields: dict[str, Any], kind: type[BodyT]) -> BodyT:
-    try:
-        return msgspec.convert(fields, kind, str_keys=True)
-    except msgspec.ValidationError as exc:
-        raise _invalid(str(exc)) from exc
-
-
-_MISSING = re.compile(r"missing required field `([^`]*)`")
-
-
-def _invalid(complaint: str) -> InvalidRequestError:
-    """Turn msgspec's "Expected `int`, got `str` - at `$.messages[0].name`" into an error that names the field."""
-    reason, _, place = complaint.partition(" - at ")
-    param = place.replace("`key` in ", "").strip("`").removeprefix("$").removeprefix(".")
-    missing = _MISSING.search(reason)
-    if missing is not None:
-        param = f"{param}.{missing[1]}" if param else missing[1]
-        return InvalidRequestError(f"{param}: this field is required", param=param)
-    if reason.startswith("Invalid enum value") and param.endswith(".role"):
-        reason += f"; expected one of {ROLES}"
-    reason = reason.replace("`", "").replace(" | null", "")
-    return InvalidRequestError(f"{param}: {reason[0].lower()}{reason[1:]}", param=param or None)
-
-
-def _extra(fields: Mapping[str, Any], body: SharedFields) -> dict[str, Any]:
-    known = body.__struct_fields__
+def _extra(fields: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in known and value is not None}
+
+
+def _rename_message_fields(messages: Any) -> None:
+    """What other servers' answers, and OpenAI's refusals, are called when a client sends them back as history."""
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            continue
+        if "reasoning" in message:
+            message.setdefault("reasoning_content", message.pop("reasoning"))
+        if message.get("refusal") is not None and message.get("content") is None:
+            message["content"] = message.pop("refusal")
 
 
 def _refuse_unknown_message_fields(messages: list[dict[str, Any]]) -> None:
     for position, message in enumerate(messages):
+        if message.keys() <= MESSAGE_FIELDS:
+            continue
         for name in message.keys() - MESSAGE_FIELDS - NOTES_ON_MESSAGES:
             if message[name] is not None:
                 param = f"messages[{position}].{name}"
@@ -232,6 +205,8 @@ def _refuse_unknown_message_fields(messages: list[dict[str, Any]]) -> None:
 
 def _shared_options(body: SharedFields) -> dict[str, Any]:
     options = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+    if service_options := {name: value for name in SERVICE_OPTIONS if (value := getattr(body, name)) is not None}:
+        options["service_options"] = service_options
     if body.stop is not None:
         options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     options["stream"] = bool(body.stream)

@@ -1,0 +1,40 @@
+"""Which optimizations run in an engine, apart from any one request. Knows the engine; knows nothing of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from autobot_llm.engine.description import DescribedExecutor
+from autobot_llm.engine.engine import Engine
+from autobot_llm.report import OptimizationOutcome
+
+_NOT_BUILT = ("speculative_decoding", "medusa_heads", "quantization", "kv_cache_optimization")
+
+
+def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
+    """A line for every optimization of weights and kernels that the router knows."""
+    scheduler, executor = engine.scheduler, engine.executor
+    prefix_caching = scheduler.block_pool.prefix_caching
+    yield OptimizationOutcome(
+        name="prefix_caching",
+        applied=prefix_caching,
+        reason="equal beginnings of a tenant's prompts are computed once"
+        if prefix_caching
+        else "switched off by AUTOBOT_PREFIX_CACHING",
+    )
+    yield OptimizationOutcome(
+        name="continuous_batching",
+        applied=scheduler.max_num_seqs > 1,
+        reason=f"up to {scheduler.max_num_seqs} sequences share a step",
+    )
+    if isinstance(executor, DescribedExecutor):
+        gpu = executor.description
+        yield OptimizationOutcome(name="cuda_graphs", applied=gpu.num_graphs > 0, reason=gpu.graphs)
+        yield OptimizationOutcome(
+            name="flash_attention", applied=gpu.attention != "sdpa", reason=f"{gpu.attention}: {gpu.attention_reason}"
+        )
+    else:
+        for name in ("cuda_graphs", "flash_attention"):
+            yield OptimizationOutcome(name=name, applied=False, reason=f"the engine runs on a CPU: {executor.name}")
+    for name in _NOT_BUILT:
+        yield OptimizationOutcome(name=name, applied=False, reason="not built yet")

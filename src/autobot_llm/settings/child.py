@@ -1,0 +1,13 @@
+"""The environment for a child process. Knows which variables are ours; knows nothing of the child."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from autobot_llm.settings.load import is_ours
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `extra`, and without our own settings, among which are API keys."""
+    return {name: value for name, value in os.environ.items() if not is_ours(name)} | dict(extra)

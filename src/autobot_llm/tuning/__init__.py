@@ -1,0 +1,1 @@
+"""What makes an engine fast, worked out beforehand. Knows engines' settings; knows nothing of requests."""
