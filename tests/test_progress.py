@@ -18,7 +18,7 @@ with Progress("Loading [a] model") as progress:
     {work}
 print("rich" in sys.modules)
 """
-GROWING = "[(progress.advance(i * 10**9, 100 * 10**9), time.sleep(0.03)) for i in range(60)]"
+GROWING = "[(progress.advance('weights', i * 10**9, 100 * 10**9), time.sleep(0.03)) for i in range(60)]"
 
 
 def on_a_terminal(work: str) -> tuple[str, str]:
@@ -58,20 +58,29 @@ def test_a_bar_shows_bytes_and_their_rate() -> None:
 
 
 def test_what_comes_after_the_last_byte_has_no_measure() -> None:
-    shown, _ = on_a_terminal(f"{GROWING}; progress.advance(10**11, 10**11); time.sleep(0.5)")
+    shown, _ = on_a_terminal(f"{GROWING}; progress.advance('weights', 10**11, 10**11); time.sleep(0.5)")
     frames = [frame for frame in shown.split("\x1b[2K") if "Loading [a] model" in frame]
     assert "GB" in frames[-12]  # ten frames a second
     assert "GB" not in frames[-1]
 
 
+def test_other_phases_are_counted_in_pieces() -> None:
+    shown, _ = on_a_terminal(
+        "time.sleep(PATIENCE + 0.3); progress.advance('kernels', 0, 0); time.sleep(0.4);"
+        " progress.advance('graphs', 3, 24); time.sleep(0.4)"
+    )
+    assert shown.index("kernels") < shown.index("3 of 24 graphs")
+    assert "GB" not in shown
+
+
 def test_quick_work_is_not_worth_a_word_nor_a_library() -> None:
-    shown, printed = on_a_terminal("progress.advance(1, 1)")
+    shown, printed = on_a_terminal("progress.advance('weights', 1, 1)")
     assert shown == ""
     assert printed == "False\n"
 
 
 def test_without_a_terminal_it_is_one_line() -> None:
-    work = "progress.advance(1, 2); time.sleep(PATIENCE + 0.3); progress.advance(2, 2)"
+    work = "progress.advance('weights', 1, 2); time.sleep(PATIENCE + 0.3); progress.advance('weights', 2, 2)"
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(work=work)], capture_output=True, text=True, check=True)
     assert done.stderr == "Loading [a] model ...\n"
 

@@ -24,10 +24,10 @@ async def main(began: float, folder: str, device: str, cache_dir: str) -> None:
 
     assert _engine
     imported = time.time()
-    complete: list[float] = []  # when a phase of loading reached its end; the weights are the first
+    complete: list[float] = []  # when the last weight was there
 
-    def on_progress(done: int, in_all: int) -> None:
-        if done >= in_all:
+    def on_progress(phase: str, done: int, in_all: int) -> None:
+        if phase == "weights" and done >= in_all:
             complete.append(time.time())
 
     overrides = {"default_model": folder, "device": device, "cache_dir": Path(cache_dir)}

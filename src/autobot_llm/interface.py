@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from autobot_llm.providers.base import (
     Embedder,
     ModelInfo,
     ModelLoader,
+    OnProgress,
     Provider,
     ProviderStatus,
     Streamer,
@@ -66,9 +67,8 @@ class LLMInterface:
     """One async interface in front of every provider; `async with LLMInterface.from_env() as llm: ...`.
 
     `settings` None reads the environment and `.env`. `providers` replaces the built-in ones, by name; the default is
-    then the one that settings name, else the first. `on_progress` hears (done, in all), from any thread, while a
-    provider loads a model. Belongs to one event loop. Every method that asks a provider
-    raises the errors of `autobot_llm.errors`.
+    then the one that settings name, else the first. `on_progress` hears how far a provider is that loads a
+    model. Belongs to one event loop. Every method that asks a provider raises the errors of `autobot_llm.errors`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class LLMInterface:
         settings: Settings | None = None,
         *,
         providers: Mapping[str, Provider] | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self.settings = load_settings() if settings is None else settings
         self._on_progress = on_progress

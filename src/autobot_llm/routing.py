@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
-from autobot_llm.providers.base import Provider, Streamer
+from autobot_llm.providers.base import OnProgress, Provider, Streamer
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import LLMRequest
@@ -154,7 +154,7 @@ _CLIENTS: Mapping[str, Callable[[Settings], Provider]] = {
 }
 
 
-def build_provider(settings: Settings, name: str, on_progress: Callable[[int, int], None] | None = None) -> Provider:
+def build_provider(settings: Settings, name: str, on_progress: OnProgress | None = None) -> Provider:
     """The provider called `name`, not yet started. Imports the engine, torch with it, only for "native".
 
     Raises ConfigurationError where it does not exist yet or a part that it needs is not installed, and

@@ -46,6 +46,6 @@ async def _pull(settings: Settings, model: str, progress: Progress) -> None:
                 if step.total:
                     layers[step.digest] = step
                     total = sum(layer.total for layer in layers.values())
-                    progress.advance(sum(layer.completed for layer in layers.values()), total)
+                    progress.advance("layers", sum(layer.completed for layer in layers.values()), total)
     finally:
         await provider.close()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+OnProgress: TypeAlias = Callable[[str, int, int], None]
+"""Hears (phase, done, in all) while an engine is made: bytes of "weights", and on a GPU then pieces of "kernels" and
+"graphs"; 0 in all where nobody knows. Called on the thread that makes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from autobot_llm.engine.attention.sdpa import SdpaAttention
 from autobot_llm.engine.batching.preemption import SwapSpace
 from autobot_llm.engine.batching.profiles import SchedulingPolicy, get_batching_config
 from autobot_llm.engine.batching.scheduler import Scheduler
+from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.eager import EagerExecutor
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import Executor, SwappingExecutor
@@ -78,8 +79,8 @@ class _Sizes:
     scheduling_policy: SchedulingPolicy
 
 
-def load_engine(options: EngineOptions, on_progress: Callable[[int, int], None] | None = None) -> Engine:
-    """Read, check and set up everything; nothing is left half-made. `on_progress` gets bytes (read, in all).
+def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -> Engine:
+    """Read, check and set up everything; nothing is left half-made. `on_progress` hears how far that is.
 
     Raises ModelLoadError for the folder, ConfigurationError for an option or for memory that does not suffice.
     """
@@ -182,7 +183,7 @@ def _executor(
     device: torch.device,
     cache_dtype: torch.dtype,
     block_bytes: int,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
 ) -> tuple[Executor, int]:
     """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch."""
     if device.type == "cuda":
@@ -212,7 +213,7 @@ def _gpu_executor(
     options: EngineOptions,
     sizes: _Sizes,
     device: torch.device,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
 ) -> tuple[Executor, int]:
     from autobot_llm.engine.gpu.build import build_gpu_executor  # triton is needed only here
 
@@ -238,7 +239,7 @@ def _cpu_executor(
     sizes: _Sizes,
     device: torch.device,
     num_blocks: int,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
 ) -> Executor:
     """The compiled step where it can run, else torch, and why."""
     why_eager = "switched off by AUTOBOT_COMPILED_STEP"
@@ -258,12 +259,12 @@ def _compiled_executor(
     options: EngineOptions,
     sizes: _Sizes,
     num_blocks: int,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
 ) -> CompiledExecutor:
     check_coverage(config)
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
     # The weights as they are stored: the step widens bfloat16 by itself.
-    weights = load_weights(options.folder, config, dtype=None, device="cpu", on_progress=on_progress)
+    weights = load_weights(options.folder, config, dtype=None, device="cpu", on_progress=_of_weights(on_progress))
     _use_one_torch_thread_here()
     return CompiledExecutor(
         config,
@@ -274,6 +275,10 @@ def _compiled_executor(
         max_model_len=sizes.max_model_len,
         num_threads=options.cpu_threads,
     )
+
+
+def _of_weights(on_progress: OnProgress | None) -> Callable[[int, int], None] | None:
+    return None if on_progress is None else partial(on_progress, "weights")
 
 
 def _use_one_torch_thread_here() -> None:
@@ -296,12 +301,12 @@ def _eager_executor(
     sizes: _Sizes,
     device: torch.device,
     num_blocks: int,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
     *,
     reason: str,
 ) -> EagerExecutor:
     dtype = torch.float32 if device.type == "cpu" else None
-    weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=on_progress)
+    weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=_of_weights(on_progress))
     if device.type == "cpu" and options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
     attention = SdpaAttention(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device)

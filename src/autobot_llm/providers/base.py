@@ -41,6 +41,15 @@ class Streamer(Protocol):
     def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]: ...
 
 
+class OnProgress(Protocol):
+    """Hears, from any thread, how far loading a model is.
+
+    `phase` is "weights" (counted in bytes), "kernels" or "graphs" (in pieces); `num_total` is 0 where nobody knows.
+    """
+
+    def __call__(self, phase: str, num_done: int, num_total: int) -> None: ...
+
+
 class Provider(Streamer, Protocol):
     """A place where answers come from. `start` and `close` may be called more than once."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch
 from autobot_llm.engine.attention.choice import make_attention
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
 from autobot_llm.engine.batching.plan import StepBatch
-from autobot_llm.engine.description import GpuDescription
+from autobot_llm.engine.description import GpuDescription, OnProgress
 from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.gpu.executor import GpuExecutor, decode_graph_sizes, prompt_graph_sizes
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
@@ -47,12 +47,13 @@ def build_gpu_executor(
     options: GpuOptions,
     limits: GpuLimits,
     device: torch.device,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
 ) -> tuple[GpuExecutor, CachePlan]:
     """Load, measure, allocate and capture. Raises ConfigurationError for what does not fit, and says what would."""
-    builder = _Builder(config, options, limits, device)
+    tell = on_progress or _tell_nobody
+    builder = _Builder(config, options, limits, device, tell)
     builder.check_headers()
-    weights = load_weights(options.folder, config, dtype=None, device=device, on_progress=on_progress)
+    weights = load_weights(options.folder, config, dtype=None, device=device, on_progress=partial(tell, "weights"))
     activation_bytes = builder.measure_largest_step(weights)
     plan = builder.plan(weights.num_bytes, activation_bytes)
     try:
@@ -64,8 +65,15 @@ def build_gpu_executor(
         ) from error
 
 
+def _tell_nobody(phase: str, num_done: int, num_total: int) -> None:
+    """What loading tells where nobody asked."""
+
+
 class _Builder:
-    def __init__(self, config: ModelConfig, options: GpuOptions, limits: GpuLimits, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, options: GpuOptions, limits: GpuLimits, device: torch.device, tell: OnProgress
+    ) -> None:
+        self._tell = tell
         free, total = torch.cuda.mem_get_info(device)
         self._config = config
         self._options = options
@@ -113,6 +121,7 @@ class _Builder:
         largest = _largest_batch(self._limits)
         try:
             executor = self._bare_executor(weights, num_blocks=1)
+            self._tell("kernels", 0, 0)
             with compile_ahead(self._device):
                 executor.execute(largest)
                 warm_up(executor)
@@ -141,7 +150,7 @@ class _Builder:
             )
         start = time.perf_counter()
         warm_up(executor)
-        executor.capture()
+        executor.capture(partial(self._tell, "graphs"))
         executor.description = GpuDescription(
             device=torch.cuda.get_device_name(self._device),
             attention=executor.attention.name,

@@ -158,7 +158,7 @@ class GpuExecutor:
         self.copy_out = self._swapper.copy_out
         self.copy_in = self._swapper.copy_in
 
-    def capture(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def capture(self, on_progress: Callable[[int, int], None]) -> None:
         """Capture every size of step that is replayed; `on_progress` gets (captured, in all).
 
         Largest first, because the smaller ones then fit into the memory that it left in the pool.
@@ -168,8 +168,7 @@ class GpuExecutor:
             for i, graph in enumerate(graphs):
                 self._replay(graph, self._fill_with_padding(graph))
                 self._stream.synchronize()
-                if on_progress is not None:
-                    on_progress(i + 1, len(graphs))
+                on_progress(i + 1, len(graphs))
             if graphs:
                 self._graph_staging.resume()
         self._decode_sizes = tuple(sorted(graph.num_tokens for graph in graphs if graph.batch is not None))

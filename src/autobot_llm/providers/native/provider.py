@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCach
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.service import EngineService
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
-from autobot_llm.providers.base import ModelInfo, ProviderStatus
+from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.from_engine import Answer
 from autobot_llm.providers.native.optimizations import running_optimizations
@@ -47,7 +47,7 @@ class NativeProvider:
 
     name = "native"
 
-    def __init__(self, settings: Settings, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, settings: Settings, *, on_progress: OnProgress | None = None) -> None:
         self._settings = settings
         self._on_progress = on_progress
         self._default = settings.default_model.removeprefix(f"{self.name}/")
