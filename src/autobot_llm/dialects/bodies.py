@@ -30,9 +30,7 @@ def read_object(data: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"the body is not valid JSON in UTF-8: {exc}", code="invalid_json") from exc
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body is not a JSON object", code="invalid_json")
-    if (
-        data.count(b"{") + data.count(b"[") <= MAX_NESTING
-    ):  # as nearly always: looking closer costs more than decoding
+    if data.count(b"{") + data.count(b"[") <= MAX_NESTING:  # as nearly always: looking closer costs more than decoding
         return fields
     for name, value in fields.items():
         if isinstance(value, dict | list) and _nests_deeper(value, MAX_NESTING):
