@@ -30,6 +30,7 @@ from raw_server import Asked, RawServer, Wire, raw_server
 from server_harness import QUESTION, Server, serving
 
 from autobot_llm.interface import LLMInterface
+from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.settings import CloudSettings, Settings
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Paris"}'}}
@@ -132,6 +133,22 @@ async def test_the_older_endpoint_models_and_unknown_fields_come_through() -> No
     assert models == ["m-1", "m-2"]
     body = upstream.bodies[-1]
     assert (body["reasoning_effort"], body["user"], body["top_k"], body["logit_bias"]) == ("low", "u", 4, {"5": -2})
+
+
+async def test_every_model_is_listed_by_a_name_that_can_be_asked_for() -> None:
+    providers = {name: ScriptedProvider([name], name=name, models=["a/b"]) for name in ("native", "other")}
+    settings = Settings(port=0)
+    async with (
+        serving(settings, LLMInterface(settings, providers=providers), None) as server,
+        server.client() as client,
+    ):  # type: ignore[type-var]
+        await client.chat.completions.create(model="other/a/b", messages=QUESTION)
+        names = [model.id async for model in client.models.list()]
+        answers = [await client.chat.completions.create(model=name, messages=QUESTION) for name in names]
+        shown = [await client.models.retrieve(name) for name in names]
+    assert names == ["a/b", "other/a/b"]
+    assert [answer.choices[0].message.content for answer in answers] == ["native", "other"]
+    assert [model.owned_by for model in shown] == ["native", "other"]
 
 
 async def test_an_answers_reasoning_and_refusal_may_be_sent_back_as_history() -> None:

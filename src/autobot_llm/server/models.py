@@ -1,4 +1,4 @@
-"""Find a model by the name in a path. Knows names only."""
+"""The names of models: how a client may ask for one, and which one it asks for. Knows names only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 from autobot_llm.errors import ModelNotFoundError
 from autobot_llm.types import ModelInfo
+
+
+def name_for(model: ModelInfo, default_provider: str) -> str:
+    """The name that a client may ask for: with its provider's before it, unless that answers by default."""
+    return model.id if model.provider == default_provider else f"{model.provider}/{model.id}"
 
 
 def find_model(models: Sequence[ModelInfo], wanted: str) -> ModelInfo:

@@ -11,7 +11,7 @@ from autobot_llm.dialects.openai.embeddings import embedding_reply, read_embeddi
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.server.answers import Service
 from autobot_llm.server.asgi import Exchange
-from autobot_llm.server.models import find_model
+from autobot_llm.server.models import find_model, name_for
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
 
 MODELS = "/v1/models"
@@ -76,7 +76,8 @@ class _Handlers:
 
     async def list_models(self, exchange: Exchange, record: RequestRecord) -> None:
         models = await self._llm.get_available_models()
-        data = [replies.model_fields(model) for model in models]
+        default = self._llm.default_provider
+        data = [replies.model_fields(model) | {"id": name_for(model, default)} for model in models]
         await exchange.reply(200, replies.encode({"object": "list", "data": data}))
 
     async def show_model(self, exchange: Exchange, record: RequestRecord) -> None:
