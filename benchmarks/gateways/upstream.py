@@ -25,7 +25,7 @@ _WHOLE = wire.whole_answer()
 _FAILURE = wire.failure()
 _NO_MODELS = wire.no_models()
 _BEGIN = wire.stream_begin()
-_PIECE = wire.stream_piece()
+_PIECES = wire.stream_pieces()
 _ENDS = {include_usage: wire.stream_end(include_usage) for include_usage in (False, True)}
 
 
@@ -107,9 +107,9 @@ class Answerer(asyncio.Protocol):
         self._num_left -= 1
         if self._num_left <= 0:
             self._decoder.discard(self)
-            self._transport.write(_PIECE + self._end)
+            self._transport.write(_PIECES[0] + self._end)
             return
-        self._transport.write(_PIECE)
+        self._transport.write(_PIECES[self._num_left % 2])
         if self._pace is not None:
             self._go_on()
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 MODEL = "gpt-4o-mini"
 PATH = "/v1/chat/completions"
-WORD = " word"  # the text of every piece of a stream
-QUOTED_WORD = b'" word"'  # as it stands in a chunk, whichever gateway wrote it
+# The pieces of a stream take turns: LiteLLM ends one that says the same a hundred times.
+WORDS = (" word", " words")
+QUOTED_WORD = b'" word'  # as either stands in a chunk, whichever gateway wrote it
 ANSWER_TEXT = "The fox looked at the river for a long time before it answered. " * 3
 FAIL = "please fail"  # a prompt with these words is answered with status 500
 _SYSTEM = "You are a librarian who answers questions about foxes, rivers and old books, briefly and to the point. "
@@ -79,9 +80,9 @@ def stream_begin() -> bytes:
     return head + _chunk({"role": "assistant", "content": "", "refusal": None})
 
 
-def stream_piece() -> bytes:
-    """One piece of text: about 230 bytes, as OpenAI sends them."""
-    return _chunk({"content": WORD})
+def stream_pieces() -> tuple[bytes, ...]:
+    """The pieces of text, about 230 bytes each, as OpenAI sends them."""
+    return tuple(_chunk({"content": word}) for word in WORDS)
 
 
 def stream_end(include_usage: bool) -> bytes:
