@@ -160,11 +160,12 @@ async def _send_stream(exchange: Exchange, events: AsyncGenerator[Event, None], 
     async with aclosing(events):
         async for event in events:
             data = waiting + encoder.encode(event)
-            if isinstance(event, Start | ChoiceEnd):
+            kind = type(event)
+            if kind is Start or kind is ChoiceEnd:
                 waiting = data
                 continue
             waiting = b""
-            last = isinstance(event, Finish)
+            last = kind is Finish
             if not data:
                 continue
             if not exchange.started:

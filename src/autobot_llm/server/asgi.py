@@ -62,7 +62,10 @@ class Exchange:
     def header(self, name: bytes) -> bytes | None:
         """The first header of this lower-case name, or None."""
         headers: Iterable[Header] = self._scope["headers"]
-        return next((value for key, value in headers if key == name), None)
+        for key, value in headers:
+            if key == name:
+                return value
+        return None
 
     async def body(self, max_bytes: int) -> bytes:
         """The whole body. Errors: `RequestTooLarge` over `max_bytes`, `RequestTimeout`, `ClientDisconnected`."""

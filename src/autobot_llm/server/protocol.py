@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from autobot_llm.server.gathering import GatheringTransport
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PIPELINED = 8  # requests queued on a connection beyond which it is not read further
@@ -15,6 +18,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     httptools keeps an endless header in memory. uvicorn 0.54 stops reading once a client pipelines a second request,
     and so is blind to its leaving, and then tells only the newest request: the first one would run on for nobody.
+    What one turn of the event loop writes is sent with one call.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -22,6 +26,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._is_reading_head = True
         self._unfinished: set[RequestResponseCycle] = set()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(GatheringTransport(transport))
 
     def data_received(self, data: bytes) -> None:
         if self._is_reading_head:
