@@ -35,7 +35,7 @@ export PYTHON_CHECK
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-gpu lint bench bench-gpu clean
+.PHONY: help run test test-gpu lint bench bench-gateway bench-gpu clean
 
 help:
 	@echo "make run       install, and start the server with the embedded model on 127.0.0.1:8100"
@@ -43,6 +43,7 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA device, and the kernels' tests on it"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     the benchmarks that run on a CPU; each ends with one JSON line"
+	@echo "make bench-gateway  what the server costs in front of another one, beside LiteLLM's (installed into build/)"
 	@echo "make bench-gpu the engine at 7B size on a GPU; makes two models of 14 GB first, if they are not there"
 	@echo "make clean     remove the environment, caches and build output"
 
@@ -66,6 +67,9 @@ lint: $(LINT_READY)
 bench: $(TEST_READY)
 	@test -n "$(CPU_BENCHMARKS)" || { echo "there is no CPU benchmark in benchmarks/" >&2; exit 1; }
 	@set -e; for benchmark in $(CPU_BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" $(ARGS); done
+
+bench-gateway: $(TEST_READY)
+	$(BIN)/python benchmarks/gateway.py $(ARGS)
 
 bench-gpu: $(TEST_READY) | $(RANDOM_MODEL) $(WIDENED_MODEL)
 	$(BIN)/python benchmarks/engine_gpu.py --random $(RANDOM_MODEL) --widened $(WIDENED_MODEL) $(ARGS)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+from typing import Any
 
 import pytest
 from server_harness import PATIENCE, QUESTION, Server, parse_reply, request_bytes, running_server, sse_events, until
 
-from autobot_llm.providers.scripted import Script
+from autobot_llm.interface import LLMInterface
+from autobot_llm.observability.metrics import Metrics
+from autobot_llm.providers.scripted import Script, ScriptedProvider
+from autobot_llm.server.app import create_app
+from autobot_llm.settings import Settings
 from autobot_llm.types import LLMRequest
 
 CHAT = "/v1/chat/completions"
@@ -46,6 +52,42 @@ async def test_a_client_that_leaves_before_the_first_piece_closes_its_stream() -
         await until(lambda: server.provider.num_open_streams == 1)
         writer.close()
         await until(lambda: server.provider.num_open_streams == 0)
+
+
+async def test_a_client_that_leaves_after_a_body_larger_than_the_connections_buffer_is_noticed() -> None:
+    async with running_server(ENDLESS, delay=0.01) as server:
+        _, writer = await server.connect()
+        question = {"role": "user", "content": "why " * 200_000}
+        writer.write(request_bytes("POST", CHAT, json.dumps({"messages": [question]}).encode()))
+        await until(lambda: server.provider.num_open_streams == 1)
+        writer.close()
+        await until(lambda: server.provider.num_open_streams == 0)
+
+
+async def test_any_asgi_server_can_tell_that_the_client_has_left() -> None:
+    provider = ScriptedProvider(ENDLESS, name="native", delay=0.01)
+    settings = Settings()
+    has_left = asyncio.Event()
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not provider.requests:
+            return {"type": "http.request", "body": STREAM, "more_body": False}
+        await has_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with LLMInterface(settings, providers={"native": provider}) as llm:
+        app = create_app(llm, settings, Metrics())
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        answering = asyncio.create_task(app(scope, receive, send))
+        await until(lambda: len(sent) > 2)
+        has_left.set()
+        await asyncio.wait_for(answering, PATIENCE)
+    assert provider.num_open_streams == 0
+    assert sent[-1]["more_body"], "nobody is told the end of a stream that was given up"
 
 
 async def test_a_client_that_resets_in_the_middle_of_its_body_costs_nothing() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from autobot_llm.collect import collect
@@ -104,10 +105,11 @@ class Answers:
 
     async def watch(self, exchange: Exchange, work: Coroutine[object, object, None]) -> None:
         """Do `work`, which replies, while watching for the client's leaving, which gives the work up at once."""
-        watcher = asyncio.create_task(_cancel_on_disconnect(exchange))
         exchange.task = asyncio.current_task()
         self._running.add(exchange)
         self._idle.clear()
+        is_told = exchange.listen_for_disconnect(partial(exchange.cancel, "client"))
+        watcher = None if is_told else asyncio.create_task(_cancel_on_disconnect(exchange))
         try:
             await work
         except asyncio.CancelledError:
@@ -115,7 +117,9 @@ class Answers:
                 raise
             raise _reason_of_end(exchange) from None
         finally:
-            watcher.cancel()
+            if watcher is not None:
+                watcher.cancel()
+            exchange.task = None  # what follows, as the reply that tells an error, is not given up
             self._running.discard(exchange)
             if not self._running:
                 self._idle.set()
@@ -160,11 +164,12 @@ async def _send_stream(exchange: Exchange, events: AsyncGenerator[Event, None], 
     async with aclosing(events):
         async for event in events:
             data = waiting + encoder.encode(event)
-            if isinstance(event, Start | ChoiceEnd):
+            kind = type(event)
+            if kind is Start or kind is ChoiceEnd:
                 waiting = data
                 continue
             waiting = b""
-            last = isinstance(event, Finish)
+            last = kind is Finish
             if not data:
                 continue
             if not exchange.started:

@@ -18,6 +18,7 @@ Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
+DEPARTURE = "autobot_llm.departure"  # our own server's ASGI extension: its `listen` takes who is to be told
 BODY_TIMEOUT = 60.0  # seconds a client may take to send its body
 
 
@@ -62,7 +63,10 @@ class Exchange:
     def header(self, name: bytes) -> bytes | None:
         """The first header of this lower-case name, or None."""
         headers: Iterable[Header] = self._scope["headers"]
-        return next((value for key, value in headers if key == name), None)
+        for key, value in headers:
+            if key == name:
+                return value
+        return None
 
     async def body(self, max_bytes: int) -> bytes:
         """The whole body. Errors: `RequestTooLarge` over `max_bytes`, `RequestTimeout`, `ClientDisconnected`."""
@@ -105,8 +109,19 @@ class Exchange:
     def _too_large(self, max_bytes: int) -> RequestTooLarge:
         return RequestTooLarge(f"the request's body is larger than AUTOBOT_MAX_BODY_BYTES={max_bytes}")
 
+    def listen_for_disconnect(self, listener: Callable[[], None]) -> bool:
+        """Have `listener` called when the client goes; False where only `wait_for_disconnect` tells.
+
+        Both are to be used when the body has been read.
+        """
+        departure = self._scope.get("extensions", {}).get(DEPARTURE)
+        if departure is None:
+            return False
+        departure["listen"](listener)
+        return True
+
     async def wait_for_disconnect(self) -> None:
-        """Return once the client has gone; to be used when the body has been read."""
+        """Return once the client has gone."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 

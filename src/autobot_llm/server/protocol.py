@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from autobot_llm.server.asgi import DEPARTURE
+from autobot_llm.server.gathering import GatheringTransport
+
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PIPELINED = 8  # requests queued on a connection beyond which it is not read further
+
+
+class _Departure:
+    """Tells one listener that the client of a request has left before it had its answer."""
+
+    __slots__ = ("_listener", "cycle")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self.cycle = cycle
+        self._listener: Callable[[], None] | None = None
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """To be used when the body has been read. Has the connection read on, or its end would not be noticed."""
+        self._listener = listener
+        if self.cycle.disconnected:
+            listener()
+        else:
+            self.cycle.flow.resume_reading()
+
+    def tell(self) -> None:
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        if self._listener is not None:
+            self._listener()
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -15,13 +44,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     httptools keeps an endless header in memory. uvicorn 0.54 stops reading once a client pipelines a second request,
     and so is blind to its leaving, and then tells only the newest request: the first one would run on for nobody.
+    What one turn of the event loop writes is sent with one call. A request's scope has a `DEPARTURE` among its
+    extensions, so that no task is needed to wait for the client's leaving.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_head_bytes = 0
         self._is_reading_head = True
-        self._unfinished: set[RequestResponseCycle] = set()
+        self._departures: list[_Departure] = []  # of requests without an answer so far
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(GatheringTransport(transport))
 
     def data_received(self, data: bytes) -> None:
         if self._is_reading_head:
@@ -33,7 +67,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_reading_head = False
         super().on_headers_complete()
-        self._unfinished = {cycle for cycle in self._unfinished if not cycle.response_complete} | {self.cycle}
+        departure = _Departure(self.cycle)
+        self.cycle.scope["extensions"] = {DEPARTURE: {"listen": departure.listen}}
+        self._departures = [other for other in self._departures if not other.cycle.response_complete]
+        self._departures.append(departure)
         if len(self.pipeline) <= MAX_PIPELINED:
             self.flow.resume_reading()
 
@@ -44,8 +81,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for cycle in self._unfinished:
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
-        self._unfinished = set()
+        departures, self._departures = self._departures, []
+        for departure in departures:
+            if not departure.cycle.response_complete:
+                departure.tell()

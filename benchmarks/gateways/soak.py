@@ -1,0 +1,133 @@
+"""Whether a gateway is the same after many requests, a tenth of them failing or given up: memory, tasks, sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gateways import commands, load, wire
+from gateways.measure import run
+from gateways.processes import Command, Server, started
+
+NUM_CONNECTIONS = 32
+NUM_DESERTERS = 4
+WARM_UP = 2_000
+SETTLE_SECONDS = 10.0  # the pool closes the connections that it has too many of after two
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    memory_mb: float
+    num_tasks: int
+    num_sockets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Soak:
+    """What was asked, and what the server was before and after it."""
+
+    num_whole: int
+    num_failed: int
+    num_given_up: int
+    seconds: float
+    before: State
+    after: State
+
+    @property
+    def memory_growth(self) -> float:
+        return self.after.memory_mb / self.before.memory_mb - 1
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def soak(upstream_port: int, num_requests: int, core: int | None) -> Soak:
+    """Ask a fresh server of ours `num_requests` times: of twenty, one fails upstream and one is a stream given up."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        probe = Path(folder) / "num_tasks"
+        plain = commands.ours(upstream_port, probed=True)
+        environment = {**plain.environment, "PROBE_FILE": str(probe)}
+        command = Command(plain.name, plain.arguments, environment, plain.headers)
+        with started(command, Path(folder), core) as server:
+            _ask(server, WARM_UP)
+            before = _settled(server, probe, lambda state: True)
+            began = time.perf_counter()
+            num_given_up = _ask(server, num_requests)
+            seconds = time.perf_counter() - began
+            after = _settled(
+                server,
+                probe,
+                lambda state: state.num_tasks <= before.num_tasks and state.num_sockets <= before.num_sockets,
+            )
+    num_failed = num_requests // 20
+    return Soak(num_requests - num_failed - num_given_up, num_failed, num_given_up, seconds, before, after)
+
+
+def _ask(server: Server, num_requests: int) -> int:
+    """Ask, all kinds at once; the number of streams that were given up."""
+    host = f"127.0.0.1:{server.port}"
+    num_odd = num_requests // 20
+    each = -(-num_odd // NUM_DESERTERS)
+    whole = wire.requests(host, server.headers)
+    failing = wire.failing_requests(host, server.headers)
+    endless = wire.requests(host, server.headers, num_chunks=100_000, pace_ms=1)
+    num_whole = num_requests - num_odd - each * NUM_DESERTERS
+
+    async def all_kinds() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(
+                load.run(server.port, whole, load.check_whole, num_connections=NUM_CONNECTIONS, num_requests=num_whole)
+            )
+            group.create_task(
+                load.run(server.port, failing, load.check_failure, num_connections=2, num_requests=num_odd)
+            )
+            for deserter in range(NUM_DESERTERS):
+                numbers = range(deserter * each, (deserter + 1) * each)
+                group.create_task(_desert(server.port, endless, numbers))
+
+    run(all_kinds())
+    return each * NUM_DESERTERS
+
+
+async def _desert(port: int, make: Callable[[int], bytes], numbers: range) -> None:
+    """Begin streams, and leave each one in its middle."""
+    for number in numbers:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(make(number))
+        async with asyncio.timeout(load.PATIENCE):
+            said = await reader.readuntil(wire.QUOTED_WORD)
+        if not said.startswith(b"HTTP/1.1 200"):
+            raise load.WrongAnswer(said[:300].decode("latin-1"))
+        writer.transport.abort()
+
+
+def _settled(server: Server, probe: Path, is_settled: Callable[[State], bool]) -> State:
+    """The state once the connections of the load are gone; at the latest after SETTLE_SECONDS."""
+    until = time.monotonic() + SETTLE_SECONDS
+    time.sleep(SETTLE_SECONDS / 3)
+    while not is_settled(state := _state(server, probe)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return state
+
+
+def _state(server: Server, probe: Path) -> State:
+    probe.unlink(missing_ok=True)
+    os.kill(server.root.pid, signal.SIGUSR1)
+    until = time.monotonic() + 10
+    while not probe.exists():
+        if server.has_ended or time.monotonic() > until:
+            raise RuntimeError(f"the server does not tell its state:\n{server.last_words()}")
+        time.sleep(0.01)
+    sockets = _num_sockets(server.root.pid)
+    return State(server.memory_mb(), int(probe.read_text()), sockets)
+
+
+def _num_sockets(pid: int) -> int:
+    return sum(str(link.readlink()).startswith("socket:") for link in Path(f"/proc/{pid}/fd").iterdir())
