@@ -118,10 +118,6 @@ async def _serve(settings: Settings) -> None:
         llm = LLMInterface(settings, on_progress=progress.advance)
 
         def announce(address: str) -> None:
-            # What is loaded by now stays. Collections that look at it again would cost each step's host a fifth of its
-            # time, and some steps many times their own (docs/log.md).
-            gc.collect()
-            gc.freeze()
             progress.stop()
             _spare_the_collector()
             click.echo("\n".join(start_lines(settings, llm.get_all_provider_status(), address)))
@@ -131,7 +127,10 @@ async def _serve(settings: Settings) -> None:
 
 
 def _spare_the_collector() -> None:
-    """Have Python look for cycles more rarely, and never among what has been loaded: 10 % less CPU time a request."""
+    """Have Python look for cycles more rarely, and never among what has been loaded.
+
+    That is 10 % of the CPU time of a request, and a fifth of the host's work in a step of the engine (docs/log.md).
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(MOST_YOUNG_OBJECTS, 20, 20)
