@@ -67,7 +67,7 @@ def measure(wanted: Callable[[int], Sequence[Command]], sizes: Sizes, where: Cor
 def soaked(sizes: Sizes, where: Cores, folder: Path) -> Soak:
     say(f"soak: {sizes.soak:,} requests")
     with pinned(where.others), upstream(folder, where.others) as floor:
-        return soak(floor.port, sizes.soak, where.gateway)
+        return soak(floor.port, sizes, where.gateway)
 
 
 def say(text: str) -> None:

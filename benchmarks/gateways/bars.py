@@ -128,6 +128,7 @@ def soak_table(soaked: Soak) -> Table:
         f"{soaked.num_whole:,} whole answers, {soaked.num_failed:,} failures of the upstream, "
         f"{soaked.num_given_up:,} streams given up by their clients; {soaked.seconds:.0f} s"
     )
+    table.notes.append("tasks: those that came after the start; both are taken when the clients have gone")
     return table
 
 

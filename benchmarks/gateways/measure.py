@@ -30,6 +30,8 @@ class Sizes:
     paced_pieces: int = 50
     pace_ms: int = 20
     soak: int = 20_000
+    before_soak: int = 20_000
+    settle_seconds: float = 3.0  # the pool closes the connections that it has too many of after two
 
 
 QUICK = Sizes(
@@ -41,6 +43,8 @@ QUICK = Sizes(
     pieces_per_stream=40,
     paced_pieces=5,
     soak=400,
+    before_soak=400,
+    settle_seconds=0.5,
 )
 
 

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gateways import commands, load, wire
-from gateways.measure import run
+from gateways.measure import Sizes, run
 from gateways.processes import Command, Server, started
 
 NUM_CONNECTIONS = 32
 NUM_DESERTERS = 4
-WARM_UP = 2_000
-SETTLE_SECONDS = 10.0  # the pool closes the connections that it has too many of after two
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +46,30 @@ class Soak:
         return asdict(self)
 
 
-def soak(upstream_port: int, num_requests: int, core: int | None) -> Soak:
-    """Ask a fresh server of ours `num_requests` times: of twenty, one fails upstream and one is a stream given up."""
+def soak(upstream_port: int, sizes: Sizes, core: int | None) -> Soak:
+    """Ask a fresh server of ours `sizes.soak` times: of twenty, one fails upstream and one is a stream given up.
+
+    It is compared with what it was after `sizes.before_soak` requests: until then its memory grows to what it needs.
+    """
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         probe = Path(folder) / "num_tasks"
         plain = commands.ours(upstream_port, probed=True)
         environment = {**plain.environment, "PROBE_FILE": str(probe)}
         command = Command(plain.name, plain.arguments, environment, plain.headers)
         with started(command, Path(folder), core) as server:
-            _ask(server, WARM_UP)
-            before = _settled(server, probe, lambda state: True)
+            _ask(server, sizes.before_soak)
+            before = _settled(server, probe, sizes.settle_seconds, lambda state: True)
             began = time.perf_counter()
-            num_given_up = _ask(server, num_requests)
+            num_given_up = _ask(server, sizes.soak)
             seconds = time.perf_counter() - began
             after = _settled(
                 server,
                 probe,
+                sizes.settle_seconds,
                 lambda state: state.num_tasks <= before.num_tasks and state.num_sockets <= before.num_sockets,
             )
-    num_failed = num_requests // 20
-    return Soak(num_requests - num_failed - num_given_up, num_failed, num_given_up, seconds, before, after)
+    num_failed = sizes.soak // 20
+    return Soak(sizes.soak - num_failed - num_given_up, num_failed, num_given_up, seconds, before, after)
 
 
 def _ask(server: Server, num_requests: int) -> int:
@@ -108,10 +110,10 @@ async def _desert(port: int, make: Callable[[int], bytes], numbers: range) -> No
         writer.transport.abort()
 
 
-def _settled(server: Server, probe: Path, is_settled: Callable[[State], bool]) -> State:
-    """The state once the connections of the load are gone; at the latest after SETTLE_SECONDS."""
-    until = time.monotonic() + SETTLE_SECONDS
-    time.sleep(SETTLE_SECONDS / 3)
+def _settled(server: Server, probe: Path, seconds: float, is_settled: Callable[[State], bool]) -> State:
+    """The state when the load has been gone for `seconds`; up to three times that, where it has not settled by then."""
+    until = time.monotonic() + 3 * seconds
+    time.sleep(seconds)
     while not is_settled(state := _state(server, probe)) and time.monotonic() < until:
         time.sleep(0.2)
     return state

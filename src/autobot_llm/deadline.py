@@ -18,6 +18,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
+        self._loop = asyncio.get_running_loop()  # asked for once: before Python 3.12 this is a system call
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[object] | None = None
         self._cancelling_before = 0
@@ -26,7 +27,7 @@ class Deadline:
 
     def __enter__(self) -> Deadline:
         if self._seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._pass)
+            self._timer = self._loop.call_later(self._seconds, self._pass)
             self.resume()
         return self
 
@@ -37,7 +38,7 @@ class Deadline:
         if self._has_passed:
             raise self._timeout()
         if self._timer is not None:
-            self._waiting = task = asyncio.current_task()
+            self._waiting = task = asyncio.current_task(self._loop)
             self._cancelling_before = task.cancelling() if task is not None else 0
 
     def __exit__(

@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
         self._begin()
         self.is_lost = False
         self.num_exchanges = 0
-        self.idle_since = 0.0
+        self._idle_since = 0.0
 
     def _begin(self) -> None:
         self.status = 0
@@ -114,8 +114,13 @@ class Connection(asyncio.Protocol):
 
     def _end(self) -> None:
         self._is_idle = True
-        self.idle_since = self._loop.time()
+        self._idle_since = self._loop.time()
         self._stop_timer()
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long ago the last exchange was completed."""
+        return self._loop.time() - self._idle_since
 
     @property
     def is_reusable(self) -> bool:

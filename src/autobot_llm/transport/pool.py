@@ -196,11 +196,10 @@ class HttpPool:
     def _close_surplus(self) -> None:
         """Close the idle connections above the limit that have not been used for long enough, the oldest first."""
         self._surplus = None
-        loop = asyncio.get_running_loop()
-        last_use = loop.time() - self.limits.surplus_seconds
-        while len(self._idle) > self.limits.max_idle and self._idle[0].idle_since <= last_use:
+        while len(self._idle) > self.limits.max_idle and self._idle[0].idle_seconds >= self.limits.surplus_seconds:
             self._idle.pop(0).close()
         if len(self._idle) > self.limits.max_idle:
+            loop = asyncio.get_running_loop()
             self._surplus = loop.call_later(self.limits.surplus_seconds, self._close_surplus)
 
     def error_from(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception:
@@ -211,8 +210,7 @@ class HttpPool:
             raise ProviderUnavailable(f"the connections to {self.name} are closed")
         if fresh or not self._idle:
             return None
-        oldest_start = asyncio.get_running_loop().time() - self.limits.idle_seconds
-        while self._idle and self._idle[0].idle_since < oldest_start:
+        while self._idle and self._idle[0].idle_seconds > self.limits.idle_seconds:
             self._idle.pop(0).close()
         return self._idle.pop() if self._idle else None
 
