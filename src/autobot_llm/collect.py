@@ -119,6 +119,7 @@ def _response(
         reasoning=first.reasoning,
         processing_time=time.perf_counter() - began,
         time_to_first_token=None if first_delta is None else first_delta - began,
+        fallback_used=finish.fallback_used,
         timings=finish.timings,
         optimizations=finish.optimizations,
     )

@@ -47,6 +47,7 @@ from autobot_llm.routing import (
     choose_route,
     default_provider,
     known_providers,
+    make_links,
     unknown_provider,
 )
 from autobot_llm.settings import Settings, load_settings
@@ -85,6 +86,8 @@ class LLMInterface:
         if not self._known:
             raise ConfigurationError("providers is empty: expected at least one")
         self._default = default_provider(self.settings, self._known)
+        self._links = make_links(self.settings)
+        self._links_started = False
         self._in_use: dict[str, _InUse] = {}
         self._starting = asyncio.Lock()
         self._is_closed = False
@@ -117,6 +120,8 @@ class LLMInterface:
         async with self._starting:
             in_use, self._in_use = list(self._in_use.values()), {}
             failures = await asyncio.gather(*(one.provider.close() for one in in_use), return_exceptions=True)
+            self._links_started = False
+            failures += await asyncio.gather(*(link.close() for link in self._links.values()), return_exceptions=True)
         for failure in failures:
             if isinstance(failure, BaseException):
                 raise failure
@@ -335,7 +340,7 @@ class LLMInterface:
     def get_optimizations(self) -> list[ProviderRow]:
         """For every provider and optimization: whether it could apply, whether it runs now, and why."""
         in_use = {name: one.provider for name, one in self._in_use.items()}
-        return optimization_matrix(self._known, in_use)
+        return optimization_matrix(self._known, in_use, self._links)
 
     def get_cache_metrics(self) -> dict[str, bool | str]:
         """Whether answers are cached. There is no response cache yet, and so there are no figures of one."""
@@ -371,6 +376,9 @@ class LLMInterface:
         async with self._starting:
             if self._is_closed:
                 raise ProviderUnavailable("the interface is closed")
+            if not self._links_started:
+                await asyncio.gather(*(link.start() for link in self._links.values()))
+                self._links_started = True
             if name not in self._in_use:
                 provider = self._make(name)
                 try:
@@ -378,7 +386,7 @@ class LLMInterface:
                 except BaseException:
                     await provider.close()
                     raise
-                self._in_use[name] = _InUse(provider, build_chain(provider, self.settings))
+                self._in_use[name] = _InUse(provider, build_chain(provider, self._links))
             return self._in_use[name]
 
     def _make(self, name: str) -> Provider:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
-from autobot_llm.providers.base import Provider, Streamer
+from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import LLMRequest
@@ -89,23 +89,29 @@ class OptimizationRouter:
 
 
 class Wrapper(msgspec.Struct, frozen=True):
-    """One link of the chain: its optimization's name, and what puts it around the rest of the chain."""
+    """One link of the chain: its optimization's name, and what makes it; None where settings switch it off."""
 
     optimization: str
-    wrap: Callable[[Streamer, Settings], Streamer]
+    make: Callable[[Settings], Link | None]
 
 
 # From the caller inwards. An optimization joins the chain by one line here.
 WRAPPERS: tuple[Wrapper, ...] = ()
 
 
-def build_chain(provider: Provider, settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> Streamer:
-    """`provider` behind every wrapper that could apply to its kind, the first of `wrappers` outermost."""
+def make_links(settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> dict[str, Link]:
+    """The links that one interface's providers share, by optimization, the outermost first; not started."""
+    made = ((wrapper.optimization, wrapper.make(settings)) for wrapper in wrappers)
+    return {name: link for name, link in made if link is not None}
+
+
+def build_chain(provider: Provider, links: Mapping[str, Link]) -> Streamer:
+    """`provider` behind every link that could apply to its kind, the first of `links` outermost."""
     kind = kind_of(provider.name)
     chain: Streamer = provider
-    for wrapper in reversed(wrappers):
-        if OptimizationRouter.should_apply(wrapper.optimization, kind):
-            chain = wrapper.wrap(chain, settings)
+    for optimization, link in reversed(links.items()):
+        if OptimizationRouter.should_apply(optimization, kind):
+            chain = link.wrap(chain, provider)
     return chain
 
 

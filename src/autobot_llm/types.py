@@ -189,11 +189,15 @@ class ChoiceEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole answer is complete. Without it, the stream was cut short and nothing may be cached."""
+    """The whole answer is complete. Without it, the stream was cut short and nothing may be cached.
+
+    `fallback_used` says that another model than the one asked for has answered, in its stead.
+    """
 
     usage: Usage
     timings: Timings = Timings()
     optimizations: tuple[OptimizationOutcome, ...] = ()
+    fallback_used: bool = False
 
 
 Event = Start | TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta | ChoiceEnd | Finish

@@ -12,6 +12,7 @@ from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, LLMReq
 
 __all__ = [
     "Embedder",
+    "Link",
     "ModelInfo",
     "ModelLoader",
     "Provider",
@@ -39,6 +40,28 @@ class Streamer(Protocol):
     """
 
     def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]: ...
+
+
+class Link:
+    """One optimization, made once for an interface and put around the chain of each of its providers by `wrap`.
+
+    What the chains of all providers share (a store, limits, figures) lives in it. `start` and `close` may be called
+    more than once, and a closed one may be started again.
+    """
+
+    async def start(self) -> None:
+        """Open what it needs, before the first request. What it cannot open now must not fail requests."""
+
+    async def close(self) -> None:
+        """Give back what `start` opened. Called after every provider has been closed."""
+
+    def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
+        """`chain`, which ends in `provider`, with this optimization in front."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """Current figures by name, as a provider's are."""
+        return {}
 
 
 class Provider(Streamer, Protocol):
