@@ -88,6 +88,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cloud_batch_window_ms": ("0", 0.0, "-0.1"),
     "cloud_max_batch_size": ("3", 3, "0"),
     "cloud_retry_max_attempts": ("0", 0, "-1"),
+    "cloud_max_queued_requests": ("5", 5, "-1"),
     "cloud_budget_per_day": ("1.5", 1.5, "0"),
     "cloud_budget_per_month": ("20", 20.0, "inf"),
     "prompt_compression_enabled": ("yes", True, "2"),

@@ -11,6 +11,7 @@ LLMError
 ├── AuthenticationError    401  no API key, or a wrong one
 ├── OverloadedError        429  try again after `retry_after` seconds
 ├── RequestTimeout         408  the request's own deadline passed
+├── NotCached              504  only a kept answer was wanted, and there is none
 └── ProviderError          502  the provider failed
     ├── ProviderTimeout    504  it did not answer in time
     ├── ProviderUnavailable 503 it cannot be reached, or is shutting down
@@ -23,13 +24,15 @@ from __future__ import annotations
 class LLMError(Exception):
     """The root. `status` is the HTTP status the server answers with; `code` is a stable machine-readable name.
 
-    `retry_after` is in seconds, None where nobody said when to come back.
+    `retry_after` is in seconds, None where nobody said when to come back. `may_have_begun` is False where the
+    provider surely did nothing for the request.
     """
 
     status: int = 500
     type: str = "server_error"
     code: str | None = None
     retry_after: float | None = None
+    may_have_begun: bool = True
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -98,6 +101,7 @@ class OverloadedError(LLMError):
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
+    may_have_begun = False
 
     def __init__(self, message: str, *, retry_after: float, code: str | None = None) -> None:
         super().__init__(message, code=code)
@@ -110,6 +114,14 @@ class RequestTimeout(LLMError):
     status = 408
     type = "timeout_error"
     code = "request_timeout"
+
+
+class NotCached(LLMError):
+    """The request wants a kept answer or none (`only-if-cached`), and there is none. The status is RFC 9111's."""
+
+    status = 504
+    type = "not_cached_error"
+    code = "not_cached"
 
 
 class ProviderError(LLMError):
@@ -136,6 +148,12 @@ class ProviderUnavailable(ProviderError):
 
     status = 503
     code = "provider_unavailable"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, retry_after: float | None = None, may_have_begun: bool = True
+    ) -> None:
+        super().__init__(message, code=code, retry_after=retry_after)
+        self.may_have_begun = may_have_begun
 
 
 class EngineError(ProviderError):

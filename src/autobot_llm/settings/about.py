@@ -296,7 +296,15 @@ ABOUT: dict[str, About] = {
         "Milliseconds to wait for requests that can share a call.", "cloud/request_batching", OVER_HTTP
     ),
     "cloud_max_batch_size": About("Most requests that share a call.", "cloud/request_batching", OVER_HTTP),
-    "cloud_retry_max_attempts": About("Retries after a failed call.", "cloud/retry", OVER_HTTP),
+    "cloud_retry_max_attempts": About(
+        "Most retries of a call that failed and may be made again; 0 is off.", "cloud/retry", OVER_HTTP, now=True
+    ),
+    "cloud_max_queued_requests": About(
+        "Requests that may wait for the rate limit of one model; one more is refused with status 429.",
+        "cloud/rate_limits",
+        OVER_HTTP,
+        now=True,
+    ),
     "cloud_budget_per_day": About("US dollars that a day may cost.", "cloud/pricing", PAID),
     "cloud_budget_per_month": About("US dollars that a month may cost.", "cloud/pricing", PAID),
     # Every provider

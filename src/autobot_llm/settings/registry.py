@@ -146,6 +146,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cloud_batch_window_ms: NonNegative = 50.0
     cloud_max_batch_size: Count = 10
     cloud_retry_max_attempts: WholeNumber = 3
+    cloud_max_queued_requests: WholeNumber = 1000
     cloud_budget_per_day: Dollars | None = None
     cloud_budget_per_month: Dollars | None = None
 

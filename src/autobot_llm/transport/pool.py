@@ -230,9 +230,9 @@ class HttpPool:
         except TimeoutError as exc:
             connection.close()
             message = f"{self.name} could not be reached at {where} within {timeouts.connect:g} s"
-            raise ProviderUnavailable(message) from exc
+            raise ProviderUnavailable(message, may_have_begun=False) from exc
         except (OSError, UnicodeError) as exc:
-            raise ProviderUnavailable(f"{self.name} cannot be reached at {where}: {exc}") from exc
+            raise ProviderUnavailable(f"{self.name} cannot be reached at {where}: {exc}", may_have_begun=False) from exc
         self._num_connects += 1
         if not connection.is_lost:
             self._open.add(connection)
