@@ -22,10 +22,11 @@ from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCach
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.service import EngineService
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
-from autobot_llm.providers.base import ModelInfo, ProviderStatus
+from autobot_llm.providers.base import ModelInfo, ProviderStatus, ScoredToken
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.from_engine import Answer
 from autobot_llm.providers.native.optimizations import running_optimizations
+from autobot_llm.providers.native.scoring import score_text
 from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
@@ -154,6 +155,16 @@ class NativeProvider:
         engine = (await self._service(request.model or self._default)).engine
         assert engine is not None, "a started service has an engine"
         return len(await encode_prompt(engine, request, answer_shape(request, engine.tokenizer).tools))
+
+    async def score(self, text: str, *, before: str = "", model: str | None = None) -> tuple[ScoredToken, ...]:
+        """See `TextScorer`."""
+        return await score_text(await self._service(model or self._default), text, before)
+
+    async def text_counter(self, model: str | None = None) -> Callable[[str], int]:
+        engine = (await self._service(model or self._default)).engine
+        assert engine is not None, "a started service has an engine"
+        tokenizer = engine.tokenizer
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
     async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
         """Answer with the engine. Everything that can be refused is refused before `Start`."""
