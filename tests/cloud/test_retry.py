@@ -17,7 +17,6 @@ from autobot_llm.cloud.retry import (
     Retries,
     RetryBudget,
     RetryPolicy,
-    has_side_effects,
     is_transient,
 )
 from autobot_llm.errors import (
@@ -124,7 +123,7 @@ def test_what_has_side_effects_is_made_again_only_if_it_was_surely_not_begun() -
     ],
 )
 def test_side_effects_are_what_a_service_keeps_or_does_itself(fields: dict[str, Any], expected: bool) -> None:
-    assert has_side_effects(LLMRequest(prompt="x", **fields)) is expected
+    assert LLMRequest(prompt="x", **fields).has_side_effects is expected
 
 
 class Calls:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 import msgspec
 
 from autobot_llm.cloud.circuit_breaker import BreakerState, CircuitBreaker
-from autobot_llm.cloud.retry import Retries, RetryPolicy, has_side_effects
+from autobot_llm.cloud.retry import Retries, RetryPolicy
 from autobot_llm.errors import InvalidRequestError, LLMError, ProviderError, ProviderUnavailable
 from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.report import OptimizationOutcome
@@ -69,7 +69,7 @@ class Retried:
         loop = asyncio.get_running_loop()
         timeout = request.timeout if request.timeout is not None else self._default_timeout
         deadline = None if timeout is None else loop.time() + timeout
-        may_repeat = not has_side_effects(request)
+        may_repeat = not request.has_side_effects
         self._retries.note_call()
         failure: LLMError | None = None
         num_failures = 0

@@ -15,7 +15,6 @@ import msgspec
 
 from autobot_llm.errors import LLMError, OverloadedError, ProviderError
 from autobot_llm.transport.failures import error_from
-from autobot_llm.types import LLMRequest
 
 T = TypeVar("T")
 
@@ -77,14 +76,6 @@ class RetryBudget:
 def is_transient(error: LLMError) -> bool:
     """Whether the same call may well succeed later."""
     return isinstance(error, ProviderError | OverloadedError) and error.code not in HOPELESS_CODES
-
-
-def has_side_effects(request: LLMRequest) -> bool:
-    """Whether answering twice does more than cost twice: an answer kept by the service, tools that it runs itself."""
-    wishes = (request.service_options, request.extra_body)
-    keeps = any(fields.get("store") or fields.get("background") for fields in wishes)
-    runs_tools = any(tool.get("type", "function") != "function" for tool in request.tools or ())
-    return keeps or runs_tools or bool(request.extra_body.get("mcp_servers"))
 
 
 class Retries:

@@ -21,8 +21,8 @@ __all__ = [
     "ScoredToken",
     "Streamer",
     "TellsOptimizations",
-    "TellsRevision",
     "TellsRateLimits",
+    "TellsRevision",
     "TextScorer",
     "TokenCounter",
 ]

@@ -305,6 +305,12 @@ ABOUT: dict[str, About] = {
         OVER_HTTP,
         now=True,
     ),
+    "fallbacks": About(
+        "Models that answer where another one cannot: `openai/gpt-5.4 > anthropic/claude-sonnet-5, * > native/tiny`. "
+        "The first is a model, `openai/*` or `*`; the answer says that another model gave it.",
+        "cloud/fallback",
+        now=True,
+    ),
     "cloud_budget_per_day": About("US dollars that a day may cost.", "cloud/pricing", PAID),
     "cloud_budget_per_month": About("US dollars that a month may cost.", "cloud/pricing", PAID),
     # Every provider

@@ -23,6 +23,7 @@ from autobot_llm.settings.values import (
     Count,
     Dollars,
     Duration,
+    Fallback,
     Fraction,
     HttpUrl,
     Milliseconds,
@@ -147,6 +148,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cloud_max_batch_size: Count = 10
     cloud_retry_max_attempts: WholeNumber = 3
     cloud_max_queued_requests: WholeNumber = 1000
+    fallbacks: tuple[Fallback, ...] = ()
     cloud_budget_per_day: Dollars | None = None
     cloud_budget_per_month: Dollars | None = None
 

@@ -146,7 +146,12 @@ class AnthropicProvider:
         try:
             async with (
                 pool.stream(
-                    "POST", MESSAGES, body=encode(call.body), headers=call.headers, timeouts=timeouts
+                    "POST",
+                    MESSAGES,
+                    body=encode(call.body),
+                    headers=call.headers,
+                    timeouts=timeouts,
+                    may_repeat=not request.has_side_effects,
                 ) as answer,
                 aclosing(_pieces(pool, answer, reader)) as pieces,
             ):

@@ -90,7 +90,8 @@ class OpenAIClient:
         began = time.perf_counter()
         first: float | None = None
         timeouts = _STREAMED if request.stream else _WHOLE
-        async with self._pool.stream("POST", path, body=body, timeouts=timeouts) as answer:
+        may_repeat = not request.has_side_effects
+        async with self._pool.stream("POST", path, body=body, timeouts=timeouts, may_repeat=may_repeat) as answer:
             self._note_rate_limits(model, answer.headers)
             parser = self._parser(answer)
             if parser is None:
