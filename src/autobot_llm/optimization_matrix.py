@@ -67,7 +67,7 @@ def optimization_matrix(
 
 def _row(name: str, provider: Provider | None, links: Mapping[str, Link]) -> ProviderRow:
     kind = kind_of(name)
-    told = dict.fromkeys(links, (True, "it runs in front of the provider"))
+    told = {name: link.state() for name, link in links.items()}
     version: str | None = None
     teller: object = provider
     if isinstance(teller, TellsOptimizations):

@@ -64,6 +64,10 @@ class Link:
         """`chain`, which ends in `provider`, with this optimization in front."""
         raise NotImplementedError
 
+    def state(self) -> tuple[bool, str]:
+        """Whether it acts on a request that does not name it, and why, for the table of what runs."""
+        return True, "it runs in front of the provider"
+
     def metrics(self) -> dict[str, float]:
         """Current figures by name, as a provider's are."""
         return {}

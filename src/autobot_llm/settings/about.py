@@ -311,12 +311,31 @@ ABOUT: dict[str, About] = {
         "cloud/fallback",
         now=True,
     ),
-    "cloud_budget_per_day": About("US dollars that a day may cost.", "cloud/pricing", PAID),
-    "cloud_budget_per_month": About("US dollars that a month may cost.", "cloud/pricing", PAID),
+    "cloud_prices": About(
+        'JSON file of prices that replace ours: `{"openai/gpt-5.5": {"input": 5, "output": 30, "cached_input": 0.5, '
+        '"dated": "2026-11-20"}}`, US dollars per million tokens.',
+        "cloud/pricing",
+        PAID,
+        now=True,
+    ),
+    "cloud_budget_per_day": About(
+        "US dollars that a day (UTC) may cost; a request that could cost more than is left is refused with status 402.",
+        "cloud/costed",
+        PAID,
+        now=True,
+    ),
+    "cloud_budget_per_month": About("US dollars that a month (UTC) may cost.", "cloud/costed", PAID, now=True),
     # Every provider
-    "prompt_compression_enabled": About("Shorten prompts (lossy).", "universal/compression"),
+    "prompt_compression_enabled": About(
+        "Shorten the system prompts of all requests by rules (lossy); a request may ask for it, or for more, itself.",
+        "universal/prompt_compression",
+        now=True,
+    ),
     "prompt_compression_ratio": About(
-        "Length of a compressed prompt as a share of the original.", "universal/compression"
+        "Length of a compressed prompt as a share of the original; rules stop short of it where there is no more to "
+        "remove.",
+        "universal/prompt_compression",
+        now=True,
     ),
     "cache_enabled": About("Answer a repeated request from a cache.", "universal/response_cache"),
     "cache_l1_size": About("Answers kept in memory.", "universal/response_cache"),
