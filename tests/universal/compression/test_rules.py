@@ -15,12 +15,8 @@ from autobot_llm.universal.compression.phrases import FILLERS, NEGATIONS, OPENIN
 from autobot_llm.universal.compression.rules import Depth, shorten
 from autobot_llm.universal.compression.structure import mask, paragraphs
 
-PROMPTS = {
-    prompt["name"]: prompt["text"]
-    for prompt in map(
-        json.loads, (Path(__file__).parents[2] / "data" / "system_prompts.jsonl").read_text().splitlines()
-    )
-}
+LINES = (Path(__file__).parents[2] / "data" / "system_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+PROMPTS = {prompt["name"]: prompt["text"] for prompt in map(json.loads, LINES)}
 DEPTHS: tuple[Depth, ...] = ("wordiness", "telegraphic")
 
 CODE = """```python
