@@ -9,6 +9,7 @@ LLMError
 │   ├── ModelNotFoundError 404  no such model, or no such provider
 │   └── RequestTooLarge    413  the body is over the limit
 ├── AuthenticationError    401  no API key, or a wrong one
+├── BudgetExceededError    402  the money for the day or the month is spent
 ├── OverloadedError        429  try again after `retry_after` seconds
 ├── RequestTimeout         408  the request's own deadline passed
 ├── NotCached              504  only a kept answer was wanted, and there is none
@@ -93,6 +94,19 @@ class AuthenticationError(LLMError):
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+
+
+class BudgetExceededError(LLMError):
+    """The request could cost more than is left of a budget. `retry_after` (seconds) says when there is a new one."""
+
+    status = 402
+    type = "insufficient_quota"
+    code = "budget_exceeded"
+    may_have_begun = False
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class OverloadedError(LLMError):

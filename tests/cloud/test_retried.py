@@ -213,7 +213,7 @@ async def test_a_provider_that_keeps_failing_is_left_alone_and_asked_again_when_
     assert await outcome_of(chain) == "circuit_open"
     is_well, now = True, 17.0
     assert await outcome_of(chain) == "well"
-    assert breaker.state is BreakerState.CLOSED
+    assert str(breaker.state) == BreakerState.CLOSED
     assert chain.metrics()["num_circuit_openings"] == 2
 
 
@@ -258,7 +258,7 @@ async def test_what_the_service_keeps_is_not_asked_for_twice_unless_it_was_refus
             wire.reset()
             raise ConnectionError
 
-    stored = {"service_options": {"store": True}}
+    stored: dict[str, Any] = {"service_options": {"store": True}}
     async with raw_server(play) as server, interface(server) as llm:
         assert (await llm.chat_completion([{"role": "user", "content": "a"}], **stored)).content == "kept"
         with pytest.raises(ProviderUnavailable):

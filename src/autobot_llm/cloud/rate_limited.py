@@ -112,13 +112,16 @@ def _waited(seconds: float) -> OptimizationOutcome:
 
 def estimated_tokens(request: LLMRequest) -> float:
     """About how many tokens the request takes, by its length and by the most that it lets be generated."""
+    return estimated_prompt_tokens(request) + (request.max_tokens or 0) * request.n
+
+
+def estimated_prompt_tokens(request: LLMRequest) -> float:
+    """About how many tokens the prompt has, by the length of its text."""
     prompt = request.prompt
     if prompt is None:
         length = sum(map(_length, (message.content for message in request.messages or ())))
-        num_prompt = length / CHARACTERS_PER_TOKEN
-    else:
-        num_prompt = len(prompt) / CHARACTERS_PER_TOKEN if isinstance(prompt, str) else float(len(prompt))
-    return num_prompt + (request.max_tokens or 0) * request.n
+        return length / CHARACTERS_PER_TOKEN
+    return len(prompt) / CHARACTERS_PER_TOKEN if isinstance(prompt, str) else float(len(prompt))
 
 
 def _length(content: object) -> int:

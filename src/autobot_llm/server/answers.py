@@ -185,7 +185,14 @@ def _applied(outcome: OptimizationOutcome) -> str:
         "tokens_saved": outcome.tokens_saved,
         "ms_saved": None if outcome.milliseconds_saved is None else round(outcome.milliseconds_saved, 1),
         "bytes_saved": outcome.bytes_saved,
+        "dollars_spent": _dollars(outcome.dollars_spent),
+        "dollars_saved": _dollars(outcome.dollars_saved),
     }
     parts = [_HEADER_UNSAFE.sub("_", outcome.name)]
     parts += [f"{name}={value}" for name, value in savings.items() if value is not None]
     return ";".join(parts)
+
+
+def _dollars(amount: float | None) -> str | None:
+    """To a billionth, without an exponent: a cheap model's token costs less than a millionth."""
+    return None if amount is None else f"{amount:.9f}".rstrip("0").rstrip(".")
