@@ -12,6 +12,7 @@ import click
 
 from autobot_llm import __version__
 from autobot_llm.cli.chat import chat
+from autobot_llm.cli.compress import compress
 from autobot_llm.cli.config import config
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
@@ -35,6 +36,7 @@ Examples:
   autobot-llm config                           every setting, its value and its source
   autobot-llm knobs --engine vllm              what each setting becomes in an engine
   autobot-llm routes                           which optimization runs at which provider
+  autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -43,7 +45,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes):
+for command in (serve, chat, config, models, pull, knobs, routes, compress):
     cli.add_command(command)
 
 
