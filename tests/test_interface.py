@@ -22,6 +22,7 @@ from autobot_llm.errors import (
     InvalidRequestError,
     LLMError,
     ModelNotFoundError,
+    NotCached,
     OverloadedError,
     ProviderError,
     ProviderUnavailable,
@@ -502,12 +503,14 @@ async def test_models_status_and_metrics_are_those_of_the_providers_in_use() -> 
     }
 
 
-async def test_without_a_cache_nothing_is_said_to_be_cached() -> None:
-    async with interface() as llm:
-        assert llm.get_cache_metrics()["enabled"] is False
-        assert await llm.clear_cache() == {"l1": 0, "l2": 0}
-        assert await llm.clear_cache(l1=False) == {"l2": 0}
-        assert not (await llm.chat_completion(HELLO)).cached
+async def test_without_a_cache_nothing_is_cached_or_said_to_be() -> None:
+    async with interface(cache_enabled=False) as llm:
+        assert llm.get_cache_metrics() == {"enabled": False}
+        assert await llm.clear_cache() == {}
+        for _ in range(2):
+            assert not (await llm.chat_completion(HELLO, temperature=0)).cached
+        with pytest.raises(NotCached, match="AUTOBOT_CACHE_ENABLED is false"):
+            await llm.chat_completion(HELLO, cache={"mode": "only-if-cached"})
 
 
 async def test_a_closed_interface_refuses_and_can_be_opened_again() -> None:

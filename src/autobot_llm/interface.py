@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from autobot_llm.call_shapes import MessagesLike, make_request
+from autobot_llm.cloud.fallback import FallbackTable, WithFallbacks
 from autobot_llm.collect import collect
 from autobot_llm.counts import Counts, Ending
 from autobot_llm.deadline import Deadline
@@ -25,6 +26,7 @@ from autobot_llm.errors import (
     ConfigurationError,
     LLMError,
     ModelNotFoundError,
+    NotCached,
     ProviderError,
     ProviderUnavailable,
     RequestTimeout,
@@ -60,6 +62,7 @@ from autobot_llm.types import (
     LLMRequest,
     LLMResponse,
 )
+from autobot_llm.universal.response_cache import cache_among
 from autobot_llm.validation import validate_embedding, validate_request
 
 
@@ -87,7 +90,9 @@ class LLMInterface:
             raise ConfigurationError("providers is empty: expected at least one")
         self._default = default_provider(self.settings, self._known)
         self._links = make_links(self.settings)
+        self._cache = cache_among(self._links)
         self._links_started = False
+        self._fallbacks = FallbackTable(self.settings.fallbacks)
         self._in_use: dict[str, _InUse] = {}
         self._starting = asyncio.Lock()
         self._is_closed = False
@@ -162,7 +167,9 @@ class LLMInterface:
             timeout = request.timeout if request.timeout is not None else self.settings.timeout
             validate_request(request)
             with Deadline(timeout) as deadline:
-                chain, request = await self._routed(request)
+                chain, request = await self._reached(request)
+                if alternatives := self._fallbacks.of(request.provider or "", request.model):
+                    chain = WithFallbacks(chain, alternatives, self._reached, default_timeout=self.settings.timeout)
                 async with aclosing(chain.stream(request)) as events:
                     async for event in events:
                         deadline.pause()
@@ -333,27 +340,32 @@ class LLMInterface:
 
     def get_metrics(self) -> dict[str, dict[str, float]]:
         """Figures since the interface was made: its own under "interface", each provider's under its name."""
-        return {"interface": self._counts.figures()} | {
-            name: one.provider.metrics() for name, one in self._in_use.items()
-        }
+        figures = {"interface": self._counts.figures()}
+        for name, one in self._in_use.items():
+            figures[name] = own = dict(one.provider.metrics())
+            for link in self._links.values():
+                for figure, value in link.metrics_of(name).items():
+                    own[figure] = own.get(figure, 0.0) + value  # vLLM's own retries are retries too
+        return figures
 
     def get_optimizations(self) -> list[ProviderRow]:
         """For every provider and optimization: whether it could apply, whether it runs now, and why."""
-        in_use = {name: one.provider for name, one in self._in_use.items()}
-        return optimization_matrix(self._known, in_use, self._links)
+        return optimization_matrix(self._known, {name: one.provider for name, one in self._in_use.items()}, self._links)
 
-    def get_cache_metrics(self) -> dict[str, bool | str]:
-        """Whether answers are cached. There is no response cache yet, and so there are no figures of one."""
-        return {"enabled": False, "reason": "the response cache is not implemented yet"}
+    def get_cache_metrics(self) -> dict[str, bool | int | float | str]:
+        """What the response cache has done since the interface was made, and holds; see `CacheMetrics`."""
+        return {"enabled": False} if self._cache is None else msgspec.structs.asdict(self._cache.figures())
 
     async def clear_cache(self, l1: bool = True, l2: bool = True) -> dict[str, int]:
-        """The number of cached answers removed from each level asked for: none, as long as there is no cache."""
-        return {level: 0 for level, asked in (("l1", l1), ("l2", l2)) if asked}
+        """Remove every kept answer, in memory (l1) and in the shared store (l2); see `ResponseCache.clear`."""
+        return {} if self._cache is None else await self._cache.clear(l1=l1, l2=l2)
 
-    async def _routed(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
+    async def _reached(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
         """The chain that answers, and the request as the chain gets it."""
         route = self.route(request)
         chosen = await self._usable(route.provider)
+        if self._cache is None and request.cache is not None and request.cache.mode == "only-if-cached":
+            raise NotCached("AUTOBOT_CACHE_ENABLED is false: no answer is kept", param="cache")
         return chosen.chain, msgspec.structs.replace(
             request,
             provider=route.provider,
@@ -390,9 +402,8 @@ class LLMInterface:
             return self._in_use[name]
 
     def _make(self, name: str) -> Provider:
-        if self._given is not None:
-            return self._given[name]
-        return build_provider(self.settings, name, self._on_progress)
+        given = self._given
+        return given[name] if given is not None else build_provider(self.settings, name, self._on_progress)
 
 
 def _asked(messages: LLMRequest | MessagesLike | None, llm_type: str, options: dict[str, Any]) -> LLMRequest:

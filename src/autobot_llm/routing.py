@@ -10,11 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from autobot_llm.cloud.costed import CostLink
+from autobot_llm.cloud.rate_limited import RateLimitLink
+from autobot_llm.cloud.retried import RetryLink
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
 from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import LLMRequest
+from autobot_llm.universal.deduplication import deduplication
+from autobot_llm.universal.prompt_compression import prompt_compression
+from autobot_llm.universal.response_cache import response_cache
 
 
 class ProviderType(enum.StrEnum):
@@ -95,8 +101,21 @@ class Wrapper(msgspec.Struct, frozen=True):
     make: Callable[[Settings], Link | None]
 
 
+# Links that optimize nothing, and the kinds of providers that they stand in front of.
+_OTHER_LINKS: Mapping[str, frozenset[ProviderType]] = {
+    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER})
+}
+
+
 # From the caller inwards. An optimization joins the chain by one line here.
-WRAPPERS: tuple[Wrapper, ...] = ()
+WRAPPERS: tuple[Wrapper, ...] = (
+    Wrapper("response_caching", response_cache),
+    Wrapper("request_deduplication", deduplication),
+    Wrapper("prompt_compression", prompt_compression),
+    Wrapper("cost", CostLink),
+    Wrapper("retry_with_backoff", RetryLink),
+    Wrapper("rate_limit_handling", RateLimitLink),
+)
 
 
 def make_links(settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> dict[str, Link]:
@@ -109,8 +128,8 @@ def build_chain(provider: Provider, links: Mapping[str, Link]) -> Streamer:
     """`provider` behind every link that could apply to its kind, the first of `links` outermost."""
     kind = kind_of(provider.name)
     chain: Streamer = provider
-    for optimization, link in reversed(links.items()):
-        if OptimizationRouter.should_apply(optimization, kind):
+    for optimization, link in reversed(tuple(links.items())):
+        if OptimizationRouter.should_apply(optimization, kind) or kind in _OTHER_LINKS.get(optimization, ()):
             chain = link.wrap(chain, provider)
     return chain
 
