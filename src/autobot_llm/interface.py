@@ -45,6 +45,7 @@ from autobot_llm.providers.base import (
 from autobot_llm.routing import (
     Route,
     build_chain,
+    build_embedder,
     build_provider,
     choose_route,
     default_provider,
@@ -251,8 +252,8 @@ class LLMInterface:
 
     async def _embedded(self, request: EmbeddingRequest) -> EmbeddingResponse:
         route = self.route(LLMRequest(model=request.model, provider=request.provider, llm_type="embedding"))
-        embedder: object = (await self._usable(route.provider)).provider
-        if not isinstance(embedder, Embedder):
+        embedder = (await self._usable(route.provider)).embedder
+        if embedder is None:
             raise UnsupportedError(f"provider '{route.provider}' makes no embeddings", param="model")
         return await embedder.embed(
             msgspec.structs.replace(
@@ -398,7 +399,9 @@ class LLMInterface:
                 except BaseException:
                     await provider.close()
                     raise
-                self._in_use[name] = _InUse(provider, build_chain(provider, self._links))
+                self._in_use[name] = _InUse(
+                    provider, build_chain(provider, self._links), build_embedder(provider, self._links)
+                )
             return self._in_use[name]
 
     def _make(self, name: str) -> Provider:
@@ -414,7 +417,8 @@ def _asked(messages: LLMRequest | MessagesLike | None, llm_type: str, options: d
 
 @dataclass(frozen=True, slots=True)
 class _InUse:
-    """A started provider and the chain in front of it."""
+    """A started provider, the chain in front of it, and that for embeddings, where it makes them."""
 
     provider: Provider
     chain: Streamer
+    embedder: Embedder | None

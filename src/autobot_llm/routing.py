@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from autobot_llm.cloud.batched_embeddings import BatchingLink
 from autobot_llm.cloud.costed import CostLink
 from autobot_llm.cloud.rate_limited import RateLimitLink
 from autobot_llm.cloud.retried import RetryLink
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
-from autobot_llm.providers.base import Link, Provider, Streamer
+from autobot_llm.providers.base import Embedder, Link, Provider, Streamer
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import LLMRequest
@@ -112,6 +113,7 @@ WRAPPERS: tuple[Wrapper, ...] = (
     Wrapper("response_caching", response_cache),
     Wrapper("request_deduplication", deduplication),
     Wrapper("prompt_compression", prompt_compression),
+    Wrapper("request_batching", BatchingLink),
     Wrapper("cost", CostLink),
     Wrapper("retry_with_backoff", RetryLink),
     Wrapper("rate_limit_handling", RateLimitLink),
@@ -129,9 +131,25 @@ def build_chain(provider: Provider, links: Mapping[str, Link]) -> Streamer:
     kind = kind_of(provider.name)
     chain: Streamer = provider
     for optimization, link in reversed(tuple(links.items())):
-        if OptimizationRouter.should_apply(optimization, kind) or kind in _OTHER_LINKS.get(optimization, ()):
+        if _stands_before(optimization, kind):
             chain = link.wrap(chain, provider)
     return chain
+
+
+def build_embedder(provider: Provider, links: Mapping[str, Link]) -> Embedder | None:
+    """What `build_chain` is for answers, for embeddings; None where the provider makes none."""
+    embedder: object = provider
+    if not isinstance(embedder, Embedder):
+        return None
+    kind = kind_of(provider.name)
+    for optimization, link in reversed(tuple(links.items())):
+        if _stands_before(optimization, kind):
+            embedder = link.wrap_embedder(embedder, provider)
+    return embedder
+
+
+def _stands_before(link: str, kind: ProviderType) -> bool:
+    return OptimizationRouter.should_apply(link, kind) or kind in _OTHER_LINKS.get(link, ())
 
 
 def kind_of(name: str) -> ProviderType:

@@ -13,10 +13,21 @@ from autobot_llm.cloud.prices import Price
 from autobot_llm.cloud.pricing import Cost, PriceTable, cost_of, load_prices
 from autobot_llm.cloud.rate_limited import CHARACTERS_PER_TOKEN, estimated_prompt_tokens
 from autobot_llm.errors import BudgetExceededError
-from autobot_llm.providers.base import Link, Provider, Streamer
+from autobot_llm.providers.base import Embedder, Link, Provider, Streamer
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import Event, Finish, LLMRequest, ReasoningDelta, Start, TextDelta, ToolCallDelta, Usage
+from autobot_llm.types import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    Event,
+    Finish,
+    LLMRequest,
+    ReasoningDelta,
+    Start,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
 
 logger = logging.getLogger("autobot_llm.cloud")
 
@@ -39,6 +50,11 @@ class CostLink(Link):
 
     def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
         return Costed(chain, name=provider.name, prices=self.prices, ledger=self.ledger, budgets=self.budgets)
+
+    def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
+        return CostedEmbedder(
+            embedder, name=provider.name, prices=self.prices, ledger=self.ledger, budgets=self.budgets
+        )  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
         return {"dollars_today": self.ledger.spent_today(), "dollars_this_month": self.ledger.spent_this_month()}
@@ -165,6 +181,33 @@ class Costed:
                 "the price of %s/%s is not known, so what it costs does not count against the budget: "
                 "AUTOBOT_CLOUD_PRICES can tell it", self._name, model,
             )  # fmt: skip
+
+
+class CostedEmbedder:
+    """`inner`, whose embeddings are entered in the account."""
+
+    def __init__(self, inner: Embedder, *, name: str, prices: PriceTable, ledger: Ledger, budgets: Budgets) -> None:
+        self._inner = inner
+        self._name = name
+        self._prices = prices
+        self._ledger = ledger
+        self._budgets = budgets
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        """As `Embedder.embed`. Raises BudgetExceededError before anything is sent."""
+        price = self._prices.of(self._name, request.model) if request.model is not None else None
+        num_tokens = round(sum(map(len, request.inputs)) / CHARACTERS_PER_TOKEN)
+        reserved = 0.0 if price is None else cost_of(price, Usage(prompt_tokens=num_tokens, completion_tokens=0)).spent
+        self._budgets.reserve(reserved)
+        try:
+            response = await self._inner.embed(request)
+        finally:
+            self._budgets.release(reserved)
+        if (price := price or self._prices.of(self._name, response.model)) is not None:
+            cost = cost_of(price, response.usage)
+            model = request.model or response.model
+            self._ledger.add(self._name, model, request.tenant, response.usage, spent=cost.spent, saved=cost.saved)
+        return response
 
 
 def _estimated(request: LLMRequest, num_characters: int) -> Usage:

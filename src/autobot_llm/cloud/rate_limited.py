@@ -9,10 +9,10 @@ import msgspec
 
 from autobot_llm.cloud.rate_limits import RateLimiter
 from autobot_llm.errors import OverloadedError
-from autobot_llm.providers.base import Link, Provider, Streamer, TellsRateLimits
+from autobot_llm.providers.base import Embedder, Link, Provider, Streamer, TellsRateLimits
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import Event, Finish, LLMRequest
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest
 
 NAME = "rate_limit_handling"
 CHARACTERS_PER_TOKEN = 4
@@ -35,6 +35,9 @@ class RateLimitLink(Link):
             chain, provider, max_queued=self._max_queued, default_timeout=self._default_timeout
         )
         return limited
+
+    def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
+        return RateLimitedEmbedder(embedder, self._limited[provider.name])
 
     def metrics_of(self, provider: str) -> dict[str, float]:
         limited = self._limited.get(provider)
@@ -62,8 +65,7 @@ class RateLimited:
         outcome, num_reserved = _NO_LIMITS, 0.0
         if limiter is not None:
             num_reserved = estimated_tokens(request) if limiter.counts_tokens else 0.0
-            timeout = request.timeout if request.timeout is not None else self._default_timeout
-            waited = await limiter.acquire(request.tenant, num_reserved, longest=timeout)
+            waited = await self.place(limiter, request.tenant, num_reserved, request.timeout)
             outcome = _NO_WAIT if not waited else _waited(waited)
         is_first = True
         try:
@@ -71,15 +73,14 @@ class RateLimited:
                 async for event in events:
                     if is_first:
                         is_first = False
-                        self._learn(request.model)
+                        self.learn(request.model)
                     if type(event) is Finish:
                         if num_reserved and limiter is not None:
                             limiter.correct(num_reserved - event.usage.total_tokens)
                         event = msgspec.structs.replace(event, optimizations=(*event.optimizations, outcome))
                     yield event
         except OverloadedError as error:
-            if error.retry_after is not None:
-                self._limiter(request.model).pause(error.retry_after)
+            self.pause(request.model, error)
             raise
 
     def metrics(self) -> dict[str, float]:
@@ -90,7 +91,20 @@ class RateLimited:
             "rate_limit_wait_seconds": sum(limiter.seconds_waited for limiter in limiters),
         }
 
-    def _learn(self, model: str | None) -> None:
+    # For RateLimitedEmbedder too
+
+    def limiter_of(self, model: str | None) -> RateLimiter | None:
+        return self._limiters.get(model)
+
+    async def place(self, limiter: RateLimiter, tenant: str, num_tokens: float, timeout: float | None) -> float:  # noqa: ASYNC109  # for waits
+        longest = timeout if timeout is not None else self._default_timeout
+        return await limiter.acquire(tenant, num_tokens, longest=longest)
+
+    def pause(self, model: str | None, error: OverloadedError) -> None:
+        if error.retry_after is not None:
+            self._limiter(model).pause(error.retry_after)
+
+    def learn(self, model: str | None) -> None:
         if self._teller is not None and (told := self._teller.rate_limits_of(model)) is not None:
             self._limiter(model).observe(told)
 
@@ -102,6 +116,28 @@ class RateLimited:
             self._limiters.pop(idle, None)
         self._limiters[model] = limiter = RateLimiter(self._name, max_queued=self._max_queued)
         return limiter
+
+
+class RateLimitedEmbedder:
+    """`inner`, asked no faster than its answers allow; `limited` knows the limits, which chats share."""
+
+    def __init__(self, inner: Embedder, limited: RateLimited) -> None:
+        self._inner = inner
+        self._limited = limited
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        """As `Embedder.embed`. Raises OverloadedError where waiting for a place would take too long."""
+        limited = self._limited
+        if (limiter := limited.limiter_of(request.model)) is not None:
+            num_tokens = sum(map(len, request.inputs)) / CHARACTERS_PER_TOKEN
+            await limited.place(limiter, request.tenant, num_tokens, request.timeout)
+        try:
+            response = await self._inner.embed(request)
+        except OverloadedError as error:
+            limited.pause(request.model, error)
+            raise
+        limited.learn(request.model)
+        return response
 
 
 def _waited(seconds: float) -> OptimizationOutcome:

@@ -6,24 +6,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from typing import TypeVar
 
 import msgspec
 
 from autobot_llm.cloud.circuit_breaker import BreakerState, CircuitBreaker
 from autobot_llm.cloud.retry import Retries, RetryPolicy
 from autobot_llm.errors import InvalidRequestError, LLMError, ProviderError, ProviderUnavailable
-from autobot_llm.providers.base import Link, Provider, Streamer
+from autobot_llm.providers.base import Embedder, Link, Provider, Streamer
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import Event, Finish, LLMRequest, Start
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest, Start
+
+T = TypeVar("T")
 
 logger = logging.getLogger("autobot_llm.cloud")
 
 NAME = "retry_with_backoff"
 _FIRST_TRY = OptimizationOutcome(name=NAME, applied=False, reason="the first call succeeded")
 _OF_OUR_CONFIGURATION = frozenset({"provider_authentication_error", "provider_not_found"})
+_NO_ANSWER = "there was no answer within the request's timeout"
 _AT_THE_DEADLINE = 0.05  # seconds: the interface's clock for a request starts a little before ours
 
 
@@ -41,6 +45,9 @@ class RetryLink(Link):
             default_timeout=self._default_timeout,
         )  # fmt: skip
         return retried
+
+    def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
+        return RetriedEmbedder(embedder, self._retried[provider.name])
 
     def metrics_of(self, provider: str) -> dict[str, float]:
         retried = self._retried.get(provider)
@@ -95,6 +102,38 @@ class Retried:
             if deadline is not None:
                 request = msgspec.structs.replace(request, timeout=max(0.001, deadline - loop.time()))
 
+    async def call(self, make: Callable[[], Awaitable[T]], timeout: float | None) -> T:  # noqa: ASYNC109  # for waits
+        """What `make()` returns, called again as `stream` asks again. `timeout` (seconds) bounds the waiting."""
+        loop = asyncio.get_running_loop()
+        timeout = timeout if timeout is not None else self._default_timeout
+        deadline = None if timeout is None else loop.time() + timeout
+        self._retries.note_call()
+        failure: LLMError | None = None
+        num_failures = 0
+        while True:
+            ticket = self._breaker.admit()
+            if ticket is None:
+                raise self._refusal() from failure
+            succeeded: bool | None = None
+            try:
+                answer = await make()
+                succeeded = True
+                return answer
+            except LLMError as error:
+                succeeded, self._last_failure = _tells(error), error.message
+                num_failures += 1
+                wait = self._retries.wait_after(error, num_failures=num_failures, deadline=deadline)
+                if wait is None:
+                    raise
+                failure = error
+            except asyncio.CancelledError:
+                if _is_over(deadline):
+                    succeeded, self._last_failure = False, _NO_ANSWER
+                raise
+            finally:
+                self._note(ticket, succeeded)
+            await asyncio.sleep(wait)
+
     async def _attempt(
         self, request: LLMRequest, deadline: float | None, failure: LLMError | None
     ) -> AsyncGenerator[Event, None]:
@@ -125,7 +164,7 @@ class Retried:
             raise
         except asyncio.CancelledError:
             if not has_begun and _is_over(deadline):
-                succeeded, self._last_failure = False, "there was no answer within the request's timeout"
+                succeeded, self._last_failure = False, _NO_ANSWER
             raise
         finally:
             if succeeded is not None or not has_begun:
@@ -154,6 +193,17 @@ class Retried:
             f"{self._name} is not asked for {seconds:.1f} s more because its latest calls failed: {self._last_failure}",
             code="circuit_open", retry_after=seconds, may_have_begun=False,
         )  # fmt: skip
+
+
+class RetriedEmbedder:
+    """`inner`, asked again as `retried` asks again, whose retry budget and circuit breaker it shares."""
+
+    def __init__(self, inner: Embedder, retried: Retried) -> None:
+        self._inner = inner
+        self._retried = retried
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        return await self._retried.call(lambda: self._inner.embed(request), request.timeout)
 
 
 def _tells(error: LLMError) -> bool | None:

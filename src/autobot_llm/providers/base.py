@@ -64,6 +64,10 @@ class Link:
         """`chain`, which ends in `provider`, with this optimization in front."""
         raise NotImplementedError
 
+    def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
+        """`embedder`, which ends in `provider`, with this optimization in front; called after `wrap`."""
+        return embedder
+
     def state(self) -> tuple[bool, str]:
         """Whether it acts on a request that does not name it, and why, for the table of what runs."""
         return True, "it runs in front of the provider"

@@ -208,9 +208,8 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "cache_dir": About(
-        "Where compiled kernels and other files that can be made again are kept.",
-        "engine/kernels",
-        NATIVE,
+        "Where compiled kernels, kept answers and other files that can be made again are.",
+        "engine/kernels, universal/response_cache",
         now=True,
     ),
     "kv_cache_dtype": About(
@@ -293,9 +292,14 @@ ABOUT: dict[str, About] = {
     # Everything over HTTP
     "cloud_connection_pool_size": About("Most connections to one provider.", "transport/pool", OVER_HTTP, now=True),
     "cloud_batch_window_ms": About(
-        "Milliseconds to wait for requests that can share a call.", "cloud/request_batching", OVER_HTTP
+        "Milliseconds to wait, while a call is under way, for embeddings that can share the next one.",
+        "cloud/request_batching",
+        OVER_HTTP,
+        now=True,
     ),
-    "cloud_max_batch_size": About("Most requests that share a call.", "cloud/request_batching", OVER_HTTP),
+    "cloud_max_batch_size": About(
+        "Most requests for embeddings that share a call; 1 is off.", "cloud/request_batching", OVER_HTTP, now=True
+    ),
     "cloud_retry_max_attempts": About(
         "Most retries of a call that failed and may be made again; 0 is off.", "cloud/retry", OVER_HTTP, now=True
     ),
@@ -337,10 +341,21 @@ ABOUT: dict[str, About] = {
         "universal/prompt_compression",
         now=True,
     ),
-    "cache_enabled": About("Answer a repeated request from a cache.", "universal/response_cache"),
-    "cache_l1_size": About("Answers kept in memory.", "universal/response_cache"),
-    "cache_l2_ttl": About("Seconds that a shared answer is kept.", "universal/response_cache"),
-    "redis_url": About("Redis for the shared cache; unset uses SQLite.", "universal/response_cache", secret=True),
+    "cache_enabled": About(
+        "Answer a repeated request from a cache: one with temperature 0, with a seed, or that asks for it in `cache`.",
+        "universal/response_cache",
+        now=True,
+    ),
+    "cache_l1_size": About("Answers kept in memory; 0 keeps none there.", "universal/response_cache", now=True),
+    "cache_l2_ttl": About(
+        "Seconds that an answer is kept, in memory and in the shared store.", "universal/response_cache", now=True
+    ),
+    "redis_url": About(
+        "Redis for kept answers, shared by hosts; unset keeps them in a file under AUTOBOT_CACHE_DIR.",
+        "universal/response_cache",
+        now=True,
+        secret=True,
+    ),
     "semantic_cache_threshold": About(
         "Similarity from which the answer to another request is reused (lossy); unset is off.",
         "universal/semantic_cache",
