@@ -69,7 +69,7 @@ def test_what_runs_is_what_the_provider_tells() -> None:
     assert found["speculative_decoding"] == (True, False, "I say so")
     assert found["quantization"] == (True, False, "the provider does not tell")
     assert found["connection_pooling"][:2] == (True, True)
-    assert found["response_caching"] == (True, False, "not built yet")
+    assert found["response_caching"] == (True, False, "the settings switch it off")
 
 
 def test_nothing_runs_that_could_not_apply_whatever_the_provider_says() -> None:

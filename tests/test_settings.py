@@ -343,9 +343,9 @@ def test_rows_tell_where_a_value_came_from() -> None:
 
 def test_settings_without_effect_are_listed_only_when_the_user_set_them() -> None:
     assert ineffective_settings(load()) == []
-    native = load({"AUTOBOT_CACHE_ENABLED": "false", "AUTOBOT_DEVICE": "cpu"})
+    native = load({"AUTOBOT_KV_SLIDING_WINDOW": "64", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(native)] == [
-        ("AUTOBOT_CACHE_ENABLED", "no effect yet")
+        ("AUTOBOT_KV_SLIDING_WINDOW", "no effect yet")
     ]
     remote = load({"AUTOBOT_LLM_PROVIDER": "openai", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(remote)] == [

@@ -15,6 +15,7 @@ from autobot_llm.interface import LLMInterface
 from autobot_llm.observability.metrics import Metrics, RequestRecord
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header
+from autobot_llm.server.cache_control import FIELD, with_cache_control
 from autobot_llm.server.merge import merge_streams
 from autobot_llm.settings import Settings
 from autobot_llm.types import ChoiceEnd, Event, Finish, LLMRequest, LLMResponse, Start
@@ -90,7 +91,7 @@ class Answers:
         self, exchange: Exchange, record: RequestRecord, requests: Sequence[LLMRequest], encoder: StreamEncoder
     ) -> None:
         """Answer `requests`, alike but for their prompts, as one stream."""
-        await self.watch(exchange, _send_stream(exchange, self._events(record, requests), encoder))
+        await self.watch(exchange, _send_stream(exchange, self._events(exchange, record, requests), encoder))
 
     async def whole(
         self,
@@ -100,7 +101,7 @@ class Answers:
         write: Callable[[LLMResponse], bytes],
     ) -> None:
         """Answer `requests`, alike but for their prompts, with one body that `write` makes of the complete answer."""
-        await self.watch(exchange, _send_whole(exchange, self._events(record, requests), write))
+        await self.watch(exchange, _send_whole(exchange, self._events(exchange, record, requests), write))
 
     async def watch(self, exchange: Exchange, work: Coroutine[object, object, None]) -> None:
         """Do `work`, which replies, while watching for the client's leaving, which gives the work up at once."""
@@ -120,7 +121,12 @@ class Answers:
             if not self._running:
                 self._idle.set()
 
-    def _events(self, record: RequestRecord, requests: Sequence[LLMRequest]) -> AsyncGenerator[Event, None]:
+    def _events(
+        self, exchange: Exchange, record: RequestRecord, requests: Sequence[LLMRequest]
+    ) -> AsyncGenerator[Event, None]:
+        header = exchange.header(b"cache-control")
+        if header is not None or FIELD in requests[0].extra_body:
+            requests = [with_cache_control(request, header) for request in requests]
         if len(requests) == 1:
             return record.observe(self._llm.events(requests[0]))
         return record.observe(merge_streams([self._llm.events(request) for request in requests], requests[0].n))

@@ -90,7 +90,7 @@ class _SharedChain:
 
 
 def _with(line: OptimizationOutcome, finish: Finish) -> Finish:
-    return msgspec.structs.replace(finish, optimizations=(line, *finish.optimizations))
+    return msgspec.structs.replace(finish, optimizations=(*finish.optimizations, line))
 
 
 def _joined(finish: Finish) -> OptimizationOutcome:

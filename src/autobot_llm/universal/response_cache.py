@@ -240,7 +240,7 @@ def _why_not(request: LLMRequest) -> OptimizationOutcome:
 
 
 def _with(line: OptimizationOutcome, finish: Finish) -> Finish:
-    return msgspec.structs.replace(finish, optimizations=(line, *finish.optimizations))
+    return msgspec.structs.replace(finish, optimizations=(*finish.optimizations, line))
 
 
 def _again(entry: Entry, reason: str, milliseconds_saved: float, request_id: str | None) -> list[Event]:

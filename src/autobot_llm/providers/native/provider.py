@@ -57,6 +57,7 @@ class NativeProvider:
         for name in (name.removeprefix(f"{self.name}/") for name in settings.models.values()):
             with contextlib.suppress(ConfigurationError):
                 self._folders[name] = model_folder(name)
+        self._revisions: dict[str, str] = {}
         self._services: dict[str, EngineService] = {}
         self._prefix_caches: dict[str, PrefixCacheManager] = {}
         self._compilers: dict[str, GrammarCompiler] = {}
@@ -141,6 +142,14 @@ class NativeProvider:
             "num_steps": sum(engine.num_steps for engine in engines),
             "num_generated_tokens": sum(engine.num_generated_tokens for engine in engines),
         }
+
+    def revision(self, model: str | None) -> str:
+        """Names, sizes and times of the model's files, as they were when this was first asked."""
+        name = model or self._default
+        if name not in self._revisions and name in self._folders:
+            found = [(file.name, file.stat()) for file in sorted(self._folders[name].iterdir())]
+            self._revisions[name] = repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in found])
+        return self._revisions.get(name, "")
 
     def engine_version(self) -> str | None:
         return None  # the engine has no releases of its own
