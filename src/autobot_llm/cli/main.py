@@ -14,6 +14,7 @@ from autobot_llm import __version__
 from autobot_llm.cli.chat import chat
 from autobot_llm.cli.compress import compress
 from autobot_llm.cli.config import config
+from autobot_llm.cli.cost import cost
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
 from autobot_llm.cli.pull import pull
@@ -37,6 +38,7 @@ Examples:
   autobot-llm knobs --engine vllm              what each setting becomes in an engine
   autobot-llm routes                           which optimization runs at which provider
   autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
+  autobot-llm cost                             what was spent, by day and model
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -45,7 +47,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes, compress):
+for command in (serve, chat, config, models, pull, knobs, routes, compress, cost):
     cli.add_command(command)
 
 
