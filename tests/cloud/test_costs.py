@@ -58,6 +58,7 @@ async def test_an_answer_tells_its_cost_and_the_account_has_it_after_a_restart(t
     assert spent_in(response) == pytest.approx(COST)
     async with interface(tmp_path) as llm:
         await llm.chat_completion(HELLO, model=MODEL, tenant="t")
+        assert llm.get_metrics()["openai"]["dollars_spent"] == pytest.approx(COST)
     (line,) = read_spending(tmp_path / FILE_NAME, "2000-01-01")
     assert (line.provider, line.model, line.tenant, line.num_requests) == ("openai", MODEL, "t", 2)
     assert (line.prompt_tokens, line.completion_tokens) == (2000, 200)

@@ -32,6 +32,7 @@ from autobot_llm.types import (
 logger = logging.getLogger("autobot_llm.cloud")
 
 NAME = "cost"
+_MOST_WARNINGS = 100
 
 
 class CostLink(Link):
@@ -41,6 +42,7 @@ class CostLink(Link):
         self.prices = load_prices(settings.cloud_prices)
         self.ledger = Ledger(settings.cache_dir / FILE_NAME)
         self.budgets = Budgets(self.ledger, settings.cloud_budget_per_day, settings.cloud_budget_per_month)
+        self._accounts: dict[str, Account] = {}
 
     async def start(self) -> None:
         await self.ledger.start()
@@ -49,15 +51,23 @@ class CostLink(Link):
         await self.ledger.close()
 
     def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
-        return Costed(chain, name=provider.name, prices=self.prices, ledger=self.ledger, budgets=self.budgets)
+        return Costed(chain, self._account(provider))
 
     def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
-        return CostedEmbedder(
-            embedder, name=provider.name, prices=self.prices, ledger=self.ledger, budgets=self.budgets
-        )  # fmt: skip
+        return CostedEmbedder(embedder, self._account(provider))
 
     def metrics(self) -> dict[str, float]:
         return {"dollars_today": self.ledger.spent_today(), "dollars_this_month": self.ledger.spent_this_month()}
+
+    def metrics_of(self, provider: str) -> dict[str, float]:
+        account = self._accounts.get(provider)
+        return {} if account is None else {"dollars_spent": account.spent, "dollars_saved": account.saved}
+
+    def _account(self, provider: Provider) -> Account:
+        if (account := self._accounts.get(provider.name)) is None:
+            account = Account(provider.name, self.prices, self.ledger, self.budgets)
+            self._accounts[provider.name] = account
+        return account
 
 
 class Budgets:
@@ -98,25 +108,70 @@ class Budgets:
             )
 
 
+class Account:
+    """One provider's part of what is spent; `spent` and `saved` are dollars since the start."""
+
+    def __init__(self, provider: str, prices: PriceTable, ledger: Ledger, budgets: Budgets) -> None:
+        self.provider = provider
+        self.budgets = budgets
+        self.spent = 0.0
+        self.saved = 0.0
+        self._prices = prices
+        self._ledger = ledger
+        self._unpriced: set[str] = set()
+
+    def price_of(self, *models: str | None) -> tuple[str, Price | None]:
+        """The first of `models` that has a price, and the price; else the first one's name and None."""
+        for model in models:
+            if model is not None and (price := self._prices.of(self.provider, model)) is not None:
+                return model, price
+        return next((model for model in models if model is not None), ""), None
+
+    def reserve(self, model: str | None, most: Usage) -> float:
+        """Set aside what `most` costs; returns it. Raises BudgetExceededError."""
+        if not self.budgets.are_set:
+            return 0.0
+        _, price = self.price_of(model)
+        if price is None:
+            self._warn_unpriced(model or "the default model")
+        dollars = 0.0 if price is None else cost_of(price, most).spent
+        self.budgets.reserve(dollars)
+        return dollars
+
+    def enter(self, price: Price, model: str, tenant: str, usage: Usage) -> Cost:
+        cost = cost_of(price, usage)
+        self.spent += cost.spent
+        self.saved += cost.saved
+        self._ledger.add(self.provider, model, tenant, usage, spent=cost.spent, saved=cost.saved)
+        return cost
+
+    def _warn_unpriced(self, model: str) -> None:
+        if model not in self._unpriced and len(self._unpriced) < _MOST_WARNINGS:
+            self._unpriced.add(model)
+            logger.warning(
+                "the price of %s/%s is not known, so what it costs does not count against the budget: "
+                "AUTOBOT_CLOUD_PRICES can tell it", self.provider, model,
+            )  # fmt: skip
+
+
 class Costed:
-    """`inner`, whose answers are entered in the account. `name` is the provider.
+    """`inner`, whose answers are entered in `account`.
 
     Before it is sent, a request counts by an estimate: its length, and the most that it lets be generated. An answer
     that breaks off or is given up counts by what had come of it, because no provider tells its cost.
     """
 
-    def __init__(self, inner: Streamer, *, name: str, prices: PriceTable, ledger: Ledger, budgets: Budgets) -> None:
+    def __init__(self, inner: Streamer, account: Account) -> None:
         self._inner = inner
-        self._name = name
-        self._prices = prices
-        self._ledger = ledger
-        self._budgets = budgets
-        self._unpriced: set[str] = set()
+        self._account = account
 
     async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
         """The answer. Raises BudgetExceededError before anything is sent."""
-        reserved = self._reserve(request)
-        model = request.model or ""
+        account = self._account
+        reserved = 0.0
+        if account.budgets.are_set:
+            reserved = account.reserve(request.model, _estimated(request, (request.max_tokens or 0) * request.n))
+        model = ""
         price: Price | None = None
         num_characters = 0
         is_open = False  # between the answer's first event and its last
@@ -129,89 +184,52 @@ class Costed:
                         case ToolCallDelta():
                             num_characters += len(event.arguments)
                         case Start():
-                            model, price = self._priced(request.model, event.model)
+                            model, price = account.price_of(event.model, request.model)
                             is_open = price is not None
                         case Finish() if price is not None:
                             is_open = False
                             event = self._entered(event, price, model, request.tenant)
                     yield event
         finally:
-            self._budgets.release(reserved)
+            account.budgets.release(reserved)
             if is_open and price is not None:
-                self._enter(price, model, request.tenant, _estimated(request, num_characters))
-
-    def _reserve(self, request: LLMRequest) -> float:
-        if not self._budgets.are_set:
-            return 0.0
-        price = self._prices.of(self._name, request.model) if request.model is not None else None
-        if price is None:
-            self._warn_unpriced(request.model or "the default model")
-            dollars = 0.0
-        else:
-            num_most = (request.max_tokens or 0) * request.n
-            usage = Usage(prompt_tokens=round(estimated_prompt_tokens(request)), completion_tokens=num_most)
-            dollars = cost_of(price, usage).spent
-        self._budgets.reserve(dollars)
-        return dollars
-
-    def _priced(self, asked: str | None, answered: str) -> tuple[str, Price | None]:
-        """The name under which the answer is entered, and its price: the provider's own name first."""
-        for model in (answered, asked):
-            if model is not None and (price := self._prices.of(self._name, model)) is not None:
-                return model, price
-        return answered, None
+                usage = _estimated(request, round(num_characters / CHARACTERS_PER_TOKEN))
+                account.enter(price, model, request.tenant, usage)
 
     def _entered(self, finish: Finish, price: Price, model: str, tenant: str) -> Finish:
-        cost = self._enter(price, model, tenant, finish.usage)
+        cost = self._account.enter(price, model, tenant, finish.usage)
         outcome = OptimizationOutcome(
-            name=NAME, applied=True, reason=f"{self._name}/{model} at its price of {price.dated}",
-            dollars_spent=cost.spent, dollars_saved=cost.saved or None,
-        )  # fmt: skip
+            name=NAME,
+            applied=True,
+            reason=f"{self._account.provider}/{model} at its price of {price.dated}",
+            dollars_spent=cost.spent,
+            dollars_saved=cost.saved or None,
+        )
         return msgspec.structs.replace(finish, optimizations=(*finish.optimizations, outcome))
-
-    def _enter(self, price: Price, model: str, tenant: str, usage: Usage) -> Cost:
-        cost = cost_of(price, usage)
-        self._ledger.add(self._name, model, tenant, usage, spent=cost.spent, saved=cost.saved)
-        return cost
-
-    def _warn_unpriced(self, model: str) -> None:
-        if model not in self._unpriced and len(self._unpriced) < 100:
-            self._unpriced.add(model)
-            logger.warning(
-                "the price of %s/%s is not known, so what it costs does not count against the budget: "
-                "AUTOBOT_CLOUD_PRICES can tell it", self._name, model,
-            )  # fmt: skip
 
 
 class CostedEmbedder:
-    """`inner`, whose embeddings are entered in the account."""
+    """`inner`, whose embeddings are entered in `account`."""
 
-    def __init__(self, inner: Embedder, *, name: str, prices: PriceTable, ledger: Ledger, budgets: Budgets) -> None:
+    def __init__(self, inner: Embedder, account: Account) -> None:
         self._inner = inner
-        self._name = name
-        self._prices = prices
-        self._ledger = ledger
-        self._budgets = budgets
+        self._account = account
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
         """As `Embedder.embed`. Raises BudgetExceededError before anything is sent."""
-        price = self._prices.of(self._name, request.model) if request.model is not None else None
+        account = self._account
         num_tokens = round(sum(map(len, request.inputs)) / CHARACTERS_PER_TOKEN)
-        reserved = 0.0 if price is None else cost_of(price, Usage(prompt_tokens=num_tokens, completion_tokens=0)).spent
-        self._budgets.reserve(reserved)
+        reserved = account.reserve(request.model, Usage(prompt_tokens=num_tokens, completion_tokens=0))
         try:
             response = await self._inner.embed(request)
         finally:
-            self._budgets.release(reserved)
-        if (price := price or self._prices.of(self._name, response.model)) is not None:
-            cost = cost_of(price, response.usage)
-            model = request.model or response.model
-            self._ledger.add(self._name, model, request.tenant, response.usage, spent=cost.spent, saved=cost.saved)
+            account.budgets.release(reserved)
+        model, price = account.price_of(request.model, response.model)
+        if price is not None:
+            account.enter(price, model, request.tenant, response.usage)
         return response
 
 
-def _estimated(request: LLMRequest, num_characters: int) -> Usage:
-    return Usage(
-        prompt_tokens=round(estimated_prompt_tokens(request)),
-        completion_tokens=round(num_characters / CHARACTERS_PER_TOKEN),
-    )
+def _estimated(request: LLMRequest, num_completion_tokens: int) -> Usage:
+    num_prompt_tokens = round(estimated_prompt_tokens(request))
+    return Usage(prompt_tokens=num_prompt_tokens, completion_tokens=num_completion_tokens)
