@@ -61,6 +61,9 @@ if TYPE_CHECKING:
     from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
     from autobot_llm.providers.native import PrefixCacheManager as PrefixCacheManager
     from autobot_llm.providers.native import get_batching_config as get_batching_config
+    from autobot_llm.universal.compression import COMPRESSED_SYSTEM_PROMPTS as COMPRESSED_SYSTEM_PROMPTS
+    from autobot_llm.universal.compression import CompressionResult as CompressionResult
+    from autobot_llm.universal.compression import PromptCompressor as PromptCompressor
 
 __version__ = "0.1.0"
 
@@ -111,9 +114,15 @@ __all__ = [
 _OF_THE_ENGINE = frozenset(
     {"CACHED_PREFIXES", "BatchingConfig", "PrefixCacheConfig", "PrefixCacheManager", "get_batching_config"}
 )
+# Loaded when it is asked for: phrases and patterns cost milliseconds that few programs need.
+_OF_COMPRESSION = frozenset({"COMPRESSED_SYSTEM_PROMPTS", "CompressionResult", "PromptCompressor"})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_COMPRESSION:
+        from autobot_llm.universal import compression
+
+        return getattr(compression, name)
     if name not in _OF_THE_ENGINE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from autobot_llm.providers import native
