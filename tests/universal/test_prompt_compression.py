@@ -88,7 +88,7 @@ async def test_switched_on_it_shortens_system_messages_alone_and_says_so(provide
     assert line.reason == "rules: 18 -> 9 tokens, 50% (target 70%), by the model's tokenizer"
 
 
-@pytest.mark.parametrize("compression", ["rules", {"mode": "rules"}, {"mode": "rules", "ratio": 0.9}])
+@pytest.mark.parametrize("compression", ["rules", {"mode": "rules"}, {"mode": "rules", "ratio": 0.9}, {"ratio": 0.9}])
 async def test_a_request_may_ask_for_it_and_the_provider_never_sees_the_field(
     provider: CountingProvider, compression: object
 ) -> None:
@@ -105,6 +105,13 @@ async def test_a_request_that_asks_for_exactness_gets_every_word(provider: Count
     assert line == OptimizationOutcome(
         name="prompt_compression", applied=False, reason="the request asks for every word"
     )
+
+
+async def test_the_default_mode_alone_is_what_the_settings_say(provider: CountingProvider) -> None:
+    response = await answer(chain(provider), asked(compression="default"))
+    assert provider.requests[0].messages == [ChatMessage("system", SYSTEM)]
+    line = line_of(response)
+    assert line is not None and not line.applied
 
 
 async def test_a_raw_prompt_is_never_touched(provider: CountingProvider) -> None:

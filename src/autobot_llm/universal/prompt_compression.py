@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -31,12 +31,13 @@ NAME = "prompt_compression"
 FIELD = "compression"
 LONG_TEXT = 20_000  # characters from which the work is done beside the event loop
 
+_Result = TypeVar("_Result")
 Strategy = Literal["rules", "context", "perplexity"]
 _ShortenContext = Callable[[str, str], Coroutine[Any, Any, "CompressionResult"]]
 
 
 class CompressionControl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a request wants of compression. `default` is what the settings say: the rules, or nothing.
+    """What a request wants of compression. `default`: rules where the settings or a ratio ask for them, else nothing.
 
     `rules` shorten system messages. `context` and `perplexity` do that and shorten the last user message too, all but
     its question. `off`: every word reaches the model. `ratio` None is AUTOBOT_PROMPT_COMPRESSION_RATIO.
@@ -145,7 +146,7 @@ class _CompressingChain:
         edit = _Edit()
         system = compressor.compress_system_prompt
         messages = [
-            await edit.message(message, lambda text: _beside_the_loop(system, text))
+            await edit.message(message, lambda text: _aside_if_long(system, text))
             if message.role in ("system", "developer")
             else message
             for message in request.messages
@@ -164,7 +165,8 @@ class _CompressingChain:
         if control.mode == "off":
             return None
         if control.mode == "default":
-            return "rules" if self._shared.settings.prompt_compression_enabled else None
+            is_asked_for = control.ratio is not None or self._shared.settings.prompt_compression_enabled
+            return "rules" if is_asked_for else None
         return control.mode
 
     async def _compressor(self, request: LLMRequest, ratio: float) -> PromptCompressor:
@@ -177,7 +179,7 @@ class _CompressingChain:
         if strategy == "context":
 
             async def select(question: str, context: str) -> CompressionResult:
-                return await _beside_the_loop(lambda text: compressor.compress_context(question, text), context)
+                return await _aside_if_long(lambda text: compressor.compress_context(question, text), context)
 
             return select
         scorer = self._scorer or await self._shared.judge()
@@ -244,7 +246,7 @@ async def _shorten_question(messages: list[ChatMessage], edit: _Edit, shorten: _
     texts = [last.content] if isinstance(last.content, str) else [p["text"] for p in last.content if is_text(p)]
     if not texts:
         return
-    *_, question = paragraphs(texts[-1].strip())
+    *_, question = await _aside_if_long(paragraphs, texts[-1].strip())
 
     async def all_but_the_question(text: str) -> CompressionResult:
         context, found, rest = text.rpartition(question)
@@ -256,8 +258,8 @@ async def _shorten_question(messages: list[ChatMessage], edit: _Edit, shorten: _
     messages[-1] = await edit.message(last, all_but_the_question)
 
 
-async def _beside_the_loop(shorten: Callable[[str], CompressionResult], text: str) -> CompressionResult:
-    return await asyncio.to_thread(shorten, text) if len(text) > LONG_TEXT else shorten(text)
+async def _aside_if_long(work: Callable[[str], _Result], text: str) -> _Result:
+    return await asyncio.to_thread(work, text) if len(text) > LONG_TEXT else work(text)
 
 
 def _control(value: object) -> CompressionControl:

@@ -10,11 +10,12 @@ from autobot_llm.providers.base import TextScorer
 from autobot_llm.universal.compression.context import Embed, best_sentences, select_relevant_context
 from autobot_llm.universal.compression.perplexity import prune
 from autobot_llm.universal.compression.result import CompressionResult, CountTokens, estimated_tokens, measured
-from autobot_llm.universal.compression.rules import shorten
+from autobot_llm.universal.compression.rules import Depth, shorten
 from autobot_llm.universal.compression.structure import SEPARATOR, paragraphs
 
 DEFAULT_RATIO = 0.7
-KEPT_PROMPTS = 256
+KEPT_PROMPTS = 256  # a system prompt comes with every request
+LONGEST_KEPT = 50_000  # characters
 
 
 class PromptCompressor:
@@ -45,10 +46,10 @@ class PromptCompressor:
         quotations, addresses, numbers and negations stay, so that a prompt with little to remove stays nearly as it
         is, whatever the ratio.
         """
-        plain = measured(text, _shortened(text, telegraphic=False), self._count_tokens)
+        plain = measured(text, _shortened(text, "wordiness"), self._count_tokens)
         if plain.compression_ratio <= self.ratio:
             return plain
-        return measured(text, _shortened(text, telegraphic=True), self._count_tokens)
+        return measured(text, _shortened(text, "telegraphic"), self._count_tokens)
 
     def select_relevant_context(
         self, query: str, contexts: Sequence[str], max_contexts: int = 3, *, max_tokens: int | None = None
@@ -82,6 +83,8 @@ class PromptCompressor:
         return measured(text, shorter, self._count_tokens)
 
 
-@lru_cache(maxsize=KEPT_PROMPTS)
-def _shortened(text: str, *, telegraphic: bool) -> str:
-    return shorten(text, "telegraphic" if telegraphic else "wordiness")
+def _shortened(text: str, depth: Depth) -> str:
+    return _kept(text, depth) if len(text) <= LONGEST_KEPT else shorten(text, depth)
+
+
+_kept = lru_cache(maxsize=KEPT_PROMPTS)(shorten)

@@ -10,6 +10,7 @@ Knows log probabilities that somebody else computes; knows no engine. Two steps,
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,13 +45,13 @@ async def prune(
         return text
     if question:
         text = await _helpful_sentences(text, int(target_tokens * SENTENCE_SLACK), question, scorer, count_tokens)
-    words = _words(text, await scorer.score(text))
-    return _without_predictable(words, target_tokens, count_tokens)
+    tokens = await scorer.score(text)
+    return await asyncio.to_thread(_without_predictable, text, tokens, target_tokens, count_tokens)
 
 
 async def _helpful_sentences(text: str, max_tokens: int, question: str, scorer: TextScorer, count: CountTokens) -> str:
     pieces = sentences(text)
-    shared = bm25_scores(question, pieces)
+    shared = await asyncio.to_thread(bm25_scores, question, pieces)
     candidates = sorted(range(len(pieces)), key=lambda number: (-shared[number], number))[:MAX_SCORED_SENTENCES]
     alone = await _log_probability(question, "", scorer)
     helps = {number: await _log_probability(question, pieces[number] + "\n", scorer) - alone for number in candidates}
@@ -102,8 +103,9 @@ def _must_stay(piece: str, *, first: bool) -> bool:
     return first or "\n" in piece or piece[-1] in ".!?:;" or not any(character.isalnum() for character in word)
 
 
-def _without_predictable(words: Sequence[_Word], target_tokens: int, count: CountTokens) -> str:
+def _without_predictable(text: str, tokens: Sequence[ScoredToken], target_tokens: int, count: CountTokens) -> str:
     """Drop the least informative words, as few as bring the text to its target: found by halving."""
+    words = _words(text, tokens)
     droppable = sorted(
         (number for number, word in enumerate(words) if word.information is not None),
         key=lambda number: (words[number].information, number),
