@@ -55,7 +55,7 @@ def _telegraphic(prose: str) -> str:
     prose = _WHICH_IS.sub(r"\1 ", prose)
     prose = _GENITIVE.sub(r"\g<owner>'s \g<owned>", prose)
     prose = _SUCH_AS.sub("like", prose)
-    prose = _SERIES.sub(r"\1 \2 ", prose)
+    prose = _SERIES.sub(_without_last_comma, prose)
     return _ARTICLE.sub(_without_article, prose)
 
 
@@ -114,15 +114,15 @@ _GENITIVE = re.compile(
     r"(?<![\w’'])the (?P<owned>[a-z]+) of the (?P<owner>[a-z]+[a-rt-z])(?=[.,;:!?)\n]|\Z| (?:and|or|is|are|in|on|to)\b)"
 )
 _SUCH_AS = re.compile(r"(?<=[a-z] )such as(?= )")
-_SERIES = re.compile(r"(\b[\w’'-]+, (?:(?:an?|the) )?[\w’'-]+), (and|or) (?=[a-z]+ ?[a-z]*[.,;:!?)\n])")
+_SERIES = re.compile(r"(?P<said>(?:\A|(?<=[.!?:;\n]))[^.!?:;\n]{1,300}?,[^.!?:;,\n]{1,100}), (?P<word>and|or) ")
 _ARTICLE = re.compile(
     r"(?P<lead>(?:\A|(?P<start>(?:[.!?:][ \n]|\n)(?:(?:[-*+•]|\d+[.)])[ ])?)|(?P<before>[\w’',;)]{1,40})[ \n]|\())"
     r"(?P<article>[Tt]he|[Aa]n?)(?P<gap>[ \n])(?P<next>[a-z][a-z’'-]*|[A-Z]{2,}(?![a-z]))"
 )
 # Where an article does mean something: "a few" are more than "few", "twice a day", "to the list" is no verb.
-_KEEPS_BEFORE = NEGATIONS | words("such half many what once twice times all both quite as")
+_KEEPS_BEFORE = NEGATIONS - {"without"} | words("such half many what once twice times all both quite as")
 _KEEPS_AFTER = words(
-    "few little lot bit couple more less most least same other others one second "
+    "few little lot bit couple more less same other others one second "
     "is are was were or and in of to as for on with at day week month year hour minute night morning"
 )
 _NO_VERB = words("next first last user users following previous current customer important")
@@ -162,9 +162,17 @@ def _without_article(found: re.Match[str]) -> str:
     return found["lead"] + (word[0].upper() + word[1:] if found["article"][0].isupper() else word)
 
 
+def _without_last_comma(found: re.Match[str]) -> str:
+    """ "a, b and c" for "a, b, and c", but not where the comma may say how far a negation reaches."""
+    return found.group() if _is_negated(found["said"]) else f"{found['said']} {found['word']} "
+
+
+def _is_negated(text: str) -> bool:
+    said = re.findall(r"[\w’']+", text.lower())
+    return any(word in NEGATIONS or word.endswith(("n't", "n’t")) for word in said)
+
+
 def _once(found: re.Match[str]) -> str:
     """A sentence said twice in a row, but for prohibitions, whose repetition is emphasis, and what holds data."""
-    said = set(re.findall(r"[\w’']+", found[1].lower()))
-    if MARK in found[1] or said & NEGATIONS or any("n't" in word or word[0].isdigit() for word in said):
-        return found.group()
-    return found[1]
+    is_needed = MARK in found[1] or _is_negated(found[1]) or re.search(r"\d", found[1])
+    return found.group() if is_needed else found[1]
