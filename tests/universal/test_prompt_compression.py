@@ -182,6 +182,15 @@ async def test_without_a_tokenizer_the_saving_is_said_to_be_estimated() -> None:
     assert line.tokens_saved == len(SYSTEM) // 4 - len(SHORT) // 4
 
 
+async def test_where_the_answering_model_has_a_price_the_saving_is_told_in_dollars() -> None:
+    model, dollars_per_token = "claude-sonnet-4-5", 3e-6
+    provider = ScriptedProvider(["ok"], name="anthropic", models=[model])
+    await provider.start()
+    line = line_of(await answer(chain(provider), asked(compression="rules", model=model)))
+    assert line is not None and line.tokens_saved is not None
+    assert line.dollars_saved == pytest.approx(dollars_per_token * line.tokens_saved)
+
+
 async def test_events_pass_unchanged_and_errors_too(provider: CountingProvider) -> None:
     async with aclosing(chain(provider).stream(asked(compression="rules", stream=True))) as events:
         kinds = [type(event) async for event in events]

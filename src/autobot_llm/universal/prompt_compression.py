@@ -12,16 +12,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from autobot_llm.cloud.pricing import PriceTable, cost_of, load_prices
 from autobot_llm.errors import InvalidRequestError, UnsupportedError
 from autobot_llm.providers.base import Link, Provider, Streamer, TextScorer
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import ChatMessage, Event, Finish, LLMRequest
+from autobot_llm.types import ChatMessage, Event, Finish, LLMRequest, Start, Usage
 
 if TYPE_CHECKING:
     from autobot_llm.universal.compression.compressor import PromptCompressor
@@ -72,6 +74,17 @@ class PromptCompression(Link):
 
     def metrics(self) -> dict[str, float]:
         return {"num_compressed": self.num_compressed, "num_tokens_saved": self.tokens_saved}
+
+    def with_dollars(self, line: OptimizationOutcome, answered: Start) -> OptimizationOutcome:
+        """`line` with what its tokens would have cost at the model that answers, where that has a price."""
+        if not line.tokens_saved or (price := self._prices.of(answered.provider, answered.model)) is None:
+            return line
+        cost = cost_of(price, Usage(prompt_tokens=line.tokens_saved, completion_tokens=0))
+        return msgspec.structs.replace(line, dollars_saved=cost.spent)
+
+    @cached_property
+    def _prices(self) -> PriceTable:
+        return load_prices(self.settings.cloud_prices)
 
     async def close(self) -> None:
         judge, self._judge = self._judge, None
@@ -127,7 +140,9 @@ class _CompressingChain:
         request, line = await self._shorter(request, control)
         async with aclosing(self._inner.stream(request)) as events:
             async for event in events:
-                if type(event) is Finish:
+                if type(event) is Start:
+                    line = self._shared.with_dollars(line, event)
+                elif type(event) is Finish:
                     event = msgspec.structs.replace(event, optimizations=(line, *event.optimizations))
                 yield event
 
