@@ -1,6 +1,6 @@
 """What prompt compression saves, and what it costs: tokens of system prompts, and questions answered from contexts.
 
-    python benchmarks/compression.py [--items 40] [--ratios 0.7,0.5,0.3]
+    python benchmarks/prompt_compression.py [--items 40] [--ratios 0.7,0.5,0.3]
 
 The question check is made for a very small model: a short story holds a fact about each of several children, the
 question is about one of them, and the wrong answers are things that the story does not mention (the embedded model
