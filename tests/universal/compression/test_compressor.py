@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rules import appear_in_order, document, negations, numbers
 
 from autobot_llm import ConfigurationError
 from autobot_llm.providers.base import ScoredToken
 from autobot_llm.universal.compression import COMPRESSED_SYSTEM_PROMPTS, PromptCompressor
 from autobot_llm.universal.compression.rules import shorten
+from autobot_llm.universal.compression.structure import mask
 
 PROMPTS = {
     prompt["name"]: prompt["text"]
@@ -150,3 +155,17 @@ async def test_a_text_that_is_all_data_stays_whatever_the_ratio() -> None:
     text = "```\nthe the\n```"
     result = await PromptCompressor(ratio=0.1, count_tokens=num_words).compress_by_perplexity(text, WordScorer())
     assert result.compressed_text == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(document, st.floats(0.05, 1.0))
+def test_pruning_any_document_keeps_what_is_not_prose_numbers_and_negations(
+    parts: list[tuple[str, str]], ratio: float
+) -> None:
+    text = "".join(piece + ending for piece, ending in parts)
+    compressor = PromptCompressor(ratio=ratio, count_tokens=num_words)
+    result = asyncio.run(compressor.compress_by_perplexity(text, WordScorer()))
+    assert appear_in_order([span.strip() for span in mask(text).spans], result.compressed_text)
+    assert numbers(result.compressed_text) == numbers(text)
+    assert negations(result.compressed_text) == negations(text)
+    assert result.compressed_tokens <= result.original_tokens
