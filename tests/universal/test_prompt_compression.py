@@ -227,7 +227,7 @@ async def test_figures_count_what_was_saved(provider: CountingProvider) -> None:
 async def test_for_a_provider_that_scores_nothing_the_embedded_model_judges(tmp_path: Path) -> None:
     provider = ScriptedProvider(["ok"])
     user = ChatMessage("user", "\n\n".join([*PASSAGES, QUESTION]))
-    settings = Settings(cache_dir=tmp_path, compiled_step="off")
+    settings = Settings(cache_dir=tmp_path, compiled_step="off", max_model_len=32_768, default_model="a-large-one")
     async with LLMInterface(settings, providers={"scripted": provider}) as llm:
         response = await llm.chat_completion([user], extra_body={"compression": {"mode": "perplexity", "ratio": 0.5}})
     sent = provider.requests[0].messages

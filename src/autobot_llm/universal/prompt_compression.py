@@ -103,9 +103,14 @@ class PromptCompression(Link):
                         'pip install "autobot_llm[engine]"',
                         param=FIELD,
                     ) from exc
+                # Not the user's settings: those are for the models that answer.
                 judge = NativeProvider(
-                    msgspec.structs.replace(
-                        self.settings, default_model="tiny", models={}, device="cpu", warm_prefixes=False
+                    Settings(
+                        device="cpu",
+                        warm_prefixes=False,
+                        cache_dir=self.settings.cache_dir,
+                        compiled_step=self.settings.compiled_step,
+                        cpu_threads=self.settings.cpu_threads,
                     )
                 )
                 try:
