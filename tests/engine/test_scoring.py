@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from engines import Driver, greedy, num_leaked_blocks, request, tiny_engine
+from fake_device import logits_of
+from test_pipelining import pipelined
 from test_service import FaultyExecutor, engine_with, read, settled
 
 from autobot_llm.engine.batching.plan import StepBatch
@@ -123,3 +125,22 @@ async def test_work_that_an_engine_no_longer_comes_to_is_told_so(service: Engine
     await service.close()
     with pytest.raises(ProviderUnavailable):
         await service.run(lambda engine: None)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+async def test_a_step_under_way_on_a_device_is_waited_for_first(lazy: bool) -> None:
+    text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    expected = [
+        torch.from_numpy(logits_of(tuple(text[:end]))).log_softmax(-1)[text[end]].item() for end in range(1, len(text))
+    ]
+    service = EngineService(lambda: pipelined(lazy=lazy), max_queued_requests=8)
+    await service.start()
+    try:
+        alone = await read(service.submit(request([7, 8, 9], greedy(20))))
+        answer = asyncio.create_task(read(service.submit(request([7, 8, 9], greedy(20)))))
+        for _ in range(5):
+            assert await service.run(partial(scored, token_ids=text)) == pytest.approx(expected, abs=1e-5)
+        assert "".join(o.text for o in await answer) == "".join(o.text for o in alone)
+        assert num_leaked_blocks(await settled(service)) == 0
+    finally:
+        await service.close()
