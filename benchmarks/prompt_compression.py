@@ -243,13 +243,25 @@ def _row(score: Score) -> list[str]:
     ]  # fmt: skip
 
 
+def _rounded(value: object) -> object:
+    match value:
+        case float():
+            return round(value, 3)
+        case dict():
+            return {name: _rounded(inner) for name, inner in value.items()}
+        case list():
+            return [_rounded(inner) for inner in value]
+        case _:
+            return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--ratios", default="0.7,0.5,0.3")
     chosen = parser.parse_args()
     ratios = [float(ratio) for ratio in chosen.ratios.split(",")]
-    print(json.dumps(asyncio.run(measure(chosen.items, ratios))))
+    print(json.dumps(_rounded(asyncio.run(measure(chosen.items, ratios)))))
     return 0
 
 
