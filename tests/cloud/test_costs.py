@@ -184,3 +184,18 @@ async def test_an_account_that_cannot_be_written_fails_no_request_and_warns_once
     assert len(caplog.records) == 1
     if fault == "locked":
         assert [line.dollars_spent for line in read_spending(path, "2026-11-10")] == [1.0], "it is written later"
+
+
+async def test_a_kept_or_a_shared_answer_costs_nothing_and_saves_what_it_had_cost(tmp_path: Path) -> None:
+    upstream = provider(delay=0.005)
+    question: dict[str, Any] = {"model": MODEL, "temperature": 0.0}
+    async with interface(tmp_path, upstream, cache_enabled=True) as llm:
+        shared = await asyncio.gather(*(llm.chat_completion(HELLO, **question) for _ in range(4)))
+        kept = await llm.chat_completion(HELLO, **question)
+    assert len(upstream.requests) == 1
+    assert [spent_in(response) for response in shared].count(None) == 3
+    for response in (kept, *shared):
+        saved = sum(line.dollars_saved or 0.0 for line in response.optimizations)
+        assert saved + (spent_in(response) or 0.0) == pytest.approx(COST)
+    (line,) = read_spending(tmp_path / FILE_NAME, "2000-01-01")
+    assert line.num_requests == 1

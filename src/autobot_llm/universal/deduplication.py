@@ -14,13 +14,13 @@ import msgspec
 
 from autobot_llm.errors import ProviderError
 from autobot_llm.providers.base import Link, Provider, Streamer
-from autobot_llm.report import OptimizationOutcome
+from autobot_llm.report import SHARING, OptimizationOutcome, dollars_worth, without_costs
 from autobot_llm.settings import Settings
 from autobot_llm.types import Event, Finish, LLMRequest, Start
 from autobot_llm.universal.entries import num_bytes_of
 from autobot_llm.universal.request_key import AnswerKeys, may_be_shared
 
-NAME = "request_deduplication"
+NAME = SHARING
 REPLAY_BYTES = 4 * 2**20  # of one answer, kept for late callers and slow readers
 
 _ALONE = OptimizationOutcome(name=NAME, applied=False, reason="no equal request was under way")
@@ -79,7 +79,7 @@ class _SharedChain:
                 if type(read) is Start and joins and request.request_id is not None:
                     yield Start(request_id=request.request_id, model=read.model, provider=read.provider)
                 elif type(read) is Finish:
-                    yield _with(_joined(read) if joins else _ALONE, read)
+                    yield _joined(read) if joins else _with(_ALONE, read)
                 else:
                     yield read
         finally:
@@ -93,9 +93,15 @@ def _with(line: OptimizationOutcome, finish: Finish) -> Finish:
     return msgspec.structs.replace(finish, optimizations=(*finish.optimizations, line))
 
 
-def _joined(finish: Finish) -> OptimizationOutcome:
-    reason = "an equal request was under way"
-    return OptimizationOutcome(name=NAME, applied=True, reason=reason, tokens_saved=finish.usage.total_tokens)
+def _joined(finish: Finish) -> Finish:
+    line = OptimizationOutcome(
+        name=NAME,
+        applied=True,
+        reason="an equal request was under way",
+        tokens_saved=finish.usage.total_tokens,
+        dollars_saved=dollars_worth(finish.optimizations),
+    )
+    return msgspec.structs.replace(finish, optimizations=(*without_costs(finish.optimizations), line))
 
 
 class _Reader:

@@ -15,7 +15,7 @@ import msgspec
 
 from autobot_llm.errors import NotCached, ProviderUnavailable
 from autobot_llm.providers.base import Link, Provider, Streamer
-from autobot_llm.report import RESPONSE_CACHING, OptimizationOutcome
+from autobot_llm.report import RESPONSE_CACHING, OptimizationOutcome, dollars_worth
 from autobot_llm.settings import Settings
 from autobot_llm.types import CacheControl, Event, Finish, LLMRequest, Start
 from autobot_llm.universal.entries import Entry, num_bytes_of
@@ -230,7 +230,7 @@ class _CachedChain:
                     yield event
                     continue
                 if num_bytes <= MAX_ENTRY_BYTES and not event.fallback_used:
-                    recording.append(Finish(usage=event.usage))
+                    recording.append(Finish(usage=event.usage, optimizations=_worth(event)))
                     self._cache.keep(key, recording, control, started, num_bytes)
                 yield _with(line, event)
 
@@ -241,6 +241,14 @@ def _why_not(request: LLMRequest) -> OptimizationOutcome:
 
 def _with(line: OptimizationOutcome, finish: Finish) -> Finish:
     return msgspec.structs.replace(finish, optimizations=(*finish.optimizations, line))
+
+
+def _worth(finish: Finish) -> tuple[OptimizationOutcome, ...]:
+    """The line that tells what the answer cost, as it is kept with it."""
+    dollars = dollars_worth(finish.optimizations)
+    if dollars is None:
+        return ()
+    return (OptimizationOutcome(name="cost", applied=True, reason="", dollars_spent=dollars),)
 
 
 def _again(entry: Entry, reason: str, milliseconds_saved: float, request_id: str | None) -> list[Event]:
@@ -256,6 +264,7 @@ def _again(entry: Entry, reason: str, milliseconds_saved: float, request_id: str
         reason=reason,
         tokens_saved=finish.usage.total_tokens,
         milliseconds_saved=milliseconds_saved,
+        dollars_saved=dollars_worth(finish.optimizations),
     )
     events[-1] = Finish(usage=finish.usage, optimizations=(line,))
     return events
