@@ -220,7 +220,8 @@ async def test_figures_count_what_was_saved(provider: CountingProvider) -> None:
     link = PromptCompression(Settings(prompt_compression_enabled=True))
     await answer(link.wrap(provider, provider), asked())
     await answer(link.wrap(provider, provider), LLMRequest(messages=[ChatMessage("system", "Be brief.")]))
-    assert link.metrics() == {"num_compressed": 1, "num_tokens_saved": 9}
+    assert link.metrics_of("scripted") == {"num_compressed_requests": 1, "num_tokens_saved_by_compression": 9}
+    assert link.metrics_of("another") == {"num_compressed_requests": 0, "num_tokens_saved_by_compression": 0}
     assert link.state()[0] and not PromptCompression(Settings()).state()[0]
 
 

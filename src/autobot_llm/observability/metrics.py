@@ -169,6 +169,18 @@ PROVIDER_METRICS = (
         "gauge",
         "US dollars saved by the provider's own cache, less what writing to it cost.",
     ),
+    _figure(
+        "autobot_llm_compressed_requests",
+        "num_compressed_requests",
+        "counter",
+        "Requests whose prompt was made shorter (lossy).",
+    ),
+    _figure(
+        "autobot_llm_compression_saved_tokens",
+        "num_tokens_saved_by_compression",
+        "counter",
+        "Prompt tokens that compression left out; estimated where the model's tokenizer is not known.",
+    ),
     _figure("autobot_llm_batched_calls", "num_shared_calls", "counter", "Calls that several requests shared."),
     _figure(
         "autobot_llm_batched_requests",

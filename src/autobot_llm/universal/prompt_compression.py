@@ -10,6 +10,7 @@ other than the system's; the last user message only by the strategies that are a
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from functools import cached_property
@@ -59,8 +60,8 @@ class PromptCompression(Link):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.tokens_saved = 0
-        self.num_compressed = 0
+        self.num_compressed: Counter[str] = Counter()  # requests, by provider
+        self.tokens_saved: Counter[str] = Counter()
         self._judge: Provider | None = None
         self._starting = asyncio.Lock()
 
@@ -72,8 +73,11 @@ class PromptCompression(Link):
             return True, "system prompts are shortened by rules; lossy"
         return False, "AUTOBOT_PROMPT_COMPRESSION_ENABLED is off: it is lossy; a request may ask for it"
 
-    def metrics(self) -> dict[str, float]:
-        return {"num_compressed": self.num_compressed, "num_tokens_saved": self.tokens_saved}
+    def metrics_of(self, provider: str) -> dict[str, float]:
+        return {
+            "num_compressed_requests": self.num_compressed[provider],
+            "num_tokens_saved_by_compression": self.tokens_saved[provider],
+        }
 
     def with_dollars(self, line: OptimizationOutcome, answered: Start) -> OptimizationOutcome:
         """`line` with what its tokens would have cost at the model that answers, where that has a price."""
@@ -130,6 +134,7 @@ class _CompressingChain:
     def __init__(self, shared: PromptCompression, inner: Streamer, provider: Provider) -> None:
         self._shared = shared
         self._inner = inner
+        self._name = provider.name
         teller: object = provider
         self._scorer = teller if isinstance(teller, TextScorer) else None
 
@@ -177,8 +182,8 @@ class _CompressingChain:
         if edit.tokens_saved <= 0:
             reason = f"{strategy}: nothing to remove"
             return request, OptimizationOutcome(name=NAME, applied=False, reason=reason)
-        self._shared.num_compressed += 1
-        self._shared.tokens_saved += edit.tokens_saved
+        self._shared.num_compressed[self._name] += 1
+        self._shared.tokens_saved[self._name] += edit.tokens_saved
         return msgspec.structs.replace(request, messages=messages), edit.outcome(strategy, ratio)
 
     def _strategy(self, control: CompressionControl) -> Strategy | None:
