@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from autobot_llm.cloud.request_batching import CloudRequestBatcher
+from autobot_llm.cloud.retry import RateLimitHandler
 from autobot_llm.errors import (
     AuthenticationError,
+    BudgetExceededError,
     ConfigurationError,
     ContextLengthError,
     EngineError,
@@ -73,8 +76,10 @@ __all__ = [
     "KV_CACHE_CONFIG",
     "OPTIMIZED_VLLM_CONFIG",
     "AuthenticationError",
+    "BudgetExceededError",
     "ChatMessage",
     "ChoiceEnd",
+    "CloudRequestBatcher",
     "ConfigurationError",
     "ContextLengthError",
     "EmbeddingRequest",
@@ -96,6 +101,7 @@ __all__ = [
     "ProviderTimeout",
     "ProviderType",
     "ProviderUnavailable",
+    "RateLimitHandler",
     "ReasoningDelta",
     "RefusalDelta",
     "RequestTimeout",

@@ -100,7 +100,7 @@ class BudgetExceededError(LLMError):
     """The request could cost more than is left of a budget. `retry_after` (seconds) says when there is a new one."""
 
     status = 402
-    type = "insufficient_quota"
+    type = "billing_error"
     code = "budget_exceeded"
     may_have_begun = False
 

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -20,7 +19,7 @@ import msgspec
 from autobot_llm.call_shapes import MessagesLike, make_request
 from autobot_llm.cloud.fallback import FallbackTable, WithFallbacks
 from autobot_llm.collect import collect
-from autobot_llm.counts import Counts, Ending
+from autobot_llm.counts import Counts, Ending, summed
 from autobot_llm.deadline import Deadline
 from autobot_llm.errors import (
     ConfigurationError,
@@ -110,9 +109,7 @@ class LLMInterface:
         await self.initialize()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     async def initialize(self) -> None:
@@ -334,19 +331,15 @@ class LLMInterface:
 
     def get_all_provider_status(self) -> dict[str, ProviderStatus]:
         """The state of every provider in use and of the default one, by name."""
-        statuses = {name: one.provider.status() for name, one in self._in_use.items()}
-        if self._default not in statuses:
-            statuses[self._default] = ProviderStatus(name=self._default, state="stopped", message="not started")
-        return statuses
+        not_started = ProviderStatus(name=self._default, state="stopped", message="not started")
+        return {self._default: not_started} | {name: one.provider.status() for name, one in self._in_use.items()}
 
     def get_metrics(self) -> dict[str, dict[str, float]]:
         """Figures since the interface was made: its own under "interface", each provider's under its name."""
         figures = {"interface": self._counts.figures()}
         for name, one in self._in_use.items():
-            figures[name] = own = dict(one.provider.metrics())
-            for link in self._links.values():
-                for figure, value in link.metrics_of(name).items():
-                    own[figure] = own.get(figure, 0.0) + value  # vLLM's own retries are retries too
+            links = (link.metrics_of(name) for link in self._links.values())
+            figures[name] = summed(one.provider.metrics(), *links)
         return figures
 
     def get_optimizations(self) -> list[ProviderRow]:
