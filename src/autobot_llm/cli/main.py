@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from autobot_llm import __version__
+from autobot_llm.cli.cache import cache
 from autobot_llm.cli.chat import chat
 from autobot_llm.cli.compress import compress
 from autobot_llm.cli.config import config
@@ -36,6 +37,7 @@ Examples:
   autobot-llm chat                             an interactive session
   autobot-llm config                           every setting, its value and its source
   autobot-llm knobs --engine vllm              what each setting becomes in an engine
+  autobot-llm cache stats                      how many answers are kept, and where
   autobot-llm routes                           which optimization runs at which provider
   autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
   autobot-llm cost                             what was spent, by day and model
@@ -47,7 +49,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes, compress, cost):
+for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost):
     cli.add_command(command)
 
 

@@ -103,6 +103,15 @@ def _figure(name: str, figure: str, kind: Literal["counter", "gauge"], help: str
 
 
 PROVIDER_METRICS = (
+    _figure("autobot_llm_cache_l1_hits", "num_l1_hits", "counter", "Requests answered from this process's memory."),
+    _figure("autobot_llm_cache_l2_hits", "num_l2_hits", "counter", "Requests answered from the shared store."),
+    _figure("autobot_llm_cache_misses", "num_cache_misses", "counter", "Requests that no kept answer was found for."),
+    _figure(
+        "autobot_llm_deduplicated_requests",
+        "num_joined",
+        "counter",
+        "Requests that shared the call of an equal one under way.",
+    ),
     _figure("autobot_kv_cache_memory_mb", "kv_cache_memory_mb", "gauge", "KV cache memory in use, in megabytes."),
     _figure(
         "autobot_prefix_cache_hit_rate",

@@ -30,7 +30,7 @@ def with_cache_control(request: LLMRequest, header: bytes | None) -> LLMRequest:
             raise InvalidRequestError("cache: expected an object with mode, ttl and max_age", param=FIELD)
         control = convert(request.extra_body, _Body).cache
         return msgspec.structs.replace(request, extra_body=extra, cache=control)
-    if header is None:
+    if header is None or request.cache is not None:
         return request
     said = _said(header.decode("latin-1"))
     if said is None or (said.mode != "only-if-cached" and not may_be_shared(request)):

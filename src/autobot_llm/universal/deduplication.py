@@ -39,20 +39,28 @@ class Deduplication(Link):
         self._settings = settings
         self.replay_bytes = replay_bytes
         self.calls: dict[tuple[bytes, bool, int], _Call] = {}
-        self.num_calls = 0
-        self.num_joined = 0
+        self._num_joined_at: dict[str, int] = {}
 
     def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
-        return _SharedChain(self, chain, AnswerKeys(self._settings, provider))
+        return _SharedChain(self, chain, AnswerKeys(self._settings, provider), provider.name)
 
-    def metrics(self) -> dict[str, float]:
-        return {"num_calls": self.num_calls, "num_joined": self.num_joined, "num_calls_in_flight": len(self.calls)}
+    @property
+    def num_joined(self) -> int:
+        """How many requests shared another one's call."""
+        return sum(self._num_joined_at.values())
+
+    def count_joined(self, provider: str) -> None:
+        self._num_joined_at[provider] = self._num_joined_at.get(provider, 0) + 1
+
+    def metrics_of(self, provider: str) -> dict[str, float]:
+        return {"num_joined": self._num_joined_at.get(provider, 0)}
 
 
 class _SharedChain:
     """Deduplication in front of one provider's chain."""
 
-    def __init__(self, shared: Deduplication, inner: Streamer, keys: AnswerKeys) -> None:
+    def __init__(self, shared: Deduplication, inner: Streamer, keys: AnswerKeys, provider: str) -> None:
+        self._provider = provider
         self._shared = shared
         self._inner = inner
         self._keys = keys
@@ -70,9 +78,8 @@ class _SharedChain:
         joins = call is not None and call.can_be_joined
         if call is None or not joins:
             call = self._shared.calls[name] = _Call(self._inner, request, self._shared.replay_bytes)
-            self._shared.num_calls += 1
         else:
-            self._shared.num_joined += 1
+            self._shared.count_joined(self._provider)
         reader = call.join()
         try:
             while (read := await call.next(reader)) is not None:

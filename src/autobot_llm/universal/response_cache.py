@@ -98,9 +98,7 @@ class ResponseCache(Link):
         self.ttl = settings.cache_l2_ttl
         self.l1 = MemoryStore(settings.cache_l1_size, max_l1_bytes)
         self.l2 = SecondLevel(store)
-        self.num_l1_hits = 0
-        self.num_l2_hits = 0
-        self.num_misses = 0
+        self._counts: dict[str, LookupCounts] = {}
         self.num_stored = 0
         self.milliseconds_saved = 0.0
 
@@ -111,7 +109,8 @@ class ResponseCache(Link):
         await self.l2.close()
 
     def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
-        return _CachedChain(self, chain, AnswerKeys(self._settings, provider))
+        counts = self._counts.setdefault(provider.name, LookupCounts())
+        return _CachedChain(self, chain, AnswerKeys(self._settings, provider), counts)
 
     async def clear(self, *, l1: bool, l2: bool) -> dict[str, int]:
         """Remove the answers of each level asked for, of all tenants and models, and return their numbers.
@@ -127,13 +126,15 @@ class ResponseCache(Link):
         return removed
 
     def figures(self) -> CacheMetrics:
-        num_hits = self.num_l1_hits + self.num_l2_hits
-        num_lookups = num_hits + self.num_misses
+        num_l1_hits = sum(counts.num_l1_hits for counts in self._counts.values())
+        num_l2_hits = sum(counts.num_l2_hits for counts in self._counts.values())
+        num_hits = num_l1_hits + num_l2_hits
+        num_lookups = num_hits + sum(counts.num_misses for counts in self._counts.values())
         return CacheMetrics(
             enabled=True,
             num_lookups=num_lookups,
-            num_l1_hits=self.num_l1_hits,
-            num_l2_hits=self.num_l2_hits,
+            num_l1_hits=num_l1_hits,
+            num_l2_hits=num_l2_hits,
             hit_rate=num_hits / max(1, num_lookups),
             num_stored=self.num_stored,
             l1_entries=len(self.l1),
@@ -146,29 +147,33 @@ class ResponseCache(Link):
             seconds_saved=self.milliseconds_saved / 1000,
         )
 
-    def metrics(self) -> dict[str, float]:
-        told = msgspec.structs.asdict(self.figures()) | {"num_misses": self.num_misses}
-        return {name: float(value) for name, value in told.items() if isinstance(value, int | float)}
+    def metrics_of(self, provider: str) -> dict[str, float]:
+        counts = self._counts.get(provider, LookupCounts())
+        return {
+            "num_l1_hits": counts.num_l1_hits,
+            "num_l2_hits": counts.num_l2_hits,
+            "num_cache_misses": counts.num_misses,
+        }
 
-    async def find(self, key: bytes, control: CacheControl) -> tuple[Entry, str] | None:
+    async def find(self, key: bytes, control: CacheControl, counts: LookupCounts) -> tuple[Entry, str] | None:
         """A kept answer that is young enough for `control`, and where it was."""
         now = time.time()
         oldest = 0.0 if control.max_age is None else now - control.max_age
         entry = self.l1.get(key, now)
         if entry is not None and entry.created >= oldest:
-            self.num_l1_hits += 1
+            counts.num_l1_hits += 1
             return entry, "found in memory"
         entry = await self.l2.get(key)
         if entry is None or entry.expires <= now or entry.created < oldest:
             # While the store was asked, the answer may have been made: then memory has it by now.
             entry = self.l1.get(key, now)
             if entry is None or entry.created < oldest:
-                self.num_misses += 1
+                counts.num_misses += 1
                 return None
-            self.num_l1_hits += 1
+            counts.num_l1_hits += 1
             return entry, "found in memory"
         self.l1.put(key, entry)
-        self.num_l2_hits += 1
+        counts.num_l2_hits += 1
         return entry, "found in the shared store"
 
     def keep(self, key: bytes, events: list[Event], control: CacheControl, began: float, num_bytes: int) -> None:
@@ -190,10 +195,20 @@ class ResponseCache(Link):
         self.num_stored += 1
 
 
+class LookupCounts:
+    """What became of the lookups of one provider's answers."""
+
+    __slots__ = ("num_l1_hits", "num_l2_hits", "num_misses")
+
+    def __init__(self) -> None:
+        self.num_l1_hits = self.num_l2_hits = self.num_misses = 0
+
+
 class _CachedChain:
     """The cache in front of one provider's chain."""
 
-    def __init__(self, cache: ResponseCache, inner: Streamer, keys: AnswerKeys) -> None:
+    def __init__(self, cache: ResponseCache, inner: Streamer, keys: AnswerKeys, counts: LookupCounts) -> None:
+        self._counts = counts
         self._cache = cache
         self._inner = inner
         self._keys = keys
@@ -204,7 +219,7 @@ class _CachedChain:
         key = self._keys.key(request) if may_be_shared(request) else None
         line = _why_not(request) if key is None else _REFRESHED
         if key is not None and control.mode != "refresh":
-            found = await self._cache.find(key, control)
+            found = await self._cache.find(key, control, self._counts)
             if found is not None:
                 entry, reason = found
                 saved = max(0.0, entry.milliseconds - (time.perf_counter() - began) * 1000)

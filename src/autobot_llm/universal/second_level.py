@@ -24,6 +24,7 @@ PATIENCE = 0.004  # seconds a request waits for a lookup
 START_PATIENCE = 0.25  # seconds that the start waits for the store to open
 LOOKUP_LIMIT = 1.0  # seconds after which a lookup is given up for good
 WRITE_LIMIT = 5.0
+CANCEL_AGAIN = 0.5
 CLOSE_LIMIT = 2.0  # seconds that the last writes may take
 MAX_ASKED = 64  # keys of one question
 MAX_WRITTEN = 16  # entries of one write
@@ -70,11 +71,11 @@ class SecondLevel:
         """Write what is pending, if that is quickly done, and close the store."""
         if not self._tasks:
             return
-        reader, writer = self._tasks
-        self._tasks = []
-        reader.cancel()
-        writer.cancel()
-        await asyncio.wait((reader, writer))
+        working, self._tasks = set(self._tasks), []
+        while working:  # a client library may lose a cancellation
+            for task in working:
+                task.cancel()
+            _, working = await asyncio.wait(working, timeout=CANCEL_AGAIN)
         self._answer_all({})
         self._reads = StoreBreaker(is_open=True)
         with contextlib.suppress(Exception):  # it was only a cache
@@ -123,16 +124,16 @@ class SecondLevel:
     # Reading
 
     async def _read(self, opened: asyncio.Event) -> None:
+        await self._try()
+        opened.set()
         while True:
             if self._reads.is_open:
+                await asyncio.sleep(self._reads.pause)
                 await self._try()
-                opened.set()
-                if self._reads.is_open:
-                    await asyncio.sleep(self._reads.pause)
                 continue
             await self._to_read.wait()
             self._to_read.clear()
-            while keys := [key for key, asked in self._asked.items() if not asked.done()][:MAX_ASKED]:
+            while keys := list(self._asked)[:MAX_ASKED]:
                 await self._look_up(keys)
 
     async def _look_up(self, keys: list[bytes]) -> None:
@@ -176,7 +177,7 @@ class SecondLevel:
         except Exception as exc:
             self._failed(self._reads, exc)
         else:
-            self._succeeded(self._reads)
+            self._reads.admit() if self._has_warned else self._reads.succeeded()
 
     # Writing
 
@@ -194,8 +195,8 @@ class SecondLevel:
             batch = {key: self._pending[key] for key in list(self._pending)[:MAX_WRITTEN]}
             if not batch:
                 return
+            kept = [Kept(key, entry.expires, data) for key, entry in batch.items() if (data := _sealed(key, entry))]
             try:
-                kept = [Kept(key, entry.expires, seal(key, entry)) for key, entry in batch.items()]
                 await self._within(WRITE_LIMIT, self._store.put_many(kept))
             except Exception as exc:
                 self._failed(self._writes, exc, gravely=True)
@@ -231,8 +232,16 @@ class SecondLevel:
             )
 
     def _succeeded(self, breaker: StoreBreaker) -> None:
-        was_open = breaker.is_open
         breaker.succeeded()
-        if was_open and self._has_warned and not self._reads.is_open and not self._writes.is_open:
+        others = (self._reads, self._writes)
+        if self._has_warned and not any(one.is_open or one.is_on_trial for one in others):
             self._has_warned = False
             logger.info("%s is back", self._store.name)
+
+
+def _sealed(key: bytes, entry: Entry) -> bytes | None:
+    """None where the answer has no bytes: half a surrogate pair, from a provider that sends such."""
+    try:
+        return seal(key, entry)
+    except UnicodeEncodeError:
+        return None
