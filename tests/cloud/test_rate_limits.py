@@ -189,6 +189,14 @@ async def test_a_pause_that_the_provider_asks_for_holds_for_everybody() -> None:
     assert all(0.045 < wait < 0.5 for wait in waits)
 
 
+async def test_a_pause_too_long_to_wait_for_is_refused_at_once_without_a_timeout_too() -> None:
+    limiter = RateLimiter("p", max_queued=10)
+    limiter.pause(3600)
+    with pytest.raises(OverloadedError, match="too long to wait") as raised:
+        await limiter.acquire("", 0, longest=None)
+    assert raised.value.retry_after == pytest.approx(3600, abs=1)
+
+
 async def test_tokens_count_too_and_an_estimate_is_corrected() -> None:
     limiter = RateLimiter("p", max_queued=10)
     limiter.observe(RateLimits(requests=None, tokens=told(1000, limit=6000, reset=3000.0)))

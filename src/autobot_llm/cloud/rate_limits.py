@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from autobot_llm.dialects.rate_limits import RateLimit, RateLimits
 from autobot_llm.errors import OverloadedError
 
+LONGEST_PAUSE = 60.0  # seconds that a provider may ask for; for longer, its refusal is everybody's answer
 _MINUTE = 60.0
 _ALMOST = 1e-9  # a place is free in spite of the rounding of sums
 
@@ -180,8 +181,8 @@ class RateLimiter:
     async def acquire(self, tenant: str, num_tokens: float, *, longest: float | None) -> float:
         """Wait until a call with `num_tokens` tokens is within the limits; returns the seconds that took.
 
-        Raises OverloadedError at once where too many wait already, or where the wait would take more than `longest`
-        seconds. Cancelled, it leaves nothing behind.
+        Raises OverloadedError at once where too many wait already, the wait would take more than `longest` seconds, or
+        the provider asked for a pause of more than LONGEST_PAUSE. Cancelled, it leaves nothing behind.
         """
         now = _now()
         if not self._queue and self._wait(num_tokens, now) <= 0:
@@ -212,9 +213,11 @@ class RateLimiter:
                 f"{len(self._queue)} requests wait for {self._name}'s rate limit, which is the most that may",
                 retry_after=max(1.0, expected), code="queue_full",
             )  # fmt: skip
-        if longest is not None and expected > longest:
+        is_long_pause = self._paused_until - now > LONGEST_PAUSE
+        if is_long_pause or (longest is not None and expected > longest):
+            than = "which is too long to wait" if is_long_pause else "later than its timeout"
             raise OverloadedError(
-                f"{self._name}'s rate limit allows the request in {expected:.1f} s, later than its timeout",
+                f"{self._name}'s rate limit allows the request in {expected:.1f} s, {than}",
                 retry_after=max(1.0, expected), code="rate_limit_wait",
             )  # fmt: skip
 
