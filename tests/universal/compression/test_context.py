@@ -117,3 +117,11 @@ def test_a_context_is_compressed_to_its_ratio_within_five_percent(ratio: float) 
     assert ratio - 0.05 <= result.compression_ratio <= ratio
     assert result.compressed_text.count("refund") == many_passages().count("refund")
     assert not result.is_estimate
+
+
+@pytest.mark.parametrize(
+    "text", ["One long sentence that has no end and no parts", "A long first passage.\n\nA long second one."]
+)
+def test_a_text_of_which_nothing_fits_stays_whole(text: str) -> None:
+    result = PromptCompressor(ratio=0.1, count_tokens=num_words).compress_context("What?", text)
+    assert (result.compressed_text, result.compression_ratio) == (text, 1.0)

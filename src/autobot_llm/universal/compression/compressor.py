@@ -62,15 +62,18 @@ class PromptCompressor:
     def compress_context(self, query: str, text: str) -> CompressionResult:
         """Keep of `text`, passages with empty lines between them, what bears most on `query`, within the ratio.
 
-        Sentences are kept or dropped whole, and what is kept stays in its order.
+        Sentences are kept or dropped whole, and what is kept stays in its order. A text of which not one sentence fits
+        stays whole.
         """
         count = self._count_tokens or estimated_tokens
         target = int(count(text) * self.ratio)
         passages = paragraphs(text)
         if len(passages) > 1:
             chosen = self.select_relevant_context(query, passages, len(passages), max_tokens=target)
-            return measured(text, SEPARATOR.join(chosen), self._count_tokens)
-        return measured(text, best_sentences(query, text, target, count), self._count_tokens)
+            shorter = SEPARATOR.join(chosen)
+        else:
+            shorter = best_sentences(query, text, target, count)
+        return measured(text, shorter or text, self._count_tokens)
 
     async def compress_by_perplexity(self, text: str, scorer: TextScorer, *, question: str = "") -> CompressionResult:
         """Drop the sentences that help `question` least, and the words that `scorer`'s model finds most predictable.
