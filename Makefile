@@ -94,7 +94,7 @@ $(VENV)/.created:
 
 $(RUN_READY): EXTRAS = engine
 $(TEST_READY): EXTRAS = test
-$(LINT_READY): EXTRAS = engine,lint
+$(LINT_READY): EXTRAS = engine,redis,lint
 $(RUN_READY) $(TEST_READY) $(LINT_READY): pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing autobot_llm[$(EXTRAS)] into $(VENV): a few minutes the first time, torch is large."
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'

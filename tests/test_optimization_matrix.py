@@ -11,10 +11,10 @@ import pytest
 
 from autobot_llm.interface import LLMInterface
 from autobot_llm.optimization_matrix import ProviderRow, optimization_matrix
-from autobot_llm.providers.base import Provider
+from autobot_llm.providers.base import Link, Provider
 from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.report import OptimizationOutcome
-from autobot_llm.routing import OPTIMIZATIONS, OptimizationRouter, ProviderType, Wrapper
+from autobot_llm.routing import OPTIMIZATIONS, OptimizationRouter, ProviderType
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs.vllm import READ
 
@@ -34,8 +34,8 @@ class TellingProvider(ScriptedProvider):
         return [OptimizationOutcome(name=name, applied=runs, reason="I say so") for name, runs in self._runs.items()]
 
 
-def row_of(provider: Provider, *wrappers: Wrapper) -> ProviderRow:
-    (row,) = optimization_matrix([provider.name], {provider.name: provider}, wrappers)
+def row_of(provider: Provider, **links: Link) -> ProviderRow:
+    (row,) = optimization_matrix([provider.name], {provider.name: provider}, links)
     return row
 
 
@@ -69,7 +69,7 @@ def test_what_runs_is_what_the_provider_tells() -> None:
     assert found["speculative_decoding"] == (True, False, "I say so")
     assert found["quantization"] == (True, False, "the provider does not tell")
     assert found["connection_pooling"][:2] == (True, True)
-    assert found["response_caching"] == (True, False, "not built yet")
+    assert found["response_caching"] == (True, False, "the settings switch it off")
 
 
 def test_nothing_runs_that_could_not_apply_whatever_the_provider_says() -> None:
@@ -81,16 +81,14 @@ def test_nothing_runs_that_could_not_apply_whatever_the_provider_says() -> None:
 
 
 def test_a_link_of_the_chain_runs_where_it_could_apply() -> None:
-    link = Wrapper("response_caching", lambda inner, settings: inner)
-    assert cells(row_of(ScriptedProvider(name="openai"), link))["response_caching"][1] is True
-    pooling = Wrapper("connection_pooling", lambda inner, settings: inner)
-    assert cells(row_of(ScriptedProvider(name="native"), pooling))["connection_pooling"] == (
+    assert cells(row_of(ScriptedProvider(name="openai"), response_caching=Link()))["response_caching"][1] is True
+    assert cells(row_of(ScriptedProvider(name="native"), connection_pooling=Link()))["connection_pooling"] == (
         False, False, "it runs in this process, not over HTTP",
     )  # fmt: skip
 
 
 def test_every_cell_has_a_reason_and_a_provider_that_is_not_started_runs_nothing() -> None:
-    for row in optimization_matrix([*ProviderType, "my_cloud"], {}):
+    for row in optimization_matrix([*ProviderType, "my_cloud"], {}, {}):
         assert row.state == "stopped"
         for name, (could_apply, runs, reason) in cells(row).items():
             assert not runs

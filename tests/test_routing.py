@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
-from autobot_llm.providers.base import Streamer
+from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.routing import (
     OPTIMIZATIONS,
@@ -22,6 +22,7 @@ from autobot_llm.routing import (
     choose_route,
     default_provider,
     known_providers,
+    make_links,
     the_cloud,
 )
 from autobot_llm.settings import CloudSettings, Settings
@@ -137,8 +138,16 @@ class Marking:
             yield event
 
 
+class MarkingLink(Link):
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
+        return Marking(chain, self.mark)
+
+
 def marking(optimization: str, mark: str) -> Wrapper:
-    return Wrapper(optimization, lambda inner, settings: Marking(inner, f"{mark}{settings.port}"))
+    return Wrapper(optimization, lambda settings: MarkingLink(f"{mark}{settings.port}"))
 
 
 async def marks_in_front_of(name: str) -> list[str]:
@@ -149,7 +158,7 @@ async def marks_in_front_of(name: str) -> list[str]:
         marking("connection_pooling", "b"),
         marking("prompt_compression", "c"),
     )
-    chain = build_chain(provider, Settings(port=1), wrappers)
+    chain = build_chain(provider, make_links(Settings(port=1), wrappers))
     return [event.text async for event in chain.stream(LLMRequest(prompt="x")) if isinstance(event, TextDelta)]
 
 
@@ -161,7 +170,12 @@ async def test_the_chain_has_the_links_that_could_apply_the_first_outermost() ->
 
 def test_without_links_the_chain_is_the_provider_itself() -> None:
     provider = ScriptedProvider(name="native")
-    assert build_chain(provider, Settings(), ()) is provider
+    assert build_chain(provider, make_links(Settings(), ())) is provider
+
+
+def test_a_link_that_the_settings_switch_off_is_not_in_the_chain() -> None:
+    wrappers = (Wrapper("response_caching", lambda settings: None), marking("prompt_compression", "c"))
+    assert list(make_links(Settings(), wrappers)) == ["prompt_compression"]
 
 
 def test_declared_clouds_are_providers_and_cloud_is_the_one_that_is_meant() -> None:

@@ -88,6 +88,9 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cloud_batch_window_ms": ("0", 0.0, "-0.1"),
     "cloud_max_batch_size": ("3", 3, "0"),
     "cloud_retry_max_attempts": ("0", 0, "-1"),
+    "cloud_max_queued_requests": ("5", 5, "-1"),
+    "cloud_prices": ("/tmp/prices.json", Path("/tmp/prices.json"), "~nobody-of-this-name/x"),
+    "fallbacks": ("a > b, *>c/d", ("a > b", "*>c/d"), "a >"),
     "cloud_budget_per_day": ("1.5", 1.5, "0"),
     "cloud_budget_per_month": ("20", 20.0, "inf"),
     "prompt_compression_enabled": ("yes", True, "2"),
@@ -340,9 +343,9 @@ def test_rows_tell_where_a_value_came_from() -> None:
 
 def test_settings_without_effect_are_listed_only_when_the_user_set_them() -> None:
     assert ineffective_settings(load()) == []
-    native = load({"AUTOBOT_CACHE_ENABLED": "false", "AUTOBOT_DEVICE": "cpu"})
+    native = load({"AUTOBOT_KV_SLIDING_WINDOW": "64", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(native)] == [
-        ("AUTOBOT_CACHE_ENABLED", "no effect yet")
+        ("AUTOBOT_KV_SLIDING_WINDOW", "no effect yet")
     ]
     remote = load({"AUTOBOT_LLM_PROVIDER": "openai", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(remote)] == [

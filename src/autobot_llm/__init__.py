@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from autobot_llm.cloud.request_batching import CloudRequestBatcher
+from autobot_llm.cloud.retry import RateLimitHandler
 from autobot_llm.errors import (
     AuthenticationError,
+    BudgetExceededError,
     ConfigurationError,
     ContextLengthError,
     EngineError,
@@ -61,6 +64,9 @@ if TYPE_CHECKING:
     from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
     from autobot_llm.providers.native import PrefixCacheManager as PrefixCacheManager
     from autobot_llm.providers.native import get_batching_config as get_batching_config
+    from autobot_llm.universal.compression import COMPRESSED_SYSTEM_PROMPTS as COMPRESSED_SYSTEM_PROMPTS
+    from autobot_llm.universal.compression import CompressionResult as CompressionResult
+    from autobot_llm.universal.compression import PromptCompressor as PromptCompressor
 
 __version__ = "0.1.0"
 
@@ -70,8 +76,10 @@ __all__ = [
     "KV_CACHE_CONFIG",
     "OPTIMIZED_VLLM_CONFIG",
     "AuthenticationError",
+    "BudgetExceededError",
     "ChatMessage",
     "ChoiceEnd",
+    "CloudRequestBatcher",
     "ConfigurationError",
     "ContextLengthError",
     "EmbeddingRequest",
@@ -93,6 +101,7 @@ __all__ = [
     "ProviderTimeout",
     "ProviderType",
     "ProviderUnavailable",
+    "RateLimitHandler",
     "ReasoningDelta",
     "RefusalDelta",
     "RequestTimeout",
@@ -111,9 +120,15 @@ __all__ = [
 _OF_THE_ENGINE = frozenset(
     {"CACHED_PREFIXES", "BatchingConfig", "PrefixCacheConfig", "PrefixCacheManager", "get_batching_config"}
 )
+# Loaded when it is asked for: phrases and patterns cost milliseconds that few programs need.
+_OF_COMPRESSION = frozenset({"COMPRESSED_SYSTEM_PROMPTS", "CompressionResult", "PromptCompressor"})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_COMPRESSION:
+        from autobot_llm.universal import compression
+
+        return getattr(compression, name)
     if name not in _OF_THE_ENGINE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from autobot_llm.providers import native

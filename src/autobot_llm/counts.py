@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 
 from autobot_llm.types import Usage
 
@@ -40,3 +41,12 @@ class Counts:
             "num_completion_tokens": self.num_completion_tokens,
             "num_cached_tokens": self.num_cached_tokens,
         }
+
+
+def summed(*parts: Mapping[str, float]) -> dict[str, float]:
+    """The figures of all parts; those of one name are added up (the retries of a provider and of what is before it)."""
+    figures: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            figures[name] = figures.get(name, 0) + value
+    return figures

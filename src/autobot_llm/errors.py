@@ -9,8 +9,10 @@ LLMError
 │   ├── ModelNotFoundError 404  no such model, or no such provider
 │   └── RequestTooLarge    413  the body is over the limit
 ├── AuthenticationError    401  no API key, or a wrong one
+├── BudgetExceededError    402  the money for the day or the month is spent
 ├── OverloadedError        429  try again after `retry_after` seconds
 ├── RequestTimeout         408  the request's own deadline passed
+├── NotCached              504  only a kept answer was wanted, and there is none
 └── ProviderError          502  the provider failed
     ├── ProviderTimeout    504  it did not answer in time
     ├── ProviderUnavailable 503 it cannot be reached, or is shutting down
@@ -23,13 +25,15 @@ from __future__ import annotations
 class LLMError(Exception):
     """The root. `status` is the HTTP status the server answers with; `code` is a stable machine-readable name.
 
-    `retry_after` is in seconds, None where nobody said when to come back.
+    `retry_after` is in seconds, None where nobody said when to come back. `may_have_begun` is False where the
+    provider surely did nothing for the request.
     """
 
     status: int = 500
     type: str = "server_error"
     code: str | None = None
     retry_after: float | None = None
+    may_have_begun: bool = True
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -92,12 +96,26 @@ class AuthenticationError(LLMError):
     code = "invalid_api_key"
 
 
+class BudgetExceededError(LLMError):
+    """The request could cost more than is left of a budget. `retry_after` (seconds) says when there is a new one."""
+
+    status = 402
+    type = "billing_error"
+    code = "budget_exceeded"
+    may_have_begun = False
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class OverloadedError(LLMError):
     """Too much is asked at once. `retry_after` (seconds) says when to come back."""
 
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
+    may_have_begun = False
 
     def __init__(self, message: str, *, retry_after: float, code: str | None = None) -> None:
         super().__init__(message, code=code)
@@ -110,6 +128,14 @@ class RequestTimeout(LLMError):
     status = 408
     type = "timeout_error"
     code = "request_timeout"
+
+
+class NotCached(LLMError):
+    """The request wants a kept answer or none (`only-if-cached`), and there is none. The status is RFC 9111's."""
+
+    status = 504
+    type = "not_cached_error"
+    code = "not_cached"
 
 
 class ProviderError(LLMError):
@@ -136,6 +162,12 @@ class ProviderUnavailable(ProviderError):
 
     status = 503
     code = "provider_unavailable"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, retry_after: float | None = None, may_have_begun: bool = True
+    ) -> None:
+        super().__init__(message, code=code, retry_after=retry_after)
+        self.may_have_begun = may_have_begun
 
 
 class EngineError(ProviderError):

@@ -12,19 +12,20 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
 
 from autobot_llm.call_shapes import MessagesLike, make_request
+from autobot_llm.cloud.fallback import FallbackTable, WithFallbacks
 from autobot_llm.collect import collect
-from autobot_llm.counts import Counts, Ending
+from autobot_llm.counts import Counts, Ending, summed
 from autobot_llm.deadline import Deadline
 from autobot_llm.errors import (
     ConfigurationError,
     LLMError,
     ModelNotFoundError,
+    NotCached,
     ProviderError,
     ProviderUnavailable,
     RequestTimeout,
@@ -44,10 +45,12 @@ from autobot_llm.providers.base import (
 from autobot_llm.routing import (
     Route,
     build_chain,
+    build_embedder,
     build_provider,
     choose_route,
     default_provider,
     known_providers,
+    make_links,
     unknown_provider,
 )
 from autobot_llm.settings import Settings, load_settings
@@ -60,6 +63,7 @@ from autobot_llm.types import (
     LLMRequest,
     LLMResponse,
 )
+from autobot_llm.universal.response_cache import cache_among
 from autobot_llm.validation import validate_embedding, validate_request
 
 
@@ -85,6 +89,10 @@ class LLMInterface:
         if not self._known:
             raise ConfigurationError("providers is empty: expected at least one")
         self._default = default_provider(self.settings, self._known)
+        self._links = make_links(self.settings)
+        self._cache = cache_among(self._links)
+        self._links_started = False
+        self._fallbacks = FallbackTable(self.settings.fallbacks)
         self._in_use: dict[str, _InUse] = {}
         self._starting = asyncio.Lock()
         self._is_closed = False
@@ -101,9 +109,7 @@ class LLMInterface:
         await self.initialize()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     async def initialize(self) -> None:
@@ -117,6 +123,8 @@ class LLMInterface:
         async with self._starting:
             in_use, self._in_use = list(self._in_use.values()), {}
             failures = await asyncio.gather(*(one.provider.close() for one in in_use), return_exceptions=True)
+            self._links_started = False
+            failures += await asyncio.gather(*(link.close() for link in self._links.values()), return_exceptions=True)
         for failure in failures:
             if isinstance(failure, BaseException):
                 raise failure
@@ -157,7 +165,9 @@ class LLMInterface:
             timeout = request.timeout if request.timeout is not None else self.settings.timeout
             validate_request(request)
             with Deadline(timeout) as deadline:
-                chain, request = await self._routed(request)
+                chain, request = await self._reached(request)
+                if alternatives := self._fallbacks.of(request.provider or "", request.model):
+                    chain = WithFallbacks(chain, alternatives, self._reached, default_timeout=self.settings.timeout)
                 async with aclosing(chain.stream(request)) as events:
                     async for event in events:
                         deadline.pause()
@@ -239,8 +249,8 @@ class LLMInterface:
 
     async def _embedded(self, request: EmbeddingRequest) -> EmbeddingResponse:
         route = self.route(LLMRequest(model=request.model, provider=request.provider, llm_type="embedding"))
-        embedder: object = (await self._usable(route.provider)).provider
-        if not isinstance(embedder, Embedder):
+        embedder = (await self._usable(route.provider)).embedder
+        if embedder is None:
             raise UnsupportedError(f"provider '{route.provider}' makes no embeddings", param="model")
         return await embedder.embed(
             msgspec.structs.replace(
@@ -321,34 +331,35 @@ class LLMInterface:
 
     def get_all_provider_status(self) -> dict[str, ProviderStatus]:
         """The state of every provider in use and of the default one, by name."""
-        statuses = {name: one.provider.status() for name, one in self._in_use.items()}
-        if self._default not in statuses:
-            statuses[self._default] = ProviderStatus(name=self._default, state="stopped", message="not started")
-        return statuses
+        not_started = ProviderStatus(name=self._default, state="stopped", message="not started")
+        return {self._default: not_started} | {name: one.provider.status() for name, one in self._in_use.items()}
 
     def get_metrics(self) -> dict[str, dict[str, float]]:
         """Figures since the interface was made: its own under "interface", each provider's under its name."""
-        return {"interface": self._counts.figures()} | {
-            name: one.provider.metrics() for name, one in self._in_use.items()
-        }
+        figures = {"interface": self._counts.figures()}
+        for name, one in self._in_use.items():
+            links = (link.metrics_of(name) for link in self._links.values())
+            figures[name] = summed(one.provider.metrics(), *links)
+        return figures
 
     def get_optimizations(self) -> list[ProviderRow]:
         """For every provider and optimization: whether it could apply, whether it runs now, and why."""
-        in_use = {name: one.provider for name, one in self._in_use.items()}
-        return optimization_matrix(self._known, in_use)
+        return optimization_matrix(self._known, {name: one.provider for name, one in self._in_use.items()}, self._links)
 
-    def get_cache_metrics(self) -> dict[str, bool | str]:
-        """Whether answers are cached. There is no response cache yet, and so there are no figures of one."""
-        return {"enabled": False, "reason": "the response cache is not implemented yet"}
+    def get_cache_metrics(self) -> dict[str, bool | int | float | str]:
+        """What the response cache has done since the interface was made, and holds; see `CacheMetrics`."""
+        return {"enabled": False} if self._cache is None else msgspec.structs.asdict(self._cache.figures())
 
     async def clear_cache(self, l1: bool = True, l2: bool = True) -> dict[str, int]:
-        """The number of cached answers removed from each level asked for: none, as long as there is no cache."""
-        return {level: 0 for level, asked in (("l1", l1), ("l2", l2)) if asked}
+        """Remove every kept answer, in memory (l1) and in the shared store (l2); see `ResponseCache.clear`."""
+        return {} if self._cache is None else await self._cache.clear(l1=l1, l2=l2)
 
-    async def _routed(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
+    async def _reached(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
         """The chain that answers, and the request as the chain gets it."""
         route = self.route(request)
         chosen = await self._usable(route.provider)
+        if self._cache is None and request.cache is not None and request.cache.mode == "only-if-cached":
+            raise NotCached("AUTOBOT_CACHE_ENABLED is false: no answer is kept", param="cache")
         return chosen.chain, msgspec.structs.replace(
             request,
             provider=route.provider,
@@ -371,6 +382,9 @@ class LLMInterface:
         async with self._starting:
             if self._is_closed:
                 raise ProviderUnavailable("the interface is closed")
+            if not self._links_started:
+                await asyncio.gather(*(link.start() for link in self._links.values()))
+                self._links_started = True
             if name not in self._in_use:
                 provider = self._make(name)
                 try:
@@ -378,13 +392,14 @@ class LLMInterface:
                 except BaseException:
                     await provider.close()
                     raise
-                self._in_use[name] = _InUse(provider, build_chain(provider, self.settings))
+                self._in_use[name] = _InUse(
+                    provider, build_chain(provider, self._links), build_embedder(provider, self._links)
+                )
             return self._in_use[name]
 
     def _make(self, name: str) -> Provider:
-        if self._given is not None:
-            return self._given[name]
-        return build_provider(self.settings, name, self._on_progress)
+        given = self._given
+        return given[name] if given is not None else build_provider(self.settings, name, self._on_progress)
 
 
 def _asked(messages: LLMRequest | MessagesLike | None, llm_type: str, options: dict[str, Any]) -> LLMRequest:
@@ -395,7 +410,8 @@ def _asked(messages: LLMRequest | MessagesLike | None, llm_type: str, options: d
 
 @dataclass(frozen=True, slots=True)
 class _InUse:
-    """A started provider and the chain in front of it."""
+    """A started provider, the chain in front of it, and that for embeddings, where it makes them."""
 
     provider: Provider
     chain: Streamer
+    embedder: Embedder | None

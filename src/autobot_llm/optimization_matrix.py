@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from autobot_llm.providers.base import Provider, TellsOptimizations
+from autobot_llm.providers.base import Link, Provider, TellsOptimizations
 from autobot_llm.routing import (
     ARGUMENTS_OF,
     LOCAL_OPTIMIZATIONS,
@@ -17,7 +17,6 @@ from autobot_llm.routing import (
     WRAPPERS,
     OptimizationRouter,
     ProviderType,
-    Wrapper,
     kind_of,
 )
 from autobot_llm.tuning.knobs import facts_of, releases_that_accept
@@ -60,15 +59,15 @@ _OF_EVERY_CLIENT = {"connection_pooling": "connections are kept and shared by al
 
 
 def optimization_matrix(
-    known: Sequence[str], in_use: Mapping[str, Provider], wrappers: Sequence[Wrapper] = WRAPPERS
+    known: Sequence[str], in_use: Mapping[str, Provider], links: Mapping[str, Link]
 ) -> list[ProviderRow]:
-    """A row for each known provider; those in use tell what runs in them."""
-    return [_row(name, in_use.get(name), wrappers) for name in known]
+    """A row for each known provider; those in use tell what runs in them, and `links` run in front of them."""
+    return [_row(name, in_use.get(name), links) for name in known]
 
 
-def _row(name: str, provider: Provider | None, wrappers: Sequence[Wrapper]) -> ProviderRow:
+def _row(name: str, provider: Provider | None, links: Mapping[str, Link]) -> ProviderRow:
     kind = kind_of(name)
-    told = {wrapper.optimization: (True, "it runs in front of the provider") for wrapper in wrappers}
+    told = {name: link.state() for name, link in links.items()}
     version: str | None = None
     teller: object = provider
     if isinstance(teller, TellsOptimizations):
@@ -97,6 +96,8 @@ def _row(name: str, provider: Provider | None, wrappers: Sequence[Wrapper]) -> P
 def _untold(optimization: str) -> tuple[bool, str]:
     if optimization in _OF_EVERY_CLIENT:
         return True, _OF_EVERY_CLIENT[optimization]
+    if any(wrapper.optimization == optimization for wrapper in WRAPPERS):
+        return False, "the settings switch it off"
     return False, "the provider does not tell" if optimization in LOCAL_OPTIMIZATIONS else "not built yet"
 
 

@@ -10,11 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from autobot_llm.cloud.batched_embeddings import BatchingLink
+from autobot_llm.cloud.costed import CostLink
+from autobot_llm.cloud.rate_limited import RateLimitLink
+from autobot_llm.cloud.retried import RetryLink
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
-from autobot_llm.providers.base import OnProgress, Provider, Streamer
+from autobot_llm.providers.base import Embedder, Link, OnProgress, Provider, Streamer
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import LLMRequest
+from autobot_llm.universal.deduplication import deduplication
+from autobot_llm.universal.prompt_compression import prompt_compression
+from autobot_llm.universal.response_cache import response_cache
 
 
 class ProviderType(enum.StrEnum):
@@ -89,24 +96,60 @@ class OptimizationRouter:
 
 
 class Wrapper(msgspec.Struct, frozen=True):
-    """One link of the chain: its optimization's name, and what puts it around the rest of the chain."""
+    """One link of the chain: its optimization's name, and what makes it; None where settings switch it off."""
 
     optimization: str
-    wrap: Callable[[Streamer, Settings], Streamer]
+    make: Callable[[Settings], Link | None]
+
+
+# Links that optimize nothing, and the kinds of providers that they stand in front of.
+_OTHER_LINKS: Mapping[str, frozenset[ProviderType]] = {
+    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER})
+}
 
 
 # From the caller inwards. An optimization joins the chain by one line here.
-WRAPPERS: tuple[Wrapper, ...] = ()
+WRAPPERS: tuple[Wrapper, ...] = (
+    Wrapper("response_caching", response_cache),
+    Wrapper("request_deduplication", deduplication),
+    Wrapper("prompt_compression", prompt_compression),
+    Wrapper("request_batching", BatchingLink),
+    Wrapper("cost", CostLink),
+    Wrapper("retry_with_backoff", RetryLink),
+    Wrapper("rate_limit_handling", RateLimitLink),
+)
 
 
-def build_chain(provider: Provider, settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> Streamer:
-    """`provider` behind every wrapper that could apply to its kind, the first of `wrappers` outermost."""
+def make_links(settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> dict[str, Link]:
+    """The links that one interface's providers share, by optimization, the outermost first; not started."""
+    made = ((wrapper.optimization, wrapper.make(settings)) for wrapper in wrappers)
+    return {name: link for name, link in made if link is not None}
+
+
+def build_chain(provider: Provider, links: Mapping[str, Link]) -> Streamer:
+    """`provider` behind every link that could apply to its kind, the first of `links` outermost."""
     kind = kind_of(provider.name)
     chain: Streamer = provider
-    for wrapper in reversed(wrappers):
-        if OptimizationRouter.should_apply(wrapper.optimization, kind):
-            chain = wrapper.wrap(chain, settings)
+    for optimization, link in reversed(tuple(links.items())):
+        if _stands_before(optimization, kind):
+            chain = link.wrap(chain, provider)
     return chain
+
+
+def build_embedder(provider: Provider, links: Mapping[str, Link]) -> Embedder | None:
+    """What `build_chain` is for answers, for embeddings; None where the provider makes none."""
+    embedder: object = provider
+    if not isinstance(embedder, Embedder):
+        return None
+    kind = kind_of(provider.name)
+    for optimization, link in reversed(tuple(links.items())):
+        if _stands_before(optimization, kind):
+            embedder = link.wrap_embedder(embedder, provider)
+    return embedder
+
+
+def _stands_before(link: str, kind: ProviderType) -> bool:
+    return OptimizationRouter.should_apply(link, kind) or kind in _OTHER_LINKS.get(link, ())
 
 
 def kind_of(name: str) -> ProviderType:

@@ -31,6 +31,19 @@ class ChatMessage(msgspec.Struct, kw_only=False, omit_defaults=True):
     reasoning_content: str | None = None
 
 
+class CacheControl(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a request wants of kept answers; naming it at all lets an answer be reused that was drawn at random.
+
+    `bypass` neither reads nor keeps one, `refresh` has a new one made and kept, `only-if-cached` fails with NotCached
+    where there is none. `ttl` is how many seconds the answer may be given again (None: the settings'), `max_age` how
+    many seconds ago the one that this request gets may have been made.
+    """
+
+    mode: Literal["default", "bypass", "refresh", "only-if-cached"] = "default"
+    ttl: float | None = None
+    max_age: float | None = None
+
+
 class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Everything that determines one answer. None means "the provider's or the model's own default".
 
@@ -74,6 +87,17 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str | None = None
     extra_body: dict[str, Any] = msgspec.field(default_factory=dict)
     service_options: dict[str, Any] = msgspec.field(default_factory=dict)
+    cache: CacheControl | None = None
+
+    @property
+    def has_side_effects(self) -> bool:
+        """Whether answering twice does more than cost twice: the service keeps the answer, or runs tools itself."""
+        wishes = (self.service_options, self.extra_body)
+        if any(fields.get("store") or fields.get("background") for fields in wishes):
+            return True
+        return "mcp_servers" in self.extra_body or any(
+            tool.get("type", "function") != "function" for tool in self.tools or ()
+        )
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -189,11 +213,15 @@ class ChoiceEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole answer is complete. Without it, the stream was cut short and nothing may be cached."""
+    """The whole answer is complete. Without it, the stream was cut short and nothing may be cached.
+
+    `fallback_used` says that another model than the one asked for has answered, in its stead.
+    """
 
     usage: Usage
     timings: Timings = Timings()
     optimizations: tuple[OptimizationOutcome, ...] = ()
+    fallback_used: bool = False
 
 
 Event = Start | TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta | ChoiceEnd | Finish

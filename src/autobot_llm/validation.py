@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from autobot_llm.errors import InvalidRequestError
-from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest
+from autobot_llm.types import CacheControl, ChatMessage, EmbeddingRequest, LLMRequest
 
 MAX_STOP_STRINGS = 16
 MAX_REQUEST_ID_LENGTH = 128
@@ -172,6 +172,17 @@ def _check_response_format(request: LLMRequest) -> None:
         raise _refusal("response_format", wanted, "an object whose type is text, json_object or json_schema")
 
 
+def _check_cache(request: LLMRequest) -> None:
+    if request.cache is None:
+        return
+    if not isinstance(request.cache, CacheControl):
+        raise _refusal("cache", request.cache, "a CacheControl")
+    for field, limits in (("ttl", _Range(0, _INF, above=True)), ("max_age", _Range(0, _INF))):
+        value = getattr(request.cache, field)
+        if value is not None and not limits.accepts(value):
+            raise _refusal(f"cache.{field}", value, str(limits))
+
+
 def _check_names(request: LLMRequest) -> None:
     request_id = request.request_id
     if request_id is not None:
@@ -189,5 +200,6 @@ _CHECKS: tuple[Callable[[LLMRequest], None], ...] = (
     _check_logit_bias,
     _check_tools,
     _check_response_format,
+    _check_cache,
     _check_names,
 )

@@ -31,7 +31,7 @@ MARK: Any = {"type": "ephemeral", "ttl": "1h"}
 @contextlib.asynccontextmanager
 async def gateway(script: Script) -> AsyncIterator[tuple[Server[AnthropicProvider], RawServer]]:
     """Our server with the Anthropic provider behind it, and the upstream that this one asks."""
-    settings = Settings(port=0, provider="anthropic")
+    settings = Settings(port=0, provider="anthropic", cloud_retry_max_attempts=0)
     async with (
         upstream(script) as (asked, provider),
         serving(settings, LLMInterface(settings, providers={"anthropic": provider}), provider) as server,

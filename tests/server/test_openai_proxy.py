@@ -46,7 +46,7 @@ class City(BaseModel):
 async def proxy(url: str) -> AsyncIterator[Server[Any]]:
     """Our server in front of the upstream at `url`."""
     clouds = {"up": CloudSettings(endpoint=url, api_key="sk-upstream")}
-    settings = Settings(port=0, provider="cloud", clouds=clouds, default_model="up/m-1")
+    settings = Settings(port=0, provider="cloud", clouds=clouds, default_model="up/m-1", cloud_retry_max_attempts=0)
     async with serving(settings, LLMInterface(settings), None) as server:  # type: ignore[type-var]
         yield server
 

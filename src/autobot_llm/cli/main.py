@@ -11,8 +11,11 @@ from collections.abc import Sequence
 import click
 
 from autobot_llm import __version__
+from autobot_llm.cli.cache import cache
 from autobot_llm.cli.chat import chat
+from autobot_llm.cli.compress import compress
 from autobot_llm.cli.config import config
+from autobot_llm.cli.cost import cost
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
 from autobot_llm.cli.pull import pull
@@ -34,7 +37,10 @@ Examples:
   autobot-llm chat                             an interactive session
   autobot-llm config                           every setting, its value and its source
   autobot-llm knobs --engine vllm              what each setting becomes in an engine
+  autobot-llm cache stats                      how many answers are kept, and where
   autobot-llm routes                           which optimization runs at which provider
+  autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
+  autobot-llm cost                             what was spent, by day and model
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -43,7 +49,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes):
+for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost):
     cli.add_command(command)
 
 

@@ -214,6 +214,10 @@ class Engine:
             return self._resolve(self._take_in_flight())
         return self._step_on_host()
 
+    def settle(self) -> list[Output]:
+        """Wait for the step under way, if there is one: after it, the executor may be used beside the steps."""
+        return [] if self._in_flight is None else self._resolve(self._take_in_flight())
+
     def _step_beside_device(self, executor: PipelinedExecutor) -> list[Output]:
         plan = self.scheduler.plan()
         launched = None if plan is None else self._launch(executor, plan)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from autobot_llm.engine.engine import Engine, EngineRequest, Output, RequestStats
 from autobot_llm.errors import EngineError, LLMError, OverloadedError, ProviderUnavailable
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_CONSECUTIVE_FAILURES = 3
 
 State = Literal["stopped", "starting", "ready", "failed"]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,27 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _Work:
+    """Something to be done with the engine between two steps; whoever waits for it waits for `result`."""
+
+    do: Callable[[Engine], Any]
+    loop: asyncio.AbstractEventLoop
+    result: asyncio.Future[Any]
+
+    def tell(self, value: object, error: BaseException | None) -> None:
+        def resolve() -> None:
+            if not self.result.done():  # else nobody waits any more
+                self.result.set_exception(error) if error else self.result.set_result(value)
+
+        _call(self.loop, resolve)
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Command = _Submit | _Abort | _Stop
+_Command = _Submit | _Abort | _Work | _Stop
 
 
 class RequestHandle:
@@ -171,6 +188,24 @@ class EngineService:
         self._commands.put(_Submit(handle, request))
         return handle
 
+    async def run(self, work: Callable[[Engine], _Result]) -> _Result:
+        """What `work` returns or raises, called with the engine on its own thread, between two steps.
+
+        Raises ProviderUnavailable where the engine does not run, or stops before it comes to it.
+        """
+        result: _Result = await self.post(work)
+        return result
+
+    def post(self, work: Callable[[Engine], Any]) -> asyncio.Future[Any]:
+        """As `run`, for those who need not wait. Raises ProviderUnavailable where the engine does not run."""
+        loop = asyncio.get_running_loop()
+        command = _Work(work, loop, loop.create_future())
+        with self._lock:
+            if self.state != "ready" or self.engine is None:
+                raise _again(self.failure or ProviderUnavailable(f"the engine is {self.state}"))
+            self._commands.put(command)
+        return command.result
+
     def _seconds_until_room(self) -> float:
         """How long a tenth of the queue takes at the recent rate of finishing; 1 s where nothing finished yet."""
         recent = self._finish_times
@@ -228,11 +263,29 @@ class EngineService:
                     raise
             self._deliver(outputs)
 
-    def _obey(self, engine: Engine, command: _Submit | _Abort) -> None:
-        if isinstance(command, _Abort):
+    def _obey(self, engine: Engine, command: _Submit | _Abort | _Work) -> None:
+        if isinstance(command, _Work):
+            self._work(engine, command)
+        elif isinstance(command, _Abort):
             engine.abort(command.request_id)
         elif command.handle.id in self._handles:  # else it was given up before it was read
             engine.add(command.handle.id, command.request, command.handle.stats)
+
+    def _work(self, engine: Engine, work: _Work) -> None:
+        if work.result.cancelled():
+            return
+        try:
+            outputs = engine.settle()
+        except Exception as error:
+            log.exception("a step failed: its requests end with an error, the cache is emptied")
+            outputs = engine.fail_all(f"the engine failed on this request: {error!r}", error)
+        self._deliver(outputs)
+        try:
+            value = work.do(engine)
+        except Exception as error:
+            work.tell(None, error)
+        else:
+            work.tell(value, None)
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Wake each event loop once per step, with everything for it."""
@@ -259,8 +312,18 @@ class EngineService:
             self.state, self.failure = state, failure
             handles = list(self._handles.values())
             self._handles.clear()
+            unread = list(iter(self._next_unread, None))
+        for command in unread:
+            if isinstance(command, _Work):
+                command.tell(None, _again(failure))
         for handle in handles:
             _call(handle.loop, handle._fail, failure)
+
+    def _next_unread(self) -> _Command | None:
+        try:
+            return self._commands.get_nowait()
+        except queue.Empty:
+            return None
 
 
 def _again(error: LLMError) -> LLMError:

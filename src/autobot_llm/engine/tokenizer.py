@@ -107,6 +107,14 @@ class Tokenizer:
             raise InvalidRequestError(f"the text cannot be encoded as UTF-8: {exc}", param="prompt") from exc
         return ids
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, nothing put around it, and for each the characters [start, end) that it stands for."""
+        try:
+            encoded = self._backend.encode(text, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as exc:
+            raise InvalidRequestError(f"the text cannot be encoded as UTF-8: {exc}", param="prompt") from exc
+        return encoded.ids, encoded.offsets
+
     def encode_chat(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins (see ChatTemplate.render)."""
         return self.encode(self.render_chat(messages, tools), add_special_tokens=False)

@@ -103,6 +103,15 @@ def _figure(name: str, figure: str, kind: Literal["counter", "gauge"], help: str
 
 
 PROVIDER_METRICS = (
+    _figure("autobot_llm_cache_l1_hits", "num_l1_hits", "counter", "Requests answered from this process's memory."),
+    _figure("autobot_llm_cache_l2_hits", "num_l2_hits", "counter", "Requests answered from the shared store."),
+    _figure("autobot_llm_cache_misses", "num_cache_misses", "counter", "Requests that no kept answer was found for."),
+    _figure(
+        "autobot_llm_deduplicated_requests",
+        "num_joined",
+        "counter",
+        "Requests that shared the call of an equal one under way.",
+    ),
     _figure("autobot_kv_cache_memory_mb", "kv_cache_memory_mb", "gauge", "KV cache memory in use, in megabytes."),
     _figure(
         "autobot_prefix_cache_hit_rate",
@@ -129,6 +138,64 @@ PROVIDER_METRICS = (
         "num_context_growths",
         "counter",
         "Times that a model's context was made larger, which loads it anew.",
+    ),
+    _figure("autobot_llm_retries", "num_retries", "counter", "Calls to the provider that were made again."),
+    _figure("autobot_llm_retry_wait_seconds", "retry_wait_seconds", "counter", "Time waited before retries."),
+    _figure(
+        "autobot_llm_rate_limit_waits",
+        "num_rate_limit_waits",
+        "counter",
+        "Requests that waited for a place within the provider's rate limits.",
+    ),
+    _figure(
+        "autobot_llm_rate_limit_wait_seconds",
+        "rate_limit_wait_seconds",
+        "counter",
+        "Time that requests waited for a place within the provider's rate limits.",
+    ),
+    _figure(
+        "autobot_llm_rate_limit_queued",
+        "num_rate_limit_queued",
+        "gauge",
+        "Requests that wait for a place within the provider's rate limits.",
+    ),
+    _figure(
+        "autobot_llm_circuit_open",
+        "circuit_open",
+        "gauge",
+        "1 while the provider is not asked because its calls fail, else 0.",
+    ),
+    _figure(
+        "autobot_llm_circuit_openings",
+        "num_circuit_openings",
+        "counter",
+        "Times that the provider's calls failed so often that it was no longer asked.",
+    ),
+    _figure("autobot_llm_cost_dollars", "dollars_spent", "counter", "US dollars spent on answers and embeddings."),
+    _figure(
+        "autobot_llm_cost_saved_dollars",
+        "dollars_saved",
+        "gauge",
+        "US dollars saved by the provider's own cache, less what writing to it cost.",
+    ),
+    _figure(
+        "autobot_llm_compressed_requests",
+        "num_compressed_requests",
+        "counter",
+        "Requests whose prompt was made shorter (lossy).",
+    ),
+    _figure(
+        "autobot_llm_compression_saved_tokens",
+        "num_tokens_saved_by_compression",
+        "counter",
+        "Prompt tokens that compression left out; estimated where the model's tokenizer is not known.",
+    ),
+    _figure("autobot_llm_batched_calls", "num_shared_calls", "counter", "Calls that several requests shared."),
+    _figure(
+        "autobot_llm_batched_requests",
+        "num_requests_in_shared_calls",
+        "counter",
+        "Requests that shared a call with others.",
     ),
     _figure("autobot_llm_engine_running", "num_running", "gauge", "Sequences in the running batch."),
     _figure("autobot_llm_engine_waiting", "num_waiting", "gauge", "Sequences that wait to be scheduled."),

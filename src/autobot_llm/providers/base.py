@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from autobot_llm.dialects.rate_limits import RateLimits
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, LLMRequest, ModelInfo
 
 __all__ = [
     "Embedder",
+    "Link",
     "ModelInfo",
     "ModelLoader",
     "Provider",
     "ProviderStatus",
+    "ScoredToken",
     "Streamer",
     "TellsOptimizations",
+    "TellsRateLimits",
+    "TellsRevision",
+    "TextScorer",
     "TokenCounter",
 ]
 
@@ -48,6 +54,40 @@ class OnProgress(Protocol):
     """
 
     def __call__(self, phase: str, num_done: int, num_total: int) -> None: ...
+
+
+class Link:
+    """One optimization, made once for an interface and put around the chain of each of its providers by `wrap`.
+
+    What the chains of all providers share (a store, limits, figures) lives in it. `start` and `close` may be called
+    more than once, and a closed one may be started again.
+    """
+
+    async def start(self) -> None:
+        """Open what it needs, before the first request. What it cannot open now must not fail requests."""
+
+    async def close(self) -> None:
+        """Give back what `start` opened. Called after every provider has been closed."""
+
+    def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
+        """`chain`, which ends in `provider`, with this optimization in front."""
+        raise NotImplementedError
+
+    def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
+        """`embedder`, which ends in `provider`, with this optimization in front; called after `wrap`."""
+        return embedder
+
+    def state(self) -> tuple[bool, str]:
+        """Whether it acts on a request that does not name it, and why, for the table of what runs."""
+        return True, "it runs in front of the provider"
+
+    def metrics(self) -> dict[str, float]:
+        """Current figures by name, as a provider's are."""
+        return {}
+
+    def metrics_of(self, provider: str) -> dict[str, float]:
+        """Current figures of the chain of one provider, which are shown with the provider's own."""
+        return {}
 
 
 class Provider(Streamer, Protocol):
@@ -99,6 +139,24 @@ class TokenCounter(Protocol):
 
 
 @runtime_checkable
+class TellsRateLimits(Protocol):
+    """What a provider can do besides whose answers tell how much more it may be asked."""
+
+    def rate_limits_of(self, model: str | None) -> RateLimits | None:
+        """What was told with the latest answer of `model` (None: the default one)."""
+        ...
+
+
+@runtime_checkable
+class TellsRevision(Protocol):
+    """What a provider can do besides that notices when a model is replaced by another of the same name."""
+
+    def revision(self, model: str | None) -> str:
+        """What tells the present weights of `model` (None: the default one) from others; empty where not known."""
+        ...
+
+
+@runtime_checkable
 class TellsOptimizations(Protocol):
     """What a provider can do besides that knows which optimizations run in it; the names are the router's."""
 
@@ -108,4 +166,31 @@ class TellsOptimizations(Protocol):
 
     def optimizations(self) -> list[OptimizationOutcome]:
         """For each optimization that it can speak about: whether it runs now, and why."""
+        ...
+
+
+class ScoredToken(msgspec.Struct, frozen=True):
+    """One token of a text: the characters [start, end) that it stands for, and its log probability (natural logarithm).
+
+    `logprob` is None for a text's first token where nothing goes before it.
+    """
+
+    start: int
+    end: int
+    logprob: float | None
+
+
+@runtime_checkable
+class TextScorer(Protocol):
+    """What a provider can do besides that tells how likely its model finds a given text, and how many tokens it has."""
+
+    async def score(self, text: str, *, before: str = "", model: str | None = None) -> tuple[ScoredToken, ...]:
+        """Each token of `text`, as it follows what goes before it in `text` and in `before`.
+
+        Of a text longer than the model's context each token follows what fits, at least half of the context.
+        """
+        ...
+
+    async def text_counter(self, model: str | None = None) -> Callable[[str], int]:
+        """What counts the tokens of a text as the model does, nothing put around it."""
         ...

@@ -16,6 +16,7 @@ from autobot_llm.interface import LLMInterface
 from autobot_llm.observability.metrics import Metrics, RequestRecord
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header
+from autobot_llm.server.cache_control import FIELD, with_cache_control
 from autobot_llm.server.merge import merge_streams
 from autobot_llm.settings import Settings
 from autobot_llm.types import ChoiceEnd, Event, Finish, LLMRequest, LLMResponse, Start
@@ -91,7 +92,7 @@ class Answers:
         self, exchange: Exchange, record: RequestRecord, requests: Sequence[LLMRequest], encoder: StreamEncoder
     ) -> None:
         """Answer `requests`, alike but for their prompts, as one stream."""
-        await self.watch(exchange, _send_stream(exchange, self._events(record, requests), encoder))
+        await self.watch(exchange, _send_stream(exchange, self._events(exchange, record, requests), encoder))
 
     async def whole(
         self,
@@ -101,7 +102,7 @@ class Answers:
         write: Callable[[LLMResponse], bytes],
     ) -> None:
         """Answer `requests`, alike but for their prompts, with one body that `write` makes of the complete answer."""
-        await self.watch(exchange, _send_whole(exchange, self._events(record, requests), write))
+        await self.watch(exchange, _send_whole(exchange, self._events(exchange, record, requests), write))
 
     async def watch(self, exchange: Exchange, work: Coroutine[object, object, None]) -> None:
         """Do `work`, which replies, while watching for the client's leaving, which gives the work up at once."""
@@ -124,7 +125,12 @@ class Answers:
             if not self._running:
                 self._idle.set()
 
-    def _events(self, record: RequestRecord, requests: Sequence[LLMRequest]) -> AsyncGenerator[Event, None]:
+    def _events(
+        self, exchange: Exchange, record: RequestRecord, requests: Sequence[LLMRequest]
+    ) -> AsyncGenerator[Event, None]:
+        header = exchange.header(b"cache-control")
+        if header is not None or FIELD in requests[0].extra_body:
+            requests = [with_cache_control(request, header) for request in requests]
         if len(requests) == 1:
             return record.observe(self._llm.events(requests[0]))
         return record.observe(merge_streams([self._llm.events(request) for request in requests], requests[0].n))
@@ -190,7 +196,14 @@ def _applied(outcome: OptimizationOutcome) -> str:
         "tokens_saved": outcome.tokens_saved,
         "ms_saved": None if outcome.milliseconds_saved is None else round(outcome.milliseconds_saved, 1),
         "bytes_saved": outcome.bytes_saved,
+        "dollars_spent": _dollars(outcome.dollars_spent),
+        "dollars_saved": _dollars(outcome.dollars_saved),
     }
     parts = [_HEADER_UNSAFE.sub("_", outcome.name)]
     parts += [f"{name}={value}" for name, value in savings.items() if value is not None]
     return ";".join(parts)
+
+
+def _dollars(amount: float | None) -> str | None:
+    """To a billionth, without an exponent: a cheap model's token costs less than a millionth."""
+    return None if amount is None else f"{amount:.9f}".rstrip("0").rstrip(".")

@@ -11,6 +11,7 @@ from autobot_llm.errors import ProviderError
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.server.answers import Service, optimizations_header
 from autobot_llm.server.asgi import Exchange
+from autobot_llm.server.cache_control import with_cache_control
 from autobot_llm.server.models import find_model
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
 from autobot_llm.types import Finish, LLMRequest
@@ -52,6 +53,7 @@ class _Handlers:
     async def _send_message(self, exchange: Exchange, record: RequestRecord, request: LLMRequest) -> None:
         """A whole message keeps the order of its blocks, which a collected answer does not know."""
         builder = replies.MessageBuilder(exchange.request_id)
+        request = with_cache_control(request, exchange.header(b"cache-control"))
         async with aclosing(record.observe(self._llm.events(request))) as events:
             async for event in events:
                 if isinstance(event, Finish):

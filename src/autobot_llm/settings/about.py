@@ -208,9 +208,8 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "cache_dir": About(
-        "Where compiled kernels and other files that can be made again are kept.",
-        "engine/kernels",
-        NATIVE,
+        "Where compiled kernels, kept answers and other files that can be made again are.",
+        "engine/kernels, universal/response_cache",
         now=True,
     ),
     "kv_cache_dtype": About(
@@ -293,21 +292,70 @@ ABOUT: dict[str, About] = {
     # Everything over HTTP
     "cloud_connection_pool_size": About("Most connections to one provider.", "transport/pool", OVER_HTTP, now=True),
     "cloud_batch_window_ms": About(
-        "Milliseconds to wait for requests that can share a call.", "cloud/request_batching", OVER_HTTP
+        "Milliseconds to wait, while a call is under way, for embeddings that can share the next one.",
+        "cloud/request_batching",
+        OVER_HTTP,
+        now=True,
     ),
-    "cloud_max_batch_size": About("Most requests that share a call.", "cloud/request_batching", OVER_HTTP),
-    "cloud_retry_max_attempts": About("Retries after a failed call.", "cloud/retry", OVER_HTTP),
-    "cloud_budget_per_day": About("US dollars that a day may cost.", "cloud/pricing", PAID),
-    "cloud_budget_per_month": About("US dollars that a month may cost.", "cloud/pricing", PAID),
+    "cloud_max_batch_size": About(
+        "Most requests for embeddings that share a call; 1 is off.", "cloud/request_batching", OVER_HTTP, now=True
+    ),
+    "cloud_retry_max_attempts": About(
+        "Most retries of a call that failed and may be made again; 0 is off.", "cloud/retry", OVER_HTTP, now=True
+    ),
+    "cloud_max_queued_requests": About(
+        "Requests that may wait for the rate limit of one model; one more is refused with status 429.",
+        "cloud/rate_limits",
+        OVER_HTTP,
+        now=True,
+    ),
+    "fallbacks": About(
+        "Models that answer where another one cannot: `openai/gpt-5.4 > anthropic/claude-sonnet-5, * > native/tiny`. "
+        "The first is a model, `openai/*` or `*`; the answer says that another model gave it.",
+        "cloud/fallback",
+        now=True,
+    ),
+    "cloud_prices": About(
+        'JSON file of prices that replace ours: `{"openai/gpt-5.5": {"input": 5, "output": 30, "cached_input": 0.5, '
+        '"dated": "2026-11-20"}}`, US dollars per million tokens.',
+        "cloud/pricing",
+        PAID,
+        now=True,
+    ),
+    "cloud_budget_per_day": About(
+        "US dollars that a day (UTC) may cost; a request that could cost more than is left is refused with status 402.",
+        "cloud/costed",
+        PAID,
+        now=True,
+    ),
+    "cloud_budget_per_month": About("US dollars that a month (UTC) may cost.", "cloud/costed", PAID, now=True),
     # Every provider
-    "prompt_compression_enabled": About("Shorten prompts (lossy).", "universal/compression"),
-    "prompt_compression_ratio": About(
-        "Length of a compressed prompt as a share of the original.", "universal/compression"
+    "prompt_compression_enabled": About(
+        "Shorten the system prompts of all requests by rules (lossy); a request may ask for it, or for more, itself.",
+        "universal/prompt_compression",
+        now=True,
     ),
-    "cache_enabled": About("Answer a repeated request from a cache.", "universal/response_cache"),
-    "cache_l1_size": About("Answers kept in memory.", "universal/response_cache"),
-    "cache_l2_ttl": About("Seconds that a shared answer is kept.", "universal/response_cache"),
-    "redis_url": About("Redis for the shared cache; unset uses SQLite.", "universal/response_cache", secret=True),
+    "prompt_compression_ratio": About(
+        "Length of a compressed prompt as a share of the original; rules stop short of it where there is no more to "
+        "remove.",
+        "universal/prompt_compression",
+        now=True,
+    ),
+    "cache_enabled": About(
+        "Answer a repeated request from a cache: one with temperature 0, with a seed, or that asks for it in `cache`.",
+        "universal/response_cache",
+        now=True,
+    ),
+    "cache_l1_size": About("Answers kept in memory; 0 keeps none there.", "universal/response_cache", now=True),
+    "cache_l2_ttl": About(
+        "Seconds that an answer is kept, in memory and in the shared store.", "universal/response_cache", now=True
+    ),
+    "redis_url": About(
+        "Redis for kept answers, shared by hosts; unset keeps them in a file under AUTOBOT_CACHE_DIR.",
+        "universal/response_cache",
+        now=True,
+        secret=True,
+    ),
     "semantic_cache_threshold": About(
         "Similarity from which the answer to another request is reused (lossy); unset is off.",
         "universal/semantic_cache",

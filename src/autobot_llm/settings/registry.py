@@ -23,6 +23,7 @@ from autobot_llm.settings.values import (
     Count,
     Dollars,
     Duration,
+    Fallback,
     Fraction,
     HttpUrl,
     Milliseconds,
@@ -146,6 +147,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cloud_batch_window_ms: NonNegative = 50.0
     cloud_max_batch_size: Count = 10
     cloud_retry_max_attempts: WholeNumber = 3
+    cloud_max_queued_requests: WholeNumber = 1000
+    fallbacks: tuple[Fallback, ...] = ()
+    cloud_prices: Path | None = None
     cloud_budget_per_day: Dollars | None = None
     cloud_budget_per_month: Dollars | None = None
 

@@ -40,6 +40,13 @@ Duration = Annotated[
     str,
     Meta(pattern=r"^-?(\d+(\.\d+)?(ms|s|m|h))+$", extra={"expected": "a duration such as 90s, 30m or 1h30m"}),
 ]
+Fallback = Annotated[
+    str,
+    Meta(
+        pattern=r"^[^>,]*[^>,\s][^>,]*(>[^>,]*[^>,\s][^>,]*)+$",
+        extra={"expected": "a model and those that answer in its stead, such as openai/gpt-5.4 > native/tiny"},
+    ),
+]
 Switch = Literal["auto", "on", "off"]
 
 _TRUE = frozenset({"true", "1", "yes", "on"})

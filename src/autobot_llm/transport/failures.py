@@ -63,9 +63,13 @@ def error_from(
         return OverloadedError(message, retry_after=retry_after(headers) or DEFAULT_RETRY_AFTER, code=code)
     if status in (408, 504):
         return ProviderTimeout(message)
+    if status in (503, 529):
+        # 529 is Anthropic's for an overload. A 503 can be a proxy's word for an answer that broke off.
+        return ProviderUnavailable(
+            f"{message} (status {status})", retry_after=retry_after(headers), may_have_begun=status == 503
+        )
     if status >= 500:
-        kind = ProviderUnavailable if status in (503, 529) else ProviderError
-        return kind(f"{message} (status {status})", retry_after=retry_after(headers))
+        return ProviderError(f"{message} (status {status})", retry_after=retry_after(headers))
     lowered = words.lower()
     if code in _CONTEXT_CODES or any(hint in lowered for hint in _CONTEXT_WORDS):
         return ContextLengthError(message, param=said.param)

@@ -17,11 +17,15 @@ HIGH_WATER = 256 * 1024  # bytes that may wait for a slow reader before the serv
 
 
 class BrokenConnection(Exception):
-    """The connection was lost, or what came over it is no HTTP. `is_stale`: before a single byte of an answer."""
+    """The connection was lost, or what came over it is no HTTP.
 
-    def __init__(self, reason: str, *, is_stale: bool = False) -> None:
+    `is_stale`: before a single byte of an answer. `is_unsent`: before the request was sent.
+    """
+
+    def __init__(self, reason: str, *, is_stale: bool = False, is_unsent: bool = False) -> None:
         super().__init__(reason)
         self.is_stale = is_stale
+        self.is_unsent = is_unsent
 
 
 class Silence(Exception):
@@ -71,7 +75,7 @@ class Connection(asyncio.Protocol):
         """Write a whole request. Silence of more than `patience` seconds from now on ends the exchange."""
         transport = self._transport
         if transport is None or transport.is_closing():
-            raise BrokenConnection("the connection was closed while it was idle", is_stale=True)
+            raise BrokenConnection("the connection was closed while it was idle", is_stale=True, is_unsent=True)
         self._begin()
         self._is_idle = False
         self.num_exchanges += 1

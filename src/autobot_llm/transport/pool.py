@@ -126,8 +126,12 @@ class HttpPool:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
+        may_repeat: bool = True,
     ) -> HttpStream:
         """An answer to be read as it comes: `async with pool.stream(...) as answer`. Raises what `request` does.
+
+        A kept connection may be closed by the server just as the request goes out over it. The request is then sent
+        again over a new one, unless `may_repeat` is False: the server may as well have failed at its work.
 
         Leaving the block before the answer's end closes the connection at once, and so ends the work behind it.
         """
@@ -141,7 +145,7 @@ class HttpPool:
             parts += [b"content-length: %d\r\n\r\n" % len(body), body]
         else:
             parts.append(b"\r\n")
-        return HttpStream(self, b"".join(parts), timeouts)
+        return HttpStream(self, b"".join(parts), timeouts, may_repeat=may_repeat)
 
     async def close(self) -> None:
         """Close every connection; answers under way end with an error. May be called again."""
@@ -228,9 +232,9 @@ class HttpPool:
         except TimeoutError as exc:
             connection.close()
             message = f"{self.name} could not be reached at {where} within {timeouts.connect:g} s"
-            raise ProviderUnavailable(message) from exc
+            raise ProviderUnavailable(message, may_have_begun=False) from exc
         except (OSError, UnicodeError) as exc:
-            raise ProviderUnavailable(f"{self.name} cannot be reached at {where}: {exc}") from exc
+            raise ProviderUnavailable(f"{self.name} cannot be reached at {where}: {exc}", may_have_begun=False) from exc
         self._num_connects += 1
         if not connection.is_lost:
             self._open.add(connection)

@@ -44,6 +44,7 @@ class HttpStream:
         "_inflated",
         "_inflater",
         "_is_first",
+        "_may_repeat",
         "_num_bytes",
         "_pool",
         "_request",
@@ -53,12 +54,13 @@ class HttpStream:
         "status",
     )
 
-    def __init__(self, pool: HttpPool, request: bytes, timeouts: Timeouts) -> None:
+    def __init__(self, pool: HttpPool, request: bytes, timeouts: Timeouts, *, may_repeat: bool) -> None:
         self._pool = pool
         self._request = request
         self._timeouts = timeouts
         self._connection: Connection | None = None
         self._is_first = True
+        self._may_repeat = may_repeat
         self._inflater: Inflater | None = None
         self._inflated: Iterator[bytes] | None = None
         self._num_bytes = 0
@@ -79,7 +81,7 @@ class HttpStream:
             except BrokenConnection as exc:
                 pool.release(connection)
                 # The server closed an idle connection just as the request went out, and has not begun to answer.
-                if not (exc.is_stale and self.is_reused):
+                if not (exc.is_stale and self.is_reused and (self._may_repeat or exc.is_unsent)):
                     raise ProviderUnavailable(f"{pool.name} gave no answer: {exc}") from exc
                 fresh = True
             except Silence as exc:

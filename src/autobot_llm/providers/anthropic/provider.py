@@ -59,7 +59,8 @@ class AnthropicProvider:
         self._default_model = _default_model(settings, self.name)
         self._output_limits: dict[str, int] = {}
         self._pool: HttpPool | None = None
-        self._headers: Mapping[str, str] = {}
+        self.rate_limits: RateLimits | None = None  # as the latest answer told
+        self._rate_limits_of: dict[str, RateLimits] = {}  # each model has its own
         self._failure = ""
         self._num_running = 0
         self._num_prompt_tokens = 0
@@ -110,10 +111,9 @@ class AnthropicProvider:
                 details[f"remaining_{kind}"] = limit.remaining
         return ProviderStatus(name=self.name, state="ready", message=self._failure, details=details)
 
-    @property
-    def rate_limits(self) -> RateLimits | None:
-        """What Anthropic said of the key's limits with its latest answer."""
-        return read_rate_limits(self._headers)
+    def rate_limits_of(self, model: str | None) -> RateLimits | None:
+        """What Anthropic said of the key's limits with its latest answer of `model`."""
+        return self._rate_limits_of.get(model or self._default_model or "")
 
     def metrics(self) -> dict[str, float]:
         figures = self._pool.metrics() if self._pool is not None else {}
@@ -146,11 +146,16 @@ class AnthropicProvider:
         try:
             async with (
                 pool.stream(
-                    "POST", MESSAGES, body=encode(call.body), headers=call.headers, timeouts=timeouts
+                    "POST",
+                    MESSAGES,
+                    body=encode(call.body),
+                    headers=call.headers,
+                    timeouts=timeouts,
+                    may_repeat=not request.has_side_effects,
                 ) as answer,
                 aclosing(_pieces(pool, answer, reader)) as pieces,
             ):
-                self._headers = answer.headers
+                self._note_rate_limits(model, answer.headers)
                 async for events in pieces:
                     for event in events:
                         if first_piece is None and type(event) is not Start:
@@ -171,6 +176,13 @@ class AnthropicProvider:
             timings=Timings(time_to_first_token=(first_piece or now) - began, total=now - began),
             optimizations=(outcome(marking, reader.usage), connection_pooling(is_reused=answer.is_reused)),
         )
+
+    def _note_rate_limits(self, model: str, headers: Mapping[str, str]) -> None:
+        self.rate_limits = limits = read_rate_limits(headers)
+        if limits is not None:
+            self._rate_limits_of[model] = limits
+        else:
+            self._rate_limits_of.pop(model, None)
 
     def _started(self) -> HttpPool:
         if self._pool is None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +22,11 @@ from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCach
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.service import EngineService
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
-from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus
+from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus, ScoredToken
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.from_engine import Answer
 from autobot_llm.providers.native.optimizations import running_optimizations
+from autobot_llm.providers.native.scoring import score_text
 from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
@@ -56,6 +57,7 @@ class NativeProvider:
         for name in (name.removeprefix(f"{self.name}/") for name in settings.models.values()):
             with contextlib.suppress(ConfigurationError):
                 self._folders[name] = model_folder(name)
+        self._revisions: dict[str, str] = {}
         self._services: dict[str, EngineService] = {}
         self._prefix_caches: dict[str, PrefixCacheManager] = {}
         self._compilers: dict[str, GrammarCompiler] = {}
@@ -141,6 +143,14 @@ class NativeProvider:
             "num_generated_tokens": sum(engine.num_generated_tokens for engine in engines),
         }
 
+    def revision(self, model: str | None) -> str:
+        """Names, sizes and times of the model's files, as they were when this was first asked."""
+        name = model or self._default
+        if name not in self._revisions and name in self._folders:
+            found = [(file.name, file.stat()) for file in sorted(self._folders[name].iterdir())]
+            self._revisions[name] = repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in found])
+        return self._revisions.get(name, "")
+
     def engine_version(self) -> str | None:
         return None  # the engine has no releases of its own
 
@@ -154,6 +164,16 @@ class NativeProvider:
         engine = (await self._service(request.model or self._default)).engine
         assert engine is not None, "a started service has an engine"
         return len(await encode_prompt(engine, request, answer_shape(request, engine.tokenizer).tools))
+
+    async def score(self, text: str, *, before: str = "", model: str | None = None) -> tuple[ScoredToken, ...]:
+        """See `TextScorer`."""
+        return await score_text(await self._service(model or self._default), text, before)
+
+    async def text_counter(self, model: str | None = None) -> Callable[[str], int]:
+        engine = (await self._service(model or self._default)).engine
+        assert engine is not None, "a started service has an engine"
+        tokenizer = engine.tokenizer
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
     async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
         """Answer with the engine. Everything that can be refused is refused before `Start`."""

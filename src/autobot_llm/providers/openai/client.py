@@ -46,15 +46,15 @@ class OpenAIClient:
         self.endpoint = endpoint
         self._name = name
         self._pool = HttpPool(endpoint.base_url, headers=endpoint.headers, limits=limits, name=name)
-        self._headers: Mapping[str, str] = {}
+        self.rate_limits: RateLimits | None = None  # as the latest answer told
+        self._rate_limits_of: dict[str, RateLimits] = {}  # each model has its own
 
     async def close(self) -> None:
         await self._pool.close()
 
-    @property
-    def rate_limits(self) -> RateLimits | None:
-        """What the server said of its limits with its latest answer."""
-        return read_rate_limits(self._headers)
+    def rate_limits_of(self, model: str) -> RateLimits | None:
+        """What the server said of its limits with its latest answer of `model`."""
+        return self._rate_limits_of.get(model)
 
     def metrics(self) -> dict[str, float]:
         return self._pool.metrics()
@@ -71,7 +71,7 @@ class OpenAIClient:
         body = requests.write_embedding(request, model)
         timeout = request.timeout or EMBEDDING_SECONDS
         answer = await self._pool.request("POST", requests.EMBEDDINGS, body=body, timeout=timeout)
-        self._headers = answer.headers
+        self._note_rate_limits(model, answer.headers)
         return embeddings.read_embeddings(answer.body, request, provider=self._name, model=model)
 
     async def stream(self, request: LLMRequest, model: str) -> AsyncGenerator[Event, None]:
@@ -90,8 +90,9 @@ class OpenAIClient:
         began = time.perf_counter()
         first: float | None = None
         timeouts = _STREAMED if request.stream else _WHOLE
-        async with self._pool.stream("POST", path, body=body, timeouts=timeouts) as answer:
-            self._headers = answer.headers
+        may_repeat = not request.has_side_effects
+        async with self._pool.stream("POST", path, body=body, timeouts=timeouts, may_repeat=may_repeat) as answer:
+            self._note_rate_limits(model, answer.headers)
             parser = self._parser(answer)
             if parser is None:
                 data = await answer.body(self._pool.limits.max_body_bytes)
@@ -116,6 +117,13 @@ class OpenAIClient:
             timings=Timings(time_to_first_token=(first or now) - began, total=now - began),
             optimizations=(connection_pooling(is_reused=answer.is_reused), prompt_caching(reader.usage)),
         )
+
+    def _note_rate_limits(self, model: str, headers: Mapping[str, str]) -> None:
+        self.rate_limits = limits = read_rate_limits(headers)
+        if limits is not None:
+            self._rate_limits_of[model] = limits
+        else:
+            self._rate_limits_of.pop(model, None)
 
     def _parser(self, answer: HttpStream) -> SseParser | None:
         """What cuts the answer into events; None for a whole one, which a server may send though asked to stream."""

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from autobot_llm.dialects.openai.requests import OPENAI
+from autobot_llm.dialects.rate_limits import RateLimits
 from autobot_llm.errors import ConfigurationError, InvalidRequestError, LLMError, ProviderUnavailable
 from autobot_llm.providers.base import ModelInfo, ProviderStatus
 from autobot_llm.providers.openai.client import OpenAIClient
@@ -64,6 +65,11 @@ class OpenAIProvider:
             if limit is not None:
                 details[f"remaining_{kind}"] = limit.remaining
         return ProviderStatus(name=self.name, state="ready", message=self._failure, details=details)
+
+    def rate_limits_of(self, model: str | None) -> RateLimits | None:
+        """What the server said of its limits with its latest answer of `model`."""
+        known = model or self._default_model
+        return self._client.rate_limits_of(known) if self._client is not None and known is not None else None
 
     def metrics(self) -> dict[str, float]:
         figures = self._client.metrics() if self._client is not None else {}

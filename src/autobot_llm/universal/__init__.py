@@ -1,0 +1,1 @@
+"""What works in front of every provider: caches, deduplication, prompt compression."""

@@ -1,0 +1,52 @@
+"""The first level: answers in this process, the least recently used given up first. Knows entries and a clock only."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from autobot_llm.universal.entries import Entry
+
+
+class MemoryStore:
+    """At most `max_entries` answers of `max_bytes` together; every operation takes the same time, however many."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+        self.num_evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: bytes, now: float) -> Entry | None:
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if entry.expires <= now:
+            self._remove(key)
+            return None
+        self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: bytes, entry: Entry) -> None:
+        """Keep `entry`, in the place of what was there; one too large for the store is not kept."""
+        if key in self._entries:
+            self._remove(key)
+        if entry.num_bytes > self._max_bytes or self._max_entries == 0:
+            return
+        self._entries[key] = entry
+        self.num_bytes += entry.num_bytes
+        while len(self._entries) > self._max_entries or self.num_bytes > self._max_bytes:
+            self._remove(next(iter(self._entries)))
+            self.num_evicted += 1
+
+    def clear(self) -> int:
+        num_entries = len(self._entries)
+        self._entries.clear()
+        self.num_bytes = 0
+        return num_entries
+
+    def _remove(self, key: bytes) -> None:
+        self.num_bytes -= self._entries.pop(key).num_bytes
