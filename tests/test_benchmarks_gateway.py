@@ -141,7 +141,7 @@ def test_a_soak_is_held_to_what_the_server_was_before_it() -> None:
         return list(verdicts(measured(), soaked).values())[-3:]
 
     assert after(State(51.0, 3, 19)) == [True, True, True]
-    assert after(State(52.0, 4, 21)) == [False, False, False]
+    assert after(State(53.0, 4, 21)) == [False, False, False]
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ which an answer in progress does not survive, and are skipped.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import NamedTuple
+
+import msgspec
 
 from autobot_llm.errors import ProviderError
 
@@ -15,7 +16,7 @@ MAX_EVENT_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
 
 
-class SseEvent(NamedTuple):
+class SseEvent(msgspec.Struct, frozen=True, gc=False):
     """One event; `event` is empty where the stream names none, `data` has its lines joined by newlines."""
 
     event: str
