@@ -70,7 +70,7 @@ async def test_no_file_is_made_where_nothing_was_spent(tmp_path: Path) -> None:
     ledger = Ledger(path)
     await ledger.start()
     await ledger.close()
-    assert not path.parent.parent.exists()  # noqa: ASYNC240
+    assert not path.parent.parent.exists()
 
 
 async def test_a_model_without_a_price_costs_nothing_that_is_known(tmp_path: Path) -> None:
