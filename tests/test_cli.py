@@ -348,7 +348,9 @@ def test_an_unknown_command_lists_the_known_ones_and_asks_nobody(capsys: pytest.
 
 
 def test_a_failed_question_is_forgotten_and_the_conversation_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    provider = ScriptedProvider(lambda request: [ProviderError("no")] if len(provider.requests) == 1 else ["Yes."])
+    provider = ScriptedProvider(
+        lambda request: [ProviderError("no")] if len(provider.requests) == 1 else ["Yes."], name="native"
+    )
     with conversation(provider) as (runner, llm):
         Session(llm, OPTIONS, runner, read_line=Typist("One", "Two")).run()
     assert said(provider.requests[1]) == [("user", "Two")]
@@ -431,7 +433,7 @@ def test_models_lists_the_embedded_model(run: Run) -> None:
 
 
 def test_serve_says_how_to_use_it_answers_and_stops_cleanly(tmp_path: Path, cache: Path) -> None:
-    env = environment(cache, AUTOBOT_CACHE_L1_SIZE="5")
+    env = environment(cache, AUTOBOT_KV_HEAVY_HITTERS="5")
     start = time.perf_counter()
     with started(["serve", "--port", "0"], tmp_path, env) as process:
         assert process.stdout is not None
@@ -444,7 +446,7 @@ def test_serve_says_how_to_use_it_answers_and_stops_cleanly(tmp_path: Path, cach
         assert lines["model"] == "tiny"
         assert lines["step"]
         assert lines["step reason"]
-        assert "AUTOBOT_CACHE_L1_SIZE (no effect yet)" in lines["no effect"]
+        assert "AUTOBOT_KV_HEAVY_HITTERS (no effect yet)" in lines["no effect"]
         assert lines["API"].endswith("/v1")
         body = re.search(r"-d '(.*)'$", lines["try"])
         assert body is not None

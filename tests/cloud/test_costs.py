@@ -65,6 +65,14 @@ async def test_an_answer_tells_its_cost_and_the_account_has_it_after_a_restart(t
     assert line.dollars_spent == pytest.approx(2 * COST)
 
 
+async def test_no_file_is_made_where_nothing_was_spent(tmp_path: Path) -> None:
+    path = tmp_path / "not" / "yet" / FILE_NAME
+    ledger = Ledger(path)
+    await ledger.start()
+    await ledger.close()
+    assert not path.parent.parent.exists()
+
+
 async def test_a_model_without_a_price_costs_nothing_that_is_known(tmp_path: Path) -> None:
     async with interface(tmp_path) as llm:
         response = await llm.chat_completion(HELLO, model="unheard-of")

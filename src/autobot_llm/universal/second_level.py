@@ -21,7 +21,7 @@ from autobot_llm.universal.stores.base import Kept, SharedStore
 logger = logging.getLogger("autobot_llm.cache")
 
 PATIENCE = 0.004  # seconds a request waits for a lookup
-START_PATIENCE = 0.25  # seconds that the start waits for the store to open
+START_PATIENCE = 0.25  # seconds that the start waits for the store to open, and the very first lookup for its answer
 LOOKUP_LIMIT = 1.0  # seconds after which a lookup is given up for good
 WRITE_LIMIT = 5.0
 CANCEL_AGAIN = 0.5
@@ -42,6 +42,7 @@ class SecondLevel:
         self._reads = StoreBreaker(is_open=True)  # until the store has been opened
         self._writes = StoreBreaker()
         self._is_late = False
+        self._patience = START_PATIENCE
         self._has_warned = False
         self._asked: dict[bytes, asyncio.Future[bytes | None]] = {}
         self._pending: dict[bytes, Entry] = {}
@@ -95,7 +96,7 @@ class SecondLevel:
         if (asked := self._asked.get(key)) is None:
             asked = self._asked[key] = asyncio.get_running_loop().create_future()
             self._to_read.set()
-        await asyncio.wait((asked,), timeout=PATIENCE)
+        await asyncio.wait((asked,), timeout=self._patience)
         data = asked.result() if asked.done() else None
         return None if data is None else unseal(key, data)
 
@@ -139,7 +140,7 @@ class SecondLevel:
     async def _look_up(self, keys: list[bytes]) -> None:
         lookup = asyncio.create_task(self._within(LOOKUP_LIMIT, self._store.get_many(keys)))
         try:
-            await asyncio.wait((lookup,), timeout=PATIENCE)
+            await asyncio.wait((lookup,), timeout=self._patience)
             was_late = self._is_late = not lookup.done()
             if was_late:
                 self._answer_all({})
@@ -156,6 +157,7 @@ class SecondLevel:
         finally:
             lookup.cancel()
             self._is_late = False
+            self._patience = PATIENCE
 
     def _answer(self, keys: list[bytes], found: dict[bytes, bytes]) -> None:
         for key in keys:
@@ -172,7 +174,7 @@ class SecondLevel:
             await self._within(LOOKUP_LIMIT, self._store.ping())
             began = time.perf_counter()
             await self._within(LOOKUP_LIMIT, self._store.ping())
-            if (took := time.perf_counter() - began) > PATIENCE:
+            if (took := time.perf_counter() - began) > self._patience:
                 raise TimeoutError(f"it took {took * 1000:.1f} ms to say that it is there")
         except Exception as exc:
             self._failed(self._reads, exc)
