@@ -79,7 +79,7 @@ async def test_an_answer_that_is_not_the_upstreams_ends_the_measurement(floor: S
     failing = wire.failing_requests(HOST, {})
     with pytest.raises(load.WrongAnswer, match="(?s)status 500.*the engine has failed"):
         await load.run(floor.port, failing, load.check_whole, num_connections=2, num_requests=4)
-    await load.run(floor.port, failing, load.check_failure, num_connections=2, num_requests=4)
+    await load.run(floor.port, failing, load.check_whole_or_failed, num_connections=2, num_requests=4)
     with pytest.raises(load.WrongAnswer, match="8 of 9 pieces"):
         make = wire.requests(HOST, {}, num_chunks=8)
         await load.run(floor.port, make, load.check_stream(9), num_connections=1, num_requests=1)

@@ -17,12 +17,14 @@ LITELLM_VERSIONS = ("litellm[proxy]>=1.106,<1.107", "litellm[proxy]")  # the fir
 LITELLM_ENVIRONMENT = BENCHMARKS.parent / "build" / "litellm"
 _AUTHORIZATION = {"authorization": f"Bearer {KEY}"}
 _START = "import sys; from autobot_llm.cli.main import main; sys.exit(main())"
+_ONE_TRY = {"AUTOBOT_CLOUD_RETRY_MAX_ATTEMPTS": "0"}
 
 
 def ours(upstream_port: int, *, probed: bool = False) -> Command:
     """Our server, with its defaults and an API key, in front of an OpenAI-compatible provider.
 
-    `probed` has it tell its number of tasks (`soak`).
+    `probed` has it tell its number of tasks (`soak`), and repeat nothing: of requests that wait for their next try only
+    failures are left in the end, and then the provider is not asked any more.
     """
     start = [sys.executable, "-m", "gateways.probed"] if probed else [sys.executable, "-c", _START]
     return Command(
@@ -34,7 +36,7 @@ def ours(upstream_port: int, *, probed: bool = False) -> Command:
             "AUTOBOT_API_KEYS": KEY,
             "AUTOBOT_PORT": "{port}",
             "OPENAI_API_KEY": "sk-of-the-upstream",
-            **({"PYTHONPATH": str(BENCHMARKS)} if probed else {}),
+            **({"PYTHONPATH": str(BENCHMARKS)} | _ONE_TRY if probed else {}),
         },
         headers=_AUTHORIZATION,
     )

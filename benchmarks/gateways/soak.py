@@ -18,6 +18,7 @@ from gateways.processes import Command, Server, started
 
 NUM_CONNECTIONS = 32
 NUM_DESERTERS = 4
+ODD_ONE_OF = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +69,33 @@ def soak(upstream_port: int, sizes: Sizes, core: int | None) -> Soak:
                 sizes.settle_seconds,
                 lambda state: state.num_tasks <= before.num_tasks and state.num_sockets <= before.num_sockets,
             )
-    num_failed = sizes.soak // 20
+    num_failed = (sizes.soak - num_given_up) // ODD_ONE_OF
     return Soak(sizes.soak - num_failed - num_given_up, num_failed, num_given_up, seconds, before, after)
 
 
 def _ask(server: Server, num_requests: int) -> int:
     """Ask, all kinds at once; the number of streams that were given up."""
     host = f"127.0.0.1:{server.port}"
-    num_odd = num_requests // 20
-    each = -(-num_odd // NUM_DESERTERS)
+    each = -(-(num_requests // ODD_ONE_OF) // NUM_DESERTERS)
     whole = wire.requests(host, server.headers)
     failing = wire.failing_requests(host, server.headers)
     endless = wire.requests(host, server.headers, num_chunks=100_000, pace_ms=1)
-    num_whole = num_requests - num_odd - each * NUM_DESERTERS
+    num_asked = num_requests - each * NUM_DESERTERS
+
+    def one_of_them(number: int) -> bytes:
+        # among the others, and not side by side: a provider that does nothing but fail is not asked any more
+        return failing(number) if number % ODD_ONE_OF == 0 else whole(number)
 
     async def all_kinds() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(
-                load.run(server.port, whole, load.check_whole, num_connections=NUM_CONNECTIONS, num_requests=num_whole)
-            )
-            group.create_task(
-                load.run(server.port, failing, load.check_failure, num_connections=2, num_requests=num_odd)
+                load.run(
+                    server.port,
+                    one_of_them,
+                    load.check_whole_or_failed,
+                    num_connections=NUM_CONNECTIONS,
+                    num_requests=num_asked,
+                )
             )
             for deserter in range(NUM_DESERTERS):
                 numbers = range(deserter * each, (deserter + 1) * each)

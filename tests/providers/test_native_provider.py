@@ -42,7 +42,7 @@ def native_settings(**overrides: Any) -> Settings:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return native_settings(cache_dir=tmp_path_factory.mktemp("cache"), cpu_threads=2)
+    return native_settings(cache_dir=tmp_path_factory.mktemp("cache"), cpu_threads=2, cache_enabled=False)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ async def test_a_stream_has_every_event_in_order_and_its_report(llm: LLMInterfac
     assert finish.timings.queued is not None and finish.timings.time_to_first_token is not None
     assert 0 <= finish.timings.queued <= finish.timings.time_to_first_token
     names = {outcome.name for outcome in finish.optimizations}
-    assert names == {"prefix_caching", "continuous_batching", "compiled_step"}
+    assert names >= {"prefix_caching", "continuous_batching", "compiled_step"}
 
 
 async def test_the_report_counts_the_prompt_tokens_that_were_not_computed_again(llm: LLMInterface) -> None:
