@@ -160,7 +160,8 @@ def test_the_benchmark_runs_and_ends_with_one_json_line(tmp_path: Path) -> None:
     own = result["figures"]["autobot_llm"]
     assert own["rps@4"]["median"] > 0 and own["cold_start_s"]["median"] > 0 and own["memory_idle_mb"]["median"] > 10
     assert result["figures"]["direct"]["rps@4"]["median"] > 3 * own["rps@4"]["median"]
-    assert result["soak"]["num_failed"] == result["soak"]["num_given_up"] == QUICK.soak // 20
+    assert result["soak"]["num_given_up"] == QUICK.soak // 20
+    assert result["soak"]["num_failed"] == (QUICK.soak - QUICK.soak // 20) // 20
     assert result["soak"]["after"]["num_tasks"] <= result["soak"]["before"]["num_tasks"]
     assert "What must hold" in markdown.read_text() and '"benchmark": "gateway"' in markdown.read_text()
 
