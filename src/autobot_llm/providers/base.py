@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal, Protocol, runtime_checkable
 
@@ -56,22 +57,22 @@ class OnProgress(Protocol):
     def __call__(self, phase: str, num_done: int, num_total: int) -> None: ...
 
 
-class Link:
+class Link(ABC):
     """One optimization, made once for an interface and put around the chain of each of its providers by `wrap`.
 
     What the chains of all providers share (a store, limits, figures) lives in it. `start` and `close` may be called
     more than once, and a closed one may be started again.
     """
 
-    async def start(self) -> None:
+    async def start(self) -> None:  # noqa: B027  # most links have nothing to open or close
         """Open what it needs, before the first request. What it cannot open now must not fail requests."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Give back what `start` opened. Called after every provider has been closed."""
 
+    @abstractmethod
     def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
         """`chain`, which ends in `provider`, with this optimization in front."""
-        raise NotImplementedError
 
     def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
         """`embedder`, which ends in `provider`, with this optimization in front; called after `wrap`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from autobot_llm.dialects.bodies import encode
 from autobot_llm.dialects.openai import chunks, replies
 from autobot_llm.dialects.openai.bodies import read_chat, read_completion
 from autobot_llm.dialects.openai.embeddings import embedding_reply, read_embedding_body
@@ -78,8 +79,8 @@ class _Handlers:
         models = await self._llm.get_available_models()
         default = self._llm.default_provider
         data = [replies.model_fields(model) | {"id": name_for(model, default)} for model in models]
-        await exchange.reply(200, replies.encode({"object": "list", "data": data}))
+        await exchange.reply(200, encode({"object": "list", "data": data}))
 
     async def show_model(self, exchange: Exchange, record: RequestRecord) -> None:
         model = find_model(await self._llm.get_available_models(), exchange.path.removeprefix(MODELS + "/"))
-        await exchange.reply(200, replies.encode(replies.model_fields(model)))
+        await exchange.reply(200, encode(replies.model_fields(model)))

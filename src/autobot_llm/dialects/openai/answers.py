@@ -8,6 +8,7 @@ content (Mistral), tool calls without an index (Gemini), a stream without its us
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -134,7 +135,7 @@ _read_chat = msgspec.json.Decoder(_Answer[_ChatChoice]).decode
 _read_text = msgspec.json.Decoder(_Answer[_TextChoice]).decode
 
 
-class _Reader(Generic[ChoiceT]):
+class _Reader(ABC, Generic[ChoiceT]):
     """Makes events of one answer, given whole or chunk by chunk. `usage` is known at the end."""
 
     def __init__(self, request_id: str, provider: str, model: str, num_choices: int = 1) -> None:
@@ -202,11 +203,11 @@ class _Reader(Generic[ChoiceT]):
         finish_reason = _FINISH_REASONS.get(reason, "stop")
         return ChoiceEnd(finish_reason=finish_reason, index=index, stop_sequence=stop_sequence)
 
-    def _decode(self, data: bytes) -> _Answer[ChoiceT]:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode(self, data: bytes) -> _Answer[ChoiceT]: ...
 
-    def _add_pieces(self, events: list[Event], choice: ChoiceT) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _add_pieces(self, events: list[Event], choice: ChoiceT) -> None: ...
 
 
 class ChatReader(_Reader[_ChatChoice]):

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import msgspec
-
+from autobot_llm.dialects.bodies import encode
 from autobot_llm.errors import LLMError
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.types import Choice, LLMResponse, ModelInfo, Timings, TokenLogprob, ToolCall, Usage
 
 LOWEST_LOGPROB = -9999.0  # what OpenAI writes for a token that could not be chosen; JSON has no infinity
-
-
-def encode(value: object) -> bytes:
-    """Encode as JSON. Half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
-    try:
-        return msgspec.json.encode(value)
-    except UnicodeEncodeError:
-        return msgspec.json.encode(_without_surrogates(msgspec.to_builtins(value)))
-
-
-def _without_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_surrogates(item) for item in value]
-    return value
 
 
 def error_body(error: LLMError) -> bytes:
