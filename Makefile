@@ -33,6 +33,15 @@ except ImportError:
 endef
 export PYTHON_CHECK
 
+# Tests of the shared cache want a real redis-server. Where root can install one it is installed, else they are skipped
+# and say why; in CI (CI=true) they fail.
+define GET_REDIS
+command -v redis-server >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
+    echo "Installing redis-server for the tests." >&2; \
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends redis-server; \
+} >/dev/null || echo "redis-server could not be installed" >&2
+endef
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help run test test-gpu lint bench bench-gateway bench-gpu clean
@@ -51,6 +60,7 @@ run: $(RUN_READY)
 	@exec $(BIN)/autobot-llm serve $(ARGS)
 
 test: $(TEST_READY)
+	@$(GET_REDIS)
 	$(BIN)/python -m pytest -q $(ARGS)
 
 test-gpu: $(TEST_READY)

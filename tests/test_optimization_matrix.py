@@ -11,7 +11,7 @@ import pytest
 
 from autobot_llm.interface import LLMInterface
 from autobot_llm.optimization_matrix import ProviderRow, optimization_matrix
-from autobot_llm.providers.base import Link, Provider
+from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.routing import OPTIMIZATIONS, OptimizationRouter, ProviderType
@@ -80,9 +80,14 @@ def test_nothing_runs_that_could_not_apply_whatever_the_provider_says() -> None:
             assert runs == could_apply
 
 
+class PlainLink(Link):
+    def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
+        return chain
+
+
 def test_a_link_of_the_chain_runs_where_it_could_apply() -> None:
-    assert cells(row_of(ScriptedProvider(name="openai"), response_caching=Link()))["response_caching"][1] is True
-    assert cells(row_of(ScriptedProvider(name="native"), connection_pooling=Link()))["connection_pooling"] == (
+    assert cells(row_of(ScriptedProvider(name="openai"), response_caching=PlainLink()))["response_caching"][1] is True
+    assert cells(row_of(ScriptedProvider(name="native"), connection_pooling=PlainLink()))["connection_pooling"] == (
         False, False, "it runs in this process, not over HTTP",
     )  # fmt: skip
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 SERVER = shutil.which("redis-server")
-needs_redis = pytest.mark.skipif(SERVER is None, reason="redis-server is not installed: apt-get install redis-server")
+needs_redis = pytest.mark.skipif(
+    SERVER is None and "CI" not in os.environ, reason="redis-server is not installed: apt-get install redis-server"
+)
 
 
 class RealRedis:
@@ -28,7 +30,7 @@ class RealRedis:
         self.url = f"unix://{self._socket}"
 
     async def start(self) -> None:
-        assert SERVER is not None
+        assert SERVER is not None, "CI runs these tests, and has no redis-server"
         options = ["--port", "0", "--unixsocket", str(self._socket), "--save", "", "--dir", str(self._folder)]
         self._process = subprocess.Popen([SERVER, *options], stdout=subprocess.DEVNULL)  # noqa: ASYNC220
         async with asyncio.timeout(10):
