@@ -109,12 +109,13 @@ def test_the_device_chooses_the_host_samplers_tokens(kind: str, vocab_size: int,
     logits_RV = logits_of(kind, NUM_ROWS, vocab_size)
     params = random_params(NUM_ROWS, vocab_size, seed=vocab_size)
     tokens, values = sample_on_device(logits_RV, params, device)
+    # Where the mass of equal logits meets top_p, the last bit of an exponential decides: a device's own may differ.
+    num_near_ties = 1 if device.type == "cuda" and kind == "ties" else 0
     differing = [
-        (r, params[r])
-        for r, pair in enumerate(zip(tokens, sample_on_host(logits_RV, params), strict=True))
-        if pair[0] != pair[1] and not is_near_tie(logits_RV[r], params[r])
+        r for r, pair in enumerate(zip(tokens, sample_on_host(logits_RV, params), strict=True)) if pair[0] != pair[1]
     ]
-    assert not differing
+    assert len(differing) <= num_near_ties, [(r, params[r], is_near_tie(logits_RV[r], params[r])) for r in differing]
+    assert all(is_near_tie(logits_RV[r], params[r]) for r in differing)
     assert values == logits_RV.amax(-1).tolist()
 
 
