@@ -39,6 +39,11 @@ class About(msgspec.Struct, frozen=True):
     alias: str | None = None
 
 
+def _proxy(doc: str, *, variable: str, secret: bool = False) -> About:
+    """A setting that other programs share, so that it may be written in lower case too."""
+    return About(doc, "transport/proxy", OVER_HTTP, now=True, secret=secret, variable=variable, alias=variable.lower())
+
+
 ABOUT: dict[str, About] = {
     # Providers and models
     "provider": About("Provider that answers by default.", "interface", now=True, variable="AUTOBOT_LLM_PROVIDER"),
@@ -291,6 +296,24 @@ ABOUT: dict[str, About] = {
     ),
     # Everything over HTTP
     "cloud_connection_pool_size": About("Most connections to one provider.", "transport/pool", OVER_HTTP, now=True),
+    "cloud_connection_max_age": About(
+        "Seconds after which a connection is replaced by a new one, so that changed DNS records are followed; or off.",
+        "transport/pool",
+        OVER_HTTP,
+        now=True,
+    ),
+    "cloud_http_version": About(
+        "HTTP over TLS: auto lets the server choose, 2 accepts nothing else; without TLS it is 1.1.",
+        "transport/dial",
+        OVER_HTTP,
+        now=True,
+    ),
+    "cloud_warm_up": About("Connect to every provider that is set up, at the start.", "cloud/warm_up", PAID, now=True),
+    "https_proxy": _proxy("HTTP proxy for https addresses, loopback excepted.", secret=True, variable="HTTPS_PROXY"),
+    "http_proxy": _proxy("HTTP proxy for http addresses, loopback excepted.", secret=True, variable="HTTP_PROXY"),
+    "no_proxy": _proxy(
+        "What is reached without a proxy: domains, addresses and networks, separated by commas.", variable="NO_PROXY"
+    ),
     "cloud_batch_window_ms": About(
         "Milliseconds to wait, while a call is under way, for embeddings that can share the next one.",
         "cloud/request_batching",

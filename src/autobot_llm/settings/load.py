@@ -67,7 +67,7 @@ class _Reading:
     def strongest(self, setting: Setting, layers: Mapping[str, Mapping[str, str]]) -> None:
         for source, texts in layers.items():
             names = [name for name in (setting.variable, setting.about.alias) if name and name in texts]
-            if len(names) > 1:
+            if len({texts[name] for name in names}) > 1:
                 self.problems.append(f"{names[0]} and {names[1]} are both set ({source}): set only {names[0]}")
             elif names:
                 self._take(setting, names[0], texts[names[0]], source)

@@ -29,6 +29,7 @@ from autobot_llm.settings.values import (
     Milliseconds,
     NonNegative,
     Port,
+    ProxyUrl,
     RedisUrl,
     Seconds,
     Share,
@@ -144,6 +145,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Everything over HTTP
     cloud_connection_pool_size: Count = 100
+    cloud_connection_max_age: Seconds | None = 300.0
+    cloud_http_version: Literal["auto", "1.1", "2"] = "auto"
+    cloud_warm_up: bool = False
+    https_proxy: ProxyUrl | None = None
+    http_proxy: ProxyUrl | None = None
+    no_proxy: tuple[Text, ...] = ()
     cloud_batch_window_ms: NonNegative = 50.0
     cloud_max_batch_size: Count = 10
     cloud_retry_max_attempts: WholeNumber = 3

@@ -33,6 +33,13 @@ Texts = Annotated[
 HttpUrl = Annotated[
     str, Meta(pattern=r"^https?://[^\s/]+\S*$", extra={"expected": "an address that starts with http:// or https://"})
 ]
+ProxyUrl = Annotated[
+    str,
+    Meta(
+        pattern=r"^(http://)?([^\s/@]+@)?[^\s/@:]+(:\d{1,5})?/?$|^(http://)?([^\s/@]+@)?\[[0-9A-Fa-f:]+\](:\d{1,5})?/?$",
+        extra={"expected": "the address of an HTTP proxy, such as http://user:password@proxy.example:3128"},
+    ),
+]
 RedisUrl = Annotated[
     str, Meta(pattern=r"^(rediss?|unix)://\S+$", extra={"expected": "a redis://, rediss:// or unix:// address"})
 ]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from autobot_llm.errors import ProviderError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.transport.content import BadContent, Inflater, inflater_for
-from autobot_llm.transport.http1 import BrokenConnection, Connection, Silence
+from autobot_llm.transport.exchange import BrokenConnection, Exchange, Request, Silence
 
 if TYPE_CHECKING:
     from autobot_llm.transport.pool import HttpPool
 
 MAX_ERROR_BYTES = 64 * 1024
 _END_GRACE = 0.1  # seconds that the framing's end may take after the answer's, so that the connection is kept
+_MOST_REPEATS = 3  # of a request that a server does not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class HttpStream:
     """
 
     __slots__ = (
-        "_connection",
+        "_exchange",
         "_inflated",
         "_inflater",
         "_is_first",
@@ -54,11 +55,11 @@ class HttpStream:
         "status",
     )
 
-    def __init__(self, pool: HttpPool, request: bytes, timeouts: Timeouts, *, may_repeat: bool) -> None:
+    def __init__(self, pool: HttpPool, request: Request, timeouts: Timeouts, *, may_repeat: bool) -> None:
         self._pool = pool
-        self._request = request
+        self._request: Request | None = request
         self._timeouts = timeouts
-        self._connection: Connection | None = None
+        self._exchange: Exchange | None = None
         self._is_first = True
         self._may_repeat = may_repeat
         self._inflater: Inflater | None = None
@@ -70,29 +71,35 @@ class HttpStream:
 
     async def __aenter__(self) -> HttpStream:
         pool, timeouts = self._pool, self._timeouts
-        fresh = False
+        request = self._request
+        assert request is not None, "entered once"
+        newer_than = 0.0
+        num_repeats = 0
         while True:
-            connection = await pool.acquire(timeouts, fresh=fresh)
-            self.is_reused = connection.num_exchanges > 0
+            exchange = await pool.acquire(timeouts, newer_than=newer_than)
+            self.is_reused = exchange.is_reused
             try:
-                connection.send(self._request, timeouts.first_token)
-                await connection.head()
+                exchange.send(request, timeouts.first_token)
+                await exchange.head()
                 break
             except BrokenConnection as exc:
-                pool.release(connection)
-                # The server closed an idle connection just as the request went out, and has not begun to answer.
-                if not (exc.is_stale and self.is_reused and (self._may_repeat or exc.is_unsent)):
-                    raise ProviderUnavailable(f"{pool.name} gave no answer: {exc}") from exc
-                fresh = True
+                pool.release(exchange)
+                if num_repeats == _MOST_REPEATS or not self._may_be_sent_again(exc):
+                    may_have_begun = not exc.is_unprocessed
+                    message = f"{pool.name} gave no answer: {exc}"
+                    raise ProviderUnavailable(message, may_have_begun=may_have_begun) from exc
+                if exc.is_stale:
+                    newer_than = asyncio.get_running_loop().time()
+                num_repeats += 1
             except Silence as exc:
-                pool.release(connection)
+                pool.release(exchange)
                 raise ProviderTimeout(f"{pool.name} did not begin to answer within {exc.seconds:g} s") from exc
             except BaseException:
-                pool.release(connection)
+                pool.release(exchange)
                 raise
-        self._connection = connection
-        self._request = b""  # it may be large, and the answer long
-        self.status, self.headers = connection.status, connection.headers
+        self._exchange = exchange
+        self._request = None  # it may be large, and the answer long
+        self.status, self.headers = exchange.status, exchange.headers
         if self.status >= 300:
             try:
                 body = await self._error_body()
@@ -101,15 +108,19 @@ class HttpStream:
             raise pool.error_from(self.status, self.headers, body)
         return self
 
+    def _may_be_sent_again(self, failure: BrokenConnection) -> bool:
+        """The server has not looked at it, or closed an idle connection just as it went out, before any answer."""
+        return failure.is_unprocessed or (failure.is_stale and self.is_reused and self._may_repeat)
+
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._leave()
 
     def _leave(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool.release(connection)
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            self._pool.release(exchange)
 
     async def read(self) -> bytes:
         """More of the decoded body, all that has come since the last call; b"" at its end.
@@ -117,16 +128,16 @@ class HttpStream:
         Raises ProviderTimeout for a silence longer than allowed, and ProviderError for an answer that breaks off, is
         too large or is not encoded as it says.
         """
-        connection, pool = self._connection, self._pool
-        assert connection is not None, "read within the `async with` block"
+        exchange, pool = self._exchange, self._pool
+        assert exchange is not None, "read within the `async with` block"
         try:
             while True:
                 if self._inflated is not None and (piece := next(self._inflated, b"")):
                     break
-                piece = await connection.read()
+                piece = await exchange.read()
                 if self._is_first:
                     self._is_first = False
-                    connection.set_patience(self._timeouts.read)
+                    exchange.set_patience(self._timeouts.read)
                     self._inflater = inflater_for(self.headers.get("content-encoding", ""))
                 if self._inflater is None or not piece:
                     break
@@ -163,11 +174,11 @@ class HttpStream:
 
         Called after the last event of a stream, so that its connection can serve another request.
         """
-        connection = self._connection
-        assert connection is not None, "ended within the `async with` block"
+        exchange = self._exchange
+        assert exchange is not None, "ended within the `async with` block"
         try:
             async with asyncio.timeout(_END_GRACE):
-                while await connection.read():
+                while await exchange.read():
                     pass
         except (TimeoutError, BrokenConnection, Silence):
             pass  # the answer is complete; the connection is closed instead of being kept

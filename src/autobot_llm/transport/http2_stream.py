@@ -1,0 +1,115 @@
+"""One of the exchanges that share an HTTP/2 connection. Knows its own window; frames are the connection's.
+
+Imported when a server has chosen HTTP/2, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from hpack import HeaderTuple, NeverIndexedHeaderTuple
+
+from autobot_llm.transport.exchange import BrokenConnection, Exchange, Request, add_header
+
+if TYPE_CHECKING:
+    from autobot_llm.transport.http2 import Connection
+
+STREAM_WINDOW = 512 * 1024  # bytes that may wait for a slow reader of one stream before the server is held back
+
+_HOP_BY_HOP = frozenset({"host", "connection", "transfer-encoding", "keep-alive", "proxy-connection", "upgrade"})
+_SECRET = frozenset({"authorization", "x-api-key", "api-key", "proxy-authorization"})
+
+
+class Stream(Exchange):
+    """One exchange of a connection that others use too. Giving it up leaves the connection as it is."""
+
+    is_shared = True
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._num_uncredited = 0
+        self.id = 0
+        self.unsent: memoryview | None = None  # what is left of the request's body
+        self.has_begun = False  # the server has answered something
+        self.is_ended = False  # the server has said everything
+
+    @property
+    def connection(self) -> Connection:
+        return self._connection
+
+    def send(self, request: Request, patience: float | None) -> None:
+        self._connection.begin(self, request)
+        self._is_idle = False
+        self.set_patience(patience)
+
+    def leave(self) -> None:
+        """Say that nothing more is wanted of it."""
+        self._stop_timer()
+        self._connection.leave(self)
+
+    def _was_read(self, num_bytes: int) -> None:
+        self._num_uncredited += num_bytes
+        if self._num_uncredited >= STREAM_WINDOW // 2:
+            self._connection.credit(self, self._num_uncredited)
+            self._num_uncredited = 0
+        if self._is_paused:
+            self._is_paused = False
+            self._heard_at = self._loop.time()
+
+    def _give_up(self) -> None:
+        self._stop_timer()
+        self._connection.reset(self)
+
+    # For Connection
+
+    def hear(self, now: float) -> None:
+        self._heard_at = now
+
+    def take_head(self, headers: Iterable[tuple[bytes, bytes]], now: float) -> None:
+        self._heard_at = now
+        self.has_begun = True
+        for name, value in headers:
+            if name != b":status":
+                add_header(self.headers, name, value)
+            elif value.isdigit():
+                self.status = int(value)
+        if not self.status:
+            self.fail(BrokenConnection("no valid HTTP: the answer has no status"))
+            return
+        self._has_head = True
+        self._wake()
+
+    def take_data(self, data: bytes, num_controlled: int, now: float) -> None:
+        self._heard_at = now
+        self._num_uncredited += num_controlled - len(data)  # padding is read when it comes
+        if data:
+            self._parts.append(bytes(data))
+            self._num_waiting += len(data)
+            self._is_paused = self._num_waiting >= STREAM_WINDOW // 2
+            self._wake()
+
+    def take_end(self) -> None:
+        self.is_ended = True
+        self._is_complete = True
+        self._wake()
+
+
+def head_of(request: Request) -> list[HeaderTuple]:
+    """The request's headers as HTTP/2 has them."""
+    common = request.common.headers
+    pairs = [
+        HeaderTuple(":method", request.method),
+        HeaderTuple(":scheme", "https"),
+        HeaderTuple(":authority", common["host"]),
+        HeaderTuple(":path", request.target),
+    ]
+    for headers in (common, request.headers or {}):
+        for name, value in headers.items():
+            key = name.lower()
+            if key not in _HOP_BY_HOP:  # a key is never put into a table that answers could be compared with
+                pairs.append((NeverIndexedHeaderTuple if key in _SECRET else HeaderTuple)(key, value))
+    if request.body is not None:
+        pairs.append(HeaderTuple("content-length", str(len(request.body))))
+    return pairs
