@@ -18,6 +18,7 @@ import msgspec
 
 from autobot_llm.call_shapes import MessagesLike, make_request
 from autobot_llm.cloud.fallback import FallbackTable, WithFallbacks
+from autobot_llm.cloud.warm_up import WarmUp
 from autobot_llm.collect import collect
 from autobot_llm.counts import Counts, Ending, summed
 from autobot_llm.deadline import Deadline
@@ -93,6 +94,7 @@ class LLMInterface:
         self._cache = cache_among(self._links)
         self._links_started = False
         self._fallbacks = FallbackTable(self.settings.fallbacks)
+        self._warm_up = WarmUp(self.settings, self._known)
         self._in_use: dict[str, _InUse] = {}
         self._starting = asyncio.Lock()
         self._is_closed = False
@@ -116,10 +118,12 @@ class LLMInterface:
         """Start the default provider. Called again, it does nothing; after `aclose`, it starts anew."""
         self._is_closed = False
         await self._started(self._default)
+        self._warm_up.begin(self._default, self._started_provider)
 
     async def aclose(self) -> None:
         """Stop every provider; answers that are still running end with ProviderUnavailable. May be called again."""
         self._is_closed = True
+        await self._warm_up.close()
         async with self._starting:
             in_use, self._in_use = list(self._in_use.values()), {}
             failures = await asyncio.gather(*(one.provider.close() for one in in_use), return_exceptions=True)
@@ -396,6 +400,9 @@ class LLMInterface:
                     provider, build_chain(provider, self._links), build_embedder(provider, self._links)
                 )
             return self._in_use[name]
+
+    async def _started_provider(self, name: str) -> Provider:
+        return (await self._started(name)).provider
 
     def _make(self, name: str) -> Provider:
         given = self._given

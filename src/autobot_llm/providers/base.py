@@ -131,6 +131,15 @@ class ModelLoader(Protocol):
 
 
 @runtime_checkable
+class ConnectsAhead(Protocol):
+    """What a provider over TLS can do besides: connect before it is asked."""
+
+    async def warm(self, seconds: float) -> None:
+        """Have a connection ready for the first request, within `seconds`. Raises ProviderError."""
+        ...
+
+
+@runtime_checkable
 class TokenCounter(Protocol):
     """What a provider that knows the length of a prompt before it is computed can do besides."""
 

@@ -36,7 +36,8 @@ PING_PATIENCE = 10.0  # seconds it may take to say so
 _LARGEST_WINDOW = 2**31 - 1
 _DEFAULT_WINDOW = 65535
 _CREDIT = 2**29  # bytes of all streams after which the connection's window is opened again
-_MOST_STREAMS = 100  # at once, until the server has said how many it takes; RFC 9113 advises against fewer
+_EXPECTED_STREAMS = 100  # at once, until the server has said how many it takes; RFC 9113 advises against fewer
+_MOST_STREAMS_BELIEVED = 1000
 _MOST_STREAMS_EVER = 2**29  # stream numbers are finite
 _WRITE_BYTES = 64 * 1024
 
@@ -62,6 +63,7 @@ class Connection(asyncio.Protocol):
         self._sending: dict[Stream, None] = {}  # whose body is not all sent, in the order they began
         self._is_writing_paused = False
         self._flush_handle: asyncio.Handle | None = None
+        self._expected_streams = _EXPECTED_STREAMS
         self._num_uncredited = 0
         self._num_opened = 0
         self._watch: asyncio.TimerHandle | None = None
@@ -82,11 +84,18 @@ class Connection(asyncio.Protocol):
     @property
     def has_room(self) -> bool:
         """Whether one more exchange may begin now."""
-        return self.accepts and not self.is_lost and len(self._streams) < self._most_streams()
+        return self.accepts and not self.is_lost and len(self._streams) < self.most_streams
 
-    def _most_streams(self) -> int:
-        said = self._h2.remote_settings.get(SettingCodes.MAX_CONCURRENT_STREAMS, _MOST_STREAMS)
-        return int(min(said, 10 * _MOST_STREAMS))
+    @property
+    def most_streams(self) -> int:
+        """How many exchanges the server takes at once, or is taken to."""
+        said = self._h2.remote_settings.get(SettingCodes.MAX_CONCURRENT_STREAMS, self._expected_streams)
+        return int(min(said, _MOST_STREAMS_BELIEVED))
+
+    def expect(self, num_streams: int | None) -> None:
+        """What `most_streams` is until the server says so; None leaves it at a guess."""
+        if num_streams is not None:
+            self._expected_streams = num_streams
 
     @property
     def idle_seconds(self) -> float:
@@ -230,8 +239,12 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_writing_paused = False
-        self._pump()
-        self._flush()
+        self._loop.call_soon(self._go_on_sending)  # not now: this may be called within a write
+
+    def _go_on_sending(self) -> None:
+        if not self.is_lost:
+            self._pump()
+            self._flush()
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
@@ -248,6 +261,8 @@ class Connection(asyncio.Protocol):
             return
         for goaway in goaways:
             self._take_goaway(goaway)
+        if self._sending:  # only now: h2 knows of everything that came, and so does every stream
+            self._pump()
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -282,9 +297,7 @@ class Connection(asyncio.Protocol):
         elif isinstance(event, WindowUpdated):
             if (stream := self._by_id.get(event.stream_id)) is not None:
                 stream.hear(self._heard_at)
-            self._pump()
         elif isinstance(event, RemoteSettingsChanged):
-            self._pump()
             self._on_change(self)
         # Announcements (1xx), trailers, pings that h2 has answered, priorities, unknown frames: nothing that is needed.
 

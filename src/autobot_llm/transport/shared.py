@@ -7,9 +7,11 @@ server speaks.
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autobot_llm.errors import LLMError, ProviderError, ProviderUnavailable
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("autobot_llm.transport")
 
 _NEXT_TRY_SECONDS = 30.0  # after which an aged connection that could not be replaced is tried to be again
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    """Someone who waits for room on a connection that was made after `newer_than`."""
+
+    ticket: int
+    newer_than: float
+    turn: asyncio.Future[None]
 
 
 class SharedConnections:
@@ -42,10 +53,12 @@ class SharedConnections:
         self._may_make = may_make
         self._idle_seconds = idle_seconds
         self._connections: list[http2.Connection] = []  # those that take requests; the first is filled first
-        self._waiters: deque[tuple[asyncio.Future[None], float]] = deque()
+        self._waiters: list[_Waiter] = []  # who came first is first
+        self._tickets = itertools.count(1)
         self._making: asyncio.Task[None] | None = None
         self._is_renewal = False
         self._is_closed = False
+        self._most_streams: int | None = None  # on one connection, as the server last said
         self.is_needed = True
 
     @property
@@ -58,21 +71,22 @@ class SharedConnections:
 
         Raises what making a connection does.
         """
-        had_turn = False
+        ticket = 0
         while self.is_needed:
             if self._is_closed:
                 raise ProviderUnavailable(f"the connections to {self._name} are closed")
-            if had_turn or not self._waiters:
+            if ticket or not self._waiters:
                 connection = self._with_room(newer_than, connect_seconds)
                 if connection is not None:
                     return connection.open()
-            await self._wait(connect_seconds, newer_than, first=had_turn)
-            had_turn = True
+            ticket = ticket or next(self._tickets)
+            await self._wait(connect_seconds, newer_than, ticket)
         return None
 
     def add(self, connection: http2.Connection) -> None:
         self.is_needed = True
         if connection.accepts and not connection.is_lost:
+            connection.expect(self._most_streams)
             self._connections.append(connection)
 
     def speaks_http1(self) -> None:
@@ -82,12 +96,14 @@ class SharedConnections:
 
     def changed(self, connection: http2.Connection) -> None:
         """There may be more room on `connection` than before, or it takes no more requests, or is lost."""
+        self._most_streams = connection.most_streams
         if not connection.accepts or connection.is_lost:
             if connection in self._connections:
                 self._connections.remove(connection)
                 self._wake_all()
-        elif self._waiters and connection.has_room:
-            self._wake_one()
+        elif self._waiters:
+            for _ in range(min(len(self._waiters), connection.most_streams - connection.num_open)):
+                self._wake_one()
 
     async def close(self) -> None:
         """Give up what is being made. Connections are the pool's to close."""
@@ -117,20 +133,20 @@ class SharedConnections:
             self._is_renewal = True
             self._making = asyncio.create_task(self._made(connect_seconds, replaced=connection))
 
-    async def _wait(self, connect_seconds: float, newer_than: float, *, first: bool) -> None:
-        entry = (asyncio.get_running_loop().create_future(), newer_than)
-        (self._waiters.appendleft if first else self._waiters.append)(entry)
+    async def _wait(self, connect_seconds: float, newer_than: float, ticket: int) -> None:
+        waiter = _Waiter(ticket, newer_than, asyncio.get_running_loop().create_future())
+        bisect.insort(self._waiters, waiter, key=lambda one: one.ticket)
         if self._making is None:
             self._making = asyncio.create_task(self._made(connect_seconds))
         try:
-            await entry[0]
+            await waiter.turn
         except asyncio.CancelledError:
-            if entry[0].done() and not entry[0].cancelled():
+            if waiter.turn.done() and not waiter.turn.cancelled():
                 self._wake_one()  # the turn that it cannot take any more
             raise
         finally:
-            if entry in self._waiters:
-                self._waiters.remove(entry)
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
             if not self._waiters and self._making is not None and not self._is_renewal:
                 self._making.cancel()
 
@@ -156,25 +172,23 @@ class SharedConnections:
 
     def _wake_one(self) -> None:
         while self._waiters:
-            waiter, _ = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+            turn = self._waiters.pop(0).turn
+            if not turn.done():
+                turn.set_result(None)
                 return
 
     def _wake_all(self, failure: LLMError | None = None) -> None:
         """Let all who wait look again; those whom no connection could serve later get `failure`."""
-        staying = []
-        for entry in self._waiters:
-            waiter, newer_than = entry
-            if waiter.done():
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if waiter.turn.done():
                 continue
             if failure is None:
-                waiter.set_result(None)
-            elif any(connection.made_at > newer_than for connection in self._connections):
-                staying.append(entry)  # a stream of it will end
+                waiter.turn.set_result(None)
+            elif any(connection.made_at > waiter.newer_than for connection in self._connections):
+                self._waiters.append(waiter)  # a stream of it will end
             else:
-                waiter.set_exception(_again(failure))
-        self._waiters = deque(staying)
+                waiter.turn.set_exception(_again(failure))
 
 
 def _again(failure: LLMError) -> LLMError:

@@ -21,7 +21,8 @@ from autobot_llm.errors import ConfigurationError, InvalidRequestError, LLMError
 from autobot_llm.providers.anthropic.prompt_caching import mark_prefix, outcome
 from autobot_llm.providers.base import ModelInfo, ProviderStatus
 from autobot_llm.settings import Settings
-from autobot_llm.transport.pool import HttpPool, HttpStream, PoolLimits, Timeouts
+from autobot_llm.transport.network import Network, limits_of
+from autobot_llm.transport.pool import HttpPool, HttpStream, Timeouts
 from autobot_llm.transport.reuse import connection_pooling
 from autobot_llm.transport.sse import SseParser
 from autobot_llm.types import Event, Finish, LLMRequest, Start, Timings, Usage
@@ -54,7 +55,8 @@ class AnthropicProvider:
     def __init__(self, settings: Settings) -> None:
         self._endpoint = settings.anthropic_endpoint
         self._api_key = settings.anthropic_api_key
-        self._limits = PoolLimits(max_connections=settings.cloud_connection_pool_size)
+        self._limits = limits_of(settings)
+        self._network = Network.of(settings)
         self._marks_prefixes = settings.prefix_caching
         self._default_model = _default_model(settings, self.name)
         self._output_limits: dict[str, int] = {}
@@ -75,12 +77,17 @@ class AnthropicProvider:
             headers = {"content-type": _JSON}
             if self._api_key is not None:
                 headers["x-api-key"] = self._api_key
-            self._pool = HttpPool(self._endpoint, headers=headers, limits=self._limits, name=self.name)
+            self._pool = HttpPool(
+                self._endpoint, headers=headers, limits=self._limits, network=self._network, name=self.name
+            )
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
             await pool.close()
+
+    async def warm(self, seconds: float) -> None:
+        await self._started().warm(seconds)
 
     async def models(self) -> list[ModelInfo]:
         """Every model that the key may use, as `GET /v1/models` lists them."""

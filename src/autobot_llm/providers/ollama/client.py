@@ -15,7 +15,7 @@ from autobot_llm.dialects.ollama.answers import AnswerReader, better_error, erro
 from autobot_llm.dialects.ollama.requests import EMBED, GENERATE
 from autobot_llm.errors import LLMError, ProviderError
 from autobot_llm.transport import ndjson
-from autobot_llm.transport.pool import HttpPool, PoolLimits, Timeouts
+from autobot_llm.transport.pool import HttpPool, Network, PoolLimits, Timeouts
 from autobot_llm.types import Event
 
 PATIENCE = 10.0  # seconds for what a server knows without loading a model
@@ -31,9 +31,9 @@ class OllamaClient:
     Every method raises the errors of `HttpPool.request`, in Ollama's words, and ProviderError.
     """
 
-    def __init__(self, endpoint: str, *, max_connections: int) -> None:
-        limits = PoolLimits(max_connections=max_connections)
-        self.pool = HttpPool(without_user(endpoint), headers=_authorization(endpoint), limits=limits, name="ollama")
+    def __init__(self, endpoint: str, *, limits: PoolLimits, network: Network) -> None:
+        headers = _authorization(endpoint)
+        self.pool = HttpPool(without_user(endpoint), headers=headers, limits=limits, network=network, name="ollama")
 
     async def close(self) -> None:
         await self.pool.close()

@@ -24,6 +24,7 @@ from autobot_llm.providers.ollama.placement import Placed, Placement
 from autobot_llm.providers.ollama.report import outcomes, running_optimizations, was_loaded
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import SETTINGS, Settings
+from autobot_llm.transport.network import Network, limits_of
 from autobot_llm.types import (
     ChoiceEnd,
     EmbeddingRequest,
@@ -84,8 +85,8 @@ class OllamaProvider:
 
     async def start(self) -> None:
         if self._client is None:
-            connections = self._settings.cloud_connection_pool_size
-            self._client = OllamaClient(self._settings.ollama_endpoint, max_connections=connections)
+            limits, network = limits_of(self._settings), Network.of(self._settings)
+            self._client = OllamaClient(self._settings.ollama_endpoint, limits=limits, network=network)
             self._catalog = Catalog(self._client)
             self._watching = asyncio.create_task(self._watch(self._catalog))
             await self._look(self._catalog)

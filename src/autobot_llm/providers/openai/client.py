@@ -14,7 +14,7 @@ from autobot_llm.dialects.rate_limits import RateLimits
 from autobot_llm.errors import ProviderError
 from autobot_llm.providers.openai.endpoint import Endpoint
 from autobot_llm.report import OptimizationOutcome
-from autobot_llm.transport.pool import HttpPool, HttpStream, PoolLimits, Timeouts
+from autobot_llm.transport.pool import HttpPool, HttpStream, Network, PoolLimits, Timeouts
 from autobot_llm.transport.reuse import connection_pooling
 from autobot_llm.transport.sse import SseParser
 from autobot_llm.types import (
@@ -42,15 +42,19 @@ _STREAMED = Timeouts()
 class OpenAIClient:
     """Asks the server at `endpoint`; `name` is the provider in events and errors. Connects when first asked."""
 
-    def __init__(self, endpoint: Endpoint, *, name: str, limits: PoolLimits) -> None:
+    def __init__(self, endpoint: Endpoint, *, name: str, limits: PoolLimits, network: Network) -> None:
         self.endpoint = endpoint
         self._name = name
-        self._pool = HttpPool(endpoint.base_url, headers=endpoint.headers, limits=limits, name=name)
+        self._pool = HttpPool(endpoint.base_url, headers=endpoint.headers, limits=limits, network=network, name=name)
         self.rate_limits: RateLimits | None = None  # as the latest answer told
         self._rate_limits_of: dict[str, RateLimits] = {}  # each model has its own
 
     async def close(self) -> None:
         await self._pool.close()
+
+    async def warm(self, seconds: float) -> None:
+        """Have a connection ready. Raises what `HttpPool.warm` does."""
+        await self._pool.warm(seconds)
 
     def rate_limits_of(self, model: str) -> RateLimits | None:
         """What the server said of its limits with its latest answer of `model`."""

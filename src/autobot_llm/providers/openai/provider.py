@@ -12,7 +12,7 @@ from autobot_llm.providers.base import ModelInfo, ProviderStatus
 from autobot_llm.providers.openai.client import OpenAIClient
 from autobot_llm.providers.openai.endpoint import Endpoint, endpoint_at
 from autobot_llm.settings import Settings
-from autobot_llm.transport.pool import PoolLimits
+from autobot_llm.transport.network import Network, limits_of
 from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest
 
 _EMBEDDED_MODEL = "tiny"  # what the setting says unless it was set
@@ -29,7 +29,8 @@ class OpenAIProvider:
     def __init__(self, settings: Settings, *, name: str, endpoint: Endpoint) -> None:
         self.name = name
         self._endpoint = endpoint
-        self._limits = PoolLimits(max_connections=settings.cloud_connection_pool_size)
+        self._limits = limits_of(settings)
+        self._network = Network.of(settings)
         self._default_model = endpoint.deployment or _default_model(settings, name)
         self._client: OpenAIClient | None = None
         self._failure = ""
@@ -42,12 +43,15 @@ class OpenAIProvider:
         if self._endpoint.api_key is None and self._endpoint.flavour is OPENAI:
             raise ConfigurationError(f"provider '{self.name}' needs a key: set OPENAI_API_KEY")
         if self._client is None:
-            self._client = OpenAIClient(self._endpoint, name=self.name, limits=self._limits)
+            self._client = OpenAIClient(self._endpoint, name=self.name, limits=self._limits, network=self._network)
 
     async def close(self) -> None:
         client, self._client = self._client, None
         if client is not None:
             await client.close()
+
+    async def warm(self, seconds: float) -> None:
+        await self._started().warm(seconds)
 
     async def models(self) -> list[ModelInfo]:
         return await self._started().models()

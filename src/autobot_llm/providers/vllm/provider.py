@@ -29,7 +29,7 @@ from autobot_llm.providers.vllm.report import server_outcomes, with_report
 from autobot_llm.providers.vllm.scrape import combined
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.transport.pool import PoolLimits
+from autobot_llm.transport.network import Network, limits_of
 from autobot_llm.tuning.knobs.versions import is_before
 from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest
 
@@ -57,7 +57,8 @@ class VllmProvider:
         self._addresses = settings.vllm_endpoints
         self._api_key = settings.vllm_api_key
         self._default_model = _default_model(settings)
-        self._limits = PoolLimits(max_connections=settings.cloud_connection_pool_size)
+        self._limits = limits_of(settings)
+        self._network = Network.of(settings)
         self._watch_seconds = watch_seconds
         self._replicas: dict[str, Replica] = {}
         self._balancer = Balancer(())
@@ -74,7 +75,9 @@ class VllmProvider:
             )
         if self._watching is not None:
             return
-        replicas = [Replica(address, self._limits, self._api_key) for address in dict.fromkeys(self._addresses)]
+        replicas = [
+            Replica(address, self._limits, self._network, self._api_key) for address in dict.fromkeys(self._addresses)
+        ]
         self._replicas = {replica.address: replica for replica in replicas}
         self._balancer = Balancer(list(self._replicas))
         await self._look()

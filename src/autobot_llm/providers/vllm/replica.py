@@ -13,7 +13,7 @@ from autobot_llm.providers.base import ModelInfo
 from autobot_llm.providers.openai import Endpoint, OpenAIClient
 from autobot_llm.providers.vllm.fields import separates_tenants
 from autobot_llm.providers.vllm.scrape import Accumulated, EngineFacts, read_engine_facts, read_figures
-from autobot_llm.transport.pool import HttpPool, PoolLimits
+from autobot_llm.transport.pool import HttpPool, Network, PoolLimits
 from autobot_llm.tuning.knobs.versions import release_of
 
 logger = logging.getLogger("autobot_llm.vllm")
@@ -29,17 +29,17 @@ class _Version(msgspec.Struct):
 class Replica:
     """The server at `address`. `is_up` is None until it was looked at; `failure` says why it is down."""
 
-    def __init__(self, address: str, limits: PoolLimits, api_key: str | None = None) -> None:
+    def __init__(self, address: str, limits: PoolLimits, network: Network, api_key: str | None = None) -> None:
         root = _root(address)
         endpoint = Endpoint(base_url=f"{root}/v1", flavour=VLLM, api_key=api_key)
         self.address = endpoint.shown.removesuffix("/v1")
-        self.client = OpenAIClient(endpoint, name="vllm", limits=limits)
+        self.client = OpenAIClient(endpoint, name="vllm", limits=limits, network=network)
         self.is_up: bool | None = None
         self.failure = ""
         self.version: str | None = None
         self.models: tuple[ModelInfo, ...] = ()
         self.facts = EngineFacts()
-        self._looks = HttpPool(root, name="vllm", limits=PoolLimits(max_connections=4))
+        self._looks = HttpPool(root, name="vllm", limits=PoolLimits(max_connections=4), network=network)
         self._figures = Accumulated()
 
     async def close(self) -> None:
