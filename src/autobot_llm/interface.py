@@ -118,7 +118,7 @@ class LLMInterface:
         """Start the default provider. Called again, it does nothing; after `aclose`, it starts anew."""
         self._is_closed = False
         await self._started(self._default)
-        self._warm_up.begin(self._default, self._started_provider)
+        self._warm_up.begin(self._default, self._started)
 
     async def aclose(self) -> None:
         """Stop every provider; answers that are still running end with ProviderUnavailable. May be called again."""
@@ -400,9 +400,6 @@ class LLMInterface:
                     provider, build_chain(provider, self._links), build_embedder(provider, self._links)
                 )
             return self._in_use[name]
-
-    async def _started_provider(self, name: str) -> Provider:
-        return (await self._started(name)).provider
 
     def _make(self, name: str) -> Provider:
         given = self._given

@@ -1,6 +1,6 @@
-"""Connect to the providers before the first request, where that is asked for. Knows who is set up; knows no connections.
+"""Connect to the providers before the first request, where that is asked for. Knows who is set up only.
 
-It runs beside the start and delays nothing: a request that comes meanwhile connects, or shares the connection being made.
+It runs beside the start and delays nothing: a request that comes meanwhile connects, or shares what is being made.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 from autobot_llm.errors import LLMError
 from autobot_llm.providers.base import ConnectsAhead, Provider
@@ -16,6 +17,13 @@ from autobot_llm.settings import Settings
 logger = logging.getLogger("autobot_llm.cloud")
 
 WARM_UP_SECONDS = 10.0  # that connecting to one provider may take
+
+
+class Started(Protocol):
+    """What starting a provider gives."""
+
+    @property
+    def provider(self) -> Provider: ...
 
 
 class WarmUp:
@@ -27,7 +35,7 @@ class WarmUp:
         self._names = [name for name in known if name in settings.clouds or keys.get(name)]
         self._warming: asyncio.Task[None] | None = None
 
-    def begin(self, default: str, start: Callable[[str], Awaitable[Provider]]) -> None:
+    def begin(self, default: str, start: Callable[[str], Awaitable[Started]]) -> None:
         """Start each provider with `start` and connect it, beside the caller. Called again, it does nothing."""
         if self._is_wanted and self._warming is None:
             names = dict.fromkeys((default, *self._names))
@@ -40,12 +48,12 @@ class WarmUp:
             warming.cancel()
             await asyncio.wait([warming])
 
-    async def _warm_all(self, names: Sequence[str], start: Callable[[str], Awaitable[Provider]]) -> None:
+    async def _warm_all(self, names: Sequence[str], start: Callable[[str], Awaitable[Started]]) -> None:
         await asyncio.gather(*(self._warm(name, start) for name in names))
 
-    async def _warm(self, name: str, start: Callable[[str], Awaitable[Provider]]) -> None:
+    async def _warm(self, name: str, start: Callable[[str], Awaitable[Started]]) -> None:
         try:
-            provider = await start(name)
+            provider = (await start(name)).provider
             if isinstance(provider, ConnectsAhead):
                 await provider.warm(WARM_UP_SECONDS)
         except LLMError as exc:

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 _HEADER_BYTES = 9
 _GOAWAY = 7
-_MOST_BYTES = 16384  # of a frame, unless we allowed more; a larger one is h2's to refuse
+_GOAWAY_BYTES = 8  # at least; a shorter one is h2's to refuse
+_MOST_BYTES = 16384  # of a frame, and we allow no more
+
+
+class OversizedFrame(Exception):
+    """The server sends a frame that is larger than we said we take, or no frames at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class GoAwayCutter:
         self._held = b""  # the beginning of a frame that may be a GOAWAY
 
     def feed(self, data: bytes) -> tuple[bytes, list[GoAway]]:
+        """Raises OversizedFrame."""
         if self._held:
             data, self._held = self._held + data, b""
         position, end = self._num_left, len(data)
@@ -37,8 +43,11 @@ class GoAwayCutter:
         found: list[GoAway] = []
         begin = 0  # of the bytes that are passed on
         while position + _HEADER_BYTES <= end:
-            after = position + _HEADER_BYTES + int.from_bytes(data[position : position + 3], "big")
-            if data[position + 3] == _GOAWAY and 8 + _HEADER_BYTES <= after - position <= _MOST_BYTES + _HEADER_BYTES:
+            length = int.from_bytes(data[position : position + 3], "big")
+            if length > _MOST_BYTES:  # h2 would refuse it too, once it had all of it
+                raise OversizedFrame(f"a frame of {length} bytes")
+            after = position + _HEADER_BYTES + length
+            if data[position + 3] == _GOAWAY and length >= _GOAWAY_BYTES:
                 if after > end:
                     break
                 others.append(data[begin:position])

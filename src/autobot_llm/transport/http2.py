@@ -27,7 +27,7 @@ from h2.exceptions import DenialOfServiceError, H2Error
 from h2.settings import SettingCodes, Settings
 
 from autobot_llm.transport.exchange import MAX_HEAD_BYTES, BrokenConnection, Request
-from autobot_llm.transport.goaway import GoAway, GoAwayCutter
+from autobot_llm.transport.goaway import GoAway, GoAwayCutter, OversizedFrame
 from autobot_llm.transport.http2_stream import STREAM_WINDOW, Stream, head_of
 
 PING_SECONDS = 20.0  # of silence after which a server that owes an answer is asked whether it is there
@@ -49,7 +49,16 @@ class Connection(asyncio.Protocol):
     takes no more (`accepts` is False then); `on_lost` when it ends, whoever ends it. `close` gives up all of them.
     """
 
-    def __init__(self, on_change: Callable[[Connection], None], on_lost: Callable[[Connection], None]) -> None:
+    def __init__(
+        self,
+        on_change: Callable[[Connection], None],
+        on_lost: Callable[[Connection], None],
+        *,
+        ping_seconds: float = PING_SECONDS,
+        ping_patience: float = PING_PATIENCE,
+    ) -> None:
+        self._ping_seconds = ping_seconds
+        self._ping_patience = ping_patience
         self._loop = asyncio.get_running_loop()
         self._on_change = on_change
         self._on_lost = on_lost
@@ -149,7 +158,7 @@ class Connection(asyncio.Protocol):
         self._flush_soon()
         if self._watch is None:
             self._heard_at = self._loop.time()
-            self._watch = self._loop.call_later(PING_SECONDS, self._look_after)
+            self._watch = self._loop.call_later(self._ping_seconds, self._look_after)
 
     def credit(self, stream: Stream, num_bytes: int) -> None:
         """Let the server send `num_bytes` more of a stream."""
@@ -249,14 +258,14 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
         self._pinged_at = None
-        data, goaways = self._cutter.feed(data)
         try:
+            data, goaways = self._cutter.feed(data)
             for event in self._h2.receive_data(data):
                 self._take(event)
         except DenialOfServiceError:
             self._break(f"the answer's head is larger than {MAX_HEAD_BYTES} bytes")
             return
-        except H2Error as exc:
+        except (H2Error, OversizedFrame) as exc:
             self._break(f"no valid HTTP: {exc or type(exc).__name__}")
             return
         for goaway in goaways:
@@ -351,17 +360,18 @@ class Connection(asyncio.Protocol):
         if not self._by_id or self.is_lost:
             return
         now = self._loop.time()
-        if self._pinged_at is not None and now - self._pinged_at >= PING_PATIENCE:
+        if self._pinged_at is not None and now - self._pinged_at >= self._ping_patience:
             reason = f"the connection was lost: no sign of the server for {now - self._heard_at:.0f} s"
             for stream in tuple(self._by_id.values()):
                 stream.fail(BrokenConnection(reason, is_stale=not stream.has_begun))
             self.close()
             return
-        if self._pinged_at is None and now - self._heard_at >= PING_SECONDS:
+        if self._pinged_at is None and now - self._heard_at >= self._ping_seconds:
             self._h2.ping(b"autobot1")
             self._pinged_at = now
             self._flush()
-        pause = PING_PATIENCE if self._pinged_at is not None else PING_SECONDS - (now - self._heard_at)
+        waited = now - self._heard_at
+        pause = self._ping_patience if self._pinged_at is not None else self._ping_seconds - waited
         self._watch = self._loop.call_later(pause, self._look_after)
 
 
