@@ -57,6 +57,10 @@ def error_from(
                              code="provider_authentication_error")  # fmt: skip
     if status == 404:
         return _not_found(message, said)
+    if status == 407:
+        return ProviderError(
+            f"{provider}: the proxy asks for a user and a password: HTTP_PROXY=http://user:password@..."
+        )
     if status == 413:
         return RequestTooLarge(message, param=said.param)
     if status == 429:

@@ -44,6 +44,11 @@ class PoolLimits:
     max_body_bytes: int = 64 * 2**20
     max_stream_bytes: int = 512 * 2**20
 
+    @property
+    def next_try_seconds(self) -> float:
+        """How long an aged connection serves on, where no new one could be made, until that is tried again."""
+        return min(30.0, self.max_age_seconds or 30.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Network:

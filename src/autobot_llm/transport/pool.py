@@ -81,6 +81,7 @@ class HttpPool:
             self._make_shared,
             lambda: not self._slots.locked(),
             idle_seconds=limits.idle_seconds,
+            next_try_seconds=limits.next_try_seconds,
             name=name,
         )
         self._shared.is_needed = self._dialer.offers_http2
@@ -266,6 +267,7 @@ class HttpPool:
         except LLMError:
             if aged.is_lost:
                 raise
+            aged.expires_at = asyncio.get_running_loop().time() + self.limits.next_try_seconds
             return aged
         except BaseException:
             self._keep(aged)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("autobot_llm.transport")
 
-_NEXT_TRY_SECONDS = 30.0  # after which an aged connection that could not be replaced is tried to be again
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
@@ -37,7 +35,8 @@ class SharedConnections:
     """Gives out exchanges on as few connections as will do.
 
     `make` makes a connection within so many seconds, or says None: the server speaks HTTP/1.1, and `is_needed` is then
-    False. `may_make` tells whether there may be one more connection now.
+    False. `may_make` tells whether there may be one more connection now. An aged connection that cannot be replaced
+    goes on, and is tried to be again after `next_try_seconds`.
     """
 
     def __init__(
@@ -46,12 +45,14 @@ class SharedConnections:
         may_make: Callable[[], bool],
         *,
         idle_seconds: float,
+        next_try_seconds: float,
         name: str,
     ) -> None:
         self._name = name
         self._make = make
         self._may_make = may_make
         self._idle_seconds = idle_seconds
+        self._next_try_seconds = next_try_seconds
         self._connections: list[http2.Connection] = []  # those that take requests; the first is filled first
         self._waiters: list[_Waiter] = []  # who came first is first
         self._tickets = itertools.count(1)
@@ -164,7 +165,7 @@ class SharedConnections:
             failure = exc
             if replaced is not None:
                 logger.warning("an aged connection could not be replaced yet: %s", exc.message)
-                replaced.expires_at = asyncio.get_running_loop().time() + _NEXT_TRY_SECONDS
+                replaced.expires_at = asyncio.get_running_loop().time() + self._next_try_seconds
         finally:
             self._making = None
             self._is_renewal = False
