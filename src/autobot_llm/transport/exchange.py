@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
+
 MAX_HEAD_BYTES = 256 * 1024
 
 
@@ -43,8 +45,7 @@ class Common:
     lines: bytes
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, gc=False):
     """A request before it is written in either version. `target` is what the first line of HTTP/1.1 asks for."""
 
     method: str
@@ -72,6 +73,7 @@ class Exchange:
         self._heard_at = 0.0
         self._failure: Exception | None = None
         self._is_idle = True
+        self._idle_since = self._loop.time()
         self._begin()
 
     def _begin(self) -> None:
@@ -118,15 +120,19 @@ class Exchange:
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts = []
         self._num_waiting = 0
-        self._was_read(len(data))
+        if self._is_paused:
+            self._is_paused = False
+            self._heard_at = self._loop.time()
+            self._resume()
         return data
 
-    def _was_read(self, num_bytes: int) -> None:
-        """The reader took `num_bytes`: a server that was held back may go on."""
+    def _resume(self) -> None:
+        """Let a server go on that was held back."""
         raise NotImplementedError
 
     def _end(self) -> None:
         self._is_idle = True
+        self._idle_since = self._loop.time()
         self._stop_timer()
 
     async def _wait(self) -> None:
@@ -163,9 +169,3 @@ class Exchange:
         else:
             remaining = self._patience - waited if waited < self._patience else self._patience
             self._timer = self._loop.call_later(remaining, self._check_patience)
-
-
-def add_header(headers: dict[str, str], name: bytes, value: bytes) -> None:
-    """Put one header of an answer into `headers`: names in lower case, the values of one name joined by commas."""
-    key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-    headers[key] = f"{headers[key]}, {text}" if key in headers else text

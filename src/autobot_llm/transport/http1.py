@@ -12,7 +12,7 @@ from typing import cast
 
 import httptools
 
-from autobot_llm.transport.exchange import MAX_HEAD_BYTES, BrokenConnection, Exchange, Request, add_header
+from autobot_llm.transport.exchange import MAX_HEAD_BYTES, BrokenConnection, Exchange, Request
 
 HIGH_WATER = 256 * 1024  # bytes that may wait for a slow reader before the server is held back
 
@@ -31,10 +31,9 @@ class Connection(Exchange, asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.is_lost = False
         self.expires_at = float("inf")  # by the loop's clock; the pool's to set
-        self._idle_since = self._loop.time()
 
     def _begin(self) -> None:
-        super()._begin()
+        Exchange._begin(self)
         self._num_head_bytes = 0
         self._keeps_open = False
 
@@ -47,17 +46,14 @@ class Connection(Exchange, asyncio.Protocol):
         self._begin()
         self._is_idle = False
         self.set_patience(patience)
-        transport.write(_written(request))
+        body = request.body
+        length = b"\r\n" if body is None else b"content-length: %d\r\n\r\n" % len(body)
+        first = f"{request.method} {request.target} HTTP/1.1\r\n".encode("ascii")
+        transport.write(b"".join((first, request.common.lines, request.lines, length, body or b"")))
 
-    def _was_read(self, num_bytes: int) -> None:
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
-            self._heard_at = self._loop.time()
+    def _resume(self) -> None:
+        if self._transport is not None:
             self._transport.resume_reading()
-
-    def _end(self) -> None:
-        super()._end()
-        self._idle_since = self._loop.time()
 
     @property
     def idle_seconds(self) -> float:
@@ -72,7 +68,7 @@ class Connection(Exchange, asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether the last exchange is complete and the server keeps the connection open."""
-        return self._is_idle and self._keeps_open and self._failure is None
+        return self._is_idle and self._keeps_open and self._failure is None and not self.is_lost
 
     def close(self) -> None:
         """Close at once. What the server still sends meets a closed connection, which tells it to stop."""
@@ -130,7 +126,8 @@ class Connection(Exchange, asyncio.Protocol):
     # Called by the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        add_header(self.headers, name, value)
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
@@ -152,12 +149,3 @@ class Connection(Exchange, asyncio.Protocol):
             raise BrokenConnection("the server sent a second answer to one request")
         self._is_complete = True
         self._keeps_open = self._parser.should_keep_alive()
-
-
-def _written(request: Request) -> bytes:
-    first = f"{request.method} {request.target} HTTP/1.1\r\n".encode("ascii")
-    body = request.body
-    if body is None:
-        return b"".join((first, request.common.lines, request.lines, b"\r\n"))
-    length = b"content-length: %d\r\n\r\n" % len(body)
-    return b"".join((first, request.common.lines, request.lines, length, body))

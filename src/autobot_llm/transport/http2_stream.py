@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hpack import HeaderTuple, NeverIndexedHeaderTuple
 
-from autobot_llm.transport.exchange import BrokenConnection, Exchange, Request, add_header
+from autobot_llm.transport.exchange import BrokenConnection, Exchange, Request
 
 if TYPE_CHECKING:
     from autobot_llm.transport.http2 import Connection
@@ -49,14 +49,16 @@ class Stream(Exchange):
         self._stop_timer()
         self._connection.leave(self)
 
-    def _was_read(self, num_bytes: int) -> None:
-        self._num_uncredited += num_bytes
+    async def read(self) -> bytes:
+        data = await super().read()
+        self._num_uncredited += len(data)
         if self._num_uncredited >= STREAM_WINDOW // 2:
             self._connection.credit(self, self._num_uncredited)
             self._num_uncredited = 0
-        if self._is_paused:
-            self._is_paused = False
-            self._heard_at = self._loop.time()
+        return data
+
+    def _resume(self) -> None:
+        pass  # the window that `read` opens does it
 
     def _give_up(self) -> None:
         self._stop_timer()
@@ -71,10 +73,11 @@ class Stream(Exchange):
         self._heard_at = now
         self.has_begun = True
         for name, value in headers:
-            if name != b":status":
-                add_header(self.headers, name, value)
-            elif value.isdigit():
-                self.status = int(value)
+            key, text = name.decode("latin-1"), value.decode("latin-1")
+            if key != ":status":
+                self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
+            elif text.isdigit():
+                self.status = int(text)
         if not self.status:
             self.fail(BrokenConnection("no valid HTTP: the answer has no status"))
             return

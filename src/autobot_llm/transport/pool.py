@@ -219,8 +219,11 @@ class HttpPool:
             self._slots.release()
             if self._is_closed or not exchange.is_reusable:
                 exchange.close()
-            else:
-                self._keep(exchange)
+                return
+            exchange.is_reused = True
+            self._idle.append(exchange)
+            if len(self._idle) > self.limits.max_idle:
+                self._close_surplus_later()
             return
         stream = cast("http2_stream.Stream", exchange)
         stream.leave()
