@@ -92,12 +92,11 @@ class LLMInterface:
         self._default = default_provider(self.settings, self._known)
         self._links = make_links(self.settings)
         self._cache = cache_among(self._links)
-        self._links_started = False
         self._fallbacks = FallbackTable(self.settings.fallbacks)
         self._warm_up = WarmUp(self.settings, self._known)
         self._in_use: dict[str, _InUse] = {}
         self._starting = asyncio.Lock()
-        self._is_closed = False
+        self._links_started = self._is_closed = False
         self._counts = Counts()
 
     @classmethod

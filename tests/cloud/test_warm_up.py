@@ -13,7 +13,6 @@ from raw_server import PATIENCE, Asked, Wire, raw_server
 from autobot_llm.interface import LLMInterface
 from autobot_llm.settings import load_settings
 
-
 ANSWER = (
     b'{"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [{"index": 0, '
     b'"message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]}'

@@ -11,7 +11,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from certificates import served
+from certificates import served, trusting
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
@@ -27,6 +27,11 @@ from h2.exceptions import H2Error, ProtocolError
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 from raw_server import PATIENCE, Asked
+
+from autobot_llm.transport.network import Network
+from autobot_llm.transport.pool import HttpPool, PoolLimits
+
+SECRET = "sk-very-secret"
 
 
 class StreamGone(Exception):
@@ -261,3 +266,14 @@ async def http2_server(
             peer.transport.abort()
         for failure in (*server.errors, *(result for result in results if isinstance(result, Exception))):
             raise failure
+
+
+def pool_of(server: Http2Server, path: str = "", *, network: Network | None = None, **limits: float) -> HttpPool:
+    return HttpPool(
+        server.url + path,
+        headers={"Authorization": f"Bearer {SECRET}"},
+        limits=PoolLimits(**limits),  # type: ignore[arg-type]
+        network=network or Network(),
+        name="test",
+        tls=trusting(),
+    )
