@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +378,15 @@ def test_everything_lossy_is_off_by_default() -> None:
 def test_the_page_of_settings_is_current() -> None:
     page = Path(__file__).parent.parent / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == settings_page()
+
+
+def test_a_child_process_keeps_the_proxies_and_gets_no_key() -> None:
+    program = (
+        "from autobot_llm.settings.child import child_environment\n"
+        "print(sorted(child_environment({'MORE': '1'}).items()))"
+    )
+    ours = {"OPENAI_API_KEY": "hush", "AUTOBOT_API_KEYS": "hush", "HTTPS_PROXY": "http://p:1", "no_proxy": "a"}
+    done = subprocess.run([sys.executable, "-c", program], env=ours, capture_output=True, text=True, check=True)
+    assert "('HTTPS_PROXY', 'http://p:1')" in done.stdout and "('no_proxy', 'a')" in done.stdout
+    assert "('MORE', '1')" in done.stdout
+    assert "hush" not in done.stdout and "AUTOBOT" not in done.stdout

@@ -26,6 +26,7 @@ class About(msgspec.Struct, frozen=True):
 
     `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect. `later_on`
     are the providers whose reader is still to be built although another one's exists.
+    `shared` is what other programs read too, so that our child processes keep it.
     `variable` is AUTOBOT_ and the field's name unless it is given.
     """
 
@@ -35,13 +36,17 @@ class About(msgspec.Struct, frozen=True):
     now: bool = False
     later_on: frozenset[str] = frozenset()
     secret: bool = False
+    shared: bool = False
     variable: str = ""
     alias: str | None = None
 
 
 def _proxy(doc: str, *, variable: str, secret: bool = False) -> About:
     """A setting that other programs share, so that it may be written in lower case too."""
-    return About(doc, "transport/proxy", OVER_HTTP, now=True, secret=secret, variable=variable, alias=variable.lower())
+    alias = variable.lower()
+    return About(
+        doc, "transport/proxy", OVER_HTTP, now=True, secret=secret, shared=True, variable=variable, alias=alias
+    )
 
 
 ABOUT: dict[str, About] = {

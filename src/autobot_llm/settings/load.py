@@ -131,6 +131,11 @@ def is_ours(name: str) -> bool:
     return name.startswith(PREFIX) or name in _VARIABLES
 
 
+def is_ours_alone(name: str) -> bool:
+    """Whether other programs have no use for it, or should not see it."""
+    return is_ours(name) and not (name in _VARIABLES and _VARIABLES[name].about.shared)
+
+
 def _read_env_file(path: Path | None) -> dict[str, str]:
     """The assignments of a `.env` file, `${...}` taken as it stands; raises ConfigurationError with the line number."""
     if path is None:
