@@ -36,16 +36,26 @@ LAYER_SHAPES = SHAPES[:-1]  # the head stays bfloat16
 
 def candidates(fmt: str, num_rows: int) -> list[RowsTile]:
     """What is worth a try: few bytes are in flight in each program, so many programs or many stages are wanted."""
-    options: dict[str, Any] = {"prefetch_bytes": 512, "evict_first": True}
-    tiles = [RowsTile(64, 128, 4, 4, num_splits=n, fold_norm=False, **options) for n in (1, 2, 4, 8)]
-    tiles += [RowsTile(128, 128, 8, 4, num_splits=n, fold_norm=False, **options) for n in (1, 2, 4, 8)]
-    tiles += [RowsTile(64, 128, 4, 6, num_splits=n, fold_norm=False, **options) for n in (2, 4)]
-    tiles += [RowsTile(64, 128, 4, 4, num_splits=n, fold_norm=False, evict_first=True) for n in (2, 4)]
-    if num_rows <= 32:
+    options: dict[str, Any] = {"fold_norm": False, "prefetch_bytes": 512, "evict_first": True}
+    if num_rows <= 8:  # the older matrix instructions, whatever the warps
+        tiles = [RowsTile(64, 128, 4, stages, num_splits=n, **options) for stages in (4, 6) for n in (1, 2, 4, 8)]
+        tiles += [RowsTile(32, 128, 2, 5, num_splits=n, **options) for n in (1, 2, 4)]
+        tiles += [RowsTile(16, 128, 1, 5, num_splits=n, **options) for n in (1, 2)]
+        tiles += [RowsTile(128, 128, 8, 4, num_splits=n, **options) for n in (2, 4, 8)]
+        tiles += [RowsTile(64, 128, 4, 5, num_splits=n, prefetch_bytes=512, evict_first=True) for n in (2, 4)]
+        tiles += [RowsTile(64, 128, 4, 5, num_splits=n, fold_norm=False, evict_first=True) for n in (2, 4)]
+    elif num_rows <= 32:
+        tiles = [RowsTile(64, 128, 2, 4, num_splits=n, **options) for n in (1, 2, 4, 8)]
+        tiles += [RowsTile(32, 128, 2, 4, num_splits=n, **options) for n in (1, 2, 4)]
         tiles += [RowsTile(64, 128, 4, 4, num_splits=n, **options) for n in (1, 2, 4)]
-        tiles += [RowsTile(128, 128, 4, 3, num_splits=n, fold_norm=False, **options) for n in (2, 4)]
-    if fmt != "int4":
-        tiles += [RowsTile(64, 256, 4, 3, num_splits=n, fold_norm=False, **options) for n in (1, 2, 4)]
+        tiles += [RowsTile(128, 128, 4, 3, num_splits=n, **options) for n in (2, 4)]
+        tiles += [RowsTile(128, 128, 8, 4, num_splits=n, **options) for n in (2, 4)]
+    else:
+        tiles = [RowsTile(128, 128, 8, 2, num_splits=n, **options) for n in (1, 2, 4)]
+        tiles += [RowsTile(64, 128, 4, 2, num_splits=n, **options) for n in (1, 2, 4)]
+        tiles += [RowsTile(128, 128, 8, 3, num_splits=n, **options) for n in (1, 2, 4)] if fmt != "int4" else []
+    if fmt != "int4" and num_rows <= 32:
+        tiles += [RowsTile(64, 256, 4, 3, num_splits=n, **options) for n in (1, 2, 4)]
     return tiles
 
 
@@ -183,6 +193,8 @@ def main() -> None:
                 timings = sorted(measure(fmt, shape, num_rows, candidates(fmt, num_rows)), key=lambda t: t.seconds)
                 all_timings += [(fmt, num_rows, timing) for timing in timings]
                 best, faults = timings[0], [t for t in timings if t.fault]
+                if math.isinf(best.seconds):
+                    raise SystemExit(f"{fmt}, {num_rows} rows, {shape.name}: no candidate ran: {best.fault}")
                 winners[shape] = best.tile
                 rate = shape.num_bytes / (4 if fmt == "int4" else 2) / best.seconds
                 print(

@@ -25,7 +25,7 @@ ROWS = [1, 2, 8, 16, 31, 64, 128] if ON_GPU else [1, 5, 33]
 TILES = [
     RowsTile(64, 128, 4, 4, prefetch_bytes=256),
     RowsTile(64, 64, 4, 3, num_splits=3, evict_first=True),
-    RowsTile(128, 128, 8, 3, num_splits=2, prefetch_bytes=512),
+    RowsTile(32, 128, 2, 3, num_splits=2, prefetch_bytes=512),
 ]
 
 

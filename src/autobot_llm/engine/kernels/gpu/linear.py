@@ -22,8 +22,8 @@ from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, Tile, choose_
 # T rows, I inputs, O outputs, F feed-forward size (W is [2F, I]: gate rows, then up rows)
 
 _HOPPER = (9, 0)
-_ALIGNMENT = 16  # bytes of one load
-MIN_PADDED_ROWS = 16  # below it, Triton leaves Hopper's matrix instructions for older, slower ones
+ALIGNMENT = 16  # bytes of one load
+_MIN_PADDED_ROWS = 16  # below it, Triton leaves Hopper's matrix instructions for older, slower ones
 _MAX_PARTIAL_SUMS = 4 << 20  # float32: 16 MiB for each device
 _MAX_SPLIT_TILES = 8192
 
@@ -167,7 +167,7 @@ def multiply(
         prefetch_bytes = prefetchable(weight, tile.prefetch_bytes, num_inputs - tile.block_i)
         matvec_kernel[(num_tiles,)](**common, PREFETCH_BYTES=prefetch_bytes, num_stages=1)
         return out
-    padded_rows = max(triton.next_power_of_2(num_rows), MIN_PADDED_ROWS)
+    padded_rows = max(triton.next_power_of_2(num_rows), _MIN_PADDED_ROWS)
     num_sums = num_tiles * ((2 if gated else 1) * tile.block_o + 1) * padded_rows
     num_splits, shortest = split_inputs(tile.num_splits, tile.block_i, num_tiles, num_inputs, num_sums)
     partial, arrivals = workspace(x_TI.device) if num_splits > 1 else (None, None)
@@ -202,9 +202,9 @@ def split_inputs(num_splits: int, step: int, num_tiles: int, num_inputs: int, nu
 
 def prefetchable(weight: torch.Tensor, num_bytes: int, num_inputs_left: int) -> int:
     """The bytes of each row that may be asked for: whole multiples of 16, and none outside the weight."""
-    if weight.data_ptr() % _ALIGNMENT:
+    if weight.data_ptr() % ALIGNMENT:
         return 0
-    return max(min(num_bytes, num_inputs_left * weight.element_size()), 0) // _ALIGNMENT * _ALIGNMENT
+    return max(min(num_bytes, num_inputs_left * weight.element_size()), 0) // ALIGNMENT * ALIGNMENT
 
 
 @lru_cache
@@ -225,7 +225,7 @@ def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: torch.Tensor) -> Tile | No
         weight.dtype in (torch.bfloat16, torch.float16)
         and x_TI.dtype == weight.dtype
         and weight.is_contiguous()
-        and num_inputs * weight.element_size() % _ALIGNMENT == 0
+        and num_inputs * weight.element_size() % ALIGNMENT == 0
         and x_TI.shape[0] > 0
     )
     if not possible:

@@ -12,12 +12,16 @@ import torch
 import triton
 
 from autobot_llm.engine.kernels.gpu.launch import launch_options
-from autobot_llm.engine.kernels.gpu.linear import MIN_PADDED_ROWS, prefetchable, split_inputs, workspace
+from autobot_llm.engine.kernels.gpu.linear import ALIGNMENT, prefetchable, split_inputs, workspace
 from autobot_llm.engine.kernels.gpu.quantized_rows import quantized_rows_kernel
 from autobot_llm.engine.kernels.gpu.tiles import RowsTile
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 ZERO_OF_4_BITS = 8  # what a 4-bit weight of value 0 is stored as
+
+# With so few rows, or few warps, Triton takes the older matrix instructions: their operand goes from memory to
+# registers sixteen bytes at a time, where Hopper's own takes one-byte numbers two by two.
+_MIN_PADDED_ROWS = 8
 
 
 # T rows, O outputs, I inputs, G groups of inputs
@@ -104,16 +108,18 @@ def multiply_quantized(
     block_i = weight.group or tile.block_i
     step = 2 * block_i if weight.group else block_i
     num_tiles = triton.cdiv(num_outputs, tile.block_o)
-    padded_rows = max(triton.next_power_of_2(num_rows), MIN_PADDED_ROWS)
+    padded_rows = max(triton.next_power_of_2(num_rows), _MIN_PADDED_ROWS)
     num_sums = num_tiles * ((2 if gated else 1) * tile.block_o + 1) * padded_rows
     num_splits, shortest = split_inputs(tile.num_splits, step, num_tiles, num_inputs, num_sums)
     partial, arrivals = workspace(x_TI.device) if num_splits > 1 else (None, None)
+    row_bytes = weight.values.stride(0)
+    ahead = tile.prefetch_bytes if row_bytes % ALIGNMENT == 0 else 0
     quantized_rows_kernel[(num_tiles * num_splits,)](
         x_ptr=x_TI,
         x_stride=x_TI.stride(0),
         norm_ptr=norm,
         weight_ptr=weight.values,
-        weight_stride=weight.values.stride(0),
+        weight_stride=row_bytes,
         scales_ptr=weight.scales,
         offsets_ptr=weight.offsets,
         bias_ptr=bias,
@@ -135,7 +141,7 @@ def multiply_quantized(
         ADD=residual is not None,
         WHOLE_TILES=num_inputs % step == 0,
         EVICT_FIRST=tile.evict_first,
-        PREFETCH_BYTES=prefetchable(weight.values, tile.prefetch_bytes, shortest // (2 if weight.group else 1)),
+        PREFETCH_BYTES=prefetchable(weight.values, ahead, shortest // (2 if weight.group else 1)),
         NUM_SPLITS=num_splits,
         PADDED_ROWS=padded_rows,
         BLOCK_O=tile.block_o,
