@@ -135,7 +135,7 @@ def test_greedy_text_begins_as_with_plain_torch_attention(engines: dict[str, Eng
 
 def test_blocks_come_back_from_host_memory_as_they_were(engines: dict[str, Engine]) -> None:
     executor = engines["graphs"].executor
-    cache = executor._storage.cache_L2BKPD
+    cache = executor._storage.cache_L2BK
     blocks = [3, 17, 5]
     cache[:, :, blocks] = torch.randn_like(cache[:, :, blocks])
     torch.cuda.synchronize()

@@ -202,7 +202,7 @@ class GpuExecutor:
     def discard(self, block_ids: list[int]) -> None:
         with torch.cuda.stream(self._stream):
             blocks = torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
-            self._storage.cache_L2BKPD.index_fill_(2, blocks, 0)
+            self._storage.cache_L2BK.index_fill_(2, blocks, 0)
 
     def close(self) -> None:
         """Give the device's memory back, whoever still holds this object. Closing twice does nothing."""
