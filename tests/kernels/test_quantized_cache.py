@@ -136,8 +136,10 @@ def test_what_is_written_is_what_the_twin_writes(
         numbers, expected = (take_blocks(cache, everything, head_size).transpose(1, 2) for cache in (got, want))
         assert numbers[~is_stored_BP].equal(expected[~is_stored_BP])
         # the twin rotates in float64: what it rounds, and so a scale, may be the neighbour of the kernel's
+        # and a number beside a tie, which is an eighth of itself away in float8
         error = (numbers - expected)[is_stored_BP].norm(dim=-1)
-        assert (error <= 0.01 * expected[is_stored_BP].norm(dim=-1)).all()
+        bound = 0.01 if cache_dtype == torch.int8 else 0.04
+        assert (error <= bound * expected[is_stored_BP].norm(dim=-1)).all()
     # nothing is computed for values but their scales
     assert caches[0].values[0].view(torch.int8).equal(caches[1].values[0].view(torch.int8))
 
