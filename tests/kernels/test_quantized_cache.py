@@ -110,6 +110,8 @@ def test_a_prompt_after_a_cached_prefix_attends_to_the_rounded_prefix(
 def test_what_is_written_is_what_the_twin_writes(
     num_tokens: int, cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> None:
+    if cache_dtype == torch.float8_e4m3fn and not ON_GPU:
+        pytest.skip("Triton's interpreter rounds to float8 wrongly: 127.6 becomes 64")
     config = load_config(TINY)
     num_heads, num_kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
     generator = torch.Generator().manual_seed(num_tokens)

@@ -213,11 +213,11 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "kv_cache_dtype": About(
-        "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy.",
+        "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy (our engine: on a GPU).",
         "engine/kv_cache",
         LOCAL,
         now=True,
-        later_on=NATIVE | OLLAMA,
+        later_on=OLLAMA,
     ),
     "kv_sliding_window": About(
         "Tokens that attention looks back (lossy); 0 is the model's own window.", "engine/kv_cache", NATIVE

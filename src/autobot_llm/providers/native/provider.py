@@ -280,6 +280,7 @@ def engine_options(settings: Settings, folder: Path) -> EngineOptions:
         scheduling_policy=settings.scheduling_policy,
         preemption=settings.preemption,
         swap_memory=settings.swap_memory,
+        kv_cache_dtype=settings.kv_cache_dtype,
         kv_cache_memory=settings.kv_cache_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         attention_backend=settings.attention_backend,
