@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from autobot_llm.engine.models.config_file import llama_config
 from autobot_llm.engine.speculative.eagle.config import EagleConfig, load_eagle_config
 from autobot_llm.engine.speculative.eagle.model import EagleDraft
 from autobot_llm.errors import ModelLoadError
@@ -66,9 +67,11 @@ def load_eagle(
             )
         state[name] = tensor.to(device=device, dtype=dtype if empty.is_floating_point() else empty.dtype)
     if found:
-        raise ModelLoadError(f"{path}: an EAGLE-3 draft of this config.json has no tensor {', '.join(sorted(found)[:3])}")
+        raise ModelLoadError(
+            f"{path}: an EAGLE-3 draft of this config.json has no tensor {', '.join(sorted(found)[:3])}"
+        )
     draft.load_state_dict(state, assign=True)
-    ids_W = draft.target_ids_W
+    ids_W = draft.target_ids
     if int(ids_W.min()) < 0 or int(ids_W.max()) >= vocab_size:
         raise ModelLoadError(f"{path}: d2t points outside of the target's {vocab_size} tokens")
     if config.shares_lm_head:
@@ -78,9 +81,7 @@ def load_eagle(
     return draft.requires_grad_(False)
 
 
-def save_eagle(
-    folder: Path, draft: EagleDraft, *, base_model: str, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def save_eagle(folder: Path, draft: EagleDraft, *, base_model: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config.json and model.safetensors into `folder`; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -96,42 +97,16 @@ def save_eagle(
 
 
 def _config_file(config: EagleConfig, base_model: str, dtype: torch.dtype) -> dict[str, Any]:
-    layer = config.layer
-    about: dict[str, Any] = {
+    about = llama_config(config.layer, dtype) | {
         "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": layer.hidden_size,
-        "intermediate_size": layer.intermediate_size,
-        "num_attention_heads": layer.num_heads,
-        "num_key_value_heads": layer.num_kv_heads,
-        "head_dim": layer.head_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": layer.rms_norm_eps,
-        "rope_theta": layer.rope_theta,
-        "max_position_embeddings": layer.max_position_embeddings,
-        "attention_bias": layer.qkv_bias,
-        "mlp_bias": layer.mlp_bias,
-        "vocab_size": layer.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,
         "eagle_shares_lm_head": config.shares_lm_head,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
         "base_model_name_or_path": base_model,
     }
     if config.feature_layers is not None:
         about["eagle_aux_hidden_state_layer_ids"] = list(config.feature_layers)
-    if layer.rope_scaling is not None:
-        scaling = layer.rope_scaling
-        about["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            about["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            }
     return about
 
 

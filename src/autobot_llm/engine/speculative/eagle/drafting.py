@@ -20,8 +20,8 @@ from autobot_llm.errors import ContextLengthError
 # T tokens, L cached rows, N nodes, E hidden size, W draft vocabulary, M nodes expanded at a level
 @dataclass(frozen=True, slots=True)
 class EagleTree:
-    """`tokens_N` are the target's ids, `tokens_N[0]` the known token at the root; `log_probabilities_N` are the draft's,
-    of the whole path to each node."""
+    """`tokens_N` are the target's ids, `tokens_N[0]` the known token at the root; `log_probabilities_N` are the
+    draft's, of the whole path to each node."""
 
     tree: CandidateTree
     tokens_N: torch.Tensor
@@ -46,7 +46,7 @@ class EagleDrafter:
         device, dtype = embed_VE.device, embed_VE.dtype
         self._draft = draft
         self._embed_VE = embed_VE
-        self._target_ids_W = draft.target_ids_W
+        self._target_ids_W = draft.target_ids
         self._cos_PD, self._sin_PD = draft_rope(draft.config, max_context, dtype, device)
         shape = (layer.num_kv_heads, max_context, layer.head_size)
         self._keys_KLD = torch.zeros(shape, dtype=dtype, device=device)
@@ -153,7 +153,7 @@ class EagleDrafter:
         first_row: int,
         mask_TL: torch.Tensor,
     ) -> torch.Tensor:
-        """What the draft returns, TE; keys and values go to rows `first_row` and following, and row t sees `mask_TL`."""
+        """What the draft returns, TE; keys and values go to rows from `first_row` on, and row t sees `mask_TL`."""
         num_rows = mask_TL.shape[1]
 
         def attend(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ class EagleDraft(nn.Module):
         self.register_buffer("t2d", torch.zeros(config.layer.vocab_size, dtype=torch.bool))
 
     @property
-    def target_ids_W(self) -> torch.Tensor:
+    def target_ids(self) -> torch.Tensor:
         """The target's id of each draft token."""
         return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
 
@@ -60,7 +60,7 @@ class EagleDraft(nn.Module):
 
     def share_lm_head(self, lm_head_VE: torch.Tensor) -> None:
         """Project with these rows of the target's head; after `d2t` is known."""
-        self.lm_head_WE = lm_head_VE.index_select(0, self.target_ids_W).detach()
+        self.lm_head_WE = lm_head_VE.index_select(0, self.target_ids).detach()
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """The target's three streams side by side [..., 3 E] as one feature [..., E]."""
@@ -116,9 +116,7 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(2 * size, layer.num_kv_heads * layer.head_size, bias=layer.qkv_bias)
         self.o_proj = nn.Linear(layer.num_heads * layer.head_size, size, bias=layer.o_bias)
 
-    def forward(
-        self, both: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, both: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
         heads = (-1, self._head_size)
         q = rotated(self.q_proj(both).unflatten(-1, heads), *cos_sin)
         k = rotated(self.k_proj(both).unflatten(-1, heads), *cos_sin)

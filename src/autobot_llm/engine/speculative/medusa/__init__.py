@@ -1,6 +1,7 @@
 """Medusa: heads on the model's last hidden state propose a tree of tokens, and one step verifies it.
 
-Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (arXiv 2401.10774).
+Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads"
+(arXiv 2401.10774).
 """
 
 from autobot_llm.engine.speculative.medusa.acceptance import Accepted

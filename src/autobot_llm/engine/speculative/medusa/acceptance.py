@@ -53,7 +53,7 @@ def accepted_leaf(tree: CandidateTree, stands_BN: torch.Tensor) -> torch.Tensor:
     `stands_BN` says of each node whether it may follow its parent; the root always stands. No value leaves the device.
     """
     device = stands_BN.device
-    mask_NN = tree.mask_NN.to(device)
+    mask_NN = tree.mask.to(device)
     root = torch.zeros(tree.num_nodes, dtype=torch.bool, device=device)
     root[0] = True
     whole_BN = ((stands_BN | root)[:, None, :] | ~mask_NN).all(dim=-1)
@@ -79,7 +79,8 @@ def is_typical(
     after_parent_BNV = probabilities_BNV.index_select(1, parents_N).float()
     entropy_BN = -torch.special.xlogy(after_parent_BNV, after_parent_BNV).sum(dim=-1)
     bar_BN = (threshold**0.5 * torch.exp(-entropy_BN)).clamp_(max=threshold)
-    return after_parent_BNV.gather(-1, tokens_BN[..., None])[..., 0] > bar_BN
+    likely_BN: torch.Tensor = after_parent_BNV.gather(-1, tokens_BN[..., None])[..., 0] > bar_BN
+    return likely_BN
 
 
 def cache_moves(nodes: Sequence[int]) -> tuple[list[int], list[int]]:

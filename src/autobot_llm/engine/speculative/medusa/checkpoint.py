@@ -1,4 +1,4 @@
-"""Read and write Medusa heads: the published files, and dictionaries. Knows names, shapes and files; knows no arithmetic.
+"""Read and write Medusa heads: the published files, and dictionaries. Knows names and shapes; knows no arithmetic.
 
 Published: a folder with config.json (medusa_num_heads, medusa_num_layers, base_model_name_or_path) and
 medusa_lm_head.pt or .safetensors with `{head}.{layer}.linear.weight`, `.bias` and `{head}.{num_layers}.weight`. A .pt
@@ -72,7 +72,9 @@ def load_medusa_heads(
     by_head = _by_head(where, tensors)
     num_heads = len(by_head)
     if about.medusa_num_heads is not None and about.medusa_num_heads > num_heads:
-        raise ModelLoadError(f"{where}: {num_heads} heads, but config.json says medusa_num_heads={about.medusa_num_heads}")
+        raise ModelLoadError(
+            f"{where}: {num_heads} heads, but config.json says medusa_num_heads={about.medusa_num_heads}"
+        )
     num_layers = 1 + max(layer for layer, kind in by_head[0] if kind.startswith("linear"))
     if about.medusa_num_layers is not None and about.medusa_num_layers != num_layers:
         raise ModelLoadError(
@@ -81,7 +83,9 @@ def load_medusa_heads(
         )
     has_projection = (num_layers, "weight") in by_head[0]
     if not has_projection and lm_head_VE is None:
-        raise ModelLoadError(f"{where}: tensor 0.{num_layers}.weight is missing, and the model's projection is not given")
+        raise ModelLoadError(
+            f"{where}: tensor 0.{num_layers}.weight is missing, and the model's projection is not given"
+        )
     if lm_head_VE is not None and lm_head_VE.shape != (vocab_size, hidden_size):
         raise ModelLoadError(
             f"the model's projection has shape {tuple(lm_head_VE.shape)}; expected {(vocab_size, hidden_size)}"

@@ -96,7 +96,7 @@ class MedusaDecoder:
         return 0 if self._heads is None else self._heads.num_heads
 
     def load_heads(self, path: str | Path | Mapping[str, Any]) -> bool:
-        """Take the heads of a folder, a file or a dictionary; True once they are there, False where nothing is at `path`.
+        """Take the heads of a folder, a file or a dictionary: True. False where nothing is at `path`.
 
         Raises ModelLoadError for what is there and does not fit (see `load_medusa_heads`), ConfigurationError for a
         tree that asks for more heads.
@@ -217,5 +217,5 @@ def _with_tree(
     tree, first = candidates.tree, len(ids)
     ids_T, positions_T, mask_TT = _causal([*ids, *candidates.tokens_N.tolist()], device)
     positions_T[first:] = first + torch.tensor(tree.depths, device=device)
-    mask_TT[first:, first:] = tree.mask_NN.to(device)
+    mask_TT[first:, first:] = tree.mask.to(device)
     return ids_T, positions_T, mask_TT

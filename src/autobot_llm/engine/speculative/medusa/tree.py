@@ -52,9 +52,7 @@ class CandidateTree:
             if path[:-1] not in number:
                 raise ConfigurationError(f"the tree has {list(path)} without its parent {list(path[:-1])}")
             number[path] = len(number)
-        return cls(
-            parents=(-1, *(number[path[:-1]] for path in ordered)), ranks=(0, *(path[-1] for path in ordered))
-        )
+        return cls(parents=(-1, *(number[path[:-1]] for path in ordered)), ranks=(0, *(path[-1] for path in ordered)))
 
     @property
     def num_nodes(self) -> int:
@@ -97,7 +95,7 @@ class CandidateTree:
         return [[self.ranks[node] for node in self.path_to(leaf)[1:]] for leaf in range(1, self.num_nodes)]
 
     @cached_property
-    def retrieval_LP(self) -> torch.Tensor:
+    def retrieval(self) -> torch.Tensor:
         """The nodes from the root to each leaf, filled up with -1: int64 on the CPU."""
         leaves = [node for node, below in enumerate(self.children) if not below]
         rows = [list(self.path_to(leaf)) for leaf in leaves]
@@ -105,7 +103,7 @@ class CandidateTree:
         return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
 
     @cached_property
-    def mask_NN(self) -> torch.Tensor:
+    def mask(self) -> torch.Tensor:
         """True where the row's node sees the column's: itself and its ancestors. bool on the CPU."""
         mask = torch.zeros(self.num_nodes, self.num_nodes, dtype=torch.bool)
         for node, parent in enumerate(self.parents):
