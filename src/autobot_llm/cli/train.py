@@ -78,6 +78,9 @@ def _answer_options(command: CommandT) -> CommandT:
             show_default=True,
             help="Temperatures of the answers, in turn; 0 is greedy.",
         ),
+        click.option(
+            "--answer-tokens", type=click.IntRange(1), default=256, show_default=True, help="Most of an answer."
+        ),
         click.option("--answer-batch-size", type=click.IntRange(1), help="Prompts that are answered together."),
     ):
         command = option(command)
@@ -256,6 +259,7 @@ def _data_options(options: dict[str, Any], time_limit: float | None) -> DataOpti
     return DataOptions(
         num_prompts=options["num_prompts"],
         num_positions=options["sequence_length"],
+        max_tokens=options["answer_tokens"],
         temperatures=options["temperatures"],
         batch_size=options["answer_batch_size"],
         seed=options["seed"],

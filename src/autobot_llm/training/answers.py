@@ -141,10 +141,12 @@ def answer(
     temperatures: Sequence[float],
     batch_size: int,
     seed: int,
+    max_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Answers:
-    """Let `model` continue every prompt, up to an end-of-sequence token or to `num_positions` tokens in all.
+    """Let `model` continue every prompt, up to an end-of-sequence token, by `max_tokens` tokens, or to `num_positions`
+    tokens in all.
 
     Prompt i is answered at temperature `temperatures[i % len]`; 0 is greedy. Sequences of like length are computed
     together, `batch_size` at once. `should_stop` is asked between batches; what is done by then is returned.
@@ -160,7 +162,9 @@ def answer(
             break
         chosen = [prompts[i] for i in chunk]
         chosen_temperatures = torch.tensor([temperatures[i % len(temperatures)] for i in chunk], device=device)
-        ids_BS, starts_B, ends_B = _answer_batch(model, chosen, num_positions, chosen_temperatures, generator)
+        ids_BS, starts_B, ends_B = _answer_batch(
+            model, chosen, num_positions, max_tokens or num_positions, chosen_temperatures, generator
+        )
         ids.append(ids_BS.int().cpu())
         starts.append(starts_B.cpu())
         ends.append(ends_B.cpu())
@@ -174,6 +178,7 @@ def _answer_batch(
     model: Model,
     prompts: Sequence[Prompt],
     num_positions: int,
+    max_tokens: int,
     temperatures_B: torch.Tensor,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,8 +191,7 @@ def _answer_batch(
         ids_BS[row, : starts[row]] = torch.tensor(prompt.ids)
     ids_BS = ids_BS.to(device)
     starts_B = torch.tensor(starts, device=device)
-    ends_B = torch.full_like(starts_B, num_positions)
-    ended_B = torch.zeros_like(starts_B, dtype=torch.bool)
+    ends_B = (starts_B + max_tokens).clamp_(max=num_positions)
     eos_ids = torch.tensor(sorted(model.config.eos_token_ids) or [-1], device=device)
     is_greedy = not bool((temperatures_B > 0).any())
     cache = BatchCache.empty(model, len(prompts), num_positions)
@@ -199,10 +203,10 @@ def _answer_batch(
         in_answer_B = starts_B <= position
         token_B = torch.where(in_answer_B, chosen_B, ids_BS[:, position])
         ids_BS[:, position] = token_B
-        ends_now_B = in_answer_B & ~ended_B & (token_B[:, None] == eos_ids).any(dim=-1)
+        ends_now_B = in_answer_B & (position < ends_B) & (token_B[:, None] == eos_ids).any(dim=-1)
         ends_B = torch.where(ends_now_B, position + 1, ends_B)
-        ended_B |= ends_now_B
-        if position + 1 == num_positions or (position % STEPS_BETWEEN_LOOKS == 0 and bool(ended_B.all())):
+        is_last = position + 1 == num_positions
+        if is_last or (position % STEPS_BETWEEN_LOOKS == 0 and bool((ends_B <= position + 1).all())):
             break
         normed_BE = model.hidden(token_B[:, None], first=position, cache=cache).normed_BSE[:, 0]
     return ids_BS, starts_B, ends_B

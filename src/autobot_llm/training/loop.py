@@ -167,12 +167,9 @@ class _Loop:
         return min(1.0, max(self.step / self._options.steps, by_time))
 
     def begin(self, resume: bool) -> None:
-        path = self._folder / CHECKPOINT_FILE
+        check_folder(self._folder, resume)
         if resume:
-            self._load(path)
-        elif path.exists() or (self._folder / METRICS_FILE).exists():
-            what = "an unfinished training" if path.exists() else "a finished training"
-            raise ConfigurationError(f"{self._folder} holds {what}: take another --out, or --resume an unfinished one")
+            self._load(self._folder / CHECKPOINT_FILE)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._batches = self._epoch_from(self._place)
 
@@ -221,8 +218,6 @@ class _Loop:
             partial.unlink(missing_ok=True)
 
     def _load(self, path: Path) -> None:
-        if not path.exists():
-            raise ConfigurationError(f"{path}: nothing to resume there")
         try:
             saved = torch.load(path, map_location=self._parameters[0].device, weights_only=True)
             if saved["task"] != self._task.name:
@@ -236,6 +231,16 @@ class _Loop:
 
     def forget_checkpoint(self) -> None:
         (self._folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raise ConfigurationError unless a training can begin, or go on, in `folder`."""
+    unfinished, finished = (folder / CHECKPOINT_FILE).exists(), (folder / METRICS_FILE).exists()
+    if resume and not unfinished:
+        raise ConfigurationError(f"{folder / CHECKPOINT_FILE}: nothing to resume there")
+    if not resume and (unfinished or finished):
+        what = "an unfinished training" if unfinished else "a finished training"
+        raise ConfigurationError(f"{folder} holds {what}: take another --out, or --resume an unfinished one")
 
 
 def _rate(share: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from autobot_llm.training.answers import Answers, answer
 from autobot_llm.training.draft import DraftOptions, DraftTask
 from autobot_llm.training.eagle import EagleOptions, EagleTask
 from autobot_llm.training.forward import Model
-from autobot_llm.training.loop import METRICS_FILE, LoopOptions, Status, Task, train, write_json
+from autobot_llm.training.loop import METRICS_FILE, LoopOptions, Status, Task, check_folder, train, write_json
 from autobot_llm.training.medusa import MedusaOptions, MedusaTask
 from autobot_llm.training.prompts import read_prompts
 
@@ -37,12 +37,14 @@ OnMethod = MedusaOptions | EagleOptions | DraftOptions
 class DataOptions:
     """How answers are made. None: by the device and the model.
 
-    `num_positions`: most tokens of prompt and answer together. `temperatures`: one after the other; 0 is greedy.
+    `num_positions`: most tokens of prompt and answer together; `max_tokens`: of an answer alone, so that a model that
+    falls into repeating itself is not learned from for long. `temperatures`: one after the other; 0 is greedy.
     `batch_size`: sequences computed together. `time_limit` in seconds.
     """
 
     num_prompts: int | None = None
     num_positions: int | None = None
+    max_tokens: int = 256
     temperatures: tuple[float, ...] = (0.0, 0.7)
     batch_size: int | None = None
     seed: int = 0
@@ -51,7 +53,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         if not self.temperatures or min(self.temperatures) < 0:
             raise ConfigurationError(f"temperatures={self.temperatures}: expected one or more, each 0 or more")
-        for name in ("num_prompts", "num_positions", "batch_size", "time_limit"):
+        for name in ("num_prompts", "num_positions", "max_tokens", "batch_size", "time_limit"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{name}={value}: expected more than 0")
@@ -71,6 +73,8 @@ def load_target(folder: Path, device: Literal["auto", "cpu", "cuda"]) -> Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device='cuda': this torch sees no GPU; expected auto or cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:  # cuDNN's attention makes a plan for every new length, and an answer has a new length at every step
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return Model.load(folder, dtype=torch.bfloat16 if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu")
 
 
@@ -103,6 +107,7 @@ def make_answers(
         model,
         prompts,
         num_positions=num_positions,
+        max_tokens=options.max_tokens,
         temperatures=options.temperatures,
         batch_size=options.batch_size or (1024 if on_gpu else 16),
         seed=options.seed,
@@ -129,6 +134,7 @@ def run(
     `data` and `eval_data` are sets that `make_answers` made, or texts to make them of. Without `eval_data` a part of
     the answers is held out. Raises what the parts raise.
     """
+    check_folder(out, resume)
     torch.manual_seed(loop.seed)
     model = load_target(folder, device)
     answers = _answers(model, folder, out, data, data_options, resume, listeners).to(model.weights.device)
@@ -199,7 +205,7 @@ def _answers(
 def _eval_answers(model: Model, folder: Path, path: Path, options: DataOptions, listeners: Listeners) -> Answers:
     if path.suffix == ".safetensors":
         return _of_this_model(model, path)
-    greedy = DataOptions(num_positions=options.num_positions, temperatures=(0.0,), batch_size=options.batch_size)
+    greedy = replace(options, num_prompts=None, temperatures=(0.0,), time_limit=None)
     return make_answers(model, folder, [path], greedy, listeners)
 
 
