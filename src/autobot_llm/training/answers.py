@@ -8,16 +8,15 @@ and how it was made.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 
+from autobot_llm.engine.models.whole_file import write_tensors
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.forward import BatchCache, Model
 from autobot_llm.training.prompts import Prompt
@@ -111,13 +110,7 @@ class Answers:
         """Write the set, whole or not at all; `how` it was made is kept with it."""
         tensors = {"ids": self.ids_NS.int(), "starts": self.starts_N.int(), "ends": self.ends_N.int()}
         about = {"categories": json.dumps(self.categories), "model": self.model, "how": json.dumps(how, default=str)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, str(partial), about)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: Path) -> Answers:

@@ -7,7 +7,6 @@ The loss is the cross entropy against the target's whole distribution at every p
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,12 +14,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.models.config_file import llama_config
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights, load_weights
+from autobot_llm.engine.models.whole_file import write_json, write_tensors
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.accuracy import NUM_RANKS, Accuracies, RankCounts
 from autobot_llm.training.answers import Answers, Batch
@@ -105,20 +104,12 @@ class DraftTask:
     def export(self, folder: Path, accuracies: Accuracies) -> None:
         """A model folder as Hugging Face writes it, in bfloat16."""
         config = self.draft.config
-        tensors = {
-            name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, tensor in _published(config, self.draft.weights)
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".model.{os.getpid()}.partial"
-        safetensors.torch.save_file(tensors, str(partial), metadata={"format": "pt"})
-        partial.replace(folder / "model.safetensors")
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in _published(config, self.draft.weights)}
+        write_tensors(folder / "model.safetensors", tensors)
         for name in TOKENIZER_FILES:
             if (self._folder / name).exists():
                 shutil.copyfile(self._folder / name, folder / name)
-        (folder / "config.json").write_text(
-            json.dumps(llama_config(config, torch.bfloat16), indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "config.json", llama_config(config, torch.bfloat16))
 
     def _autocast(self) -> torch.autocast:
         """bfloat16 on a GPU; master weights stay float32."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import random
 import time
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from autobot_llm.engine.models.whole_file import write_whole
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.accuracy import Accuracies
 from autobot_llm.training.answers import Answers, Batch
@@ -107,7 +107,8 @@ def train(
     on_status: Callable[[Status], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train to the end and export to `folder`, or until `should_stop`, which leaves a checkpoint to go on from.
+    """Train to the end and export to `folder`, or until `should_stop`, which leaves a checkpoint to go on from. A
+    checkpoint of the way is left there too.
 
     Raises ConfigurationError where `folder` holds a result or a checkpoint already and `resume` is not asked for, or
     where there is nothing to go on from; OSError for a full disk.
@@ -139,7 +140,6 @@ def train(
     loss = float(loss_tensor) if loop.step else loss
     accuracies = task.evaluate(held_out, options.batch_size)
     task.export(folder, accuracies)
-    loop.forget_checkpoint()
     return Outcome(loop.step, loop.seconds, loss, accuracies)
 
 
@@ -210,12 +210,7 @@ class _Loop:
             "state": self._task.state(),
             "optimizer": self._optimizer.state_dict(),
         }
-        partial = self._folder / f".{CHECKPOINT_FILE}.{os.getpid()}.partial"
-        try:
-            torch.save(state, partial)
-            partial.replace(self._folder / CHECKPOINT_FILE)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(self._folder / CHECKPOINT_FILE, lambda partial: torch.save(state, partial))
 
     def _load(self, path: Path) -> None:
         try:
@@ -228,9 +223,6 @@ class _Loop:
             self._seconds_before = saved["seconds"]
         except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError) as exc:
             raise ConfigurationError(f"{path}: not a checkpoint of this training: {exc}") from exc
-
-    def forget_checkpoint(self) -> None:
-        (self._folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -249,13 +241,3 @@ def _rate(share: float) -> float:
         return (share + WARM_UP / 10) / (1.1 * WARM_UP)
     falling = (share - WARM_UP) / (1 - WARM_UP)
     return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * falling))
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

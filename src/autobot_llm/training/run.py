@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 import torch
 
+from autobot_llm.engine.models.whole_file import write_json
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.answers import Answers, answer
 from autobot_llm.training.draft import DraftOptions, DraftTask
 from autobot_llm.training.eagle import EagleOptions, EagleTask
 from autobot_llm.training.forward import Model
-from autobot_llm.training.loop import METRICS_FILE, LoopOptions, Status, Task, check_folder, train, write_json
+from autobot_llm.training.loop import CHECKPOINT_FILE, METRICS_FILE, LoopOptions, Status, Task, check_folder, train
 from autobot_llm.training.medusa import MedusaOptions, MedusaTask
 from autobot_llm.training.prompts import read_prompts
 
@@ -170,7 +171,8 @@ def run(
     if outcome.accuracies is not None:
         document["accuracies"] = outcome.accuracies.document()
         write_json(out / METRICS_FILE, document)
-        (out / ANSWERS_FILE).unlink(missing_ok=True)
+        for name in (CHECKPOINT_FILE, ANSWERS_FILE):
+            (out / name).unlink(missing_ok=True)
     return document
 
 

@@ -6,8 +6,6 @@ lm_head.weight, d2t and t2d. Other exports call the layer `layers.0`, or store t
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 
 from autobot_llm.engine.models.config_file import llama_config
+from autobot_llm.engine.models.whole_file import write_json, write_tensors
 from autobot_llm.engine.speculative.eagle.config import EagleConfig, load_eagle_config
 from autobot_llm.engine.speculative.eagle.model import EagleDraft
 from autobot_llm.errors import ModelLoadError
@@ -83,17 +82,10 @@ def load_eagle(
 
 def save_eagle(folder: Path, draft: EagleDraft, *, base_model: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config.json and model.safetensors into `folder`; each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in draft.state_dict().items()
-    }
-    partial = folder / f".model.{os.getpid()}.partial"
-    safetensors.torch.save_file(tensors, str(partial), metadata={"format": "pt"})
-    partial.replace(folder / FILE_NAMES[0])
-    partial = folder / f".config.{os.getpid()}.partial"
-    partial.write_text(json.dumps(_config_file(draft.config, base_model, dtype), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "config.json")
+    tensors = draft.state_dict()
+    stored = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    write_tensors(folder / FILE_NAMES[0], stored)
+    write_json(folder / "config.json", _config_file(draft.config, base_model, dtype))
 
 
 def _config_file(config: EagleConfig, base_model: str, dtype: torch.dtype) -> dict[str, Any]:

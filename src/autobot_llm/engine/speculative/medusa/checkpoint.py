@@ -8,8 +8,6 @@ these tensors out, and config.json says `medusa_shares_lm_head`.
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from autobot_llm.engine.models.whole_file import write_json, write_tensors
 from autobot_llm.engine.speculative.medusa.heads import MedusaHeads
 from autobot_llm.errors import ModelLoadError
 
@@ -137,14 +136,8 @@ def save_medusa_heads(
         about["medusa_choices"] = [list(path) for path in choices]
     if accuracies is not None:
         about["medusa_head_accuracies"] = [[round(share, 4) for share in row] for row in accuracies]
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in heads.state_dict().items()}
-    partial = folder / f".medusa_lm_head.{os.getpid()}.partial"
-    safetensors.torch.save_file(tensors, str(partial), metadata={"format": "pt"})
-    partial.replace(folder / FILE_NAMES[0])
-    partial = folder / f".config.{os.getpid()}.partial"
-    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "config.json")
+    write_tensors(folder / FILE_NAMES[0], {name: tensor.to(dtype) for name, tensor in heads.state_dict().items()})
+    write_json(folder / "config.json", about)
 
 
 def _file_of(path: Path) -> Path:
