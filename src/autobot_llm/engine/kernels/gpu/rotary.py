@@ -76,14 +76,16 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
         is_value_stored = inside & (slot >= 0) & (heads >= H + K)
         if key_scales_ptr is not None:
             offsets += row * (BLOCK_SIZE * 2)  # bytes of scales
-            rotated_low, rotated_high, scales = _rounded(rotated_low, rotated_high, keys_ptr.dtype.element_ty)
+            stored_low, stored_high, scales = _rounded(rotated_low, rotated_high, keys_ptr.dtype.element_ty)
             scale_offsets = row * (BLOCK_SIZE * (D + 2) // 2) + BLOCK_SIZE * D // 2 + slot % BLOCK_SIZE
             tl.store(key_scales_ptr + scale_offsets, scales, (heads >= H) & (heads < H + K) & (slot >= 0))
             tl.store(value_scales_ptr + scale_offsets, scales, (heads >= H + K) & (heads < H + 2 * K) & (slot >= 0))
-        tl.store(keys_ptr + offsets, rotated_low, is_key_stored)
-        tl.store(keys_ptr + offsets + half, rotated_high, is_key_stored)
-        tl.store(values_ptr + offsets, rotated_low, is_value_stored)
-        tl.store(values_ptr + offsets + half, rotated_high, is_value_stored)
+        else:
+            stored_low, stored_high = rotated_low, rotated_high
+        tl.store(keys_ptr + offsets, stored_low, is_key_stored)
+        tl.store(keys_ptr + offsets + half, stored_high, is_key_stored)
+        tl.store(values_ptr + offsets, stored_low, is_value_stored)
+        tl.store(values_ptr + offsets + half, stored_high, is_value_stored)
 
 
 @triton.jit
