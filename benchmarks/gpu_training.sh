@@ -48,6 +48,7 @@ common=(--model "$MODEL" --data "$WORK/learn.safetensors" --eval-data "$WORK/dev
 train medusa "${common[@]}" --out "$OUT/medusa" --learning-rate 2e-3 >"$OUT/medusa.json" 2>"$OUT/medusa.log" &
 medusa=$!
 train eagle3 "${common[@]}" --out "$OUT/eagle3" --learning-rate 1e-3 --feature-layers 2,5,8 \
+    --draft-vocab-size 6144 \
     >"$OUT/eagle3.json" 2>"$OUT/eagle3.log" &
 eagle3=$!
 train draft "${common[@]}" --out "$OUT/draft" --init "$INIT" --learning-rate 1e-3 \

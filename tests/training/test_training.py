@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from model_folders import TINY, write_random_model
 
+from autobot_llm.cli.main import main
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.speculative.eagle import load_eagle
@@ -125,12 +127,13 @@ def test_the_most_frequent_tokens_are_those_of_the_answers() -> None:
 
 
 def run(*arguments: object, code: int = 0) -> tuple[str, str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTOBOT_")}
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=250, env=environment, check=False
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+    """What the command prints, and what it says on stderr."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        returned = main(["train", *map(str, arguments)])
+    said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    assert returned == code, complained
+    return said, complained
 
 
 @pytest.fixture

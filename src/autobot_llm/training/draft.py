@@ -55,11 +55,11 @@ class DraftTask:
                 raise ConfigurationError(f"{options.init}: another tokenizer than that of {folder}")
             if config.model_type != "llama":
                 raise ConfigurationError(f"{options.init}: model_type={config.model_type!r}: expected 'llama'")
-            weights = load_weights(options.init, config, dtype=torch.float32, device=device)
+            weights = load_weights(options.init, config, dtype=torch.float32, device="cpu")
         else:
             config = draft_config(model.config, options)
             weights = _random_weights(config, device)
-        self.draft = Model(config, _as_parameters(weights), f"draft of {model.name}")
+        self.draft = Model(config, _as_parameters(weights, device), f"draft of {model.name}")
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [tensor for tensor in self.state().values() if isinstance(tensor, torch.nn.Parameter)]
@@ -178,9 +178,9 @@ def _random_weights(config: ModelConfig, device: torch.device) -> DecoderWeights
     return DecoderWeights(embed_VE, layers, ones(), embed_VE)
 
 
-def _as_parameters(weights: DecoderWeights) -> DecoderWeights:
+def _as_parameters(weights: DecoderWeights, device: torch.device) -> DecoderWeights:
     def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
-        return torch.nn.Parameter(tensor.detach().clone())
+        return torch.nn.Parameter(tensor.detach().to(device, copy=True))
 
     embed_VE = parameter(weights.embed_VE)
     layers = []

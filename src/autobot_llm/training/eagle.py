@@ -72,6 +72,9 @@ class EagleTask:
             if "norm" not in name:
                 torch.nn.init.normal_(parameter, std=INITIAL_STD)
         weights = self.model.weights
+        # at first the last of the three streams passes, and the layer adds nothing: a feature that the head can read
+        size = self.model.config.hidden_size
+        self.draft.fc.weight[:, -size:] += torch.eye(size, device=weights.device)
         self.draft.midlayer.self_attn.o_proj.weight.zero_()
         self.draft.midlayer.mlp.down_proj.weight.zero_()
         self.draft.norm.weight.copy_(weights.norm_E)
