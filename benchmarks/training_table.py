@@ -44,8 +44,8 @@ def page(out: Path) -> Iterator[str]:
         yield ""
         yield f"## {method}"
         yield ""
-        yield f"{about['num_parameters']:,} trained parameters; {about['steps']:,} steps in {about['seconds']:.0f} s beside"
-        yield f"the other two trainings on one {about['device']}; {about['num_answers']:,} answers of"
+        yield f"{about['num_parameters']:,} trained parameters; {about['steps']:,} steps in {about['seconds']:.0f} s"
+        yield f"beside the other two trainings on one {about['device']}; {about['num_answers']:,} answers of"
         yield f"{about['num_answer_tokens']:,} tokens; measured with {about['num_held_out']} prompts."
         yield ""
         places = range(1, 1 + len(accuracies.overall))
@@ -53,7 +53,8 @@ def page(out: Path) -> Iterator[str]:
         yield "|---|" + "---|" * len(accuracies.overall)
         for category in accuracies.by_category:
             pairs = zip(accuracies.top(1, category), accuracies.top(5, category), strict=True)
-            yield f"| {category} | " + " | ".join(f"{100 * one:.1f} / {100 * five:.1f} %" for one, five in pairs) + " |"
+            shares = (f"{100 * one:.1f} / {100 * five:.1f} %" for one, five in pairs)
+            yield f"| {category} | " + " | ".join(shares) + " |"
     yield from ABOUT_TREES.splitlines()
     yields = tree_yields(read_metrics(out / "medusa"), SIZES)
     yield "| nodes | depth | " + " | ".join(yields[0].expected) + " |"
