@@ -1,5 +1,5 @@
 #!/bin/bash
-# Medusa heads, an EAGLE-3 draft and a draft model for the embedded model, on one GPU: about 7 minutes on an H100.
+# Medusa heads, an EAGLE-3 draft and a draft model for the embedded model, on one GPU. LIMIT and DATA_LIMIT bound its time.
 #
 #   DATA=folder OUT=results bash benchmarks/gpu_training.sh
 #

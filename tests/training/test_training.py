@@ -31,6 +31,9 @@ from autobot_llm.training.loop import LoopOptions, Status, Task, train
 from autobot_llm.training.medusa import MedusaOptions, MedusaTask
 from autobot_llm.training.prompts import Prompt
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from training_table import page
+
 COMMAND = (sys.executable, "-c", "import sys; from autobot_llm.cli.main import main; sys.exit(main())", "train")
 METHODS = ("medusa", "eagle3", "draft")
 
@@ -179,6 +182,8 @@ def test_the_command_trains_all_three_for_the_embedded_model(tmp_path: Path, pro
     table, _ = run("tree", outs["medusa"], "--nodes", "4,16")
     assert table.splitlines()[0].split() == ["nodes", "depth", "overall", "chat", "story"]
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["4", "16"]
+    headings = [line for line in page(tmp_path) if line.startswith("##")]
+    assert headings == ["## medusa", "## eagle3", "## draft", "## Trees for the Medusa heads"]
 
 
 def test_a_draft_goes_on_from_another_and_stays_what_it_was_until_it_learns(tmp_path: Path, folder: Path) -> None:
