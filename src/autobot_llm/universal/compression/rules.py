@@ -40,6 +40,8 @@ def shorten(text: str, depth: Depth = "wordiness") -> str:
         if shorter == prose:
             break
         prose = shorter
+    if depth == "telegraphic" and prose != _tidied(masked.text):  # a prompt with nothing to remove stays as it is
+        prose = _LAST_STOP.sub("", prose)
     return masked.unmasked(prose)
 
 
@@ -66,8 +68,7 @@ def _telegraphic(prose: str) -> str:
     prose = _THEN_YOU.sub(r"\g<lead>", prose)
     prose = _SUCH_AS.sub("like", prose)
     prose = _SERIES.sub(_without_last_comma, prose)
-    prose = _ARTICLE.sub(_without_article, prose)
-    return _LAST_STOP.sub("", prose)
+    return _ARTICLE.sub(_without_article, prose)
 
 
 def _tidied(prose: str) -> str:
