@@ -1,9 +1,10 @@
 """What our server costs as a gateway in front of an OpenAI-compatible upstream, beside LiteLLM's proxy in the same run.
 
 The gateway has one core and one worker; the upstream, which answers with fixed bytes, and the load generator share
-another. Every prompt is new. The gateways take turns, so that a busy moment of the machine hits all of them, and the
-median of the rounds counts. "direct" is the load on the upstream without a gateway: the floor. LiteLLM gets a virtual
-environment of its own, a master key, no database, no retries, LITELLM_LOG=ERROR and one worker.
+another. Every prompt is new, except where answers from memory are measured: there ten prompts take turns, and the
+upstream tells that it was not asked. The gateways take turns, so that a busy moment of the machine hits all of them,
+and the median of the rounds counts. "direct" is the load on the upstream without a gateway: the floor. LiteLLM gets a
+virtual environment of its own, a master key, no database, no retries, LITELLM_LOG=ERROR and one worker.
 
     python benchmarks/gateway.py --markdown docs/results/gateway.md --soak 100000    # the figures of that page
     python benchmarks/gateway.py --sections cache                                    # answers from memory alone

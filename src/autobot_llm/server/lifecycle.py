@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import logging
 import signal
 import socket
@@ -48,22 +47,7 @@ async def serve(
     with _bind(settings.host, settings.port) as listener:
         async with LLMInterface(settings) if llm is None else llm as llm:
             app = create_app(llm, settings, Metrics())
-            with _settled_heap():
-                await _serve_app(app, listener, settings.shutdown_grace, on_ready)
-
-
-@contextlib.contextmanager
-def _settled_heap() -> Iterator[None]:
-    """Spare the garbage collector what is loaded by now and stays: it would look through all of it again and again.
-
-    That is a sixth of what a hit of the response cache costs (docs/log.md).
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+            await _serve_app(app, listener, settings.shutdown_grace, on_ready)
 
 
 def _bind(host: str, port: int) -> socket.socket:
