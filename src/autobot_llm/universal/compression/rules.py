@@ -51,6 +51,7 @@ def _without_wordiness(prose: str) -> str:
     prose = _FILLER.sub(_dropped, prose)
     prose = _OPENING.sub(lambda found: found["lead"] + _in_case_of(found["said"], OPENINGS[_key(found["said"])]), prose)
     prose = _THEN_FILLER.sub(r"\g<lead>", prose)
+    prose = _SO_FILLER.sub(r"\1", prose)
     prose = _THEN_OPENING.sub(lambda found: f"{found['lead']} {OPENINGS[_key(found['said'])]}", prose)
     prose = _PLEASE.sub(_dropped, prose)
     prose = _ANYWHERE.sub(lambda found: _in_case_of(found.group(), _SHORTER[_key(found.group())]), prose)
@@ -66,6 +67,8 @@ def _telegraphic(prose: str) -> str:
     prose = _WHICH_IS.sub(r"\1 ", prose)
     prose = _GENITIVE.sub(r"\g<owner>'s \g<owned>", prose)
     prose = _THEN_YOU.sub(r"\g<lead>", prose)
+    prose = _IF_THERE_IS.sub(r"\1 ", prose)
+    prose = _AND_THEN.sub(", then", prose)
     prose = _SUCH_AS.sub("like", prose)
     prose = _SERIES.sub(_without_last_comma, prose)
     return _ARTICLE.sub(_without_article, prose)
@@ -130,6 +133,7 @@ _INTRODUCED = (
 )
 _THEN_YOU = re.compile(rf"{_INTRODUCED} you should(?= (?!have\b|already\b|be\b|not\b)[a-z])")
 _THEN_FILLER = re.compile(rf"{_INTRODUCED} (?:{_any_of(said for said in FILLERS if said.endswith(' to'))})(?= [a-z])")
+_SO_FILLER = re.compile(rf"(, so) (?:{_any_of(said for said in FILLERS if said.endswith(' to'))})(?= [a-z])")
 _THEN_OPENING = re.compile(
     rf"{_INTRODUCED} (?P<said>{_any_of(said for said in OPENINGS if said.startswith('it '))})(?= [a-z])"
 )
@@ -146,6 +150,9 @@ _GENITIVE = re.compile(
     r"(?<![\w’'])(?<!\band )(?<!\bor )the (?P<owned>(?!(?:basis|case|event|course|form|rest|part)\b)[a-z]+) of the "
     r"(?P<owner>[a-z]+[a-rt-z])(?=[.,;:!?)\n]|\Z| (?:and|or|is|are)\b)"
 )
+# "If no tables fit" for "If there are no tables that fit".
+_IF_THERE_IS = re.compile(r"\b([Ii]f|[Ww]hen|[Uu]nless) there (?:is|are) (?=(?:no|any|some|several|enough)\b)")
+_AND_THEN = re.compile(r"(?<=[a-z]), and then(?= [a-z])")
 _SUCH_AS = re.compile(r"(?<=[a-z] )such as(?= )")
 _SERIES = re.compile(r"(?P<said>(?:\A|(?<=[.!?:;\n]))[^.!?:;\n]{1,300}?,[^.!?:;,\n]{1,100}), (?P<word>and|or) ")
 _ARTICLE = re.compile(
