@@ -152,11 +152,16 @@ class LLMInterface:
         request = _asked(messages, llm_type, {**options, "model": model, "provider": provider})
         return self.events(msgspec.structs.replace(request, stream=True))
 
-    async def events(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
+    async def events(self, request: LLMRequest, *, ask_memory: bool = True) -> AsyncGenerator[Event, None]:
         """Answer `request` as `stream` does, but as a whole unless `request.stream` is set.
 
-        A provider may then send the answer in one piece, which costs less. Raises what `stream` raises.
+        A provider may then send the answer in one piece, which costs less. Raises what `stream` raises. `ask_memory`
+        False is for a caller who has just asked `kept`.
         """
+        if ask_memory and (kept := self.kept(request)) is not None:
+            for event in kept.events():
+                yield event
+            return
         with self._counts.asked() as asked:
             timeout = request.timeout if request.timeout is not None else self.settings.timeout
             validate_request(request)
@@ -213,7 +218,7 @@ class LLMInterface:
         request = _asked(messages, llm_type, {**options, "model": model, "provider": provider})
         if (kept := self.kept(request)) is not None:
             return kept.response()
-        async with aclosing(self.events(request)) as events:
+        async with aclosing(self.events(request, ask_memory=False)) as events:
             return await collect(events)
 
     async def generate_response(self, prompt: str, **options: Any) -> LLMResponse:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from operator import attrgetter
 
 from autobot_llm.errors import InvalidRequestError
 from autobot_llm.types import CacheControl, ChatMessage, EmbeddingRequest, LLMRequest
@@ -62,8 +61,6 @@ _RANGES_WITH_DEFAULT: tuple[tuple[str, _Range, object], ...] = tuple(
         ("frequency_penalty", _Range(-2, 2)),
     )
 )
-_values_of = attrgetter(*(field for field, _ in _RANGES))
-_values_with_default_of = attrgetter(*(field for field, _, _ in _RANGES_WITH_DEFAULT))
 _BIAS = _Range(-100, 100)
 _TOKEN_ID = _Range(0, _INF, whole=True)
 
@@ -74,10 +71,12 @@ def validate_request(request: LLMRequest) -> None:
     Checks types too: a request built in Python has not been through a decoder.
     """
     _check_input(request)
-    for value, (field, limits) in zip(_values_of(request), _RANGES, strict=True):
+    for field, limits in _RANGES:
+        value = getattr(request, field)
         if value is not None and not limits.accepts(value):
             raise _refusal(field, value, str(limits))
-    for value, (field, limits, default) in zip(_values_with_default_of(request), _RANGES_WITH_DEFAULT, strict=True):
+    for field, limits, default in _RANGES_WITH_DEFAULT:
+        value = getattr(request, field)
         if value is not default and not limits.accepts(value):
             raise _refusal(field, value, str(limits))
     if request.max_tokens is not None and request.min_tokens > request.max_tokens:

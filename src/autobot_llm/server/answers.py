@@ -154,7 +154,7 @@ class Answers:
 
     def _events(self, record: RequestRecord, requests: Sequence[LLMRequest]) -> AsyncGenerator[Event, None]:
         if len(requests) == 1:
-            return record.observe(self._llm.events(requests[0]))
+            return record.observe(self._llm.events(requests[0], ask_memory=False))
         return record.observe(merge_streams([self._llm.events(request) for request in requests], requests[0].n))
 
 

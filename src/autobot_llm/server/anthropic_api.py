@@ -58,7 +58,7 @@ class _Handlers:
     async def _send_message(self, exchange: Exchange, record: RequestRecord, request: LLMRequest) -> None:
         """A whole message keeps the order of its blocks, which a collected answer does not know."""
         builder = replies.MessageBuilder(exchange.request_id)
-        async with aclosing(record.observe(self._llm.events(request))) as events:
+        async with aclosing(record.observe(self._llm.events(request, ask_memory=False))) as events:
             async for event in events:
                 if isinstance(event, Finish):
                     await send_body(exchange, builder.body(event), event.optimizations)
