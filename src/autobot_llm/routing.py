@@ -6,7 +6,9 @@ Knows the kinds of providers, what can apply to each, and the order of the chain
 from __future__ import annotations
 
 import enum
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -18,10 +20,12 @@ from autobot_llm.errors import ConfigurationError, ModelNotFoundError
 from autobot_llm.providers.base import Embedder, Link, OnProgress, Provider, Streamer
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
-from autobot_llm.types import LLMRequest
+from autobot_llm.types import EmbeddingRequest, LLMRequest
 from autobot_llm.universal.deduplication import deduplication
 from autobot_llm.universal.prompt_compression import prompt_compression
 from autobot_llm.universal.response_cache import response_cache
+
+RequestT = TypeVar("RequestT", LLMRequest, EmbeddingRequest)
 
 
 class ProviderType(enum.StrEnum):
@@ -267,6 +271,11 @@ class Route(msgspec.Struct, frozen=True):
 
     provider: str
     model: str | None
+
+    def taken_by(self, request: RequestT) -> RequestT:
+        """`request` for this provider and model, with an id if it has none."""
+        request_id = request.request_id or f"req-{secrets.token_hex(12)}"
+        return msgspec.structs.replace(request, provider=self.provider, model=self.model, request_id=request_id)
 
 
 def choose_route(request: LLMRequest, settings: Settings, *, default: str, known: Sequence[str]) -> Route:

@@ -290,6 +290,13 @@ class RequestRecord:
                     last_at[index] = now
                 yield event
 
+    def replay(self, model: str, usage: Usage, num_pieces: int, num_repeats: int) -> None:
+        """What `observe` records, for an answer whose pieces are all there: `num_repeats` followed one of their own."""
+        self.count(model, usage)
+        if num_pieces:
+            self._metrics.inter_token.labels(model).observe(0.0, num_repeats)
+            self._metrics.first_token.labels(model).observe(time.perf_counter() - self._started)
+
     def count(self, model: str, usage: Usage) -> None:
         """Record whose answer it is and its tokens, where there is no stream of events to observe."""
         self._model = model

@@ -15,10 +15,10 @@ from autobot_llm.errors import LLMError, ModelNotFoundError, UnsupportedError
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.routing import ProviderType
 from autobot_llm.routing import Route as Answerer
-from autobot_llm.server.answers import Service, StreamEncoder
+from autobot_llm.server.answers import Reply, Service, StreamEncoder
 from autobot_llm.server.asgi import Exchange
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
-from autobot_llm.types import EmbeddingResponse, LLMRequest, LLMResponse, ModelInfo
+from autobot_llm.types import EmbeddingResponse, LLMRequest, ModelInfo
 
 CONTEXT_LENGTHS_FRESH = 60.0  # seconds; a model's context changes only when it is served anew
 
@@ -52,11 +52,11 @@ class _Endpoint:
 
     read: _Read
     lines: Callable[[], StreamEncoder]
-    write: Callable[[LLMResponse], bytes]
+    reply: Reply
 
 
-_CHAT = _Endpoint(read_chat, lines.ChatLines, replies.chat_body)
-_GENERATE = _Endpoint(read_generate, lines.GenerateLines, replies.generate_body)
+_CHAT = _Endpoint(read_chat, lines.ChatLines, replies.ChatReply())
+_GENERATE = _Endpoint(read_generate, lines.GenerateLines, replies.GenerateReply())
 
 
 class _Handlers:
@@ -87,7 +87,7 @@ class _Handlers:
         if call.stream:
             await self._answers.stream(exchange, record, (request,), endpoint.lines())
         else:
-            await self._answers.whole(exchange, record, (request,), endpoint.write)
+            await self._answers.whole(exchange, record, (request,), endpoint.reply)
 
     async def _load(self, exchange: Exchange, model: str, hints: Hints, *, is_chat: bool) -> None:
         async def work() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 
 from autobot_llm.dialects.bodies import encode
 from autobot_llm.dialects.openai import chunks, replies
@@ -48,8 +47,8 @@ class _Handlers:
             encoder = chunks.ChatChunks(exchange.request_id, created, call.num_choices, call.include_usage)
             await self._answers.stream(exchange, record, call.requests, encoder)
         else:
-            write = partial(replies.chat_body, request_id=exchange.request_id, created=created)
-            await self._answers.whole(exchange, record, call.requests, write)
+            reply = replies.ChatReply(exchange.request_id, created)
+            await self._answers.whole(exchange, record, call.requests, reply)
 
     async def complete(self, exchange: Exchange, record: RequestRecord) -> None:
         data = await self._answers.body(exchange)
@@ -61,8 +60,8 @@ class _Handlers:
             encoder = chunks.CompletionChunks(exchange.request_id, created, call.num_choices, call.include_usage)
             await self._answers.stream(exchange, record, call.requests, encoder)
         else:
-            write = partial(replies.completion_body, request_id=exchange.request_id, created=created)
-            await self._answers.whole(exchange, record, call.requests, write)
+            reply = replies.CompletionReply(exchange.request_id, created)
+            await self._answers.whole(exchange, record, call.requests, reply)
 
     async def embed(self, exchange: Exchange, record: RequestRecord) -> None:
         data = await self._answers.body(exchange)

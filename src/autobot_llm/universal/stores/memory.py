@@ -1,10 +1,14 @@
-"""The first level: answers in this process, the least recently used given up first. Knows entries and a clock only."""
+"""The first level: answers in this process, the least recently used given up first. Knows entries and a clock only.
+
+What is made of an entry (`Forms`) stays with it, and its bytes count as the entry's.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
 from autobot_llm.universal.entries import Entry
+from autobot_llm.universal.kept_answer import Forms
 
 
 class MemoryStore:
@@ -12,6 +16,7 @@ class MemoryStore:
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._forms: dict[bytes, Forms] = {}
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self.num_bytes = 0
@@ -37,7 +42,21 @@ class MemoryStore:
         if entry.num_bytes > self._max_bytes or self._max_entries == 0:
             return
         self._entries[key] = entry
+        self._forms[key] = Forms()
         self.num_bytes += entry.num_bytes
+        self._make_room()
+
+    def forms(self, key: bytes) -> Forms:
+        """What was made of the entry that `get` has just found under `key`."""
+        return self._forms[key]
+
+    def grow(self, key: bytes, forms: Forms, num_bytes: int) -> None:
+        """Something of `num_bytes` was made and added to `forms`, which may have left the store meanwhile."""
+        if self._forms.get(key) is forms:
+            self.num_bytes += num_bytes
+            self._make_room()
+
+    def _make_room(self) -> None:
         while len(self._entries) > self._max_entries or self.num_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
             self.num_evicted += 1
@@ -45,8 +64,9 @@ class MemoryStore:
     def clear(self) -> int:
         num_entries = len(self._entries)
         self._entries.clear()
+        self._forms.clear()
         self.num_bytes = 0
         return num_entries
 
     def _remove(self, key: bytes) -> None:
-        self.num_bytes -= self._entries.pop(key).num_bytes
+        self.num_bytes -= self._entries.pop(key).num_bytes + self._forms.pop(key).num_bytes
