@@ -59,6 +59,7 @@ from autobot_llm.types import (
 )
 
 if TYPE_CHECKING:
+    from autobot_llm.cloud.batch_jobs import BatchJobs as BatchJobs
     from autobot_llm.providers.native import CACHED_PREFIXES as CACHED_PREFIXES
     from autobot_llm.providers.native import BatchingConfig as BatchingConfig
     from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
@@ -125,6 +126,10 @@ _OF_COMPRESSION = frozenset({"COMPRESSED_SYSTEM_PROMPTS", "CompressionResult", "
 
 
 def __getattr__(name: str) -> Any:
+    if name == "BatchJobs":  # sqlite and the rest are for those who have such jobs
+        from autobot_llm.cloud.batch_jobs import BatchJobs
+
+        return BatchJobs
     if name in _OF_COMPRESSION:
         from autobot_llm.universal import compression
 
