@@ -43,8 +43,8 @@ Examples:
 def batch() -> None:
     """Send many requests as one job, which the provider answers within a day and at half the price.
 
-    OpenAI, Anthropic and compatible clouds have such jobs. What is known of a job is on the disk, so that it survives any crash, and nothing is sent twice. A job may be named
-    by the beginning of its id.
+    OpenAI, Anthropic and compatible clouds have such jobs. What is known of a job is on the disk, so that it survives
+    any crash, and nothing is sent twice. A job may be named by the beginning of its id.
     """
 
 

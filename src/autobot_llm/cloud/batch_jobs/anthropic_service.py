@@ -63,6 +63,8 @@ class AnthropicBatches:
 
     def write_chat(self, custom_id: str, request: LLMRequest, model: str) -> WireItem:
         call = write_request(request, model)
+        if "speed" in call.body:
+            raise UnsupportedError("speed: a batch has none; expected a request without it", param="speed")
         params = {name: value for name, value in call.body.items() if name != "stream"}  # a batch never streams
         data = wire.write_item(custom_id, msgspec.Raw(encode(params)))
         return WireItem(data=data, kind=Kind(CHAT_URL, "", tuple(sorted(call.headers.items()))))
@@ -138,7 +140,7 @@ class AnthropicBatches:
     async def read(self, line: bytes) -> Outcome:
         said = read_answer(line, wire.ResultLine, self.name)
         custom_id, result = said.custom_id, said.result
-        if result.type == "succeeded" and result.message is not None:
+        if result.type == "succeeded" and bytes(result.message):
             return await self._read_message(custom_id, bytes(result.message))
         if result.type == "errored":
             fields = result.error or wire.ErrorFields()

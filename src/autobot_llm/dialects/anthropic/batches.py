@@ -69,7 +69,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """`type` is succeeded, errored, canceled or expired."""
 
     type: str
-    message: msgspec.Raw | None = None
+    message: msgspec.Raw = msgspec.Raw()  # empty where there is none
     error: ErrorFields | None = None
 
 
