@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 from anthropic.types.messages import MessageBatch, MessageBatchIndividualResponse
 from anthropic_reference import SAMPLING, Violation, check_messages, require
 from anthropic_upstream import KEY, USAGE, error
-from batch_faults import Hold
+from batch_faults import Hold, stopping
 from raw_server import Asked, RawServer, Wire, raw_server
 
 Json = dict[str, Any]
@@ -55,14 +55,12 @@ class AnthropicBatchServer:
         return {"AUTOBOT_ANTHROPIC_ENDPOINT": self.url, "ANTHROPIC_API_KEY": KEY}
 
     async def play(self, wire: Wire, asked: Asked) -> None:
-        hold = self.hold
-        is_held = hold is not None and hold.is_now(asked)
+        hold = stopping(self.hold, asked)
         try:
-            if is_held and hold is not None and hold.mode == "before" and not await hold.wait(wire):
-                return
+            await hold.stop("before", wire)
             answer = self.act(asked)
-            if is_held and hold is not None and hold.mode == "after" and not await hold.wait(wire):
-                return
+            await hold.stop("after", wire)
+            await hold.stop("unrecorded", wire)
         except (Refused, Violation) as refusal:
             self.complaints.append(str(refusal))
             kind = refusal.kind if isinstance(refusal, Refused) else "invalid_request_error"
@@ -74,8 +72,7 @@ class AnthropicBatchServer:
         await wire.begin_stream("application/x-jsonl")
         half = len(answer) // 2
         await wire.piece(answer[:half])
-        if is_held and hold is not None and hold.mode == "half" and not await hold.wait(wire):
-            return
+        await hold.stop("half", wire)
         await wire.piece(answer[half:])
         await wire.end_stream()
 

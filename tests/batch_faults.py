@@ -1,11 +1,9 @@
-"""A server of batches that can be stopped at any request, before it does what is asked or after. For tests of several
-folders.
-"""
+"""How a server of batches is stopped at any request, before or after it does what is asked. For tests of jobs."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from raw_server import Asked, Wire
@@ -13,20 +11,20 @@ from raw_server import Asked, Wire
 
 @dataclass
 class Hold:
-    """Stops at request number `at` (from 0) of those with `method` and `path` in their own: "before" anything is done,
-    "after" it is done and before the answer, or "half" way through the answer.
+    """Stops at request number `at` (from 0) of those with `method` and `path` in their own.
 
-    `is_reached` is set then. The request goes on when `go_on` is set, unless the client is gone: what was stopped
-    "before" is then never done.
+    `mode` is "before" (nothing is done, and will not be once the client is gone), "after" (it is done, and not
+    answered), "half" (half of the answer is sent) or "unrecorded" (`on_done` is called when it is done, and the answer
+    sent). `is_reached` is set then.
     """
 
     at: int
     mode: str
-    is_reached: asyncio.Event = field(default_factory=asyncio.Event)
-    go_on: asyncio.Event = field(default_factory=asyncio.Event)
-    num_seen: int = 0
     method: str = "POST"
     path: str = ""
+    on_done: Callable[[], object] = lambda: None
+    is_reached: asyncio.Event = field(default_factory=asyncio.Event)
+    num_seen: int = 0
 
     def is_now(self, asked: Asked) -> bool:
         """Whether `asked` is the one; called once for each request."""
@@ -35,15 +33,18 @@ class Hold:
         self.num_seen += 1
         return self.num_seen == self.at + 1
 
-    async def wait(self, wire: Wire) -> bool:
-        """Whether the client is still there when the wait is over."""
+    async def stop(self, mode: str, wire: Wire) -> None:
+        """Stop here if this is where it is to stop. Raises ConnectionError when the client is gone."""
+        if mode != self.mode:
+            return
+        if mode == "unrecorded":
+            self.on_done()
         self.is_reached.set()
-        gone = asyncio.ensure_future(wire.until_gone())
-        going = asyncio.ensure_future(self.go_on.wait())
-        await asyncio.wait((gone, going), return_when=asyncio.FIRST_COMPLETED)
-        is_there = not gone.done()
-        for one in (gone, going):
-            one.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await one
-        return is_there
+        if mode != "unrecorded":
+            await wire.until_gone()
+            raise ConnectionResetError("the client is gone")
+
+
+def stopping(hold: Hold | None, asked: Asked) -> Hold:
+    """`hold` where `asked` is its request, else one that stops nowhere."""
+    return hold if hold is not None and hold.is_now(asked) else Hold(0, "nowhere")

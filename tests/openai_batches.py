@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from batch_faults import Hold
+from batch_faults import Hold, stopping
 from openai.types import Batch, FileObject
 from openai.types.batch_create_params import BatchCreateParams
 from openai_upstream import Json, _wrong_object, complaint, embeddings, whole
@@ -62,7 +62,6 @@ class OpenAIBatchServer:
     contents: dict[str, bytes] = field(default_factory=dict)
     batches: dict[str, Json] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
-    cuts_content_at: int | None = None
     server: RawServer = field(default_factory=RawServer)
     num_made: int = 0
 
@@ -74,16 +73,14 @@ class OpenAIBatchServer:
         return {"AUTOBOT_OPENAI_ENDPOINT": self.url, "OPENAI_API_KEY": KEY}
 
     async def play(self, wire: Wire, asked: Asked) -> None:
-        hold = self.hold
-        is_held = hold is not None and hold.is_now(asked)
+        hold = stopping(self.hold, asked)
         try:
             if refused := self.refuse(asked):
                 raise refused
-            if is_held and hold is not None and hold.mode == "before" and not await hold.wait(wire):
-                return
+            await hold.stop("before", wire)
             answer = self.act(asked)
-            if is_held and hold is not None and hold.mode == "after" and not await hold.wait(wire):
-                return
+            await hold.stop("after", wire)
+            await hold.stop("unrecorded", wire)
         except Refused as refusal:
             self.complaints.append(str(refusal))
             error = {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": None}
@@ -92,17 +89,16 @@ class OpenAIBatchServer:
             )
             return
         if isinstance(answer, bytes):
-            await self._send_content(wire, answer, hold if is_held else None)
+            await self._send_content(wire, answer, hold)
         else:
             await wire.reply(json.dumps(answer).encode(), content_type="application/json")
 
-    async def _send_content(self, wire: Wire, data: bytes, hold: Hold | None) -> None:
+    async def _send_content(self, wire: Wire, data: bytes, hold: Hold) -> None:
         await wire.begin_stream("application/octet-stream")
         half = len(data) // 2
         if half:
             await wire.piece(data[:half])
-        if hold is not None and hold.mode == "half" and not await hold.wait(wire):
-            return
+        await hold.stop("half", wire)
         await wire.piece(data[half:] or b"\n")
         await wire.end_stream()
 
@@ -239,7 +235,9 @@ class OpenAIBatchServer:
         for request in requests[len(requests) if num_answered is None else num_answered :]:
             if status == "expired":
                 error = {"code": "batch_expired", "message": "This request could not be executed in time."}
-                failed.append({"id": "batch_req_0", "custom_id": request["custom_id"], "response": None, "error": error})
+                failed.append(
+                    {"id": "batch_req_0", "custom_id": request["custom_id"], "response": None, "error": error}
+                )
         for name, lines in (("output_file_id", done), ("error_file_id", failed)):
             random.shuffle(lines)
             if lines:
@@ -304,4 +302,3 @@ async def openai_batches(**fields: Any) -> AsyncIterator[OpenAIBatchServer]:
     async with raw_server(upstream.play) as server:
         upstream.server = server
         yield upstream
-

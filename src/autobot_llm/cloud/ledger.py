@@ -16,11 +16,13 @@ from pathlib import Path
 
 import msgspec
 
+from autobot_llm.cloud.durable import open_durable
 from autobot_llm.types import Usage
 
 logger = logging.getLogger("autobot_llm.cloud")
 
 FILE_NAME = "spending.sqlite"
+PATIENCE = 10.0  # seconds for others who write to the file, where nothing may be lost
 WRITE_SECONDS = 0.25  # that sums are gathered before they are written
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spending (
@@ -173,9 +175,7 @@ def enter_once(path: Path, name: str, day: str, provider: str, sums: Mapping[str
     It is on the disk when the call returns. Raises sqlite3.Error and OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(path, timeout=10.0)) as file, file:
-        file.execute("PRAGMA journal_mode=WAL")
-        file.execute("PRAGMA synchronous=FULL")
+    with contextlib.closing(open_durable(path, PATIENCE)) as file, file:
         file.execute(_SCHEMA)
         file.execute(_ONCE)
         if file.execute("INSERT OR IGNORE INTO entered_once VALUES (?)", (name,)).rowcount:

@@ -1,4 +1,4 @@
-"""A batch job is checked, sent, waited for and fetched; every request gets its result, in its place, and is paid once."""
+"""A batch job is checked, sent, waited for and fetched; every request gets its result, in its place, paid once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,26 @@ from openai_batches import KEY, OpenAIBatchServer, Refused, openai_batches
 
 from autobot_llm import BatchJobs
 from autobot_llm.cloud.batch_jobs import ItemResult, Job, Progress
+from autobot_llm.cloud.batch_jobs.openai_service import OpenAIBatches
+from autobot_llm.cloud.batch_jobs.service import Limits
+from autobot_llm.cloud.batch_jobs.store import JobStore
 from autobot_llm.cloud.ledger import FILE_NAME, read_spending
+from autobot_llm.dialects.openai.requests import AZURE, OPENAI
 from autobot_llm.errors import BudgetExceededError, InvalidRequestError, LLMError, ProviderError
+from autobot_llm.providers.openai import Endpoint
 from autobot_llm.settings import CloudSettings, Settings
 
 Json = dict[str, Any]
 GPT, CLAUDE = "gpt-4o-mini", "claude-haiku-4-5"
 FAST = 0.02  # seconds to the first poll
+
+
+class BearerEndpoint(Endpoint, frozen=True):
+    """Any flavour at a server that asks for OpenAI's header."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {KEY}"}
 
 
 def chat(text: str, **fields: Any) -> Json:
@@ -33,10 +46,12 @@ def chat(text: str, **fields: Any) -> Json:
 
 @contextlib.asynccontextmanager
 async def openai_jobs(tmp_path: Path, **fields: Any) -> AsyncIterator[tuple[OpenAIBatchServer, BatchJobs]]:
-    values = fields.pop("settings", {})
+    values, options = fields.pop("settings", {}), fields.pop("service", None)
     async with openai_batches(**fields) as server:
         settings = Settings(**({"openai_endpoint": server.url, "openai_api_key": KEY, "cache_dir": tmp_path} | values))
-        async with BatchJobs(settings, settle_seconds=0.1) as jobs:
+        endpoint = BearerEndpoint(base_url=server.url, flavour=OPENAI)
+        services = None if options is None else {"openai": OpenAIBatches(endpoint, name="openai", **options)}
+        async with BatchJobs(settings, services=services, settle_seconds=0.1) as jobs:
             yield server, jobs
 
 
@@ -52,6 +67,10 @@ async def all_of(jobs: BatchJobs, job: Job) -> list[ItemResult]:
     return [result async for result in jobs.results(job.id)]
 
 
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 def contents(results: list[ItemResult]) -> list[str]:
     return [result.answer["choices"][0]["message"]["content"] for result in results]
 
@@ -61,7 +80,9 @@ def contents(results: list[ItemResult]) -> list[str]:
 
 async def test_answers_come_in_the_order_of_the_requests_and_in_openais_shape(tmp_path: Path) -> None:
     async with openai_jobs(tmp_path) as (server, jobs):
-        job = await jobs.submit([chat(f"number {i}", custom_id=f"id/{i} ü") for i in range(50)], model=GPT, provider="openai")
+        job = await jobs.submit(
+            [chat(f"number {i}", custom_id=f"id/{i} ü") for i in range(50)], model=GPT, provider="openai"
+        )
         assert (job.state, job.num_items, len(job.parts)) == ("running", 50, 1)
         server.run_all()
         assert (await jobs.wait(job.id, first_poll=FAST)).state == "ended"
@@ -114,9 +135,8 @@ async def test_requests_of_several_models_and_paths_go_into_batches_of_one_kind(
 
 
 async def test_a_job_larger_than_a_batch_becomes_several_and_is_one_to_its_user(tmp_path: Path) -> None:
-    async with openai_jobs(tmp_path) as (server, jobs):
-        service = jobs._service("openai")
-        service.limits = type(service.limits)(max_requests=4, max_bytes=10_000)
+    limits = Limits(max_requests=4, max_bytes=10_000)
+    async with openai_jobs(tmp_path, service={"limits": limits}) as (server, jobs):
         job = await jobs.submit([chat(f"{i}") for i in range(10)], model=GPT, provider="openai")
         assert [part.num_items for part in job.parts] == [4, 4, 2]
         assert len(server.batches) == 3
@@ -126,9 +146,8 @@ async def test_a_job_larger_than_a_batch_becomes_several_and_is_one_to_its_user(
 
 
 async def test_bytes_bound_a_batch_too_and_a_request_that_fits_in_none_is_named(tmp_path: Path) -> None:
-    async with openai_jobs(tmp_path) as (server, jobs):
-        service = jobs._service("openai")
-        service.limits = type(service.limits)(max_requests=100, max_bytes=5_000)
+    limits = Limits(max_requests=100, max_bytes=5_000)
+    async with openai_jobs(tmp_path, service={"limits": limits}) as (server, jobs):
         job = await jobs.submit([chat("x" * 1500) for _ in range(5)], model=GPT, provider="openai")
         assert all(len(server.contents[part.file_id or ""]) <= 5_000 for part in job.parts)
         assert [part.num_items for part in job.parts] == [2, 2, 1]
@@ -165,21 +184,28 @@ async def test_an_expired_batch_gives_what_was_answered_and_the_reason_for_the_r
 async def test_a_batch_that_fails_as_a_whole_says_why_for_each_request(tmp_path: Path) -> None:
     async with openai_jobs(tmp_path) as (server, jobs):
         job = await jobs.submit([chat("a"), chat("b")], model=GPT, provider="openai")
-        problem = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached", "param": None, "line": None}
+        problem = {
+            "code": "token_limit_exceeded",
+            "message": "Enqueued token limit reached",
+            "param": None,
+            "line": None,
+        }
         server.batches[job.parts[0].batch_id or ""] |= {
             "status": "failed", "errors": {"object": "list", "data": [problem]},
         }  # fmt: skip
         assert (await jobs.wait(job.id, first_poll=FAST)).state == "ended"
         results = await all_of(jobs, job)
         assert {result.error.code for result in results if result.error} == {"batch_failed"}
-        assert all("Enqueued token limit reached" in (result.error.message if result.error else "") for result in results)
+        assert all(
+            "Enqueued token limit reached" in (result.error.message if result.error else "") for result in results
+        )
         # What failed as a whole may be sent again without a word.
         assert (await jobs.submit([chat("a"), chat("b")], model=GPT, provider="openai")).id != job.id
 
 
 async def test_a_part_that_the_provider_refuses_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
     def refuse(asked: Any) -> Refused | None:
-        is_first = asked.method == "POST" and asked.path == "/v1/batches" and b"-0\"" in asked.body
+        is_first = asked.method == "POST" and asked.path == "/v1/batches" and b'-0"' in asked.body
         return Refused(400, "billing hard limit") if is_first else None
 
     async with openai_jobs(tmp_path, refuse=refuse) as (server, jobs):
@@ -228,27 +254,17 @@ async def test_a_batch_of_a_cloud_without_metadata_is_known_by_its_file(tmp_path
             job = await jobs.submit([chat("a")], model="groq/llama")
             assert job.provider == "groq" and server.complaints == []
             part = job.parts[0]
-            jobs._store.update_part(part, batch_id=None, intent_at=job.created)
+            JobStore(tmp_path / "batches").update_part(part, batch_id=None, intent_at=job.created)
             assert (await jobs.resume(job.id)).parts[0].batch_id == part.batch_id
             assert len(server.batches) == 1
 
 
 async def test_azures_files_are_waited_for(tmp_path: Path) -> None:
-    from autobot_llm.cloud.batch_jobs.openai_service import OpenAIBatches
-    from autobot_llm.dialects.openai.requests import AZURE
-    from autobot_llm.providers.openai import Endpoint
-
-    class BearerAzure(Endpoint, frozen=True):
-        """Azure's flavour at a server that asks for OpenAI's header."""
-
-        @property
-        def headers(self) -> dict[str, str]:
-            return {"authorization": f"Bearer {KEY}"}
-
-    async with openai_jobs(tmp_path, num_pending_looks=2) as (server, jobs):
-        jobs._services["openai"] = OpenAIBatches(BearerAzure(base_url=server.url, flavour=AZURE), name="openai")
-        job = await jobs.submit([chat("a")], model="my-deployment", provider="openai")
-        assert job.state == "running" and server.complaints == []
+    async with openai_batches(num_pending_looks=2) as server:
+        service = OpenAIBatches(BearerEndpoint(base_url=server.url, flavour=AZURE), name="openai")
+        async with BatchJobs(Settings(cache_dir=tmp_path), services={"openai": service}) as jobs:
+            job = await jobs.submit([chat("a")], model="my-deployment", provider="openai")
+            assert job.state == "running" and server.complaints == []
 
 
 # --- Anthropic
@@ -300,7 +316,7 @@ async def test_a_foreign_batch_that_looks_like_ours_is_never_taken_for_it(tmp_pa
         job = await jobs.submit([chat("a"), chat("b")], model=CLAUDE, provider="anthropic")
         part = job.parts[0]
         del server.batches[part.batch_id or ""]  # as if it had never arrived
-        jobs._store.update_part(part, batch_id=None, intent_at=job.created)
+        JobStore(tmp_path / "batches").update_part(part, batch_id=None, intent_at=job.created)
         other = server.add(foreign)
         assert (await jobs.resume(job.id)).parts[0].state == "unconfirmed"
         server.run(other)
@@ -374,7 +390,7 @@ async def test_a_job_that_has_not_ended_cannot_be_fetched_and_leaves_no_file(tmp
         job = await jobs.submit([chat("a")], model=GPT, provider="openai")
         with pytest.raises(InvalidRequestError, match="0 of 1 requests are done"):
             await jobs.fetch(job.id, tmp_path / "out.jsonl")
-        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+        assert not any("out" in name for name in names_in(tmp_path))
 
 
 async def test_a_file_is_fetched_whole_and_as_often_as_wanted(tmp_path: Path) -> None:

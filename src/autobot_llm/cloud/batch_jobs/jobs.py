@@ -55,17 +55,24 @@ class BatchJobs:
                 print(result.custom_id, result.error or result.answer)
 
     What is known of a job is on the disk, under AUTOBOT_BATCH_DIR: any process may go on where another one ended, also
-    one that was killed, and nothing is sent twice. Belongs to one event loop. `settle_seconds` is how long after a
-    crash a request may still arrive at the provider.
+    one that was killed, and nothing is sent twice. Belongs to one event loop. `services` stand for the providers of
+    their names, and are closed with this. `settle_seconds` is how long after a crash a request may still arrive at the
+    provider.
     """
 
-    def __init__(self, settings: Settings | None = None, *, settle_seconds: float = SETTLE_SECONDS) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        services: Mapping[str, BatchService] | None = None,
+        settle_seconds: float = SETTLE_SECONDS,
+    ) -> None:
         self.settings = settings or Settings()
         self._store = JobStore(self.settings.batch_dir or self.settings.cache_dir / "batches")
         self._prices = load_prices(self.settings.cloud_prices)
         self._ledger = self.settings.cache_dir / FILE_NAME
         self._settle_seconds = settle_seconds
-        self._services: dict[str, BatchService] = {}
+        self._services = dict(services or {})
 
     @classmethod
     def from_env(cls) -> BatchJobs:
@@ -219,13 +226,15 @@ class BatchJobs:
         The file is there whole or not at all, and may be fetched again. Raises what `results` does, and
         ConfigurationError where the file cannot be written.
         """
+        found = await self._brought(job)
         try:
-            with written_whole(out) as write:
-                async for result in self.results(job):
-                    write(result.line() + b"\n")
+            with self._store.lock(found.id), written_whole(out, found.id) as write:
+                async with aclosing(self._results(found).in_order(found)) as results:
+                    async for result in results:
+                        write(result.line() + b"\n")
         except OSError as exc:
             raise ConfigurationError(f"{out} cannot be written: {exc}") from exc
-        return self._store.job(job)
+        return found
 
     # What they are made of
 

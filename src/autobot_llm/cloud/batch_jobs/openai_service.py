@@ -23,6 +23,7 @@ from autobot_llm.transport.pool import HttpPool, PoolLimits
 from autobot_llm.transport.upload import FileBody
 from autobot_llm.types import LLMRequest
 
+LIMITS = Limits(max_requests=wire.MAX_REQUESTS, max_bytes=wire.MAX_BYTES)
 UPLOAD_SECONDS = 3600.0
 CALL_SECONDS = 120.0
 MAX_RESULT_BYTES = 16 * 2**30
@@ -37,23 +38,26 @@ ObjectT = TypeVar("ObjectT", wire.FileObject, wire.BatchObject)
 
 
 class OpenAIBatches:
-    """The batches of the server at `endpoint`; `name` is the provider's."""
+    """The batches of the server at `endpoint`; `name` is the provider's.
+
+    A compatible cloud may have smaller `limits` than OpenAI's, which are the default.
+    """
 
     uploads = True
     separator = b"\n"
 
-    def __init__(self, endpoint: Endpoint, *, name: str) -> None:
+    def __init__(self, endpoint: Endpoint, *, name: str, limits: Limits = LIMITS) -> None:
         if endpoint.deployment is not None:
             raise ConfigurationError(
                 f"provider '{name}': batch jobs need the address without a deployment, https://NAME.openai.azure.com"
             )
         self.name = name
         self.address = endpoint.shown
-        self.limits = Limits(max_requests=wire.MAX_REQUESTS, max_bytes=wire.MAX_BYTES)
+        self.limits = limits
         self._flavour = endpoint.flavour
         key = {name: value for name, value in endpoint.headers.items() if name != "content-type"}
-        limits = PoolLimits(max_connections=4, max_stream_bytes=MAX_RESULT_BYTES)
-        self._pool = HttpPool(endpoint.base_url, headers=key, limits=limits, name=name)
+        sizes = PoolLimits(max_connections=4, max_stream_bytes=MAX_RESULT_BYTES)
+        self._pool = HttpPool(endpoint.base_url, headers=key, limits=sizes, name=name)
         self._retries = RateLimitHandler()
 
     async def close(self) -> None:

@@ -54,7 +54,7 @@ class Results:
         path = self._store.results_path(part)
         if not path.exists():
             try:
-                with written_whole(path) as write:
+                with written_whole(path, part.job) as write:
                     if part.result_files:
                         await self._service.download(part, write)
             except OSError as exc:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from autobot_llm.cloud.batch_jobs.job import Job, Part
+from autobot_llm.cloud.durable import open_durable
 from autobot_llm.errors import ConfigurationError, InvalidRequestError, LLMError
 
 FILE_NAME = "jobs.sqlite"
@@ -164,9 +165,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _open(self, *, to_write: bool = False) -> Iterator[sqlite3.Connection]:
-        with self._usable(), contextlib.closing(sqlite3.connect(self.path / FILE_NAME, timeout=PATIENCE)) as file, file:
-            file.execute("PRAGMA journal_mode=WAL")
-            file.execute("PRAGMA synchronous=FULL")
+        with self._usable(), contextlib.closing(open_durable(self.path / FILE_NAME, PATIENCE)) as file, file:
             file.executescript(_SCHEMA)
             if to_write:
                 file.execute("BEGIN IMMEDIATE")
@@ -190,9 +189,12 @@ class JobStore:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """Write to a file beside `path` and give it that name at the end: there is all of it, or what was there before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def written_whole(path: Path, job: str) -> Iterator[Callable[[bytes], object]]:
+    """Write to a file beside `path` and give it that name at the end: there is all of it, or what was there before.
+
+    The caller holds the lock of `job`. What a killed process has left of such a file is written over.
+    """
+    beside = path.with_name(f".{path.name}.{job}.part")
     try:
         with beside.open("wb") as file:
             yield file.write
