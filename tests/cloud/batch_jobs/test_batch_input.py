@@ -59,7 +59,9 @@ async def jobs(tmp_path: Path) -> AsyncIterator[BatchJobs]:
         (LINE | {"url": "/v1/embeddings", "body": {"model": "e", "input": []}}, "input"),
     ],
 )
-async def test_a_wrong_line_is_named_and_nothing_is_sent(jobs: BatchJobs, tmp_path: Path, line: Any, words: str) -> None:
+async def test_a_wrong_line_is_named_and_nothing_is_sent(
+    jobs: BatchJobs, tmp_path: Path, line: Any, words: str
+) -> None:
     path = tmp_path / "in.jsonl"
     data = line if isinstance(line, bytes) else json.dumps(line).encode()
     path.write_bytes(json.dumps(GOOD | {"custom_id": "first"}).encode() + b"\n\n" + data + b"\n")
@@ -99,7 +101,9 @@ async def test_an_empty_file_is_an_error(jobs: BatchJobs, tmp_path: Path, data: 
 
 
 async def test_a_provider_without_batches_is_named_with_those_that_have_them(jobs: BatchJobs) -> None:
-    with pytest.raises(InvalidRequestError, match="provider='native': expected one that has batch jobs: openai, anthropic"):
+    with pytest.raises(
+        InvalidRequestError, match="provider='native': expected one that has batch jobs: openai, anthropic"
+    ):
         await jobs.submit([GOOD])
 
 
@@ -117,7 +121,12 @@ async def test_openais_own_address_needs_a_key(tmp_path: Path) -> None:
 
 
 def test_a_line_without_an_id_has_its_number() -> None:
-    data = [json.dumps(GOOD).encode(), b"", json.dumps(GOOD | {"custom_id": "mine"}).encode(), json.dumps(GOOD).encode()]
+    data = [
+        json.dumps(GOOD).encode(),
+        b"",
+        json.dumps(GOOD | {"custom_id": "mine"}).encode(),
+        json.dumps(GOOD).encode(),
+    ]
     assert [line.custom_id for line in read_lines(data)] == ["line-1", "mine", "line-4"]
 
 
