@@ -33,15 +33,17 @@ class Terminal:
         )
         self.file.write_text("".join(json.dumps(one) + "\n" for one in chats))
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(self, *arguments: str, kilobytes: int | None = None) -> asyncio.subprocess.Process:
+        """Start the command; no file of its may become larger than `kilobytes`."""
         pipe = asyncio.subprocess.PIPE
+        limited = () if kilobytes is None else ("bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "limited")
         return await asyncio.create_subprocess_exec(
-            *COMMAND, *arguments, cwd=self.folder, env=self.environment, stdin=asyncio.subprocess.DEVNULL,
+            *limited, *COMMAND, *arguments, cwd=self.folder, env=self.environment, stdin=asyncio.subprocess.DEVNULL,
             stdout=pipe, stderr=pipe,
         )  # fmt: skip
 
-    async def run(self, *arguments: str) -> tuple[int | None, str, str]:
-        process = await self.start(*arguments)
+    async def run(self, *arguments: str, kilobytes: int | None = None) -> tuple[int | None, str, str]:
+        process = await self.start(*arguments, kilobytes=kilobytes)
         out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
         return process.returncode, out.decode(), err.decode()
 
@@ -149,12 +151,37 @@ async def test_a_wrong_argument_is_named(terminal: Terminal, arguments: list[str
     assert words in err
 
 
-async def test_a_full_disk_leaves_no_file_and_is_one_clear_error(terminal: Terminal) -> None:
-    terminal.write("a")
-    job = await terminal.submitted()
+@pytest.mark.parametrize("kilobytes", [1, 40, 100])
+async def test_a_disk_without_room_is_one_clear_error_and_nothing_is_lost(terminal: Terminal, kilobytes: int) -> None:
+    """The limit on a file's size stands for a full disk: it hits the requests, the store, or the answers."""
+    terminal.write(*(f"{i} {'x' * 500}" for i in range(100)))
+    submit = ("submit", "in.jsonl", "--model", "openai/gpt-4o-mini", "--json")
+    small = await terminal.run(*submit, kilobytes=kilobytes)
+    assert small[0] in (0, 2) and "Traceback" not in small[2]
+    code, out, err = await terminal.run(*submit)
+    assert code == 0, err
+    assert len(terminal.server.batches) == 1
     terminal.server.run_all()
-    code, _, err = await terminal.run("fetch", job, "--out", "/dev/full/answers.jsonl")
-    assert code == 2 and "/dev/full/answers.jsonl cannot be written" in err
+    job = json.loads(out)["id"]
+    code, _, err = await terminal.run("fetch", job, "--out", "answers.jsonl", kilobytes=kilobytes)
+    assert code == 2 and "cannot be" in err and "Traceback" not in err
+    assert not (terminal.folder / "answers.jsonl").exists()
+    code, _, err = await terminal.run("fetch", job, "--out", "answers.jsonl")
+    assert code == 0, err
+    assert len((terminal.folder / "answers.jsonl").read_text().splitlines()) == 100
+
+
+async def test_a_submission_that_fails_says_how_to_go_on(terminal: Terminal) -> None:
+    terminal.write("a")
+    terminal.environment["OPENAI_API_KEY"] = "sk-wrong"
+    code, _, err = await terminal.run("submit", "in.jsonl", "--model", "openai/gpt-4o-mini")
+    assert code == 1 and "was not accepted" in err
+    hint = next(
+        line for line in err.splitlines() if "is kept; to go on: autobot-llm batch submit --resume job-" in line
+    )
+    terminal.environment |= terminal.server.environment()
+    code, out, err = await terminal.run("submit", "--resume", hint.split()[0])
+    assert code == 0 and "running" in out, err
 
 
 async def test_no_jobs_is_no_error(terminal: Terminal) -> None:

@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from autobot_llm.cli.progress import Progress
+from autobot_llm.errors import LLMError
 from autobot_llm.settings import load_settings
 
 if TYPE_CHECKING:
@@ -82,10 +83,15 @@ def submit(
 
     async def work(jobs: BatchJobs, progress: Progress) -> Job:
         on_progress = _shown_on(progress)
-        if file is not None:
-            job = await jobs.submit(file, provider=provider, model=model, again=again, on_progress=on_progress)
-        else:
-            job = await jobs.resume(resume or "", on_progress=on_progress)
+        try:
+            if file is not None:
+                job = await jobs.submit(file, provider=provider, model=model, again=again, on_progress=on_progress)
+            else:
+                job = await jobs.resume(resume or "", on_progress=on_progress)
+        except (LLMError, asyncio.CancelledError):
+            progress.stop()
+            _tell_what_is_kept(jobs.jobs(), file, resume)
+            raise
         return await _waited(jobs, job.id, progress) if wait else job
 
     _print_job(_with_jobs(work, "Sending the requests"), as_json=as_json)
@@ -185,6 +191,13 @@ async def _waited(jobs: BatchJobs, job: str, progress: Progress) -> Job:
         progress.stop()
         click.echo(f"\n{name} goes on without you: autobot-llm batch status {name} --wait", err=True)
         raise
+
+
+def _tell_what_is_kept(jobs: Sequence[Job], file: Path | None, resume: str | None) -> None:
+    """After an error within a submission: the job that it leaves, if it came that far."""
+    for job in jobs[:1] if resume is None else ():
+        if job.state == "unfinished" and job.source == str(file):
+            click.echo(f"{job.id} is kept; to go on: autobot-llm batch submit --resume {job.id}", err=True)
 
 
 def _shown_on(progress: Progress) -> Callable[[Step], None]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from anthropic_batches import AnthropicBatchServer, anthropic_batches
 from anthropic_upstream import KEY as ANTHROPIC_KEY
+from batch_faults import Hold
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
 from openai_batches import KEY, OpenAIBatchServer, Refused, openai_batches
@@ -254,7 +255,7 @@ async def test_a_batch_of_a_cloud_without_metadata_is_known_by_its_file(tmp_path
             job = await jobs.submit([chat("a")], model="groq/llama")
             assert job.provider == "groq" and server.complaints == []
             part = job.parts[0]
-            JobStore(tmp_path / "batches").update_part(part, batch_id=None, intent_at=job.created)
+            JobStore(tmp_path / "batches").update_part(part, batch_id=None, begun_at=job.created, intent_at=job.created)
             assert (await jobs.resume(job.id)).parts[0].batch_id == part.batch_id
             assert len(server.batches) == 1
 
@@ -313,14 +314,15 @@ async def test_a_foreign_batch_that_looks_like_ours_is_never_taken_for_it(tmp_pa
     async with anthropic_jobs(tmp_path) as (server, jobs):
         foreign = [{"custom_id": f"x-{i}", "params": {"model": CLAUDE, "max_tokens": 1,
                     "messages": [{"role": "user", "content": "hi"}]}} for i in range(2)]  # fmt: skip
-        job = await jobs.submit([chat("a"), chat("b")], model=CLAUDE, provider="anthropic")
-        part = job.parts[0]
-        del server.batches[part.batch_id or ""]  # as if it had never arrived
-        JobStore(tmp_path / "batches").update_part(part, batch_id=None, intent_at=job.created)
+        server.hold = hold = Hold(0, "before")
+        submitting = asyncio.create_task(jobs.submit([chat("a"), chat("b")], model=CLAUDE, provider="anthropic"))
+        await hold.is_reached.wait()
+        submitting.cancel()
+        await asyncio.wait([submitting])
+        (job,) = jobs.jobs()
         other = server.add(foreign)
         assert (await jobs.resume(job.id)).parts[0].state == "unconfirmed"
         server.run(other)
-        await asyncio.sleep(0.1)
         job = await jobs.resume(job.id)
         assert job.parts[0].batch_id not in (None, other)
         server.run_all()

@@ -8,6 +8,8 @@ part is neither sent again nor given up: nothing is asked, and paid, twice.
 from __future__ import annotations
 
 import asyncio
+import email.utils
+import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from pathlib import Path
@@ -27,13 +29,15 @@ from autobot_llm.dialects.openai.batches import CHAT_URL
 from autobot_llm.dialects.openai.replies import chat_body
 from autobot_llm.errors import InvalidRequestError, ProviderError, UnsupportedError
 from autobot_llm.transport.ndjson import lines
-from autobot_llm.transport.pool import HttpPool, PoolLimits
+from autobot_llm.transport.pool import HttpAnswer, HttpPool, PoolLimits
 from autobot_llm.transport.upload import FileBody
 from autobot_llm.types import Event, Finish, LLMRequest
 
 UPLOAD_SECONDS = 3600.0
 CALL_SECONDS = 120.0
 MAX_RESULT_BYTES = 16 * 2**30
+CLOCK_MARGIN = 600.0  # seconds by which Anthropic's clock may differ from ours, where it does not tell its time
+DATE_MARGIN = 30.0  # seconds, where it does: the header has whole seconds, and the answer was on its way
 _MOST_PAGES = 100
 _VERSION = "anthropic-version"
 _WITHOUT_ANSWER = {
@@ -87,9 +91,12 @@ class AnthropicBatches:
 
     async def find(self, part: Part, since: float, known: Collection[str], owns: Callable[[str], bool]) -> str | None:
         undecided: list[str] = []
+        last = (part.intent_at or since) + UPLOAD_SECONDS + CLOCK_MARGIN
         async with aclosing(self._listed(since)) as batches:
             async for batch in batches:
                 if batch.id in known or batch.request_counts.total != part.num_items:
+                    continue
+                if batch.created_at.timestamp() > last:
                     continue
                 if batch.processing_status != "ended":
                     undecided.append(batch.id)
@@ -185,12 +192,14 @@ class AnthropicBatches:
         return False
 
     async def _listed(self, since: float) -> AsyncGenerator[wire.MessageBatch, None]:
-        """The batches that were created after `since`, the latest first."""
+        """The batches that were created after `since`, the latest first. The answer's date tells Anthropic's clock."""
         after: str | None = None
         for _ in range(_MOST_PAGES):
-            page = read_answer(await self._get(wire.batches_page(after)), wire.Page, self.name)
+            answer = await self._answer(wire.batches_page(after))
+            page = read_answer(answer.body, wire.Page, self.name)
+            first = since + _clock_difference(answer.headers.get("date", ""))
             for batch in page.data:
-                if batch.created_at.timestamp() < since:
+                if batch.created_at.timestamp() < first:
                     return
                 yield batch
             if not page.has_more or not page.data or page.data[-1].id == after:
@@ -199,8 +208,19 @@ class AnthropicBatches:
         raise ProviderError(f"{self.name} lists its batches without an end")
 
     async def _get(self, path: str) -> bytes:
-        async def ask() -> bytes:
-            answer = await self._pool.request("GET", path, headers={_VERSION: NEWEST_VERSION}, timeout=CALL_SECONDS)
-            return answer.body
+        return (await self._answer(path)).body
 
-        return await self._retries.execute_with_retry(ask)
+    async def _answer(self, path: str) -> HttpAnswer:
+        headers = {_VERSION: NEWEST_VERSION}
+        return await self._retries.execute_with_retry(
+            lambda: self._pool.request("GET", path, headers=headers, timeout=CALL_SECONDS)
+        )
+
+
+def _clock_difference(date: str) -> float:
+    """What to add to a time of ours for a time that is surely not later by the clock that wrote the header `date`."""
+    try:
+        theirs = email.utils.parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return -CLOCK_MARGIN
+    return theirs - time.time() - DATE_MARGIN

@@ -19,9 +19,10 @@ JobState = Literal["unfinished", "running", "ended", "fetched"]
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One batch of the provider's. Times are in seconds since 1970, money in US dollars.
 
-    `intent_at` is when a step was begun whose outcome is not written down yet; where a process ended then, the provider
-    has to be asked. `model` is empty where they are mixed. `status` is the provider's own word. `failure` says why the
-    provider took none of it, or why it gave the whole part up. `is_withdrawn`: cancelled before it was sent.
+    `intent_at` is when a step was begun whose outcome is not written down yet, and `begun_at` when it was tried first;
+    where a process ended then, the provider has to be asked. `model` is empty where they are mixed. `status` is the
+    provider's own word. `failure` says why it took none of the part, or why it gave the whole of it up. `is_withdrawn`:
+    cancelled before it was sent.
     """
 
     job: str
@@ -31,6 +32,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
     num_items: int
     num_bytes: int
+    begun_at: float | None = None
     intent_at: float | None = None
     file_id: str | None = None
     batch_id: str | None = None

@@ -29,6 +29,7 @@ CALL_SECONDS = 120.0
 MAX_RESULT_BYTES = 16 * 2**30
 FILE_SECONDS = 600.0  # until an uploaded file is ready to be used
 NOTE = "autobot_job"  # the key of the metadata in which a batch carries the name of its part
+CLOCK_MARGIN = 600.0  # seconds by which the provider's clock may differ from ours
 _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _JSON = {"content-type": "application/json"}
 _MOST_PAGES = 100
@@ -182,7 +183,7 @@ class OpenAIBatches:
         async for one in self._listed(page_after, kind):
             if is_ours(one):
                 return one
-            if 0 < one.created_at < since:
+            if 0 < one.created_at < since - CLOCK_MARGIN:
                 break
         return None
 

@@ -76,7 +76,7 @@ class BatchService(Protocol):
         ...
 
     async def find_upload(self, part: Part, path: Path, since: float) -> str | None:
-        """The id of the part's file, if it was uploaded whole after `since`."""
+        """The id of the part's file, if it was uploaded whole after `since` by our clock."""
         ...
 
     async def create(self, part: Part, path: Path) -> str:
@@ -84,7 +84,7 @@ class BatchService(Protocol):
         ...
 
     async def find(self, part: Part, since: float, known: Collection[str], owns: Callable[[str], bool]) -> str | None:
-        """The id of the part's batch, if it was created after `since`.
+        """The id of the part's batch, if it was created after `since` by our clock.
 
         `known` are batches of other parts, and `owns` tells whether a request's custom_id is one of this part's. Raises
         Undecided where that cannot be told yet.

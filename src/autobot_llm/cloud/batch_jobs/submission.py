@@ -2,7 +2,8 @@
 
 Before a step the intent is written down, after it the outcome. A process that ends in between leaves the intent, and
 whoever goes on asks the provider whether the step was done. It is done again only where the provider does not know of
-it, and not before `settle_seconds` have passed: a request that was on its way when its sender died may still arrive.
+it, and not before a while has passed: a request that was on its way when its sender died may still arrive, and a large
+one takes the provider some time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from autobot_llm.cloud.retry import HOPELESS_CODES, RetryPolicy, is_transient
 from autobot_llm.errors import InvalidRequestError, LLMError
 
 SETTLE_SECONDS = 30.0
-CLOCK_MARGIN = 600.0  # seconds by which the provider's clock may differ from ours
+BYTES_PER_SECOND = 2_000_000  # at which a provider takes a large request in, at the slowest
 _MOST_TRIES = 4
 _POLICY = RetryPolicy(base=1.0)
 
@@ -72,9 +73,9 @@ class Submission:
             return part
         if found is not None:
             return self._record(step, part, found)
-        if part.intent_at is not None and self._clock() >= part.intent_at + self._settle_seconds:
-            return self._store.update_part(part, intent_at=None)
-        return part
+        if self._seconds_to_settle(part) > 0:
+            return part
+        return self._store.update_part(part, intent_at=None, begun_at=None)
 
     async def _done(self, step: Step, part: Part) -> Part:
         if part.intent_at is not None:
@@ -83,16 +84,17 @@ class Submission:
                 return self._record(step, part, found)
         num_failures = 0
         while True:
-            part = self._store.update_part(part, intent_at=self._clock())
+            now = self._clock()
+            part = self._store.update_part(part, intent_at=now, begun_at=part.begun_at or now)
             try:
                 return self._record(step, part, await self._send(step, part))
             except InvalidRequestError as error:
-                return self._store.update_part(part, intent_at=None, failure=error.message)
+                return self._store.update_part(part, intent_at=None, begun_at=None, failure=error.message)
             except LLMError as error:
                 num_failures += 1
                 surely_not_begun = not error.may_have_begun or error.code in HOPELESS_CODES - {"malformed_answer"}
                 if surely_not_begun:
-                    part = self._store.update_part(part, intent_at=None)
+                    part = self._store.update_part(part, intent_at=None, begun_at=None)
                 elif (found := await self._find_patiently(step, part)) is not None:
                     return self._record(step, part, found)
                 asked = error.retry_after or 0.0
@@ -102,7 +104,10 @@ class Submission:
 
     def _record(self, step: Step, part: Part, remote_id: str) -> Part:
         changes: dict[str, Any] = {"file_id": remote_id} if step == "upload" else {"batch_id": remote_id}
-        return self._store.update_part(part, intent_at=None, **changes)
+        part = self._store.update_part(part, intent_at=None, begun_at=None, **changes)
+        if part.batch_id is not None:
+            self._store.part_path(part).unlink(missing_ok=True)  # the provider has it, and nobody will send it again
+        return part
 
     async def _send(self, step: Step, part: Part) -> str:
         path = self._store.part_path(part)
@@ -110,16 +115,20 @@ class Submission:
 
     async def _find_patiently(self, step: Step, part: Part) -> str | None:
         """What `_find` finds, now or once a request that was on its way must have arrived."""
-        assert part.intent_at is not None, "only what was begun is looked for"
         found = await self._find(step, part)
-        wait = part.intent_at + self._settle_seconds - self._clock()
-        if found is None and wait > 0:
-            await asyncio.sleep(min(wait, self._settle_seconds))
+        if found is None and (wait := self._seconds_to_settle(part)) > 0:
+            await asyncio.sleep(wait)
             found = await self._find(step, part)
         return found
 
+    def _seconds_to_settle(self, part: Part) -> float:
+        """Until what was on its way must have arrived; no more than the whole while, whatever the clock did."""
+        assert part.intent_at is not None, "only what was begun is looked for"
+        whole = self._settle_seconds + part.num_bytes / BYTES_PER_SECOND
+        return min(whole, part.intent_at + whole - self._clock())
+
     async def _find(self, step: Step, part: Part) -> str | None:
-        since = (part.intent_at or self._clock()) - CLOCK_MARGIN
+        since = part.begun_at or self._clock()
         if step == "upload":
             return await self._service.find_upload(part, self._store.part_path(part), since)
 
