@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,6 +40,7 @@ class AnthropicBatchServer:
 
     fails: frozenset[str] = frozenset()
     page_size: int = 2
+    seconds_ahead: float = 0.0  # of its clock
     hold: Hold | None = None
     batches: dict[str, Json] = field(default_factory=dict)
     requests: dict[str, list[Json]] = field(default_factory=dict)
@@ -67,7 +69,12 @@ class AnthropicBatchServer:
             await wire.reply(error(kind, str(refusal)), status=_STATUS[kind], content_type="application/json")
             return
         if isinstance(answer, dict):
-            await wire.reply(json.dumps(answer).encode(), content_type="application/json", request_id="req_1")
+            await wire.reply(
+                json.dumps(answer).encode(),
+                content_type="application/json",
+                request_id="req_1",
+                date=format_datetime(self._now(), usegmt=True),
+            )
             return
         await wire.begin_stream("application/x-jsonl")
         half = len(answer) // 2
@@ -75,6 +82,9 @@ class AnthropicBatchServer:
         await hold.stop("half", wire)
         await wire.piece(answer[half:])
         await wire.end_stream()
+
+    def _now(self) -> datetime:
+        return datetime.now(UTC) + timedelta(seconds=self.seconds_ahead)
 
     def act(self, asked: Asked) -> Json | bytes:
         require(asked.headers.get("anthropic-version") in ("2023-06-01", "2026-10-21"), "anthropic-version")
@@ -121,7 +131,7 @@ class AnthropicBatchServer:
     def add(self, requests: list[Json]) -> str:
         """A batch of these requests, whoever sent it."""
         batch_id = f"msgbatch_{len(self.batches) + 1:04d}"
-        now = datetime.now(UTC)
+        now = self._now()
         counts = dict.fromkeys(_COUNTS, 0) | {"processing": len(requests)}
         self.batches[batch_id] = {
             "id": batch_id, "type": "message_batch", "processing_status": "in_progress", "request_counts": counts,
@@ -152,7 +162,7 @@ class AnthropicBatchServer:
         batch = self._shown(batch_id)
         if batch["processing_status"] == "ended":
             raise Refused("invalid_request_error", "the batch has ended")
-        batch |= {"processing_status": "canceling", "cancel_initiated_at": datetime.now(UTC).isoformat()}
+        batch |= {"processing_status": "canceling", "cancel_initiated_at": self._now().isoformat()}
         return self._shown(batch_id)
 
     # What tests do with the batches
@@ -172,7 +182,7 @@ class AnthropicBatchServer:
             lines.append(json.dumps(line).encode())
         random.shuffle(lines)
         self.results[batch_id] = b"\n".join(lines)  # the last line has no end
-        now = datetime.now(UTC).isoformat()
+        now = self._now().isoformat()
         self.batches[batch_id] |= {
             "processing_status": "ended", "request_counts": counts, "ended_at": now,
             "results_url": f"https://elsewhere.example/{batch_id}",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,23 @@ async def test_a_foreign_batch_that_looks_like_ours_is_never_taken_for_it(tmp_pa
         server.run_all()
         await jobs.wait(job.id, first_poll=FAST)
         assert contents(await all_of(jobs, job)) == ["about a", "about b"]
+
+
+@pytest.mark.parametrize("seconds_ahead", [-3600, 3600])
+async def test_a_provider_whose_clock_is_wrong_is_understood(tmp_path: Path, seconds_ahead: float) -> None:
+    async with anthropic_jobs(tmp_path, seconds_ahead=seconds_ahead) as (server, jobs):
+        earlier = server.add([{"custom_id": "x", "params": {}}])  # as many requests as ours, a minute before
+        created = datetime.fromisoformat(server.batches[earlier]["created_at"]) - timedelta(minutes=1)
+        server.batches[earlier]["created_at"] = created.isoformat()
+        server.hold = hold = Hold(0, "after")
+        submitting = asyncio.create_task(jobs.submit([chat("a")], model=CLAUDE, provider="anthropic"))
+        await hold.is_reached.wait()
+        submitting.cancel()
+        await asyncio.wait([submitting])
+        server.run(list(server.batches)[-1])
+        job = await jobs.status(jobs.jobs()[0].id)  # the earlier one, which is still running, cannot be ours
+        assert job.parts[0].batch_id == list(server.batches)[-1]
+        assert contents(await all_of(jobs, job)) == ["about a"]
 
 
 # --- whichever provider
