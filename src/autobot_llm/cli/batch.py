@@ -76,7 +76,7 @@ def submit(
     """Check every line of FILE, then send it as one job. Nothing is sent where a line is wrong.
 
     The same FILE is not sent again while its job is under way: that job is shown, and gone on with where a crash has
-    interrupted it.
+    interrupted it. The exit code is 1 where the provider refused requests.
     """
     if (file is None) == (resume is None):
         raise click.UsageError("expected a FILE, or --resume JOB")
@@ -94,7 +94,10 @@ def submit(
             raise
         return await _waited(jobs, job.id, progress) if wait else job
 
-    _print_job(_with_jobs(work, "Sending the requests"), as_json=as_json)
+    done = _with_jobs(work, "Sending the requests")
+    _print_job(done, as_json=as_json)
+    if any(part.state == "refused" for part in done.parts):
+        raise click.exceptions.Exit(1)
 
 
 @batch.command(short_help="Ask how far a job is.")

@@ -184,6 +184,32 @@ async def _job(one: Place) -> Job:
         return job
 
 
+@pytest.mark.parametrize("mode", ["before", "after"])
+async def test_killed_while_it_is_cancelled_a_job_is_cancelled_by_the_next_look(tmp_path: Path, mode: str) -> None:
+    async with place("openai", tmp_path) as one:
+        async with one.jobs() as jobs:
+            job = await jobs.submit(one.file, provider="openai")
+        await one.killed_at(Hold(0, mode, path="/cancel"), "cancel", job.id)
+        async with one.jobs() as jobs:
+            await jobs.status(job.id)
+        assert {batch["status"] for batch in one.server.batches.values()} == {"cancelling"}
+
+
+async def test_a_job_that_was_cancelled_before_it_was_sent_whole_is_never_sent(tmp_path: Path) -> None:
+    async with place("openai", tmp_path) as one:
+        await one.killed_at(Hold(2, "before"), *one.submit())  # the first part is sent, the second one is not
+        async with one.jobs() as jobs:
+            job = await jobs.cancel((await _job(one)).id)
+            await asyncio.sleep(0.3)  # until it is certain that the second one's file never arrived
+            assert (await jobs.resume(job.id)).parts[1].state == "withdrawn"
+            (batch,) = one.server.batches
+            one.server.run(batch, status="cancelled", num_answered=1)
+            await jobs.wait(job.id, first_poll=0.05)
+            results = [result async for result in jobs.results(job.id)]
+        assert [result.error is None for result in results] == [True, *[False] * 5]
+        assert {result.error.code for result in results if result.error} == {"batch_cancelled"}
+
+
 async def test_killed_while_the_file_is_read_there_is_no_job(tmp_path: Path) -> None:
     async with place("openai", tmp_path) as one:
         pipe = tmp_path / "pipe.jsonl"

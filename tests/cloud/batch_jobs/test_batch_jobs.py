@@ -331,6 +331,27 @@ async def test_a_foreign_batch_that_looks_like_ours_is_never_taken_for_it(tmp_pa
         assert contents(await all_of(jobs, job)) == ["about a", "about b"]
 
 
+async def test_a_result_that_makes_no_sense_harms_no_other(tmp_path: Path) -> None:
+    async with anthropic_jobs(tmp_path) as (server, jobs):
+        job = await jobs.submit([chat(text, custom_id=text) for text in "abcd"], model=CLAUDE, provider="anthropic")
+        server.run_all()
+        batch_id = job.parts[0].batch_id or ""
+        lines = {json.loads(line)["custom_id"]: line for line in server.results[batch_id].splitlines()}
+        hologram = lines[f"{job.id}-1"].replace(b'"type": "text"', b'"type": "hologram"')
+        foreign = lines[f"{job.id}-0"].replace(job.id.encode(), b"job-of-another")
+        kept = [lines[f"{job.id}-0"], hologram, b"no JSON", foreign, lines[f"{job.id}-3"], lines[f"{job.id}-3"]]
+        server.results[batch_id] = b"\n".join(kept)
+        await jobs.wait(job.id, first_poll=FAST)
+        a, b, c, d = await all_of(jobs, job)
+        assert contents([a, d]) == ["about a", "about d"]
+        assert b.error is not None and "hologram" in b.error.message
+        assert c.error is not None and c.error.code == "missing_result"
+        done = jobs.find(job.id)
+        assert (done.num_failed, done.parts[0].num_unpriced) == (2, 1)
+        (entered,) = read_spending(tmp_path / FILE_NAME, "2000-01-01")
+        assert entered.num_requests == 2  # the line that came twice is paid once
+
+
 @pytest.mark.parametrize("seconds_ahead", [-3600, 3600])
 async def test_a_provider_whose_clock_is_wrong_is_understood(tmp_path: Path, seconds_ahead: float) -> None:
     async with anthropic_jobs(tmp_path, seconds_ahead=seconds_ahead) as (server, jobs):

@@ -6,6 +6,7 @@ own or without one.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -50,6 +51,7 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Line]:
     """
     numbers: dict[str, int] = {}
     for number, data in enumerate(lines, 1):
+        data = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
         if not data.strip():
             continue
         try:

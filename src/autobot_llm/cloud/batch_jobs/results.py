@@ -18,13 +18,13 @@ from pathlib import Path
 import msgspec
 
 from autobot_llm.cloud.batch_jobs.job import ItemError, ItemResult, Job, Part
-from autobot_llm.cloud.batch_jobs.service import BatchService
+from autobot_llm.cloud.batch_jobs.service import BatchService, Outcome
 from autobot_llm.cloud.batch_jobs.staging import position_of
 from autobot_llm.cloud.batch_jobs.store import JobStore, written_whole
 from autobot_llm.cloud.ledger import enter_once
 from autobot_llm.cloud.prices import Price
 from autobot_llm.cloud.pricing import PriceTable, cost_of
-from autobot_llm.errors import ConfigurationError
+from autobot_llm.errors import ConfigurationError, ProviderError
 
 _NOWHERE = -1
 _LINES_AT_ONCE = 256  # between which the event loop may do other work
@@ -78,7 +78,8 @@ class Results:
                     continue
                 file = files[index.parts[position]]
                 file.seek(offset)
-                outcome = await self._service.read(file.read(size))
+                outcome = await self._read(file.read(size))
+                assert outcome is not None, "the index has only lines with an id"
                 yield msgspec.structs.replace(outcome.result, custom_id=custom_id)
 
     async def _entered(self, part: Part, path: Path) -> Part:
@@ -89,12 +90,13 @@ class Results:
             for number, line in enumerate(filter(bytes.strip, file)):
                 if number % _LINES_AT_ONCE == 0:
                     await asyncio.sleep(0)
-                outcome = await self._service.read(line)
-                if outcome.custom_id in seen or position_of(part.job, outcome.custom_id) is None:
+                outcome = await self._read(line)
+                if outcome is None or outcome.custom_id in seen or position_of(part.job, outcome.custom_id) is None:
                     continue
                 seen.add(outcome.custom_id)
                 num_failed += outcome.result.error is not None
                 if outcome.usage is None:
+                    num_unpriced += outcome.is_unreadable
                     continue
                 model, price = self._price_of(outcome.model, part.model)
                 if price is None:
@@ -122,6 +124,17 @@ class Results:
             num_failed=num_failed + part.num_items - len(seen),
         )
 
+    async def _read(self, line: bytes) -> Outcome | None:
+        """What a line says; of one that makes no sense that it does not, and None where nobody can tell whose it is."""
+        try:
+            return await self._service.read(line)
+        except ProviderError as error:
+            if (custom_id := _id_in(line)) is None:
+                return None
+            reason = ItemError(code=error.code or "malformed_answer", message=error.message)
+            result = ItemResult(custom_id=custom_id, error=reason)
+            return Outcome(custom_id=custom_id, result=result, is_unreadable=True)
+
     def _price_of(self, *models: str | None) -> tuple[str, Price | None]:
         """The first of `models` that has a price, and the price."""
         for model in filter(None, models):
@@ -134,7 +147,8 @@ class Results:
         for part in job.parts:
             path = self._store.results_path(part)
             for offset, line in _lines(path) if path.exists() else ():
-                position = position_of(job.id, msgspec.json.decode(line, type=_Id).custom_id)
+                custom_id = _id_in(line)
+                position = None if custom_id is None else position_of(job.id, custom_id)
                 # Of several results for one request the first counts, as for the cost.
                 if position is None or position >= job.num_items or index.offsets[position] != _NOWHERE:
                     continue
@@ -149,6 +163,13 @@ class _Index:
         self.parts = array("q", [_NOWHERE]) * num_items
         self.offsets = array("q", [_NOWHERE]) * num_items
         self.sizes = array("q", [0]) * num_items
+
+
+def _id_in(line: bytes) -> str | None:
+    try:
+        return msgspec.json.decode(line, type=_Id).custom_id
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -38,12 +38,16 @@ class WireItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a part's results: whose it is, what it is, and what is to be paid for."""
+    """One line of a part's results: whose it is, what it is, and what is to be paid for.
+
+    `is_unreadable`: the provider has answered something, and nobody knows what, nor what it cost.
+    """
 
     custom_id: str
     result: ItemResult
     model: str | None = None
     usage: Usage | None = None
+    is_unreadable: bool = False
 
 
 class Undecided(Exception):
