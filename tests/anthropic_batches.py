@@ -88,7 +88,8 @@ class AnthropicBatchServer:
 
     def act(self, asked: Asked) -> Json | bytes:
         require(asked.headers.get("anthropic-version") in ("2023-06-01", "2026-10-21"), "anthropic-version")
-        if asked.headers.get("x-api-key") != KEY:
+        keys = {asked.headers.get("x-api-key"), asked.headers.get("authorization", "").removeprefix("Bearer ")}
+        if KEY not in keys:  # either way is Anthropic's
             raise Refused("authentication_error", "invalid x-api-key")
         url = urlsplit(asked.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
