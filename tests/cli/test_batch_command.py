@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from batch_faults import Hold
 from openai_batches import OpenAIBatchServer, openai_batches
 
 COMMAND = [sys.executable, "-c", "import sys; from autobot_llm.cli.main import main; sys.exit(main())", "batch"]
@@ -121,6 +122,17 @@ async def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(terminal:
     code, out, _ = await terminal.run("fetch", job, "--wait")
     assert code == 0 and json.loads(out)["custom_id"] == "a"
     assert len(terminal.server.batches) == 1
+
+
+async def test_ctrl_c_while_it_is_sent_says_how_to_go_on(terminal: Terminal) -> None:
+    terminal.write("a")
+    terminal.server.hold = hold = Hold(0, "before")
+    process = await terminal.start("submit", "in.jsonl", "--model", "openai/gpt-4o-mini")
+    await asyncio.wait_for(hold.is_reached.wait(), PATIENCE)
+    process.send_signal(signal.SIGINT)
+    _, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+    assert process.returncode == 130 and "Traceback" not in err.decode()
+    assert "is kept; to go on: autobot-llm batch submit --resume job-" in err.decode()
 
 
 async def test_a_cancelled_job_says_so(terminal: Terminal) -> None:

@@ -13,6 +13,7 @@ from batch_places import (
     GPT,
     all_of,
     chat,
+    contents,
     names_in,
     openai_jobs,
 )
@@ -20,6 +21,7 @@ from openai_batches import KEY, Refused
 
 from autobot_llm import BatchJobs
 from autobot_llm.cloud.batch_jobs import Job, Progress
+from autobot_llm.cloud.batch_jobs.store import JobStore
 from autobot_llm.cloud.ledger import FILE_NAME, read_spending
 from autobot_llm.errors import BudgetExceededError, InvalidRequestError, LLMError
 from autobot_llm.settings import Settings
@@ -100,6 +102,17 @@ async def test_a_file_is_fetched_whole_and_as_often_as_wanted(tmp_path: Path) ->
         await jobs.fetch(job.id, out)
         assert out.read_bytes() == first
         assert len(server.server.asked) == num_asked  # what was downloaded is kept
+
+
+async def test_results_that_were_removed_here_are_downloaded_again_and_paid_once(tmp_path: Path) -> None:
+    async with openai_jobs(tmp_path) as (server, jobs):
+        job = await jobs.submit([chat("a"), chat("b")], model=GPT, provider="openai")
+        server.run_all()
+        await jobs.fetch(job.id, tmp_path / "out.jsonl")
+        JobStore(tmp_path / "batches").results_path(job.parts[0]).unlink()
+        assert contents(await all_of(jobs, job)) == ["about a", "about b"]
+        (line,) = read_spending(tmp_path / FILE_NAME, "2000-01-01")
+        assert line.num_requests == 2
 
 
 async def test_progress_is_told_and_waiting_ends_with_the_job(tmp_path: Path) -> None:

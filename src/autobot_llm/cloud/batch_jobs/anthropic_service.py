@@ -18,7 +18,16 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from autobot_llm.cloud.batch_jobs.job import ItemError, ItemResult, Part
-from autobot_llm.cloud.batch_jobs.service import Kind, Limits, Outcome, Undecided, WireItem, Write
+from autobot_llm.cloud.batch_jobs.service import (
+    CALL_SECONDS,
+    Kind,
+    Limits,
+    Outcome,
+    Undecided,
+    WireItem,
+    Write,
+    upload_seconds,
+)
 from autobot_llm.cloud.retry import RateLimitHandler
 from autobot_llm.collect import collect
 from autobot_llm.dialects.anthropic import batches as wire
@@ -33,10 +42,9 @@ from autobot_llm.transport.pool import HttpAnswer, HttpPool, PoolLimits
 from autobot_llm.transport.upload import FileBody
 from autobot_llm.types import Event, Finish, LLMRequest
 
-UPLOAD_SECONDS = 3600.0
-CALL_SECONDS = 120.0
 MAX_RESULT_BYTES = 16 * 2**30
-CLOCK_MARGIN = 600.0  # seconds by which Anthropic's clock may differ from ours, where it does not tell its time
+SERVER_SECONDS = 600.0  # that Anthropic may take to create a batch which it has got
+CLOCK_MARGIN = 86_400.0  # seconds by which its clock may differ from ours, where it does not tell its time
 DATE_MARGIN = 30.0  # seconds, where it does: the header has whole seconds, and the answer was on its way
 _MOST_PAGES = 100
 _VERSION = "anthropic-version"
@@ -85,18 +93,21 @@ class AnthropicBatches:
     async def create(self, part: Part, path: Path) -> str:
         body = FileBody(path, wire.BEFORE, wire.AFTER)
         answer = await self._pool.request(
-            "POST", wire.BATCHES, body=body, headers=part.headers, timeout=UPLOAD_SECONDS, may_repeat=False
+            "POST",
+            wire.BATCHES,
+            body=body,
+            headers=part.headers,
+            timeout=upload_seconds(part.num_bytes),
+            may_repeat=False,
         )
         return read_answer(answer.body, wire.MessageBatch, self.name).id
 
     async def find(self, part: Part, since: float, known: Collection[str], owns: Callable[[str], bool]) -> str | None:
         undecided: list[str] = []
-        last = (part.intent_at or since) + UPLOAD_SECONDS + CLOCK_MARGIN
-        async with aclosing(self._listed(since)) as batches:
+        until = (part.intent_at or since) + upload_seconds(part.num_bytes) + SERVER_SECONDS
+        async with aclosing(self._listed(since, until)) as batches:
             async for batch in batches:
                 if batch.id in known or batch.request_counts.total != part.num_items:
-                    continue
-                if batch.created_at.timestamp() > last:
                     continue
                 if batch.processing_status != "ended":
                     undecided.append(batch.id)
@@ -191,17 +202,19 @@ class AnthropicBatches:
                 return owns(read_answer(line, wire.ResultLine, self.name).custom_id)
         return False
 
-    async def _listed(self, since: float) -> AsyncGenerator[wire.MessageBatch, None]:
-        """The batches that were created after `since`, the latest first. The answer's date tells Anthropic's clock."""
+    async def _listed(self, since: float, until: float) -> AsyncGenerator[wire.MessageBatch, None]:
+        """The batches that may have been created between two times of our clock, the latest first."""
         after: str | None = None
         for _ in range(_MOST_PAGES):
             answer = await self._answer(wire.batches_page(after))
             page = read_answer(answer.body, wire.Page, self.name)
-            first = since + _clock_difference(answer.headers.get("date", ""))
+            ahead, margin = _clock_difference(answer.headers.get("date", ""))
             for batch in page.data:
-                if batch.created_at.timestamp() < first:
+                created = batch.created_at.timestamp() - ahead
+                if created < since - margin:
                     return
-                yield batch
+                if created <= until + margin:
+                    yield batch
             if not page.has_more or not page.data or page.data[-1].id == after:
                 return
             after = page.data[-1].id
@@ -217,10 +230,10 @@ class AnthropicBatches:
         )
 
 
-def _clock_difference(date: str) -> float:
-    """What to add to a time of ours for a time that is surely not later by the clock that wrote the header `date`."""
+def _clock_difference(date: str) -> tuple[float, float]:
+    """By how many seconds the clock that wrote the header `date` is ahead of ours, and how far that may be wrong."""
     try:
         theirs = email.utils.parsedate_to_datetime(date).timestamp()
     except ValueError:
-        return -CLOCK_MARGIN
-    return theirs - time.time() - DATE_MARGIN
+        return 0.0, CLOCK_MARGIN
+    return theirs - time.time(), DATE_MARGIN

@@ -332,7 +332,7 @@ class BatchJobs:
                 param="job",
                 code="batch_not_ended",
             )
-        if any(part.fetched_at is None for part in found.parts):
+        if any(part.fetched_at is None or not self._store.results_path(part).exists() for part in found.parts):
             with self._store.lock(found.id):
                 for part in self._store.job(found.id).parts:
                     await self._results(found).bring(part)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from autobot_llm.cloud.batch_jobs.job import ItemError, ItemResult, Part
-from autobot_llm.cloud.batch_jobs.service import Kind, Limits, Outcome, WireItem, Write
+from autobot_llm.cloud.batch_jobs.service import CALL_SECONDS, Kind, Limits, Outcome, WireItem, Write, upload_seconds
 from autobot_llm.cloud.retry import RateLimitHandler
 from autobot_llm.dialects.bodies import encode, read_answer, read_object
 from autobot_llm.dialects.openai import batches as wire
@@ -24,8 +24,6 @@ from autobot_llm.transport.upload import FileBody
 from autobot_llm.types import LLMRequest
 
 LIMITS = Limits(max_requests=wire.MAX_REQUESTS, max_bytes=wire.MAX_BYTES)
-UPLOAD_SECONDS = 3600.0
-CALL_SECONDS = 120.0
 MAX_RESULT_BYTES = 16 * 2**30
 FILE_SECONDS = 600.0  # until an uploaded file is ready to be used
 NOTE = "autobot_job"  # the key of the metadata in which a batch carries the name of its part
@@ -78,7 +76,7 @@ class OpenAIBatches:
         before, after, kind = wire.upload_frame(f"{part.name}.jsonl")
         answer = await self._pool.request(
             "POST", wire.FILES, body=FileBody(path, before, after), headers={"content-type": kind},
-            timeout=UPLOAD_SECONDS, may_repeat=False,
+            timeout=upload_seconds(part.num_bytes), may_repeat=False,
         )  # fmt: skip
         return read_answer(answer.body, wire.FileObject, self.name).id
 

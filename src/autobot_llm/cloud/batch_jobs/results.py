@@ -47,11 +47,13 @@ class Results:
     async def bring(self, part: Part) -> Part:
         """Download what an ended part has come to and enter its cost; done once, however often it is interrupted.
 
+        Results that somebody has removed since are downloaded again, and cost nothing more.
+
         Raises the errors of `HttpPool.stream`.
         """
-        if part.fetched_at is not None:
-            return part
         path = self._store.results_path(part)
+        if part.fetched_at is not None and path.exists():
+            return part
         if not path.exists():
             try:
                 with written_whole(path, part.job) as write:

@@ -14,6 +14,15 @@ from autobot_llm.types import LLMRequest, Usage
 Write = Callable[[bytes], object]
 
 
+CALL_SECONDS = 120.0  # for an answer that needs no model
+_BYTES_PER_SECOND = 250_000  # of an upload, at the slowest
+
+
+def upload_seconds(num_bytes: int) -> float:
+    """How long sending `num_bytes`, and the answer to that, may take."""
+    return CALL_SECONDS + num_bytes / _BYTES_PER_SECOND
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What one batch holds at most. Embeddings count by their inputs."""
 

@@ -75,7 +75,8 @@ class JobStore:
     def new_folder(self, job: str) -> Path:
         """A folder for a job that is still to be added."""
         with self._usable():
-            self.folder(job).mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.folder(job).mkdir(mode=0o700)  # prompts are nobody else's business
         self._remove_orphans()
         return self.folder(job)
 
