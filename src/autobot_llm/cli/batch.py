@@ -224,6 +224,8 @@ def told(job: Job) -> list[str]:
               for part in job.parts]  # fmt: skip
     if job.state == "fetched":
         lines.append(f"  {job.spent:.4f} dollars spent, {job.saved:.4f} saved")
+        if len(job.costs) > 1:
+            lines += [f"    {model}: {spent:.4f}, {saved:.4f}" for model, (spent, saved) in job.costs.items()]
     elif job.reserved:
         lines.append(f"  at most {job.reserved:.4f} dollars, as far as lengths and max_tokens tell")
     if job.unpriced:

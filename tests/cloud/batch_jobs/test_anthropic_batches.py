@@ -107,7 +107,16 @@ async def test_a_result_that_makes_no_sense_harms_no_other(tmp_path: Path) -> No
         lines = {json.loads(line)["custom_id"]: line for line in server.results[batch_id].splitlines()}
         hologram = lines[f"{job.id}-1"].replace(b'"type": "text"', b'"type": "hologram"')
         foreign = lines[f"{job.id}-0"].replace(job.id.encode(), b"job-of-another")
-        kept = [lines[f"{job.id}-0"], hologram, b"no JSON", foreign, lines[f"{job.id}-3"], lines[f"{job.id}-3"]]
+        endless = lines[f"{job.id}-0"].replace(f"{job.id}-0".encode(), f"{job.id}-{'9' * 5000}".encode())
+        kept = [
+            lines[f"{job.id}-0"],
+            hologram,
+            b"no JSON",
+            foreign,
+            endless,
+            lines[f"{job.id}-3"],
+            lines[f"{job.id}-3"],
+        ]
         server.results[batch_id] = b"\n".join(kept)
         await jobs.wait(job.id, first_poll=FAST)
         a, b, c, d = await all_of(jobs, job)

@@ -65,6 +65,7 @@ async def test_what_a_job_costs_is_entered_once_at_half_the_price(tmp_path: Path
         assert done.spent == pytest.approx(full / 2)
         assert done.saved == pytest.approx(full / 2 + 4 * 8 * 0.075 / 1e6)
         assert done.reserved == 0
+        assert done.costs == {GPT: (done.spent, done.saved)}
         (line,) = read_spending(tmp_path / FILE_NAME, "2000-01-01")
         assert (line.model, line.num_requests, line.completion_tokens) == (GPT, 4, 20)
         assert (line.dollars_spent, line.dollars_saved) == (pytest.approx(done.spent), pytest.approx(done.saved))

@@ -22,7 +22,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     `intent_at` is when a step was begun whose outcome is not written down yet, and `begun_at` when it was tried first;
     where a process ended then, the provider has to be asked. `model` is empty where they are mixed. `status` is the
     provider's own word. `failure` says why it took none of the part, or why it gave the whole of it up. `is_withdrawn`:
-    cancelled before it was sent.
+    cancelled before it was sent. `costs` are dollars spent and saved, by model, once the results are fetched.
     """
 
     job: str
@@ -44,8 +44,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     result_files: tuple[str, ...] = ()
     failure: str = ""
     fetched_at: float | None = None
-    spent: float = 0.0
-    saved: float = 0.0
+    costs: dict[str, tuple[float, float]] = msgspec.field(default_factory=dict)
     num_unpriced: int = 0
 
     @property
@@ -109,17 +108,27 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return sum(part.num_items if part.state == "refused" else part.num_failed for part in self.parts)
 
     @property
+    def costs(self) -> dict[str, tuple[float, float]]:
+        """Dollars spent and saved, by model."""
+        sums: dict[str, tuple[float, float]] = {}
+        for part in self.parts:
+            for model, (spent, saved) in part.costs.items():
+                before = sums.get(model, (0.0, 0.0))
+                sums[model] = before[0] + spent, before[1] + saved
+        return sums
+
+    @property
     def spent(self) -> float:
-        return sum(part.spent for part in self.parts)
+        return sum(spent for spent, _ in self.costs.values())
 
     @property
     def saved(self) -> float:
-        return sum(part.saved for part in self.parts)
+        return sum(saved for _, saved in self.costs.values())
 
     def summary(self) -> dict[str, Any]:
         """The job as one JSON object."""
         fields = msgspec.to_builtins(self)
-        figures = ("state", "num_done", "num_failed", "spent", "saved")
+        figures = ("state", "num_done", "num_failed", "costs", "spent", "saved")
         fields |= {name: getattr(self, name) for name in figures}
         fields["parts"] = [msgspec.to_builtins(part) | {"state": part.state} for part in self.parts]
         return fields  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ CANCELLING = frozenset({"cancelling", "canceling"})
 _MOST_FAILED_POLLS = 30  # in a row, each with retries of its own
 
 OnProgress = Callable[[Progress], None]
-Requests = Path | Iterable[Mapping[str, Any]]
+Requests = str | Path | Iterable[Mapping[str, Any]]
 
 
 class BatchJobs:
@@ -112,14 +112,16 @@ class BatchJobs:
     ) -> Job:
         """Check all of `requests`, then send them, and return the job.
 
-        `requests` is a file with one JSON object on each line, or such objects: OpenAI's batch lines, or chat bodies
-        with or without a `custom_id`. `provider` defaults to the one that `model` begins with, else to that of the
-        settings; `model` is for requests that name none. The same requests are not sent again while their job is not
-        fetched, unless `again`: the job that they already are is returned, and what of it was not sent yet is.
+        `requests` is a file with one JSON object on each line, or such objects, which are asked for in a thread:
+        OpenAI's batch lines, or chat bodies with or without a `custom_id`. `provider` defaults to the one that `model`
+        begins with, else to that of the settings; `model` is for requests that name none. The same requests are not
+        sent again while their job is not fetched, unless `again`: the job that they already are is returned, and what
+        of it was not sent yet is.
 
         Raises InvalidRequestError with the line and the field before anything is sent, BudgetExceededError, and the
         errors of the provider: then the job is there and unfinished, and `resume` goes on with it.
         """
+        requests = Path(requests) if isinstance(requests, str) else requests
         name, model = self._chosen(provider, model)
         service = self._service(name)
         job, items = await self._staged(requests, service, model, on_progress)
@@ -366,8 +368,8 @@ def _is_same(known: Job, job: Job) -> bool:
 
 
 def _bytes_of(requests: Requests) -> Iterator[bytes]:
-    if isinstance(requests, Path):
-        with requests.open("rb") as file:
+    if isinstance(requests, str | Path):
+        with Path(requests).open("rb") as file:
             yield from file
         return
     yield from map(msgspec.json.encode, requests)

@@ -119,8 +119,7 @@ class Results:
         return self._store.update_part(
             part,
             fetched_at=now,
-            spent=sum(row[4] for row in sums.values()),
-            saved=sum(row[5] for row in sums.values()),
+            costs={model: (row[4], row[5]) for model, row in sums.items()},
             num_unpriced=num_unpriced,
             num_done=len(seen),
             num_failed=num_failed + part.num_items - len(seen),

@@ -17,6 +17,7 @@ from autobot_llm.cloud.pricing import PriceTable, cost_of
 from autobot_llm.errors import InvalidRequestError, RequestTooLarge
 from autobot_llm.types import Usage
 
+_MOST_DIGITS = 12
 _FRAME_BYTES = 1024  # for what goes around the requests
 
 
@@ -66,7 +67,8 @@ def wire_id(job: str, position: int) -> str:
 def position_of(job: str, custom_id: str) -> int | None:
     """The position that `wire_id` was given; None for an id that is none of the job's."""
     rest = custom_id.removeprefix(f"{job}-")
-    return int(rest) if rest != custom_id and rest.isdecimal() else None
+    is_position = rest != custom_id and rest.isascii() and rest.isdecimal() and len(rest) <= _MOST_DIGITS
+    return int(rest) if is_position else None
 
 
 def stage(

@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE TABLE IF NOT EXISTS parts (
     job TEXT, number INTEGER, url TEXT, model TEXT, headers TEXT, num_items INTEGER, num_bytes INTEGER,
     begun_at REAL, intent_at REAL, file_id TEXT, batch_id TEXT, has_ended INTEGER, is_withdrawn INTEGER, status TEXT,
-    num_done INTEGER, num_failed INTEGER, result_files TEXT, failure TEXT, fetched_at REAL, spent REAL, saved REAL,
+    num_done INTEGER, num_failed INTEGER, result_files TEXT, failure TEXT, fetched_at REAL, costs TEXT,
     num_unpriced INTEGER,
     PRIMARY KEY (job, number)
 );
@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS items (
 """
 _JOB_COLUMNS = tuple(name for name in Job.__struct_fields__ if name != "parts")
 _PART_COLUMNS = Part.__struct_fields__
-_AS_JSON = ("headers", "result_files", "unpriced")
+_AS_JSON = ("headers", "result_files", "unpriced", "costs")
 
 
 class JobBusy(LLMError):
