@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -43,6 +43,9 @@ CREATE TABLE IF NOT EXISTS items (
 _JOB_COLUMNS = tuple(name for name in Job.__struct_fields__ if name != "parts")
 _PART_COLUMNS = Part.__struct_fields__
 _AS_JSON = ("headers", "result_files", "unpriced", "costs")
+
+
+KindT = TypeVar("KindT", Job, Part)
 
 
 class JobBusy(LLMError):
@@ -220,17 +223,13 @@ def _jobs(file: sqlite3.Connection) -> list[Job]:
     rows = file.execute(f"SELECT {', '.join(_JOB_COLUMNS)} FROM jobs ORDER BY created DESC").fetchall()
     parts = file.execute(f"SELECT {', '.join(_PART_COLUMNS)} FROM parts ORDER BY job, number").fetchall()
     by_job: dict[str, list[Part]] = {}
-    for part in (Part(**_fields(_PART_COLUMNS, row)) for row in parts):
+    for part in (_read(Part, _PART_COLUMNS, row) for row in parts):
         by_job.setdefault(part.job, []).append(part)
-    return [Job(**_fields(_JOB_COLUMNS, row), parts=tuple(by_job.get(row[0], ()))) for row in rows]
+    jobs = (_read(Job, _JOB_COLUMNS, row) for row in rows)
+    return [msgspec.structs.replace(job, parts=tuple(by_job.get(job.id, ()))) for job in jobs]
 
 
-def _fields(columns: tuple[str, ...], row: tuple[Any, ...]) -> dict[str, Any]:
+def _read(kind: type[KindT], columns: tuple[str, ...], row: tuple[Any, ...]) -> KindT:
     fields = dict(zip(columns, row, strict=True))
-    for name, value in fields.items():
-        if name in _AS_JSON:
-            decoded = msgspec.json.decode(value)
-            fields[name] = tuple(decoded) if isinstance(decoded, list) else decoded
-        elif name.startswith(("is_", "has_")):
-            fields[name] = bool(value)
-    return fields
+    fields |= {name: msgspec.json.decode(fields[name]) for name in columns if name in _AS_JSON}
+    return msgspec.convert(fields, kind, strict=False)  # SQLite has 0 and 1 for false and true
