@@ -89,6 +89,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cloud_max_batch_size": ("3", 3, "0"),
     "cloud_retry_max_attempts": ("0", 0, "-1"),
     "cloud_max_queued_requests": ("5", 5, "-1"),
+    "batch_dir": ("/tmp/batches", Path("/tmp/batches"), "~nobody-of-this-name/x"),
     "cloud_prices": ("/tmp/prices.json", Path("/tmp/prices.json"), "~nobody-of-this-name/x"),
     "fallbacks": ("a > b, *>c/d", ("a > b", "*>c/d"), "a >"),
     "cloud_budget_per_day": ("1.5", 1.5, "0"),

@@ -59,6 +59,7 @@ from autobot_llm.types import (
 )
 
 if TYPE_CHECKING:
+    from autobot_llm.cloud.batch_jobs import BatchJobs as BatchJobs
     from autobot_llm.providers.native import CACHED_PREFIXES as CACHED_PREFIXES
     from autobot_llm.providers.native import MEDUSA_CHECKPOINTS as MEDUSA_CHECKPOINTS
     from autobot_llm.providers.native import BatchingConfig as BatchingConfig
@@ -139,6 +140,10 @@ _OF_COMPRESSION = frozenset({"COMPRESSED_SYSTEM_PROMPTS", "CompressionResult", "
 
 
 def __getattr__(name: str) -> Any:
+    if name == "BatchJobs":  # sqlite and the rest are for those who have such jobs
+        from autobot_llm.cloud.batch_jobs import BatchJobs
+
+        return BatchJobs
     if name in _OF_COMPRESSION:
         from autobot_llm.universal import compression
 

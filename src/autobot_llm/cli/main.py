@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from autobot_llm import __version__
+from autobot_llm.cli.batch import batch
 from autobot_llm.cli.cache import cache
 from autobot_llm.cli.chat import chat
 from autobot_llm.cli.compress import compress
@@ -43,6 +44,7 @@ Examples:
   autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
   autobot-llm cost                             what was spent, by day and model
   autobot-llm train medusa --help              heads that make a model's answers faster
+  autobot-llm batch submit requests.jsonl      many requests as one job, at half the price
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -51,7 +53,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, train):
+for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, batch, train):
     cli.add_command(command)
 
 

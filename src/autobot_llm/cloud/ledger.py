@@ -10,17 +10,19 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 
+from autobot_llm.cloud.durable import open_durable
 from autobot_llm.types import Usage
 
 logger = logging.getLogger("autobot_llm.cloud")
 
 FILE_NAME = "spending.sqlite"
+PATIENCE = 10.0  # seconds for others who write to the file, where nothing may be lost
 WRITE_SECONDS = 0.25  # that sums are gathered before they are written
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spending (
@@ -38,6 +40,7 @@ ON CONFLICT DO UPDATE SET
     completion_tokens = completion_tokens + excluded.completion_tokens,
     dollars_spent = dollars_spent + excluded.dollars_spent, dollars_saved = dollars_saved + excluded.dollars_saved
 """
+_ONCE = "CREATE TABLE IF NOT EXISTS entered_once (name TEXT PRIMARY KEY) WITHOUT ROWID"
 
 
 class Spending(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +166,20 @@ def _stored(path: Path, patience: float, pending: dict[Key, list[float]], month:
             "SELECT day, SUM(dollars_spent) FROM spending WHERE day >= ? GROUP BY day", (f"{month}-01",)
         )
         return dict(rows.fetchall())
+
+
+def enter_once(path: Path, name: str, day: str, provider: str, sums: Mapping[str, Sequence[float]]) -> None:
+    """Enter what a piece of work cost, all of it or nothing, and once however often it is called with this `name`.
+
+    `sums` has for each model the number of requests, prompt, cached and completion tokens, and dollars spent and saved.
+    It is on the disk when the call returns. Raises sqlite3.Error and OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(open_durable(path, PATIENCE)) as file, file:
+        file.execute(_SCHEMA)
+        file.execute(_ONCE)
+        if file.execute("INSERT OR IGNORE INTO entered_once VALUES (?)", (name,)).rowcount:
+            file.executemany(_ADD, [(day, provider, model, "", *figures) for model, figures in sums.items()])
 
 
 def read_spending(path: Path, since: str) -> list[Spending]:

@@ -322,6 +322,13 @@ ABOUT: dict[str, About] = {
         PAID,
         now=True,
     ),
+    "batch_dir": About(
+        "Folder of what is known of batch jobs, which nothing can make again; unset is `batches` under "
+        "AUTOBOT_CACHE_DIR.",
+        "cloud/batch_jobs",
+        PAID,
+        now=True,
+    ),
     "cloud_budget_per_day": About(
         "US dollars that a day (UTC) may cost; a request that could cost more than is left is refused with status 402.",
         "cloud/costed",

@@ -150,6 +150,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cloud_max_queued_requests: WholeNumber = 1000
     fallbacks: tuple[Fallback, ...] = ()
     cloud_prices: Path | None = None
+    batch_dir: Path | None = None
     cloud_budget_per_day: Dollars | None = None
     cloud_budget_per_month: Dollars | None = None
 

@@ -102,8 +102,8 @@ def _read(info: inspect.Type, text: str) -> object:
 def _read_path(text: str) -> object:
     try:
         return Path(text).expanduser()
-    except RuntimeError:
-        return _NOT_A_VALUE  # "~somebody" who is not a user here
+    except (RuntimeError, ValueError):
+        return _NOT_A_VALUE  # "~somebody" who is not a user here; a null byte in such a name
 
 
 def _read_number(text: str) -> object:

@@ -7,7 +7,7 @@ answer that only the end of the connection delimits. Specification: RFC 9112.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import cast
 
 import httptools
@@ -53,6 +53,7 @@ class Connection(asyncio.Protocol):
         self._failure: Exception | None = None
         self._transport: asyncio.Transport | None = None
         self._is_idle = True
+        self._is_full = False  # what was written waits for the server to take it
         self._begin()
         self.is_lost = False
         self.num_exchanges = 0
@@ -65,6 +66,7 @@ class Connection(asyncio.Protocol):
         self._has_head = False
         self._is_complete = False
         self._keeps_open = False
+        self._was_cut = False
         self._is_paused = False
         self._parts: list[bytes] = []
         self._num_waiting = 0
@@ -81,6 +83,27 @@ class Connection(asyncio.Protocol):
         self.num_exchanges += 1
         self.set_patience(patience)
         transport.write(request)
+
+    async def send_rest(self, pieces: AsyncIterator[bytes], patience: float | None) -> None:
+        """Write more of the request, no faster than the server takes it; `patience` bounds each wait for that.
+
+        Given up once the server answers, for it has then seen enough. Raises BrokenConnection and Silence.
+        """
+        async for piece in pieces:
+            if self._failure is not None:
+                raise self._failure
+            if self._has_head:
+                self._was_cut = True  # what it expects next is the rest of the body
+                return
+            assert self._transport is not None, "written after `send`"
+            self._transport.write(piece)
+            try:
+                async with asyncio.timeout(patience):
+                    while self._is_full and self._failure is None and not self._has_head:
+                        await self._wait()
+            except TimeoutError as exc:
+                raise Silence(patience or 0.0) from exc
+        self.set_patience(patience)
 
     def set_patience(self, seconds: float | None) -> None:
         """How long the server may be silent, counted from the last time that it was not, or from now."""
@@ -129,7 +152,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether the last exchange is complete and the server keeps the connection open."""
-        return self._is_idle and self._keeps_open and self._failure is None
+        return self._is_idle and self._keeps_open and self._failure is None and not self._was_cut
 
     def close(self) -> None:
         """Close at once. What the server still sends meets a closed connection, which tells it to stop."""
@@ -172,6 +195,13 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # a socket's: it reads and writes
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        self._wake()
 
     def data_received(self, data: bytes) -> None:
         if self._is_idle:  # words nobody asked for: whatever they are, they answer no request of ours

@@ -20,6 +20,7 @@ from autobot_llm.errors import ConfigurationError, ProviderError, ProviderTimeou
 from autobot_llm.transport.failures import error_from
 from autobot_llm.transport.http1 import Connection
 from autobot_llm.transport.stream import DEFAULT_TIMEOUTS, HttpStream, Timeouts
+from autobot_llm.transport.upload import FileBody
 
 __all__ = ["HttpAnswer", "HttpPool", "HttpStream", "PoolLimits", "Timeouts"]
 
@@ -100,8 +101,9 @@ class HttpPool:
         method: str,
         path: str,
         *,
-        body: bytes | None = None,
+        body: bytes | FileBody | None = None,
         headers: Mapping[str, str] | None = None,
+        may_repeat: bool = True,
         timeout: float | None = 30.0,  # noqa: ASYNC109  # it bounds the whole exchange, retry included
     ) -> HttpAnswer:
         """The whole answer, within `timeout` seconds (None: no limit) and the size that the pool allows.
@@ -112,7 +114,9 @@ class HttpPool:
         patience = Timeouts(first_token=timeout, read=timeout)
         try:
             async with asyncio.timeout(timeout):
-                async with self.stream(method, path, body=body, headers=headers, timeouts=patience) as answer:
+                async with self.stream(
+                    method, path, body=body, headers=headers, timeouts=patience, may_repeat=may_repeat
+                ) as answer:
                     data = await answer.body(self.limits.max_body_bytes)
                     return HttpAnswer(answer.status, answer.headers, data)
         except TimeoutError as exc:
@@ -123,7 +127,7 @@ class HttpPool:
         method: str,
         path: str,
         *,
-        body: bytes | None = None,
+        body: bytes | FileBody | None = None,
         headers: Mapping[str, str] | None = None,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
         may_repeat: bool = True,
@@ -141,11 +145,14 @@ class HttpPool:
         parts = [f"{method} {target} HTTP/1.1\r\n".encode("ascii"), self._head]
         if headers:
             parts.append(_header_lines(headers))
-        if body is not None:
+        upload = body if isinstance(body, FileBody) else None
+        if upload is not None:
+            parts.append(b"content-length: %d\r\n\r\n" % upload.num_bytes)
+        elif isinstance(body, bytes):
             parts += [b"content-length: %d\r\n\r\n" % len(body), body]
         else:
             parts.append(b"\r\n")
-        return HttpStream(self, b"".join(parts), timeouts, may_repeat=may_repeat)
+        return HttpStream(self, b"".join(parts), timeouts, may_repeat=may_repeat, upload=upload)
 
     async def close(self) -> None:
         """Close every connection; answers under way end with an error. May be called again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from autobot_llm.errors import ProviderError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.transport.content import BadContent, Inflater, inflater_for
 from autobot_llm.transport.http1 import BrokenConnection, Connection, Silence
+from autobot_llm.transport.upload import FileBody
 
 if TYPE_CHECKING:
     from autobot_llm.transport.pool import HttpPool
@@ -49,18 +51,22 @@ class HttpStream:
         "_pool",
         "_request",
         "_timeouts",
+        "_upload",
         "headers",
         "is_reused",
         "status",
     )
 
-    def __init__(self, pool: HttpPool, request: bytes, timeouts: Timeouts, *, may_repeat: bool) -> None:
+    def __init__(
+        self, pool: HttpPool, request: bytes, timeouts: Timeouts, *, may_repeat: bool, upload: FileBody | None = None
+    ) -> None:
         self._pool = pool
         self._request = request
         self._timeouts = timeouts
         self._connection: Connection | None = None
         self._is_first = True
         self._may_repeat = may_repeat
+        self._upload = upload
         self._inflater: Inflater | None = None
         self._inflated: Iterator[bytes] | None = None
         self._num_bytes = 0
@@ -75,7 +81,12 @@ class HttpStream:
             connection = await pool.acquire(timeouts, fresh=fresh)
             self.is_reused = connection.num_exchanges > 0
             try:
-                connection.send(self._request, timeouts.first_token)
+                if self._upload is None:
+                    connection.send(self._request, timeouts.first_token)
+                else:
+                    connection.send(self._request, None)
+                    async with aclosing(self._upload.pieces()) as pieces:
+                        await connection.send_rest(pieces, timeouts.first_token)
                 await connection.head()
                 break
             except BrokenConnection as exc:

@@ -39,7 +39,8 @@ _NOT_IN_THE_SCOPE = frozenset(
         "shutdown_grace", "log_level", "cpu_threads", "max_queued_requests", "workload", "max_num_seqs",
         "max_num_batched_tokens", "max_waiting_time_ms", "scheduling_policy", "preemption", "swap_memory",
         "kv_cache_memory", "gpu_memory_utilization", "prefix_caching", "cached_prefixes", "warm_prefixes",
-        "cuda_graphs", "cache_dir", "cloud_connection_pool_size", "cloud_batch_window_ms", "cloud_max_batch_size",
+        "cuda_graphs", "cache_dir", "batch_dir", "cloud_connection_pool_size", "cloud_batch_window_ms",
+        "cloud_max_batch_size",
         "cloud_retry_max_attempts", "cloud_budget_per_day", "cloud_budget_per_month", "cache_enabled", "cache_l1_size",
         "cache_l2_ttl", "redis_url", "semantic_cache_threshold",
     }
