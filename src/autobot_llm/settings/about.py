@@ -317,8 +317,8 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "cloud_batch_completions": About(
-        "Let completions of plain prompts that are not streamed wait AUTOBOT_CLOUD_BATCH_WINDOW_MS for others like them, "
-        "to go in one call (OpenAI's, vLLM's and compatible servers). Chats never wait.",
+        "Let completions of plain prompts that are not streamed wait AUTOBOT_CLOUD_BATCH_WINDOW_MS for others like "
+        "them, to go in one call (OpenAI's, vLLM's and compatible servers). Chats never wait.",
         "cloud/batched_completions",
         OVER_HTTP,
         now=True,
@@ -373,8 +373,8 @@ ABOUT: dict[str, About] = {
         "Seconds that an answer is kept, in memory and in the shared store.", "universal/response_cache", now=True
     ),
     "redis_url": About(
-        "Redis for what workers and hosts share: kept answers (unset: a file under AUTOBOT_CACHE_DIR), rate limits (unset: "
-        "each worker's own) and budgets (unset: those of one user on one machine).",
+        "Redis for what workers and hosts share: kept answers (unset: a file under AUTOBOT_CACHE_DIR), rate limits "
+        "(unset: each worker's own) and budgets (unset: those of one user on one machine).",
         "universal/response_cache",
         now=True,
         secret=True,

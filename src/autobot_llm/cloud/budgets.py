@@ -1,0 +1,179 @@
+"""Keep within what a day and a month may cost, by answers and by those under way; with other workers through a Redis.
+
+Knows dollars and the account; knows nothing of requests or prices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+
+from autobot_llm.cloud.guarded_redis import GuardedRedis
+from autobot_llm.cloud.ledger import Ledger
+from autobot_llm.cloud.spending_script import (
+    HOLD_SECONDS,
+    SCRIPT,
+    Position,
+    Standing,
+    arguments,
+    keys,
+    read_standing,
+)
+from autobot_llm.errors import BudgetExceededError
+
+GATHER_SECONDS = 0.3  # a little more than the account takes to write
+MOST_ASKED = 128  # reservations of one question
+
+
+class Budgets:
+    """What may be spent in a day and in a month (US dollars; None: any sum).
+
+    A request's estimate is set aside before it is sent and given back when its cost is known: what was spent and what
+    is set aside never exceed a budget together, over all workers that share `redis`. While that cannot be used, the
+    budgets are kept by what this host has spent and what others had when they were last heard of; afterwards all of it
+    is made up for. Belongs to one event loop between `start` and `close`.
+    """
+
+    def __init__(
+        self, ledger: Ledger, per_day: float | None, per_month: float | None, redis: GuardedRedis | None = None
+    ) -> None:
+        self._ledger = ledger
+        self._per_day = per_day
+        self._per_month = per_month
+        self._reserved = 0.0
+        self._redis = redis
+        self._worker = secrets.token_hex(8)
+        self._elsewhere: dict[str, float] = {}  # dollars that other hosts had spent, by day and by month
+        self._held_elsewhere = 0.0
+        self._waiting: list[tuple[float, asyncio.Future[str]]] = []
+        self._asking: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._has_news = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()  # a question that is overtaken would take the later one's sums back
+
+    @property
+    def are_set(self) -> bool:
+        return self._per_day is not None or self._per_month is not None
+
+    async def start(self) -> None:
+        if self._redis is not None and self._telling is None:
+            await self._redis.start()
+            await self._ask([])
+            self._telling = asyncio.create_task(self._keep_telling())
+
+    async def close(self) -> None:
+        """Tell the last figures, if that is quickly done. To be called when the ledger has been closed."""
+        if self._redis is None:
+            return
+        for task in (self._telling, self._asking):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait((task,))
+        self._telling = None
+        await self._ask([])
+        await self._redis.close()
+
+    async def reserve(self, dollars: float) -> None:
+        """Set `dollars` aside for a request, until `release`. Raises BudgetExceededError where that is too much."""
+        self._check(dollars)
+        self._reserved += dollars
+        if self._redis is None or not self._redis.is_usable:
+            return
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        waiter = (dollars, answer)
+        self._waiting.append(waiter)
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask_for_all())
+        try:
+            said = await answer
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            self.release(dollars)
+            raise
+        if said in ("day", "month"):
+            self.release(dollars)
+            raise self._refusal(dollars, said)
+
+    def release(self, dollars: float) -> None:
+        self._reserved -= dollars
+        self._has_news.set()
+
+    def _check(self, dollars: float) -> None:
+        for period, budget in (("day", self._per_day), ("month", self._per_month)):
+            if budget is not None:
+                spent = self._spent(period)
+                if spent >= budget or spent + self._reserved + dollars > budget:
+                    raise self._refusal(dollars, period)
+
+    def _spent(self, period: str) -> float:
+        ledger, day = self._ledger, self._ledger.today()
+        if period == "day":
+            return ledger.spent_today() + self._elsewhere.get(day, 0.0)
+        return ledger.spent_this_month() + self._elsewhere.get(day[:7], 0.0)
+
+    def _refusal(self, dollars: float, period: str) -> BudgetExceededError:
+        budget = self._per_day if period == "day" else self._per_month
+        set_aside = self._reserved + self._held_elsewhere
+        under_way = f" and {set_aside:.4f} are set aside for requests under way" if set_aside > 1e-9 else ""
+        return BudgetExceededError(
+            f"the budget of {budget:g} dollars per {period} (AUTOBOT_CLOUD_BUDGET_PER_{period.upper()}) does not "
+            f"allow the request, which may cost {dollars:.4f}: {self._spent(period):.4f} are spent{under_way}",
+            retry_after=self._ledger.seconds_left(of_month=period == "month"),
+        )
+
+    async def _ask_for_all(self) -> None:
+        """Ask until nobody waits; what is not answered is allowed, as it passed the check here."""
+        try:
+            while self._waiting:
+                asked, self._waiting = self._waiting[:MOST_ASKED], self._waiting[MOST_ASKED:]
+                answers: tuple[str, ...] = ()
+                try:
+                    standing = await self._ask([dollars for dollars, _ in asked])
+                    answers = standing.answers if standing is not None else ()
+                finally:
+                    for place, (_, answer) in enumerate(asked):
+                        if not answer.done():
+                            answer.set_result(answers[place] if place < len(answers) else "yes")
+        finally:
+            self._asking = None
+
+    async def _ask(self, wanted: list[float]) -> Standing | None:
+        """Tell the Redis what there is to tell, and ask for `wanted`, which `_reserved` has in it already."""
+        if self._redis is None:
+            return None
+        async with self._one_at_a_time:
+            ledger, day = self._ledger, self._ledger.today()
+            asked_for = sum(wanted) + sum(dollars for dollars, _ in self._waiting)
+            position = Position(
+                day=day,
+                spent_day=ledger.written(day),
+                spent_month=ledger.written(day[:7]),
+                held=max(0.0, self._reserved - asked_for) + ledger.unwritten(),
+            )
+            args = arguments(self._worker, ledger.account, position, (self._per_day, self._per_month), wanted)
+            reply = await self._redis.run(SCRIPT, keys(day), args)
+        if reply is None:
+            self._has_news.set()
+            return None
+        standing = read_standing(reply)
+        self._elsewhere = {
+            day: max(0.0, standing.spent_day - position.spent_day),
+            day[:7]: max(0.0, standing.spent_month - position.spent_month),
+        }
+        self._held_elsewhere = standing.held_elsewhere
+        return standing
+
+    async def _keep_telling(self) -> None:
+        """What was spent, soon after; and that this worker is alive, while it has anything set aside."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HOLD_SECONDS / 4):
+                    await self._has_news.wait()
+            await asyncio.sleep(GATHER_SECONDS)
+            if self._asking is None:  # a question tells it, too
+                self._has_news.clear()
+                await self._ask([])
+                if self._ledger.unwritten() > 0:  # once it is in the file, it is spent and no longer set aside
+                    self._has_news.set()
