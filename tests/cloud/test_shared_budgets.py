@@ -54,9 +54,7 @@ async def test_two_hosts_cannot_spend_the_budget_twice(is_shared: bool, tmp_path
         } | ({"redis_url": redis.url} if is_shared else {})  # fmt: skip
         request = {"model": "gpt-4o", "max_tokens": 50}
         workers = [
-            Worker(
-                settings=settings | {"cache_dir": str(tmp_path / name)}, num_requests=80, at_once=2, request=request
-            )
+            Worker(settings=settings | {"cache_dir": str(tmp_path / name)}, num_requests=80, at_once=2, request=request)
             for name in "ab"
         ]
         results = [await worker.result() for worker in workers]

@@ -10,6 +10,7 @@ import msgspec
 
 from autobot_llm.cloud.budgets import Budgets
 from autobot_llm.cloud.guarded_redis import GuardedRedis
+from autobot_llm.cloud.hedged import NAME as HEDGING
 from autobot_llm.cloud.ledger import FILE_NAME, Ledger
 from autobot_llm.cloud.prices import Price
 from autobot_llm.cloud.pricing import Cost, PriceTable, cost_of, load_prices
@@ -171,12 +172,13 @@ class Costed:
 
     def _entered(self, finish: Finish, price: Price, model: str, tenant: str) -> Finish:
         cost = self._account.enter(price, model, tenant, finish.usage)
+        spent, reason = cost.spent, f"{self._account.provider}/{model} at its price of {price.dated}"
+        if any(line.name == HEDGING and line.applied for line in finish.optimizations):
+            unused = Usage(prompt_tokens=finish.usage.prompt_tokens, completion_tokens=0)
+            spent += self._account.enter(price, model, tenant, unused).spent
+            reason += "; with the prompt of the call that was given up, which is an estimate"
         outcome = OptimizationOutcome(
-            name=NAME,
-            applied=True,
-            reason=f"{self._account.provider}/{model} at its price of {price.dated}",
-            dollars_spent=cost.spent,
-            dollars_saved=cost.saved or None,
+            name=NAME, applied=True, reason=reason, dollars_spent=spent, dollars_saved=cost.saved or None
         )
         return msgspec.structs.replace(finish, optimizations=(*finish.optimizations, outcome))
 

@@ -79,13 +79,16 @@ class RateLimited:
         teller: object = provider
         self._teller = teller if isinstance(teller, TellsRateLimits) else None
 
-    async def stream(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
-        """The answer, once there is a place for it. Raises OverloadedError where that would take too long."""
+    async def stream(self, request: LLMRequest, *, may_wait: bool = True) -> AsyncGenerator[Event, None]:
+        """The answer, once there is a place for it. Raises OverloadedError where that would take too long, and where
+        it would take any time unless it `may_wait`.
+        """
         limiter = self.limiters.get(request.model)
         outcome, num_reserved = _NO_LIMITS, 0.0
         if limiter is not None:
             num_reserved = estimated_tokens(request) if limiter.counts_tokens else 0.0
-            waited = await self.place(limiter, request.tenant, num_reserved, request.timeout)
+            timeout = request.timeout if may_wait else 0.0
+            waited = await self.place(limiter, request.tenant, num_reserved, timeout)
             outcome = _NO_WAIT if not waited else _waited(waited)
         is_first = True
         try:
@@ -102,6 +105,11 @@ class RateLimited:
         except OverloadedError as error:
             self.pause(request.model, error)
             raise
+
+    def makes_wait(self, model: str | None) -> bool:
+        """Whether one more call of `model` would have to wait for its place now."""
+        limiter = self.limiters.get(model)
+        return limiter is not None and limiter.makes_wait
 
     def metrics(self) -> dict[str, float]:
         return {

@@ -196,6 +196,11 @@ class RateLimiter:
     def num_queued(self) -> int:
         return len(self._queue)
 
+    @property
+    def makes_wait(self) -> bool:
+        """Whether one more call would have to wait, by what is known here."""
+        return self.num_queued > 0 or self._wait(0.0, clock()) > 0
+
     def observe(self, told: RateLimits) -> None:
         """Learn from an answer."""
         self._learn(self._buckets(), self._fitted(told))
