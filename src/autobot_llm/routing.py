@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from autobot_llm.cloud.batched_embeddings import BatchingLink
+from autobot_llm.cloud.batching import BatchingLink
 from autobot_llm.cloud.costed import CostLink
 from autobot_llm.cloud.hedged import hedging
 from autobot_llm.cloud.rate_limited import RateLimitLink

@@ -43,7 +43,7 @@ class SlowTail:
         headers = {}
         if self.is_limited:
             headers = {"x_ratelimit_limit_requests": "1000", "x_ratelimit_remaining_requests": "0",
-                       "x_ratelimit_reset_requests": "10s"}  # fmt: skip
+                       "x_ratelimit_reset_requests": "1000s"}  # fmt: skip
         if number % self._every == 0:
             gone = asyncio.create_task(wire.until_gone())
             await asyncio.wait((gone,), timeout=SLOW)

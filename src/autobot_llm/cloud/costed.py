@@ -144,7 +144,9 @@ class Costed:
         account = self._account
         reserved = 0.0
         if account.budgets.are_set:
-            reserved = await account.reserve(request.model, _estimated(request, (request.max_tokens or 0) * request.n))
+            reserved = await account.reserve(
+                request.model, _estimated(request, (request.max_tokens or 0) * request.num_choices)
+            )
         model = ""
         price: Price | None = None
         num_characters = 0

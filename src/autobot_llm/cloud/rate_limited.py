@@ -16,7 +16,7 @@ from autobot_llm.errors import OverloadedError
 from autobot_llm.providers.base import Embedder, Link, Provider, Streamer, TellsRateLimits
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest, MergedRequest
 
 NAME = "rate_limit_handling"
 CHARACTERS_PER_TOKEN = 4
@@ -163,11 +163,14 @@ def _waited(seconds: float) -> OptimizationOutcome:
 
 def estimated_tokens(request: LLMRequest) -> float:
     """About how many tokens the request takes, by its length and by the most that it lets be generated."""
-    return estimated_prompt_tokens(request) + (request.max_tokens or 0) * request.n
+    return estimated_prompt_tokens(request) + (request.max_tokens or 0) * request.num_choices
 
 
 def estimated_prompt_tokens(request: LLMRequest) -> float:
     """About how many tokens the prompt has, by the length of its text."""
+    if isinstance(request, MergedRequest):
+        lengths = (len(one) / CHARACTERS_PER_TOKEN if isinstance(one, str) else len(one) for one in request.prompts)
+        return float(sum(lengths))
     prompt = request.prompt
     if prompt is None:
         length = sum(map(_length, (message.content for message in request.messages or ())))

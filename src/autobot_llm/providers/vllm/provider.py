@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Literal
 
 from autobot_llm.errors import (
     ConfigurationError,
@@ -52,6 +53,7 @@ class VllmProvider:
     """
 
     name = "vllm"
+    takes_prompt_lists: Literal[True] = True
 
     def __init__(self, settings: Settings, *, watch_seconds: float = WATCH_SECONDS) -> None:
         self._addresses = settings.vllm_endpoints
