@@ -44,11 +44,11 @@ def complete(body: Json) -> Json | list[Json]:
 @contextlib.asynccontextmanager
 async def in_front_of(**more: Any) -> AsyncIterator[tuple[LLMInterface, Upstream]]:
     async with openai_upstream(complete) as upstream:
-        settings = Settings(
-            provider="openai", openai_api_key="sk-key", default_model="gpt-4o",
-            **{"openai_endpoint": upstream.url, "cloud_batch_completions": True, "cache_enabled": False, "cloud_retry_max_attempts": 0, **more},
-        )  # fmt: skip
-        async with LLMInterface(settings) as llm:
+        given = {
+            "openai_endpoint": upstream.url, "openai_api_key": "sk-key", "default_model": "gpt-4o",
+            "cloud_batch_completions": True, "cache_enabled": False, "cloud_retry_max_attempts": 0,
+        }  # fmt: skip
+        async with LLMInterface(Settings(provider="openai", **(given | more))) as llm:
             yield llm, upstream
 
 
