@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +19,7 @@ from universal.real_redis import RealRedis, needs_redis, real_redis
 from autobot_llm.cloud.budgets import Budgets
 from autobot_llm.cloud.guarded_redis import GuardedRedis
 from autobot_llm.cloud.ledger import FILE_NAME, Ledger, read_spending
+from autobot_llm.cloud.shared_spending import FileSpending, RedisSpending, SharedSpending
 from autobot_llm.errors import BudgetExceededError
 from autobot_llm.types import Usage
 
@@ -24,9 +28,12 @@ USAGE = Usage(prompt_tokens=1, completion_tokens=1)
 
 
 @asynccontextmanager
-async def budgets(redis: RealRedis, path: Path, per_day: float) -> AsyncIterator[tuple[Budgets, Ledger]]:
+async def budgets(redis: RealRedis | None, path: Path, per_day: float) -> AsyncIterator[tuple[Budgets, Ledger]]:
     ledger = Ledger(path / FILE_NAME)
-    one = Budgets(ledger, per_day, None, GuardedRedis(redis.url, without="each host by itself"))
+    shared: SharedSpending = FileSpending(path / FILE_NAME)
+    if redis is not None:
+        shared = RedisSpending(GuardedRedis(redis.url, without="each host by itself"))
+    one = Budgets(ledger, per_day, None, shared)
     await ledger.start()
     await one.start()
     try:
@@ -85,6 +92,40 @@ async def test_what_is_set_aside_counts_for_all_until_it_is_settled(tmp_path: Pa
                     break
                 except BudgetExceededError:
                     await asyncio.sleep(0.05)
+
+
+async def test_two_processes_of_one_host_share_a_budget_without_a_redis(tmp_path: Path) -> None:
+    async with budgets(None, tmp_path, 1.0) as (one, first), budgets(None, tmp_path, 1.0) as (other, _):
+        await one.reserve(0.7)
+        with pytest.raises(BudgetExceededError):
+            await other.reserve(0.4)
+        first.add("p", "m", "t", USAGE, spent=0.2, saved=0.0)
+        one.release(0.7)
+        async with asyncio.timeout(5):
+            while True:
+                with contextlib.suppress(BudgetExceededError):
+                    await other.reserve(0.75)
+                    break
+                await asyncio.sleep(0.05)
+        with pytest.raises(BudgetExceededError):
+            await one.reserve(0.1)
+        asked = [each.reserve(0.01) for _ in range(20) for each in (one, other)]
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+    assert 4 <= ended.count(None) <= 5
+    assert all(error is None or isinstance(error, BudgetExceededError) for error in ended)
+
+
+async def test_a_file_that_somebody_else_has_locked_holds_nobody_up(tmp_path: Path) -> None:
+    async with budgets(None, tmp_path, 1.0) as (one, ledger):
+        await spend(one, ledger, 0.1)
+        await asyncio.sleep(1.0)
+        with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as file:
+            file.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            await one.reserve(0.1)
+            assert time.monotonic() - began < 1.0
+            with pytest.raises(BudgetExceededError):
+                await one.reserve(0.9)
 
 
 async def test_many_at_once_get_no_more_than_there_is(tmp_path: Path) -> None:

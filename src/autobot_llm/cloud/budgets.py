@@ -1,4 +1,4 @@
-"""Keep within what a day and a month may cost, by answers and by those under way; with other workers through a Redis.
+"""Keep within what a day and a month may cost, by answers and by those under way, together with other workers.
 
 Knows dollars and the account; knows nothing of requests or prices.
 """
@@ -9,17 +9,9 @@ import asyncio
 import contextlib
 import secrets
 
-from autobot_llm.cloud.guarded_redis import GuardedRedis
 from autobot_llm.cloud.ledger import Ledger
-from autobot_llm.cloud.spending_script import (
-    HOLD_SECONDS,
-    SCRIPT,
-    Position,
-    Standing,
-    arguments,
-    keys,
-    read_standing,
-)
+from autobot_llm.cloud.shared_spending import SharedSpending
+from autobot_llm.cloud.spending_script import HOLD_SECONDS, Position, Standing
 from autobot_llm.errors import BudgetExceededError
 
 GATHER_SECONDS = 0.3  # a little more than the account takes to write
@@ -30,21 +22,22 @@ class Budgets:
     """What may be spent in a day and in a month (US dollars; None: any sum).
 
     A request's estimate is set aside before it is sent and given back when its cost is known: what was spent and what
-    is set aside never exceed a budget together, over all workers that share `redis`. While that cannot be used, the
-    budgets are kept by what this host has spent and what others had when they were last heard of; afterwards all of it
-    is made up for. Belongs to one event loop between `start` and `close`.
+    is set aside never exceed a budget together, over all workers that use the same `shared`. While that cannot be used,
+    the budgets are kept by what this host has spent, or by what all had when last heard of, where that is more;
+    afterwards all of it is made up for. Belongs to one event loop between `start` and `close`.
     """
 
     def __init__(
-        self, ledger: Ledger, per_day: float | None, per_month: float | None, redis: GuardedRedis | None = None
+        self, ledger: Ledger, per_day: float | None, per_month: float | None, shared: SharedSpending | None = None
     ) -> None:
         self._ledger = ledger
         self._per_day = per_day
         self._per_month = per_month
         self._reserved = 0.0
-        self._redis = redis
+        self._shared = shared
         self._worker = secrets.token_hex(8)
-        self._elsewhere: dict[str, float] = {}  # dollars that other hosts had spent, by day and by month
+        self._heard: dict[str, float] = {}  # dollars that all had spent when last heard of, by day and by month
+        self._added_before = 0.0  # of what this process added, the part that is in `_heard`
         self._held_elsewhere = 0.0
         self._waiting: list[tuple[float, asyncio.Future[str]]] = []
         self._asking: asyncio.Task[None] | None = None
@@ -57,14 +50,14 @@ class Budgets:
         return self._per_day is not None or self._per_month is not None
 
     async def start(self) -> None:
-        if self._redis is not None and self._telling is None:
-            await self._redis.start()
+        if self._shared is not None and self._telling is None:
+            await self._shared.start()
             await self._ask([])
             self._telling = asyncio.create_task(self._keep_telling())
 
     async def close(self) -> None:
         """Tell the last figures, if that is quickly done. To be called when the ledger has been closed."""
-        if self._redis is None:
+        if self._shared is None:
             return
         for task in (self._telling, self._asking):
             if task is not None:
@@ -72,13 +65,13 @@ class Budgets:
                 await asyncio.wait((task,))
         self._telling = None
         await self._ask([])
-        await self._redis.close()
+        await self._shared.close()
 
     async def reserve(self, dollars: float) -> None:
         """Set `dollars` aside for a request, until `release`. Raises BudgetExceededError where that is too much."""
         self._check(dollars)
         self._reserved += dollars
-        if self._redis is None or not self._redis.is_usable:
+        if self._shared is None or not self._shared.is_usable:
             return
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         waiter = (dollars, answer)
@@ -109,9 +102,9 @@ class Budgets:
 
     def _spent(self, period: str) -> float:
         ledger, day = self._ledger, self._ledger.today()
-        if period == "day":
-            return ledger.spent_today() + self._elsewhere.get(day, 0.0)
-        return ledger.spent_this_month() + self._elsewhere.get(day[:7], 0.0)
+        here = ledger.spent_today() if period == "day" else ledger.spent_this_month()
+        heard = self._heard.get(day if period == "day" else day[:7])
+        return here if heard is None else max(here, heard + ledger.added - self._added_before)
 
     def _refusal(self, dollars: float, period: str) -> BudgetExceededError:
         budget = self._per_day if period == "day" else self._per_month
@@ -140,8 +133,8 @@ class Budgets:
             self._asking = None
 
     async def _ask(self, wanted: list[float]) -> Standing | None:
-        """Tell the Redis what there is to tell, and ask for `wanted`, which `_reserved` has in it already."""
-        if self._redis is None:
+        """Tell what there is to tell, and ask for `wanted`, which `_reserved` has in it already."""
+        if self._shared is None:
             return None
         async with self._one_at_a_time:
             ledger, day = self._ledger, self._ledger.today()
@@ -152,16 +145,14 @@ class Budgets:
                 spent_month=ledger.written(day[:7]),
                 held=max(0.0, self._reserved - asked_for) + ledger.unwritten(),
             )
-            args = arguments(self._worker, ledger.account, position, (self._per_day, self._per_month), wanted)
-            reply = await self._redis.run(SCRIPT, keys(day), args)
-        if reply is None:
+            added = ledger.added - ledger.unwritten()
+            budgets = (self._per_day, self._per_month)
+            standing = await self._shared.ask(self._worker, ledger.account, position, budgets, wanted)
+        if standing is None:
             self._has_news.set()
             return None
-        standing = read_standing(reply)
-        self._elsewhere = {
-            day: max(0.0, standing.spent_day - position.spent_day),
-            day[:7]: max(0.0, standing.spent_month - position.spent_month),
-        }
+        self._heard = {day: standing.spent_day, day[:7]: standing.spent_month}
+        self._added_before = added
         self._held_elsewhere = standing.held_elsewhere
         return standing
 

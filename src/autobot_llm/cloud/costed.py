@@ -15,6 +15,7 @@ from autobot_llm.cloud.ledger import FILE_NAME, Ledger
 from autobot_llm.cloud.prices import Price
 from autobot_llm.cloud.pricing import Cost, PriceTable, cost_of, load_prices
 from autobot_llm.cloud.rate_limited import CHARACTERS_PER_TOKEN, estimated_prompt_tokens
+from autobot_llm.cloud.shared_spending import FileSpending, RedisSpending, SharedSpending
 from autobot_llm.providers.base import Embedder, Link, Provider, Streamer
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
@@ -45,10 +46,14 @@ class CostLink(Link):
         self.ledger = Ledger(settings.cache_dir / FILE_NAME)
         per_day, per_month = settings.cloud_budget_per_day, settings.cloud_budget_per_month
         self._redis: GuardedRedis | None = None
-        if settings.redis_url is not None and (per_day or per_month):
-            without = "budgets are kept by what this host has spent"
-            self._redis = GuardedRedis(settings.redis_url, without=without)
-        self.budgets = Budgets(self.ledger, per_day, per_month, self._redis)
+        shared: SharedSpending | None = None
+        if per_day is not None or per_month is not None:
+            shared = FileSpending(settings.cache_dir / FILE_NAME)
+            if settings.redis_url is not None:
+                without = "budgets are kept by what this host has spent"
+                self._redis = GuardedRedis(settings.redis_url, without=without)
+                shared = RedisSpending(self._redis)
+        self.budgets = Budgets(self.ledger, per_day, per_month, shared)
         self._accounts: dict[str, Account] = {}
 
     async def start(self) -> None:

@@ -75,6 +75,7 @@ class Ledger:
         self._by_day: dict[str, float] = {}  # dollars of this month, those that are not written yet included
         self._written_by_day: dict[str, float] = {}
         self._being_written = 0.0
+        self.added = 0.0  # dollars, by this process, since it began
         self.account = secrets.token_hex(8)
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
@@ -130,6 +131,7 @@ class Ledger:
         for place, figure in enumerate(figures):
             sums[place] += figure
         self._by_day[day] = self._by_day.get(day, 0.0) + spent
+        self.added += spent
         if self._timer is None and self._writing is None:
             self._timer = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._begin_writing)
 
