@@ -11,7 +11,7 @@ import secrets
 
 from autobot_llm.cloud.ledger import Ledger
 from autobot_llm.cloud.shared_spending import SharedSpending
-from autobot_llm.cloud.spending_script import HOLD_SECONDS, Position, Standing
+from autobot_llm.cloud.spending_script import HOLD_SECONDS, Position
 from autobot_llm.errors import BudgetExceededError
 
 GATHER_SECONDS = 0.3  # a little more than the account takes to write
@@ -121,22 +121,22 @@ class Budgets:
         try:
             while self._waiting:
                 asked, self._waiting = self._waiting[:MOST_ASKED], self._waiting[MOST_ASKED:]
-                answers: tuple[str, ...] = ()
                 try:
-                    standing = await self._ask([dollars for dollars, _ in asked])
-                    answers = standing.answers if standing is not None else ()
+                    await self._ask(asked)
                 finally:
-                    for place, (_, answer) in enumerate(asked):
+                    for _, answer in asked:
                         if not answer.done():
-                            answer.set_result(answers[place] if place < len(answers) else "yes")
+                            answer.set_result("yes")
         finally:
             self._asking = None
 
-    async def _ask(self, wanted: list[float]) -> Standing | None:
-        """Tell what there is to tell, and ask for `wanted`, which `_reserved` has in it already."""
+    async def _ask(self, asked: list[tuple[float, asyncio.Future[str]]]) -> None:
+        """Tell what there is to tell, and ask for what `asked` want, which `_reserved` has in it already."""
         if self._shared is None:
-            return None
+            return
         async with self._one_at_a_time:
+            asked = [waiter for waiter in asked if not waiter[1].done()]  # whose callers are still there
+            wanted = [dollars for dollars, _ in asked]
             ledger, day = self._ledger, self._ledger.today()
             asked_for = sum(wanted) + sum(dollars for dollars, _ in self._waiting)
             position = Position(
@@ -145,16 +145,20 @@ class Budgets:
                 spent_month=ledger.written(day[:7]),
                 held=max(0.0, self._reserved - asked_for) + ledger.unwritten(),
             )
+            if ledger.unwritten() > 0:  # once it is in the file, it is spent and no longer set aside: to be told, too
+                self._has_news.set()
             added = ledger.added - ledger.unwritten()
             budgets = (self._per_day, self._per_month)
             standing = await self._shared.ask(self._worker, ledger.account, position, budgets, wanted)
         if standing is None:
             self._has_news.set()
-            return None
+            return
         self._heard = {day: standing.spent_day, day[:7]: standing.spent_month}
         self._added_before = added
         self._held_elsewhere = standing.held_elsewhere
-        return standing
+        for (_, answer), said in zip(asked, standing.answers, strict=True):
+            if not answer.done():
+                answer.set_result(said)
 
     async def _keep_telling(self) -> None:
         """What was spent, soon after; and that this worker is alive, while it has anything set aside."""
@@ -166,5 +170,3 @@ class Budgets:
             if self._asking is None:  # a question tells it, too
                 self._has_news.clear()
                 await self._ask([])
-                if self._ledger.unwritten() > 0:  # once it is in the file, it is spent and no longer set aside
-                    self._has_news.set()

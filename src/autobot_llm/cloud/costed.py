@@ -78,7 +78,15 @@ class CostLink(Link):
         if account is None:
             return {}
         figures = {"dollars_spent": account.spent, "dollars_saved": account.saved}
-        return figures if self._redis is None else figures | {"shared_budgets_up": float(self._redis.is_usable)}
+        return (
+            figures
+            if self._redis is None
+            else figures
+            | {
+                "shared_budgets_up": float(self._redis.is_usable),
+                "num_shared_budget_failures": self._redis.num_failures,
+            }
+        )
 
     def _account(self, provider: Provider) -> Account:
         if (account := self._accounts.get(provider.name)) is None:

@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from autobot_llm.errors import ConfigurationError
@@ -20,6 +20,8 @@ from autobot_llm.universal.breaker import StoreBreaker
 
 if TYPE_CHECKING:
     from redis.commands.core import AsyncScript
+
+T = TypeVar("T")
 
 logger = logging.getLogger("autobot_llm.cloud")
 
@@ -32,12 +34,13 @@ _GRACE_TURNS = 8  # of the event loop, for an answer that came while this proces
 
 
 class GuardedRedis:
-    """The Redis at `url` for scripts. `without` completes the warning "... cannot be used (why); ".
+    """The Redis at `url` for scripts. `without` completes the warning "... cannot be used (why); ", and `patience`
+    (seconds) is how long a request waits for an answer.
 
     Belongs to one event loop between `start` and `close`. Raises ConfigurationError where its client is not installed.
     """
 
-    def __init__(self, url: str, *, without: str) -> None:
+    def __init__(self, url: str, *, without: str, patience: float = PATIENCE) -> None:
         try:
             from redis.asyncio import BlockingConnectionPool, Redis
             from redis.asyncio.retry import Retry
@@ -49,6 +52,7 @@ class GuardedRedis:
         parts = urlsplit(url)
         self.name = f"the Redis at {parts.hostname or parts.path}" + (f":{parts.port}" if parts.port else "")
         self._without = without
+        self._patience = patience
         self._redis = Redis.from_pool(
             BlockingConnectionPool.from_url(
                 url,
@@ -63,6 +67,7 @@ class GuardedRedis:
         self._breaker = StoreBreaker(is_open=True)  # until it has been reached
         self._late: set[asyncio.Task[Any]] = set()
         self._trial: asyncio.Task[None] | None = None
+        self._is_given_up = asyncio.Event()
         self._has_warned = False
         self.num_failures = 0
 
@@ -96,16 +101,19 @@ class GuardedRedis:
             async with asyncio.timeout(COMMAND_SECONDS):
                 await self._redis.aclose()
 
-    async def run(self, script: str, keys: Sequence[str], args: Sequence[str | float]) -> Any | None:
-        """What the Lua `script` returns; None where it cannot be asked or does not answer in time.
+    async def run(
+        self, script: str, keys: Sequence[str], args: Sequence[str | float], read: Callable[[Any], T]
+    ) -> T | None:
+        """What the Lua `script` returns, as `read` (which may raise ValueError) understands it.
 
-        What was asked and not answered may have been done, or be done yet.
+        None where it cannot be asked, fails or does not answer in time. What was asked and not answered may have been
+        done, or be done yet.
         """
         if not self.is_usable:
             return None
         call = asyncio.create_task(self._call(script, keys, args))
         try:
-            await asyncio.wait((call,), timeout=PATIENCE)
+            await asyncio.wait((call,), timeout=self._patience)
             for _ in range(_GRACE_TURNS):
                 if call.done():
                     break
@@ -117,7 +125,7 @@ class GuardedRedis:
         if not call.done():
             return None
         try:
-            answer = call.result()
+            answer = read(call.result())
         except Exception as exc:
             self._failed(exc, gravely=isinstance(exc, TimeoutError))
             return None
@@ -136,7 +144,7 @@ class GuardedRedis:
             return
         exc = call.exception()
         self._failed(
-            exc or TimeoutError(f"an answer took longer than {PATIENCE * 1000:g} ms"),
+            exc or TimeoutError(f"an answer took longer than {self._patience * 1000:g} ms"),
             gravely=isinstance(exc, TimeoutError | OSError) or "timeout" in type(exc).__name__.lower(),
         )
 
@@ -144,24 +152,29 @@ class GuardedRedis:
         """As long as this lives: whenever nothing is asked, find out whether it answers soon enough."""
         while True:
             if self._breaker.is_open:
+                self._is_given_up.clear()
                 try:
                     async with asyncio.timeout(COMMAND_SECONDS):
                         await self._redis.ping()
                     began = time.perf_counter()
                     async with asyncio.timeout(COMMAND_SECONDS):
                         await self._redis.ping()
-                    if (took := time.perf_counter() - began) > (PATIENCE if reached.is_set() else START_PATIENCE):
+                    if (took := time.perf_counter() - began) > (self._patience if reached.is_set() else START_PATIENCE):
                         raise TimeoutError(f"it took {took * 1000:.1f} ms to say that it is there")
                 except Exception as exc:
                     self._failed(exc)
                 else:
                     self._breaker.admit() if self._has_warned else self._breaker.succeeded()
             reached.set()
-            await asyncio.sleep(self._breaker.pause if self._breaker.is_open else 0.1)
+            if not self._breaker.is_open:
+                await self._is_given_up.wait()
+            await asyncio.sleep(self._breaker.pause)
 
     def _failed(self, exc: BaseException, *, gravely: bool = False) -> None:
         self.num_failures += 1
         self._breaker.failed(gravely=gravely)
+        if self._breaker.is_open:
+            self._is_given_up.set()
         if self._breaker.is_open and not self._has_warned:
             self._has_warned = True
             why = str(exc) or type(exc).__name__

@@ -61,7 +61,10 @@ class RateLimitLink(Link):
         figures = limited.metrics() if limited is not None else {}
         if self._redis is None:
             return figures
-        return figures | {"shared_limits_up": float(self._redis.is_usable)}
+        return figures | {
+            "shared_limits_up": float(self._redis.is_usable),
+            "num_shared_limit_failures": self._redis.num_failures,
+        }
 
 
 class RateLimited:
@@ -89,7 +92,10 @@ class RateLimited:
             num_reserved = estimated_tokens(request) if limiter.counts_tokens else 0.0
             timeout = request.timeout if may_wait else 0.0
             waited = await self.place(limiter, request.tenant, num_reserved, timeout)
-            outcome = _NO_WAIT if not waited else _waited(waited)
+            if waited:
+                outcome = _waited(waited)
+            elif limiter.knows_limits:
+                outcome = _NO_WAIT
         is_first = True
         try:
             async with aclosing(self._inner.stream(request)) as events:

@@ -193,6 +193,10 @@ class RateLimiter:
         return self._tokens.is_known
 
     @property
+    def knows_limits(self) -> bool:
+        return self._requests.is_known or self._tokens.is_known
+
+    @property
     def num_queued(self) -> int:
         return len(self._queue)
 

@@ -185,14 +185,15 @@ class SharedRateLimiter(RateLimiter):
         news, self._news = self._payable(self._news), News()
         now = clock()
         seeds = [(one.capacity, one.rate, one.level(now)) if one.is_known else None for one in self._whole]
-        reply = await self._redis.run(SCRIPT, self._keys, arguments(self._worker, seeds, news, num_tokens))
-        if reply is None:
+        args = arguments(self._worker, seeds, news, num_tokens)
+        verdict = await self._redis.run(SCRIPT, self._keys, args, read_verdict)
+        if verdict is None:
             # It may have been heard. To say twice what was taken only costs time; what was given back would be spent.
             again = News(back_requests=min(0.0, news.back_requests), back_tokens=min(0.0, news.back_tokens),
                          pause=news.pause)  # fmt: skip
             self._news = again.followed_by(self._news)
             return None
-        verdict, now = read_verdict(reply), clock()
+        now = clock()
         for bucket, state in zip(self._whole, (verdict.requests, verdict.tokens), strict=True):
             if state is not None:
                 bucket.become(*state, now)

@@ -66,8 +66,7 @@ class RedisSpending:
         self, worker: str, account: str, position: Position, budgets: Sequence[float | None], wanted: Sequence[float]
     ) -> Standing | None:
         args = arguments(worker, account, position, budgets, wanted)
-        reply = await self._redis.run(SCRIPT, keys(position.day), args)
-        return None if reply is None else read_standing(reply)
+        return await self._redis.run(SCRIPT, keys(position.day), args, read_standing)
 
 
 class FileSpending:
@@ -96,12 +95,19 @@ class FileSpending:
         asked = asyncio.create_task(
             asyncio.to_thread(_standing, self._path, worker, position, tuple(budgets), tuple(wanted))
         )
-        self._late.add(asked)
-        asked.add_done_callback(self._late.discard)
         await asyncio.wait((asked,), timeout=FILE_PATIENCE)
+        if not asked.done():
+            self._late.add(asked)
+            asked.add_done_callback(self._over)
+            return None
         with contextlib.suppress(sqlite3.Error, OSError):  # the ledger warns of a file that cannot be used
-            return asked.result() if asked.done() else None
+            return asked.result()
         return None
+
+    def _over(self, asked: asyncio.Task[Any]) -> None:
+        self._late.discard(asked)
+        if not asked.cancelled():
+            asked.exception()  # nobody waits for it any more
 
 
 def _standing(

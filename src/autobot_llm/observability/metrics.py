@@ -171,6 +171,18 @@ PROVIDER_METRICS = (
         "gauge",
         "1 while budgets are shared through Redis, 0 while each host keeps them by what it knows.",
     ),
+    _figure(
+        "autobot_llm_shared_limit_failures",
+        "num_shared_limit_failures",
+        "counter",
+        "Questions about shared rate limits that Redis did not answer, or too late.",
+    ),
+    _figure(
+        "autobot_llm_shared_budget_failures",
+        "num_shared_budget_failures",
+        "counter",
+        "Questions about shared budgets that Redis did not answer, or too late.",
+    ),
     _figure("autobot_llm_hedges", "num_hedges", "counter", "Calls made a second time because the first was slow."),
     _figure("autobot_llm_hedges_won", "num_hedges_won", "counter", "Second calls that began to answer first."),
     _figure(
