@@ -119,6 +119,10 @@ class MergedRequest(LLMRequest, frozen=True, kw_only=True, omit_defaults=True):
         return self.n * len(self.prompts)
 
 
+class SecondCall(LLMRequest, frozen=True, kw_only=True, omit_defaults=True):
+    """A request that is under way already and slow to begin; where there are several servers, another one takes it."""
+
+
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Texts, or lists of token ids, to be turned into one vector each. None means the provider's own default.
 

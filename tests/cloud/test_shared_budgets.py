@@ -20,6 +20,7 @@ from autobot_llm.cloud.budgets import Budgets
 from autobot_llm.cloud.guarded_redis import GuardedRedis
 from autobot_llm.cloud.ledger import FILE_NAME, Ledger, read_spending
 from autobot_llm.cloud.shared_spending import FileSpending, RedisSpending, SharedSpending
+from autobot_llm.cloud.spending_script import SCRIPT
 from autobot_llm.errors import BudgetExceededError
 from autobot_llm.types import Usage
 
@@ -32,7 +33,7 @@ async def budgets(redis: RealRedis | None, path: Path, per_day: float) -> AsyncI
     ledger = Ledger(path / FILE_NAME)
     shared: SharedSpending = FileSpending(path / FILE_NAME)
     if redis is not None:
-        shared = RedisSpending(GuardedRedis(redis.url, without="each host by itself", patience=0.5))
+        shared = RedisSpending(GuardedRedis(redis.url, SCRIPT, without="each host by itself", patience=0.5))
     one = Budgets(ledger, per_day, None, shared)
     await ledger.start()
     await one.start()

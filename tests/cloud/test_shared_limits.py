@@ -18,6 +18,7 @@ from universal.real_redis import RealRedis, needs_redis, real_redis
 
 from autobot_llm import LLMInterface
 from autobot_llm.cloud.guarded_redis import PATIENCE, GuardedRedis
+from autobot_llm.cloud.limit_script import SCRIPT
 from autobot_llm.cloud.rate_limits import OwnLimits
 from autobot_llm.cloud.shared_limits import SharedRateLimiter
 from autobot_llm.dialects.rate_limits import RateLimit, RateLimits
@@ -36,7 +37,7 @@ def told(remaining: int, limit: int, per_second: float) -> RateLimits:
 
 @asynccontextmanager
 async def guarded(redis: RealRedis, patience: float = 0.5) -> AsyncIterator[GuardedRedis]:
-    one = GuardedRedis(redis.url, without="each has its share", patience=patience)
+    one = GuardedRedis(redis.url, SCRIPT, without="each has its share", patience=patience)
     await one.start()
     try:
         yield one
@@ -62,32 +63,37 @@ def settings(url: str, redis: RealRedis | None, **more: Any) -> dict[str, Any]:
     return given | ({"redis_url": redis.url} if redis is not None else {}) | more
 
 
-async def asked_by_two(url: str, redis: RealRedis | None, *, num_requests: int) -> int:
-    """Two processes ask; returns how many answers they got. Skips where the Redis was too late, which frees them."""
-    options = {"settings": settings(url, redis), "num_requests": num_requests, "at_once": 16, "request": {}}
-    workers = [Worker(**options) for _ in range(2)]
-    try:
-        results = [await worker.result() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    if redis is not None and any(result["figures"]["openai"]["num_shared_limit_failures"] for result in results):
-        pytest.skip("this machine is too busy: the Redis answered late")
-    return sum(result["ended"].get("answered", 0) for result in results)
-
-
-@pytest.mark.parametrize("is_shared", [True, False])
-async def test_two_processes_never_ask_for_more_than_the_limit_together(is_shared: bool) -> None:
+async def asked_by_two(is_shared: bool) -> tuple[LimitedProvider, int, bool]:
+    """What two processes asked of a provider, how many answers they got, and whether the Redis was ever late."""
     provider = LimitedProvider(limit=20, per_second=25, leeway=1.0)
     async with real_redis() as redis, raw_server(provider.play) as server:
         async with LLMInterface(Settings(**settings(server.url, redis))) as llm:
             await llm.chat_completion(HELLO)  # from here on the limits are known to whoever looks
-        num_answered = await asked_by_two(server.url, redis if is_shared else None, num_requests=40)
-    if is_shared:
-        assert num_answered == 80
-        assert provider.num_refused == 0
+        given = settings(server.url, redis if is_shared else None)
+        workers = [Worker(settings=given, num_requests=40, at_once=16, request={}) for _ in range(2)]
+        try:
+            results = [await worker.result() for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+    was_late = any(result["figures"]["openai"].get("num_shared_limit_failures") for result in results)
+    return provider, sum(result["ended"].get("answered", 0) for result in results), was_late
+
+
+async def test_two_processes_never_ask_for_more_than_the_limit_together() -> None:
+    for _ in range(3):
+        provider, num_answered, was_late = await asked_by_two(is_shared=True)
+        if not was_late:
+            break
     else:
-        assert provider.num_refused > 0, "the test could not fail"
+        pytest.skip("this machine is too busy: the Redis was late, so each worker had its share for a while")
+    assert num_answered == 80
+    assert provider.num_refused == 0
+
+
+async def test_without_a_redis_they_do() -> None:
+    provider, _, _ = await asked_by_two(is_shared=False)
+    assert provider.num_refused > 0
 
 
 async def test_what_one_worker_learned_or_took_counts_for_the_others() -> None:
@@ -297,6 +303,9 @@ async def test_limits_of_our_own_hold_for_a_provider_that_tells_none() -> None:
         async with LLMInterface(given) as llm, LLMInterface(given) as other:
             asked = [one.chat_completion(HELLO) for one in (llm, other) for _ in range(5)]
             ended = await asyncio.gather(*asked, return_exceptions=True)
-            assert llm.get_metrics()["openai"]["shared_limits_up"] == 1.0
+            figures = [one.get_metrics()["openai"] for one in (llm, other)]
+    if any(one["num_shared_limit_failures"] for one in figures):
+        pytest.skip("this machine is too busy: the Redis answered late, so each worker had its share for a while")
+    assert all(one["shared_limits_up"] == 1.0 for one in figures)
     assert provider.num_answered == 5
     assert sum(isinstance(one, OverloadedError) for one in ended) == 5

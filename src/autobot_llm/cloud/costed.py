@@ -16,6 +16,7 @@ from autobot_llm.cloud.prices import Price
 from autobot_llm.cloud.pricing import Cost, PriceTable, cost_of, load_prices
 from autobot_llm.cloud.rate_limited import CHARACTERS_PER_TOKEN, estimated_prompt_tokens
 from autobot_llm.cloud.shared_spending import FileSpending, RedisSpending, SharedSpending
+from autobot_llm.cloud.spending_script import SCRIPT
 from autobot_llm.providers.base import Embedder, Link, Provider, Streamer
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
@@ -51,7 +52,7 @@ class CostLink(Link):
             shared = FileSpending(settings.cache_dir / FILE_NAME)
             if settings.redis_url is not None:
                 without = "budgets are kept by what this host has spent"
-                self._redis = GuardedRedis(settings.redis_url, without=without)
+                self._redis = GuardedRedis(settings.redis_url, SCRIPT, without=without)
                 shared = RedisSpending(self._redis)
         self.budgets = Budgets(self.ledger, per_day, per_month, shared)
         self._accounts: dict[str, Account] = {}

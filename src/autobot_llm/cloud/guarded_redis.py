@@ -34,13 +34,13 @@ _GRACE_TURNS = 8  # of the event loop, for an answer that came while this proces
 
 
 class GuardedRedis:
-    """The Redis at `url` for scripts. `without` completes the warning "... cannot be used (why); ", and `patience`
-    (seconds) is how long a request waits for an answer.
+    """The Redis at `url` for one Lua `script`. `without` completes the warning "... cannot be used (why); ", and
+    `patience` (seconds) is how long a request waits for an answer.
 
     Belongs to one event loop between `start` and `close`. Raises ConfigurationError where its client is not installed.
     """
 
-    def __init__(self, url: str, *, without: str, patience: float = PATIENCE) -> None:
+    def __init__(self, url: str, script: str, *, without: str, patience: float = PATIENCE) -> None:
         try:
             from redis.asyncio import BlockingConnectionPool, Redis
             from redis.asyncio.retry import Retry
@@ -63,7 +63,7 @@ class GuardedRedis:
                 retry=Retry(NoBackoff(), 0),
             )
         )
-        self._scripts: dict[str, AsyncScript] = {}
+        self._script: AsyncScript = self._redis.register_script(script)
         self._breaker = StoreBreaker(is_open=True)  # until it has been reached
         self._late: set[asyncio.Task[Any]] = set()
         self._trial: asyncio.Task[None] | None = None
@@ -101,17 +101,15 @@ class GuardedRedis:
             async with asyncio.timeout(COMMAND_SECONDS):
                 await self._redis.aclose()
 
-    async def run(
-        self, script: str, keys: Sequence[str], args: Sequence[str | float], read: Callable[[Any], T]
-    ) -> T | None:
-        """What the Lua `script` returns, as `read` (which may raise ValueError) understands it.
+    async def run(self, keys: Sequence[str], args: Sequence[str | float], read: Callable[[Any], T]) -> T | None:
+        """What the script returns, as `read` (which may raise ValueError) understands it.
 
         None where it cannot be asked, fails or does not answer in time. What was asked and not answered may have been
         done, or be done yet.
         """
         if not self.is_usable:
             return None
-        call = asyncio.create_task(self._call(script, keys, args))
+        call = asyncio.create_task(self._call(keys, args))
         try:
             await asyncio.wait((call,), timeout=self._patience)
             for _ in range(_GRACE_TURNS):
@@ -132,11 +130,9 @@ class GuardedRedis:
         self._succeeded()
         return answer
 
-    async def _call(self, script: str, keys: Sequence[str], args: Sequence[str | float]) -> Any:
-        if (known := self._scripts.get(script)) is None:
-            known = self._scripts[script] = self._redis.register_script(script)
+    async def _call(self, keys: Sequence[str], args: Sequence[str | float]) -> Any:
         async with asyncio.timeout(2 * COMMAND_SECONDS):
-            return await known(keys=list(keys), args=list(args))
+            return await self._script(keys=list(keys), args=list(args))
 
     def _came_late(self, call: asyncio.Task[Any]) -> None:
         self._late.discard(call)
@@ -155,7 +151,7 @@ class GuardedRedis:
                 self._is_given_up.clear()
                 try:
                     async with asyncio.timeout(COMMAND_SECONDS):
-                        await self._redis.ping()
+                        await self._redis.script_load(self._script.script)
                     began = time.perf_counter()
                     async with asyncio.timeout(COMMAND_SECONDS):
                         await self._redis.ping()

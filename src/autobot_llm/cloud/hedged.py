@@ -20,7 +20,7 @@ from autobot_llm.cloud.retry import RetryBudget
 from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import Event, Finish, LLMRequest
+from autobot_llm.types import Event, Finish, LLMRequest, SecondCall
 
 NAME = "hedging"
 SHARE = 0.05  # of all calls that may be made a second time
@@ -113,7 +113,7 @@ class Hedged:
                 await first.begins_within(patience)
                 if not first.has_begun and not self._inner.makes_wait(request.model) and self._budget.take():
                     self._num_hedges += 1
-                    second = _Call(self._inner.stream(request, may_wait=False))
+                    second = _Call(self._inner.stream(_again(request), may_wait=False))
                     await _one_begins(first, second)
             winner = second if second is not None and not first.has_begun and second.has_begun else first
             loser = first if winner is second else second
@@ -178,6 +178,12 @@ class _Call:
 
 async def _next(events: AsyncGenerator[Event, None]) -> Event:
     return await anext(events)
+
+
+def _again(request: LLMRequest) -> LLMRequest:
+    if type(request) is not LLMRequest:
+        return request
+    return SecondCall(**{name: getattr(request, name) for name in LLMRequest.__struct_fields__})
 
 
 async def _one_begins(first: _Call, second: _Call) -> None:

@@ -10,6 +10,7 @@ from contextlib import aclosing
 import msgspec
 
 from autobot_llm.cloud.guarded_redis import GuardedRedis
+from autobot_llm.cloud.limit_script import SCRIPT
 from autobot_llm.cloud.limiters import Limiters
 from autobot_llm.cloud.rate_limits import RateLimiter
 from autobot_llm.errors import OverloadedError
@@ -34,7 +35,9 @@ class RateLimitLink(Link):
         self._limited: dict[str, RateLimited] = {}
         self._redis: GuardedRedis | None = None
         if settings.redis_url is not None:
-            self._redis = GuardedRedis(settings.redis_url, without="each worker keeps within its share of rate limits")
+            self._redis = GuardedRedis(
+                settings.redis_url, SCRIPT, without="each worker keeps within its share of rate limits"
+            )
 
     async def start(self) -> None:
         if self._redis is not None:

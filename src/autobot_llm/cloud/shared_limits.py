@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import msgspec
 
 from autobot_llm.cloud.guarded_redis import GuardedRedis
-from autobot_llm.cloud.limit_script import SCRIPT, News, Verdict, arguments, read_verdict
+from autobot_llm.cloud.limit_script import News, Verdict, arguments, read_verdict
 from autobot_llm.cloud.rate_limits import LONGEST_PAUSE, OwnLimits, RateLimiter, TokenBucket, Waiter, clock
 from autobot_llm.dialects.rate_limits import RateLimit, RateLimits
 
@@ -186,7 +186,7 @@ class SharedRateLimiter(RateLimiter):
         now = clock()
         seeds = [(one.capacity, one.rate, one.level(now)) if one.is_known else None for one in self._whole]
         args = arguments(self._worker, seeds, news, num_tokens)
-        verdict = await self._redis.run(SCRIPT, self._keys, args, read_verdict)
+        verdict = await self._redis.run(self._keys, args, read_verdict)
         if verdict is None:
             # It may have been heard. To say twice what was taken only costs time; what was given back would be spent.
             again = News(back_requests=min(0.0, news.back_requests), back_tokens=min(0.0, news.back_tokens),

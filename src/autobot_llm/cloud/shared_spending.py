@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from autobot_llm.cloud.guarded_redis import GuardedRedis
 from autobot_llm.cloud.spending_script import (
     HOLD_SECONDS,
-    SCRIPT,
     Position,
     Standing,
     arguments,
@@ -66,7 +65,7 @@ class RedisSpending:
         self, worker: str, account: str, position: Position, budgets: Sequence[float | None], wanted: Sequence[float]
     ) -> Standing | None:
         args = arguments(worker, account, position, budgets, wanted)
-        return await self._redis.run(SCRIPT, keys(position.day), args, read_standing)
+        return await self._redis.run(keys(position.day), args, read_standing)
 
 
 class FileSpending:

@@ -32,7 +32,7 @@ from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
 from autobot_llm.transport.pool import PoolLimits
 from autobot_llm.tuning.knobs.versions import is_before
-from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest, SecondCall
 
 logger = logging.getLogger("autobot_llm.vllm")
 
@@ -153,6 +153,8 @@ class VllmProvider:
         serving = await self._serving(model)
         order = self._order(key, serving)
         home = self._replicas[self._balancer.home(key, {replica.address for replica in serving})]
+        if isinstance(request, SecondCall):  # the first one waits there
+            order.sort(key=lambda replica: replica is home)
         for num_failed, replica in enumerate(order):
             asked = in_words_of(request, replica.version)
             has_begun = False
