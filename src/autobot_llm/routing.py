@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import msgspec
 
-from autobot_llm.cloud.batched_embeddings import BatchingLink
+from autobot_llm.cloud.batching import BatchingLink
 from autobot_llm.cloud.costed import CostLink
+from autobot_llm.cloud.hedged import hedging
 from autobot_llm.cloud.rate_limited import RateLimitLink
 from autobot_llm.cloud.retried import RetryLink
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
@@ -106,9 +107,10 @@ class Wrapper(msgspec.Struct, frozen=True):
     make: Callable[[Settings], Link | None]
 
 
-# Links that optimize nothing, and the kinds of providers that they stand in front of.
+# Links that are not in the table of what could apply, and the kinds of providers that they stand in front of.
 _OTHER_LINKS: Mapping[str, frozenset[ProviderType]] = {
-    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER})
+    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER}),
+    "hedging": frozenset(ProviderType) - {ProviderType.LOCAL_NATIVE},
 }
 
 
@@ -120,6 +122,7 @@ WRAPPERS: tuple[Wrapper, ...] = (
     Wrapper("request_batching", BatchingLink),
     Wrapper("cost", CostLink),
     Wrapper("retry_with_backoff", RetryLink),
+    Wrapper("hedging", hedging),
     Wrapper("rate_limit_handling", RateLimitLink),
 )
 

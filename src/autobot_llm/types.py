@@ -90,6 +90,11 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache: CacheControl | None = None
 
     @property
+    def num_choices(self) -> int:
+        """How many choices the answer has."""
+        return self.n
+
+    @property
     def has_side_effects(self) -> bool:
         """Whether answering twice does more than cost twice: the service keeps the answer, or runs tools itself."""
         wishes = (self.service_options, self.extra_body)
@@ -98,6 +103,24 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return "mcp_servers" in self.extra_body or any(
             tool.get("type", "function") != "function" for tool in self.tools or ()
         )
+
+
+class MergedRequest(LLMRequest, frozen=True, kw_only=True, omit_defaults=True):
+    """Requests that are alike but for their prompts, as one: `prompts` are all of them, `prompt` the first.
+
+    Choice `i` of prompt `p` is choice `p * n + i` of the answer. Only for providers that take lists of prompts
+    (`TakesPromptLists`); `cloud/batched_completions.py` makes it and takes its answer apart.
+    """
+
+    prompts: list[str | list[int]]
+
+    @property
+    def num_choices(self) -> int:
+        return self.n * len(self.prompts)
+
+
+class SecondCall(LLMRequest, frozen=True, kw_only=True, omit_defaults=True):
+    """A request that is under way already and slow to begin; where there are several servers, another one takes it."""
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

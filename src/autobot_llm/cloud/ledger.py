@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ CREATE TABLE IF NOT EXISTS spending (
     PRIMARY KEY (day, provider, model, tenant)
 ) WITHOUT ROWID
 """
+_ACCOUNT = "CREATE TABLE IF NOT EXISTS account (id TEXT PRIMARY KEY) WITHOUT ROWID"
 _ADD = """
 INSERT INTO spending VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET
@@ -65,7 +67,7 @@ class Ledger:
     """The account in the file at `path`. Where that cannot be used, it is kept in memory and a warning says so, once.
 
     `clock` gives seconds since 1970; `patience` (seconds) is for others who write to the file. Belongs to one event
-    loop between `start` and `close`.
+    loop between `start` and `close`. `account` names the file among those of other hosts, from `start` on.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, patience: float = 2.0) -> None:
@@ -74,6 +76,10 @@ class Ledger:
         self._clock = clock
         self._pending: dict[Key, list[float]] = {}
         self._by_day: dict[str, float] = {}  # dollars of this month, those that are not written yet included
+        self._written_by_day: dict[str, float] = {}
+        self._being_written = 0.0
+        self.added = 0.0  # dollars, by this process, since it began
+        self.account = secrets.token_hex(8)
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
         self._has_warned = False
@@ -103,6 +109,14 @@ class Ledger:
         month = self.today()[:7]
         return sum(dollars for day, dollars in self._by_day.items() if day.startswith(month))
 
+    def written(self, period: str) -> float:
+        """Dollars of a day or a month ("2026-11") that are in the file, whoever spent them."""
+        return sum(dollars for day, dollars in self._written_by_day.items() if day.startswith(period))
+
+    def unwritten(self) -> float:
+        """Dollars that this process spent and that are not known to be in the file."""
+        return self._being_written + sum(figures[4] for figures in self._pending.values())
+
     def seconds_left(self, *, of_month: bool) -> float:
         """Until the day, or the month, is over."""
         now = datetime.fromtimestamp(self._clock(), UTC)
@@ -120,6 +134,7 @@ class Ledger:
         for place, figure in enumerate(figures):
             sums[place] += figure
         self._by_day[day] = self._by_day.get(day, 0.0) + spent
+        self.added += spent
         if self._timer is None and self._writing is None:
             self._timer = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._begin_writing)
 
@@ -135,37 +150,51 @@ class Ledger:
 
     async def _write(self) -> None:
         pending, self._pending = self._pending, {}
+        self._being_written = sum(figures[4] for figures in pending.values())
         try:
-            stored = await asyncio.to_thread(_stored, self._path, self._patience, pending, self.today()[:7])
+            self.account, stored = await asyncio.to_thread(
+                _stored, self._path, self._patience, pending, self.today()[:7], self.account
+            )
         except (sqlite3.Error, OSError) as exc:
             for key, figures in self._pending.items():
                 sums = pending.setdefault(key, [0] * len(figures))
                 for place, figure in enumerate(figures):
                     sums[place] += figure
             self._pending = pending
+            self._being_written = 0.0
             if not self._has_warned:
                 logger.warning("what is spent cannot be written to %s, and is lost at the end: %s", self._path, exc)
             self._has_warned = True
             return
         self._has_warned = False
+        self._being_written = 0.0
+        self._written_by_day = dict(stored)
         for (day, *_), figures in self._pending.items():  # added meanwhile
             stored[day] = stored.get(day, 0.0) + figures[4]
         self._by_day = stored
 
 
-def _stored(path: Path, patience: float, pending: dict[Key, list[float]], month: str) -> dict[str, float]:
-    """Add `pending` to the file; returns the dollars of each day of the month. No file is made for nothing."""
+def _stored(
+    path: Path, patience: float, pending: dict[Key, list[float]], month: str, account: str
+) -> tuple[str, dict[str, float]]:
+    """Add `pending` to the file; returns its name (`account` where it has none) and the dollars of the month's days.
+
+    No file is made for nothing.
+    """
     if not pending and not path.exists():
-        return {}
+        return account, {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(path, timeout=patience)) as file, file:
         file.execute("PRAGMA journal_mode=WAL")
         file.execute(_SCHEMA)
+        file.execute(_ACCOUNT)
+        file.execute("INSERT INTO account SELECT ? WHERE NOT EXISTS (SELECT * FROM account)", (account,))
+        (named,) = file.execute("SELECT id FROM account").fetchone()
         file.executemany(_ADD, [(*key, *figures) for key, figures in pending.items()])
         rows = file.execute(
             "SELECT day, SUM(dollars_spent) FROM spending WHERE day >= ? GROUP BY day", (f"{month}-01",)
         )
-        return dict(rows.fetchall())
+        return named, dict(rows.fetchall())
 
 
 def enter_once(path: Path, name: str, day: str, provider: str, sums: Mapping[str, Sequence[float]]) -> None:

@@ -160,6 +160,32 @@ PROVIDER_METRICS = (
         "Requests that wait for a place within the provider's rate limits.",
     ),
     _figure(
+        "autobot_llm_shared_limits_up",
+        "shared_limits_up",
+        "gauge",
+        "1 while rate limits are shared through Redis, 0 while each worker keeps within its share.",
+    ),
+    _figure(
+        "autobot_llm_shared_budgets_up",
+        "shared_budgets_up",
+        "gauge",
+        "1 while budgets are shared through Redis, 0 while each host keeps them by what it knows.",
+    ),
+    _figure(
+        "autobot_llm_shared_limit_failures",
+        "num_shared_limit_failures",
+        "counter",
+        "Questions about shared rate limits that Redis did not answer, or too late.",
+    ),
+    _figure(
+        "autobot_llm_shared_budget_failures",
+        "num_shared_budget_failures",
+        "counter",
+        "Questions about shared budgets that Redis did not answer, or too late.",
+    ),
+    _figure("autobot_llm_hedges", "num_hedges", "counter", "Calls made a second time because the first was slow."),
+    _figure("autobot_llm_hedges_won", "num_hedges_won", "counter", "Second calls that began to answer first."),
+    _figure(
         "autobot_llm_circuit_open",
         "circuit_open",
         "gauge",

@@ -309,6 +309,28 @@ ABOUT: dict[str, About] = {
         OVER_HTTP,
         now=True,
     ),
+    "cloud_rate_limits": About(
+        "Limits per minute that hold whatever the provider tells: `openai/gpt-5.4 500rpm 200000tpm, groq/* 30rpm`; "
+        "`groq/*` is each model of a provider by itself. With AUTOBOT_REDIS_URL all workers share them.",
+        "cloud/rate_limits",
+        OVER_HTTP,
+        now=True,
+    ),
+    "cloud_batch_completions": About(
+        "Let completions of plain prompts that are not streamed wait AUTOBOT_CLOUD_BATCH_WINDOW_MS for others like "
+        "them, to go in one call (OpenAI's, vLLM's and compatible servers). Chats never wait.",
+        "cloud/batched_completions",
+        OVER_HTTP,
+        now=True,
+    ),
+    "cloud_hedging": About(
+        "Send a call a second time when its answer has not begun after the time within which 95 % of the model's do; "
+        "the first to begin answers. `deterministic`: where temperature is 0 or there is a seed; `all`: others, too. "
+        "At most 5 % more calls, which cost what they cost.",
+        "cloud/hedged",
+        OVER_HTTP,
+        now=True,
+    ),
     "fallbacks": About(
         "Models that answer where another one cannot: `openai/gpt-5.4 > anthropic/claude-sonnet-5, * > native/tiny`. "
         "The first is a model, `openai/*` or `*`; the answer says that another model gave it.",
@@ -358,7 +380,8 @@ ABOUT: dict[str, About] = {
         "Seconds that an answer is kept, in memory and in the shared store.", "universal/response_cache", now=True
     ),
     "redis_url": About(
-        "Redis for kept answers, shared by hosts; unset keeps them in a file under AUTOBOT_CACHE_DIR.",
+        "Redis for what workers and hosts share: kept answers (unset: a file under AUTOBOT_CACHE_DIR), rate limits "
+        "(unset: each worker's own) and budgets (unset: those of one user on one machine).",
         "universal/response_cache",
         now=True,
         secret=True,

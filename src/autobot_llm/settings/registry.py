@@ -28,6 +28,7 @@ from autobot_llm.settings.values import (
     HttpUrl,
     Milliseconds,
     NonNegative,
+    OwnLimit,
     Port,
     RedisUrl,
     Seconds,
@@ -148,6 +149,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cloud_max_batch_size: Count = 10
     cloud_retry_max_attempts: WholeNumber = 3
     cloud_max_queued_requests: WholeNumber = 1000
+    cloud_rate_limits: tuple[OwnLimit, ...] = ()
+    cloud_batch_completions: bool = False
+    cloud_hedging: Literal["off", "deterministic", "all"] = "off"
     fallbacks: tuple[Fallback, ...] = ()
     cloud_prices: Path | None = None
     batch_dir: Path | None = None

@@ -47,6 +47,13 @@ Fallback = Annotated[
         extra={"expected": "a model and those that answer in its stead, such as openai/gpt-5.4 > native/tiny"},
     ),
 ]
+OwnLimit = Annotated[
+    str,
+    Meta(
+        pattern=r"^[^\s,]+(\s+[1-9]\d*rpm)(\s+[1-9]\d*tpm)?$|^[^\s,]+\s+[1-9]\d*tpm$",
+        extra={"expected": "a model and its limits, such as openai/gpt-5.4 500rpm 200000tpm"},
+    ),
+]
 Switch = Literal["auto", "on", "off"]
 
 _TRUE = frozenset({"true", "1", "yes", "on"})

@@ -35,7 +35,7 @@ from autobot_llm.dialects.anthropic.answers import AnswerReader
 from autobot_llm.dialects.anthropic.requests import NEWEST_VERSION, write_request
 from autobot_llm.dialects.bodies import encode, read_answer
 from autobot_llm.dialects.openai.batches import CHAT_URL
-from autobot_llm.dialects.openai.replies import chat_body
+from autobot_llm.dialects.openai.replies import ChatReply
 from autobot_llm.errors import InvalidRequestError, ProviderError, UnsupportedError
 from autobot_llm.transport.ndjson import lines
 from autobot_llm.transport.pool import HttpAnswer, HttpPool, PoolLimits
@@ -183,7 +183,8 @@ class AnthropicBatches:
             yield Finish(usage=reader.usage)
 
         response = await collect(answer())
-        fields = msgspec.json.decode(chat_body(response, custom_id, 0), type=dict[str, msgspec.Raw])
+        reply = ChatReply(custom_id, created=0)
+        fields = msgspec.json.decode(reply.body(reply.lasting(response), response), type=dict[str, msgspec.Raw])
         del fields["autobot"]  # nothing was measured: the batch tells neither times nor what was saved
         result = ItemResult(
             custom_id=custom_id, id=custom_id, status_code=200, request_id=None, body=msgspec.Raw(encode(fields))

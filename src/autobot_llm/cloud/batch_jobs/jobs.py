@@ -29,7 +29,7 @@ from autobot_llm.cloud.batch_jobs.services import (
 from autobot_llm.cloud.batch_jobs.staging import Staged, stage
 from autobot_llm.cloud.batch_jobs.store import JobBusy, JobStore, written_whole
 from autobot_llm.cloud.batch_jobs.submission import SETTLE_SECONDS, Submission
-from autobot_llm.cloud.costed import Budgets
+from autobot_llm.cloud.budgets import Budgets
 from autobot_llm.cloud.ledger import FILE_NAME, Ledger
 from autobot_llm.cloud.pricing import load_prices
 from autobot_llm.cloud.retry import is_transient
@@ -314,7 +314,7 @@ class BatchJobs:
             return
         await ledger.start()
         for dollars in (*(known.reserved for known in self._store.jobs()), job.reserved):
-            budgets.reserve(dollars)
+            await budgets.reserve(dollars)
 
     def _settled(self, job: Job) -> Job:
         """`job`, which sets no more money aside once nothing more of it is to be paid."""
