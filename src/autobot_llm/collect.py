@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 from autobot_llm.errors import ProviderError
-from autobot_llm.report import RESPONSE_CACHING
+from autobot_llm.report import RESPONSE_CACHING, SEMANTIC_CACHING
 from autobot_llm.types import (
     Choice,
     ChoiceEnd,
@@ -120,7 +120,7 @@ def _response(
         reasoning=first.reasoning,
         processing_time=time.perf_counter() - began,
         time_to_first_token=None if first_delta is None else first_delta - began,
-        cached=any(line.applied and line.name == RESPONSE_CACHING for line in finish.optimizations),
+        cached=any(line.applied and line.name in (RESPONSE_CACHING, SEMANTIC_CACHING) for line in finish.optimizations),
         fallback_used=finish.fallback_used,
         timings=finish.timings,
         optimizations=finish.optimizations,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -20,8 +21,12 @@ from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import LLMRequest
 from autobot_llm.universal.deduplication import deduplication
+from autobot_llm.universal.embedding_cache import embedding_cache
 from autobot_llm.universal.prompt_compression import prompt_compression
 from autobot_llm.universal.response_cache import response_cache
+from autobot_llm.universal.semantic.cache import semantic_cache
+
+LinkT = TypeVar("LinkT", bound=Link)
 
 
 class ProviderType(enum.StrEnum):
@@ -102,15 +107,19 @@ class Wrapper(msgspec.Struct, frozen=True):
     make: Callable[[Settings], Link | None]
 
 
-# Links that optimize nothing, and the kinds of providers that they stand in front of.
+# Links that are none of the optimizations above, and the kinds of providers that they stand in front of.
 _OTHER_LINKS: Mapping[str, frozenset[ProviderType]] = {
-    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER})
+    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER}),
+    "semantic_caching": frozenset(ProviderType),
+    "embedding_caching": frozenset(ProviderType),
 }
 
 
 # From the caller inwards. An optimization joins the chain by one line here.
 WRAPPERS: tuple[Wrapper, ...] = (
     Wrapper("response_caching", response_cache),
+    Wrapper("semantic_caching", semantic_cache),
+    Wrapper("embedding_caching", embedding_cache),
     Wrapper("request_deduplication", deduplication),
     Wrapper("prompt_compression", prompt_compression),
     Wrapper("request_batching", BatchingLink),
@@ -124,6 +133,11 @@ def make_links(settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> di
     """The links that one interface's providers share, by optimization, the outermost first; not started."""
     made = ((wrapper.optimization, wrapper.make(settings)) for wrapper in wrappers)
     return {name: link for name, link in made if link is not None}
+
+
+def link_among(links: Mapping[str, Link], kind: type[LinkT]) -> LinkT | None:
+    """The link of that kind, where settings have not switched it off."""
+    return next((link for link in links.values() if isinstance(link, kind)), None)
 
 
 def build_chain(provider: Provider, links: Mapping[str, Link]) -> Streamer:

@@ -17,8 +17,8 @@ from autobot_llm.errors import ProviderUnavailable
 from autobot_llm.settings import load_settings
 from autobot_llm.types import Finish, Start, TextDelta
 from autobot_llm.universal.entries import Entry, unseal
-from autobot_llm.universal.response_cache import open_store
 from autobot_llm.universal.stores.base import Kept, SharedStore
+from autobot_llm.universal.stores.choice import open_store
 
 MOST_SEARCHED = 100_000
 

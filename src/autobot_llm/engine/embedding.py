@@ -1,8 +1,8 @@
 """Texts as vectors: the mean of what the last layer made of a text's tokens, of length 1.
 
-Knows steps, blocks and hidden states; knows nothing of what the vectors are for. Runs between two steps of the engine, on
-its thread, in blocks of its own that nobody else finds. Several texts share a step. A text's vector does not depend on
-which: its tokens are added up in their order, each as the step computed it.
+Knows steps, blocks and hidden states; knows nothing of what the vectors are for. Runs between two steps of the engine,
+on its thread, in blocks of its own that nobody else finds. Several texts share a step. A text's vector does not depend
+on which: its tokens are added up in their order, each as the step computed it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _SEQUENCE_ID = -3
 class TextEmbedding:
     """Embeds texts in steps: call `advance` until it is true, then `release`, which may be called at any time.
 
-    `vectors` then holds a text's vector (float32, Euclidean length 1) at its place. Raises InvalidRequestError for a text
-    without tokens.
+    `vectors` then holds a text's vector (float32, Euclidean length 1) at its place. Raises InvalidRequestError for a
+    text without tokens.
     """
 
     def __init__(self, texts: SequenceABC[SequenceABC[int]]) -> None:

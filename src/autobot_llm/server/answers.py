@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from autobot_llm.collect import collect
 from autobot_llm.errors import ProviderError, ProviderUnavailable
 from autobot_llm.interface import LLMInterface
 from autobot_llm.observability.metrics import Metrics, RequestRecord
-from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header
 from autobot_llm.server.cache_control import FIELD, with_cache_control
 from autobot_llm.server.merge import merge_streams
+from autobot_llm.server.report_headers import report_headers, reused_headers
 from autobot_llm.settings import Settings
 from autobot_llm.types import ChoiceEnd, Event, Finish, LLMRequest, LLMResponse, Start
 
@@ -25,7 +24,6 @@ _STREAM_HEADERS: tuple[Header, ...] = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # a proxy that gathers the stream up would undo it
 )
-_HEADER_UNSAFE = re.compile(r"[^A-Za-z0-9_.:-]+")
 
 
 class StreamEncoder(Protocol):
@@ -155,9 +153,7 @@ async def _send_whole(
 ) -> None:
     async with aclosing(events):
         response = await collect(events)
-    header = optimizations_header(response.optimizations)
-    headers = [(b"x-autobot-optimizations", header)] if header else []
-    await exchange.reply(200, write(response), headers=headers)
+    await exchange.reply(200, write(response), headers=report_headers(response.optimizations))
 
 
 async def _send_stream(exchange: Exchange, events: AsyncGenerator[Event, None], encoder: StreamEncoder) -> None:
@@ -167,43 +163,23 @@ async def _send_stream(exchange: Exchange, events: AsyncGenerator[Event, None], 
     follow wait for it, which saves writes: the role for the first piece, the finish reason for the end.
     """
     waiting = b""
+    headers = _STREAM_HEADERS
     async with aclosing(events):
         async for event in events:
             data = waiting + encoder.encode(event)
             kind = type(event)
             if kind is Start or kind is ChoiceEnd:
                 waiting = data
+                if isinstance(event, Start) and event.reused is not None:
+                    headers = (*_STREAM_HEADERS, *reused_headers(event.reused))
                 continue
             waiting = b""
             last = kind is Finish
             if not data:
                 continue
             if not exchange.started:
-                await exchange.start_stream(encoder.content_type, _STREAM_HEADERS)
+                await exchange.start_stream(encoder.content_type, headers)
             await exchange.write(data, more=not last)
             if last:
                 return
     raise ProviderError("the provider's answer ended without its finish", code="truncated_answer")
-
-
-def optimizations_header(optimizations: tuple[OptimizationOutcome, ...]) -> bytes:
-    """The applied optimizations in one line, as in `prefix_cache;tokens_saved=512, response_cache`."""
-    return ", ".join(_applied(outcome) for outcome in optimizations if outcome.applied).encode("ascii")
-
-
-def _applied(outcome: OptimizationOutcome) -> str:
-    savings = {
-        "tokens_saved": outcome.tokens_saved,
-        "ms_saved": None if outcome.milliseconds_saved is None else round(outcome.milliseconds_saved, 1),
-        "bytes_saved": outcome.bytes_saved,
-        "dollars_spent": _dollars(outcome.dollars_spent),
-        "dollars_saved": _dollars(outcome.dollars_saved),
-    }
-    parts = [_HEADER_UNSAFE.sub("_", outcome.name)]
-    parts += [f"{name}={value}" for name, value in savings.items() if value is not None]
-    return ";".join(parts)
-
-
-def _dollars(amount: float | None) -> str | None:
-    """To a billionth, without an exponent: a cheap model's token costs less than a millionth."""
-    return None if amount is None else f"{amount:.9f}".rstrip("0").rstrip(".")

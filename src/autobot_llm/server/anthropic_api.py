@@ -9,10 +9,11 @@ from autobot_llm.dialects.anthropic.bodies import check_version, read_count, rea
 from autobot_llm.dialects.anthropic.stream import MessageEvents
 from autobot_llm.errors import ProviderError
 from autobot_llm.observability.metrics import RequestRecord
-from autobot_llm.server.answers import Service, optimizations_header
+from autobot_llm.server.answers import Service
 from autobot_llm.server.asgi import Exchange
 from autobot_llm.server.cache_control import with_cache_control
 from autobot_llm.server.models import find_model
+from autobot_llm.server.report_headers import report_headers
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
 from autobot_llm.types import Finish, LLMRequest
 
@@ -57,9 +58,7 @@ class _Handlers:
         async with aclosing(record.observe(self._llm.events(request))) as events:
             async for event in events:
                 if isinstance(event, Finish):
-                    header = optimizations_header(event.optimizations)
-                    headers = [(b"x-autobot-optimizations", header)] if header else []
-                    await exchange.reply(200, builder.body(event), headers=headers)
+                    await exchange.reply(200, builder.body(event), headers=report_headers(event.optimizations))
                     return
                 builder.add(event)
         raise ProviderError("the provider's answer ended without its finish", code="truncated_answer")

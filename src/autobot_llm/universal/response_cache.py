@@ -7,26 +7,25 @@ memory too. An answer is kept when its Finish has come, and given again in the p
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 
 import msgspec
 
 from autobot_llm.errors import NotCached, ProviderUnavailable
 from autobot_llm.providers.base import Link, Provider, Streamer
-from autobot_llm.report import RESPONSE_CACHING, OptimizationOutcome, dollars_worth
+from autobot_llm.report import RESPONSE_CACHING, OptimizationOutcome, dollars_worth, reused_from
 from autobot_llm.settings import Settings
 from autobot_llm.types import CacheControl, Event, Finish, LLMRequest, Start
-from autobot_llm.universal.entries import Entry, num_bytes_of
-from autobot_llm.universal.request_key import FORMAT, AnswerKeys, may_be_shared
+from autobot_llm.universal.entries import Entry, num_bytes_of, seal, unseal
+from autobot_llm.universal.request_key import AnswerKeys, may_be_shared
 from autobot_llm.universal.second_level import SecondLevel
 from autobot_llm.universal.stores.base import SharedStore
+from autobot_llm.universal.stores.choice import open_store
 from autobot_llm.universal.stores.memory import MemoryStore
 
 MAX_L1_BYTES = 64 * 2**20
 MAX_ENTRY_BYTES = 4 * 2**20
-FILE = f"answers-{FORMAT}.sqlite3"
 
 _DEFAULT = CacheControl()
 _BYPASSED = OptimizationOutcome(name=RESPONSE_CACHING, applied=False, reason="the request bypasses it")
@@ -59,34 +58,9 @@ class CacheMetrics(msgspec.Struct, frozen=True, kw_only=True):
     seconds_saved: float
 
 
-def open_store(settings: Settings) -> SharedStore:
-    """The shared store that the settings choose: Redis where there is an address, else a file. Nothing is opened yet.
-
-    Raises ConfigurationError where Redis' client is not installed.
-    """
-    if settings.redis_url is not None:
-        from autobot_llm.universal.stores.redis import RedisStore
-
-        return RedisStore(settings.redis_url)
-    from autobot_llm.universal.stores.sqlite import SqliteStore
-
-    return SqliteStore(store_path(settings))
-
-
-def store_path(settings: Settings) -> Path:
-    """Where the file of answers is, if there is no Redis."""
-    return settings.cache_dir / FILE
-
-
 def response_cache(settings: Settings) -> ResponseCache | None:
     """The cache that the settings ask for."""
     return ResponseCache(settings, open_store(settings)) if settings.cache_enabled else None
-
-
-def cache_among(links: Mapping[str, Link]) -> ResponseCache | None:
-    """The response cache of an interface's links, if it has one."""
-    link = links.get(RESPONSE_CACHING)
-    return link if isinstance(link, ResponseCache) else None
 
 
 class ResponseCache(Link):
@@ -96,8 +70,8 @@ class ResponseCache(Link):
         self._settings = settings
         self._store_name = store.name
         self.ttl = settings.cache_l2_ttl
-        self.l1 = MemoryStore(settings.cache_l1_size, max_l1_bytes)
-        self.l2 = SecondLevel(store)
+        self.l1: MemoryStore[Entry] = MemoryStore(settings.cache_l1_size, max_l1_bytes)
+        self.l2 = SecondLevel(store, seal, unseal)
         self._counts: dict[str, LookupCounts] = {}
         self.num_stored = 0
         self.milliseconds_saved = 0.0
@@ -224,7 +198,8 @@ class _CachedChain:
                 entry, reason = found
                 saved = max(0.0, entry.milliseconds - (time.perf_counter() - began) * 1000)
                 self._cache.milliseconds_saved += saved
-                for event in _again(entry, reason, saved, request.request_id):
+                line = OptimizationOutcome(name=RESPONSE_CACHING, applied=True, reason=reason)
+                for event in replay(entry, line, saved, request.request_id):
                     yield event
                 return
             line = _MISSED
@@ -244,7 +219,7 @@ class _CachedChain:
                         recording.append(event)
                     yield event
                     continue
-                if num_bytes <= MAX_ENTRY_BYTES and not event.fallback_used:
+                if num_bytes <= MAX_ENTRY_BYTES and not event.fallback_used and not reused_from(event.optimizations):
                     recording.append(Finish(usage=event.usage, optimizations=_worth(event)))
                     self._cache.keep(key, recording, control, started, num_bytes)
                 yield _with(line, event)
@@ -266,20 +241,23 @@ def _worth(finish: Finish) -> tuple[OptimizationOutcome, ...]:
     return (OptimizationOutcome(name="cost", applied=True, reason="", dollars_spent=dollars),)
 
 
-def _again(entry: Entry, reason: str, milliseconds_saved: float, request_id: str | None) -> list[Event]:
-    """The events of `entry` as the answer to another request."""
+def replay(entry: Entry, line: OptimizationOutcome, milliseconds_saved: float, request_id: str | None) -> list[Event]:
+    """The events of `entry` as the answer to another request; `line` is its report, which gets what that saves."""
     events = list(entry.events)
     start, finish = events[0], events[-1]
     assert isinstance(start, Start) and isinstance(finish, Finish), "only whole answers are kept"
-    if request_id is not None:
-        events[0] = Start(request_id=request_id, model=start.model, provider=start.provider)
-    line = OptimizationOutcome(
-        name=RESPONSE_CACHING,
-        applied=True,
-        reason=reason,
+    line = msgspec.structs.replace(
+        line,
         tokens_saved=finish.usage.total_tokens,
         milliseconds_saved=milliseconds_saved,
         dollars_saved=dollars_worth(finish.optimizations),
     )
+    if request_id is not None or line.lossy:
+        events[0] = Start(
+            request_id=request_id or start.request_id,
+            model=start.model,
+            provider=start.provider,
+            reused=line if line.lossy else None,
+        )
     events[-1] = Finish(usage=finish.usage, optimizations=(line,))
     return events

@@ -1,17 +1,18 @@
-"""The first level: answers in this process, the least recently used given up first. Knows entries and a clock only."""
+"""The first level: what this process keeps, the least recently used given up first. Knows sizes and a clock only."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Generic
 
-from autobot_llm.universal.entries import Entry
+from autobot_llm.universal.stores.base import StorableT
 
 
-class MemoryStore:
-    """At most `max_entries` answers of `max_bytes` together; every operation takes the same time, however many."""
+class MemoryStore(Generic[StorableT]):
+    """At most `max_entries` entries of `max_bytes` together; every operation takes the same time, however many."""
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._entries: OrderedDict[bytes, StorableT] = OrderedDict()
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self.num_bytes = 0
@@ -20,7 +21,7 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: bytes, now: float) -> Entry | None:
+    def get(self, key: bytes, now: float) -> StorableT | None:
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -30,7 +31,7 @@ class MemoryStore:
         self._entries.move_to_end(key)
         return entry
 
-    def put(self, key: bytes, entry: Entry) -> None:
+    def put(self, key: bytes, entry: StorableT) -> None:
         """Keep `entry`, in the place of what was there; one too large for the store is not kept."""
         if key in self._entries:
             self._remove(key)

@@ -194,9 +194,9 @@ class Model {
         for (int64_t r = mine.begin; r < mine.end; ++r)
             rms_norm(&hidden_[batch_.logit_rows[r] * width], c_.norm, width, c_.rms_norm_eps, normed + r * width);
         barrier_.wait();
-        if (batch_.hidden) return;
-        linear_rows<W, Write::kStore>(c_.lm_head, normed, width, num_logits, batch_.logits, c_.lm_head.n, thread,
-                                      num_threads_);
+        if (!batch_.hidden)
+            linear_rows<W, Write::kStore>(c_.lm_head, normed, width, num_logits, batch_.logits, c_.lm_head.n, thread,
+                                          num_threads_);
         barrier_.wait();
     }
 
