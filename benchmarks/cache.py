@@ -30,7 +30,6 @@ import uvloop
 from autobot_llm.interface import LLMInterface
 from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.providers.scripted import ScriptedProvider
-from autobot_llm.routing import link_among
 from autobot_llm.settings import Settings
 from autobot_llm.types import ChatMessage, LLMRequest
 from autobot_llm.universal.response_cache import ResponseCache, response_cache
@@ -67,7 +66,7 @@ async def through_the_library(folder: Path) -> dict[str, float]:
         began = time.perf_counter()
         made = await llm.chat_completion(REQUEST)
         call_us = (time.perf_counter() - began) * 1e6
-        cache = link_among(llm._links, ResponseCache)
+        cache = llm._caches.answers
         assert cache is not None and not made.cached
 
         async def hit() -> None:

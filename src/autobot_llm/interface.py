@@ -50,13 +50,11 @@ from autobot_llm.routing import (
     choose_route,
     default_provider,
     known_providers,
-    link_among,
     make_links,
     unknown_provider,
 )
 from autobot_llm.settings import Settings, load_settings
 from autobot_llm.types import (
-    CacheControl,
     ChatMessage,
     EmbeddingRequest,
     EmbeddingResponse,
@@ -65,9 +63,7 @@ from autobot_llm.types import (
     LLMRequest,
     LLMResponse,
 )
-from autobot_llm.universal.embedding_cache import EmbeddingCache
-from autobot_llm.universal.response_cache import ResponseCache
-from autobot_llm.universal.semantic.cache import SemanticCache
+from autobot_llm.universal.caches import Caches
 from autobot_llm.validation import validate_embedding, validate_request
 
 
@@ -94,11 +90,7 @@ class LLMInterface:
             raise ConfigurationError("providers is empty: expected at least one")
         self._default = default_provider(self.settings, self._known)
         self._links = make_links(self.settings)
-        self._cache = link_among(self._links, ResponseCache)
-        self._vectors = link_among(self._links, EmbeddingCache)
-        self._semantic = link_among(self._links, SemanticCache)
-        if self._semantic is not None and self._cache is not None:
-            self._semantic.connect(self._cache, self._embedded)
+        self._caches = Caches(self._links, self._embedded)
         self._links_started = False
         self._fallbacks = FallbackTable(self.settings.fallbacks)
         self._in_use: dict[str, _InUse] = {}
@@ -223,7 +215,6 @@ class LLMInterface:
         model: str | None = None,
         provider: str | None = None,
         dimensions: int | None = None,
-        cache: CacheControl | None = None,
     ) -> EmbeddingResponse:
         """One vector for each input: texts or lists of token ids, or a whole EmbeddingRequest.
 
@@ -232,7 +223,7 @@ class LLMInterface:
         """
         if not isinstance(inputs, EmbeddingRequest):
             texts: list[str | list[int]] = [inputs] if isinstance(inputs, str) else list(inputs)
-            inputs = EmbeddingRequest(inputs=texts, model=model, provider=provider, dimensions=dimensions, cache=cache)
+            inputs = EmbeddingRequest(inputs=texts, model=model, provider=provider, dimensions=dimensions)
         request = inputs
         counts = self._counts
         counts.num_requests += 1
@@ -356,34 +347,18 @@ class LLMInterface:
         return optimization_matrix(self._known, {name: one.provider for name, one in self._in_use.items()}, self._links)
 
     def get_cache_metrics(self) -> dict[str, bool | int | float | str]:
-        """What the caches have done since the interface was made, and hold; see `CacheMetrics`.
-
-        Those of the kept vectors begin with `vectors_`; of the semantic cache, where it is on, with `semantic_`.
-        """
-        if self._cache is None:
-            return {"enabled": False}
-        figures: dict[str, bool | int | float | str] = msgspec.structs.asdict(self._cache.figures())
-        for name, link in (("vectors", self._vectors), ("semantic", self._semantic)):
-            if link is not None:
-                figures |= {f"{name}_{figure}": value for figure, value in link.figures().items()}
-        return figures
+        """What the caches have done since the interface was made, and hold; see `Caches.figures`."""
+        return self._caches.figures()
 
     async def clear_cache(self, l1: bool = True, l2: bool = True) -> dict[str, int]:
-        """Remove every kept answer and vector, in memory (l1) and in the shared store (l2), and return their numbers.
-
-        Raises ProviderUnavailable where the shared store cannot be cleared.
-        """
-        removed = {} if self._cache is None else await self._cache.clear(l1=l1, l2=l2)
-        if self._vectors is not None:
-            for level, num_removed in (await self._vectors.clear(l1=l1, l2=l2)).items():
-                removed[level] += num_removed
-        return removed
+        """Remove every kept answer and vector, in memory (l1) and in the shared store (l2); see `Caches.clear`."""
+        return await self._caches.clear(l1=l1, l2=l2)
 
     async def _reached(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
         """The chain that answers, and the request as the chain gets it."""
         route = self.route(request)
         chosen = await self._usable(route.provider)
-        if self._cache is None and request.cache is not None and request.cache.mode == "only-if-cached":
+        if self._caches.answers is None and request.cache is not None and request.cache.mode == "only-if-cached":
             raise NotCached("AUTOBOT_CACHE_ENABLED is false: no answer is kept", param="cache")
         return chosen.chain, msgspec.structs.replace(
             request,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import msgspec
 
@@ -25,8 +24,6 @@ from autobot_llm.universal.embedding_cache import embedding_cache
 from autobot_llm.universal.prompt_compression import prompt_compression
 from autobot_llm.universal.response_cache import response_cache
 from autobot_llm.universal.semantic.cache import semantic_cache
-
-LinkT = TypeVar("LinkT", bound=Link)
 
 
 class ProviderType(enum.StrEnum):
@@ -133,11 +130,6 @@ def make_links(settings: Settings, wrappers: Sequence[Wrapper] = WRAPPERS) -> di
     """The links that one interface's providers share, by optimization, the outermost first; not started."""
     made = ((wrapper.optimization, wrapper.make(settings)) for wrapper in wrappers)
     return {name: link for name, link in made if link is not None}
-
-
-def link_among(links: Mapping[str, Link], kind: type[LinkT]) -> LinkT | None:
-    """The link of that kind, where settings have not switched it off."""
-    return next((link for link in links.values() if isinstance(link, kind)), None)
 
 
 def build_chain(provider: Provider, links: Mapping[str, Link]) -> Streamer:

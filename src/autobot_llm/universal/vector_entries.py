@@ -1,8 +1,8 @@
 """A kept vector: its bytes as they came, and in a shared store. Knows numbers; knows no request and no store.
 
-A vector is kept in the width in which it came, so that it comes back bit by bit: float32 where each number is one (what
-OpenAI's base64 carries), else float64. Sealed as answers are (entries.py): damage costs a miss, and gives nobody another
-text's vector.
+A vector is kept in the width in which it came, so that it comes back bit by bit: float32 where it is an array of such
+(what OpenAI's base64 carries), else float64. Sealed as answers are (entries.py): damage costs a miss, and gives nobody
+the vector of another text.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class VectorEntry(msgspec.Struct, array_like=True, frozen=True):
     """A vector that may be given again until `expires`, both times in seconds since the epoch.
 
     `width` is "f" or "d", as `array` has it, and `data` its numbers in this machine's order of bytes, which is in the
-    key. `model` is what the provider called the model that made it. `num_tokens` is the input's length, or its part of a
-    call's, by characters.
+    key. `model` is what the provider called the model that made it. `num_tokens` is the input's length, or its part of
+    a call's, by characters.
     """
 
     created: float
@@ -37,15 +37,16 @@ class VectorEntry(msgspec.Struct, array_like=True, frozen=True):
     def num_bytes(self) -> int:
         return _OVERHEAD + len(self.data)
 
-    def vector(self) -> array[float]:
-        """The numbers, each time in an array of their own, which the caller may change."""
-        return array(self.width, self.data)
+    def vector(self) -> Sequence[float]:
+        """The numbers as they came, each time in an array or a list of their own, which the caller may change."""
+        numbers = array(self.width, self.data)
+        return numbers if self.width == "f" else list(numbers)
 
 
 def vector_entry(
     vector: Sequence[float], *, model: str, num_tokens: int, created: float, expires: float
 ) -> VectorEntry:
-    kept = vector if isinstance(vector, array) and vector.typecode in "fd" else array("d", vector)
+    kept = vector if isinstance(vector, array) and vector.typecode == "f" else array("d", vector)
     return VectorEntry(created, expires, kept.typecode, kept.tobytes(), model, num_tokens)
 
 

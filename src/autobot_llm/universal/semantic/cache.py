@@ -2,8 +2,8 @@
 
 AUTOBOT_SEMANTIC_CACHE_THRESHOLD switches it on. Knows requests, kept answers and vectors; what a question means,
 meaning.py knows. Everything but the text of the last turn must be equal exactly: model, tools, format, system prompt,
-conversation, sampling, tenant. Of the texts, meaning.py first says which kept ones could mean the same; only where there
-is one is it embedded, and compared. So a request that finds nothing waits for nobody.
+conversation, sampling, tenant. Of the texts, meaning.py first says which kept ones could mean the same; only where
+there is one is it embedded, and compared. So a request that finds nothing waits for nobody.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A text becomes the sequence of its words in a canonical form: what is without weight is gone (greetings, "please",
 "could you tell me"), and what is always the same is written in one way ("what's", "how do I", British spellings). All
-else must be equal, word by word and in order: numbers, names, units, negations, prepositions, articles. Similarity alone
-cannot be trusted with any of them: "delete user 12" and "delete user 13" have nearly the same vector.
+else must be equal, word by word and in order: numbers, names, units, negations, prepositions, articles. Similarity
+alone cannot be trusted with any of them: "delete user 12" and "delete user 13" have nearly the same vector.
 
 Code, quotations, addresses and everything with a digit or a symbol in it are taken as they stand. A text that does not
 look English is compared word for word: nothing in it is known to be without weight.
