@@ -102,7 +102,6 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "embedding_cache_size": ("0", 0, "-1"),
     "embedding_cache_ttl": ("60", 60.0, "0"),
     "semantic_cache_threshold": ("0.95", 0.95, "1.5"),
-    "semantic_cache_words": ("similar", "similar", "any"),
 }
 
 

@@ -370,10 +370,4 @@ ABOUT: dict[str, About] = {
         "universal/semantic",
         now=True,
     ),
-    "semantic_cache_words": About(
-        "How two questions may differ that share an answer: by phrases without weight (same), or by any ordinary words "
-        "if the vectors are similar enough (similar). Numbers, names, negations and the like never differ.",
-        "universal/semantic",
-        now=True,
-    ),
 }

@@ -163,7 +163,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     embedding_cache_size: WholeNumber = 10_000
     embedding_cache_ttl: Seconds = 3600.0
     semantic_cache_threshold: Share | None = None
-    semantic_cache_words: Literal["same", "similar"] = "same"
 
     # About the settings
     sources: Mapping[str, str] = msgspec.field(default_factory=dict)

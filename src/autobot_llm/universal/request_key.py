@@ -42,7 +42,7 @@ _NOT_IN_THE_SCOPE = frozenset(
         "kv_cache_memory", "gpu_memory_utilization", "prefix_caching", "cached_prefixes", "warm_prefixes",
         "cuda_graphs", "cache_dir", "cloud_connection_pool_size", "cloud_batch_window_ms", "cloud_max_batch_size",
         "cloud_retry_max_attempts", "cloud_budget_per_day", "cloud_budget_per_month", "cache_enabled", "cache_l1_size",
-        "cache_l2_ttl", "redis_url", "semantic_cache_threshold", "semantic_cache_words",
+        "cache_l2_ttl", "redis_url", "semantic_cache_threshold",
         "embedding_cache_size", "embedding_cache_ttl",
     }
 )  # fmt: skip

@@ -69,7 +69,6 @@ class SemanticCache(Link):
 
     def __init__(self, settings: Settings, threshold: float, *, patience: float = PATIENCE) -> None:
         self.threshold = threshold
-        self.any_words = settings.semantic_cache_words == "similar"
         self.questions = Questions()
         self._settings = settings
         self._patience = patience
@@ -198,7 +197,7 @@ class Asked:
     """A request's last turn: its text, what that means, and the key of all the rest of the request."""
 
     text: str
-    meaning: tuple[str, ...]
+    meaning: Meaning
     partition: bytes
     tenant: str
 
@@ -253,7 +252,4 @@ class _SemanticChain:
         meaning = meaning_of(text)
         if meaning is None:
             return _UNJUDGED
-        return Asked(text, self._compared(meaning), partition, request.tenant)
-
-    def _compared(self, meaning: Meaning) -> tuple[str, ...]:
-        return meaning.fixed if self._cache.any_words else meaning.words
+        return Asked(text, meaning, partition, request.tenant)

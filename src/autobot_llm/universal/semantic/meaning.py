@@ -25,6 +25,7 @@ MAX_CHARACTERS = 2000  # of a text; longer ones are not questions that come agai
 _TOKEN = re.compile(
     r"(?P<fixed>```.*?```|`[^`]+`"  # code
     r"|\"[^\"]+\"|“[^”]+”|«[^»]+»|‘[^’]+’(?!\w)|(?<!\w)'[^'\n]+'(?!\w)"  # quotations
+    r"|(?<!\S)-+\w\S*"  # options of a command
     r"|\n\s*"  # a line's end and the next one's indentation
     r"|\S*(?:[\d@/\\_=<>{}\[\]|~^$%&#*+€£]|\w[.:]\w)\S*)"  # numbers, addresses, paths, identifiers, formulas
     r"|(?P<word>[^\W\d_]+(?:['’-][^\W\d_]+)*)"
@@ -34,28 +35,25 @@ _TOKEN = re.compile(
 _AFTER_FIXED = re.compile(r"(?:(?<!\d)!|[.,;:?…)])+$")
 _QUOTES = "`\"“«‘'"
 _SENTENCE_ENDS = frozenset(".!?…")
+_ENDS = frozenset(".!,。")
+_ENDS_OF_QUESTIONS = _ENDS | {"?"}
 _PLACEHOLDER = "\ue000"  # of Unicode's private use area, in front of a fixed token's place
 
 
-class Meaning(msgspec.Struct, frozen=True):
-    """What must be equal. `words`: everything, in order. `fixed`: what must be even where other words may differ."""
-
-    words: tuple[str, ...]
-    fixed: tuple[str, ...]
+Meaning = tuple[str, ...]  # canonical words, in order
 
 
 def meaning_of(text: str) -> Meaning | None:
-    """None for a text that is too long to be judged, or has no words."""
+    """What must be equal where two texts are one question; None for a text that is too long to be judged, or empty."""
     if len(text) > MAX_CHARACTERS or _PLACEHOLDER in text:
         return None
     tokens, fixed = _tokens(text.strip())
     if not tokens:
         return None
-    is_english = _is_english(tokens)
-    if is_english:
+    if _is_english(tokens) and ":" not in tokens and not any("\n" in one for one in fixed):
         tokens = _canonical(tokens)
-    words = tuple(_word(token, fixed) for token in tokens)
-    return Meaning(words, _fixed(words) if is_english else words)
+    tokens = _without_end(tokens)
+    return tuple(f"{_PLACEHOLDER}{fixed[int(token[1:])]}" if token[0] == _PLACEHOLDER else token for token in tokens)
 
 
 def _tokens(text: str) -> tuple[list[str], list[str]]:
@@ -89,37 +87,27 @@ def _cased(word: str, begins: bool) -> str:
     return word.lower() if begins and is_capitalized_only else word
 
 
-def _word(token: str, fixed: list[str]) -> str:
-    if token.startswith(_PLACEHOLDER):
-        return f"{_PLACEHOLDER}{fixed[int(token[1:])]}"
-    return _words().synonyms.get(token, token)
-
-
 class _Words(msgspec.Struct, frozen=True):
     """words.toml, in the form in which it is used."""
 
     synonyms: Mapping[str, str]
     english: frozenset[str]
     questions: frozenset[str]
-    fixed: frozenset[str]
-    binding: frozenset[str]
+    about_words: frozenset[str]
+    courtesies: tuple[tuple[re.Pattern[str], str], ...]
     rewrites: tuple[tuple[re.Pattern[str], str], ...]
 
 
 @cache
 def _words() -> _Words:
     told: dict[str, Any] = tomllib.loads((files(__package__) / "words.toml").read_text("utf-8"))
-    lists = ("negations", "numbers", "dates", "units", "quantifiers", "comparatives", "persons", "relations")
-    fixed = {word for name in lists for word in told[name]}
-    fixed |= {word for pair in told["antonyms"] for word in pair}
-    fixed |= {*told["question_words"], *told["auxiliaries"]}
     synonyms = {word: group[0] for group in told["synonyms"] for word in group}
     return _Words(
         synonyms=synonyms,
         english=frozenset(told["english"]),
         questions=frozenset((*told["question_words"], *told["auxiliaries"])),
-        fixed=frozenset(fixed | {synonyms.get(word, word) for word in fixed}),
-        binding=frozenset(told["binding"]),
+        about_words=frozenset(told["about_words"]),
+        courtesies=_courtesies(told),
         rewrites=_rewrites(told),
     )
 
@@ -134,28 +122,51 @@ def _is_english(tokens: list[str]) -> bool:
 
 
 def _canonical(tokens: list[str]) -> list[str]:
+    known = _words()
     text = " ".join(tokens)
-    for pattern, into in _words().rewrites:
+    is_about_words = not known.about_words.isdisjoint(tokens)  # then a word is not what it stands for
+    for pattern, into in known.rewrites if is_about_words else known.courtesies + known.rewrites:
         text = pattern.sub(into, text)
-    tokens = text.split()
-    while tokens and tokens[-1] in _SENTENCE_ENDS:
-        # A question is one without its mark, too; any other sentence is one only with it.
-        if tokens[-1] == "?" and tokens[0] not in _words().questions:
-            break
-        tokens.pop()
-    return tokens
+    rewritten = text.split() or tokens  # nothing but a greeting is what was meant
+    return rewritten if is_about_words else [known.synonyms.get(word, word) for word in rewritten]
 
 
-def _rewrites(told: Mapping[str, Any]) -> tuple[tuple[re.Pattern[str], str], ...]:
+def _without_end(tokens: list[str]) -> list[str]:
+    """A question is one without its mark, too; any other sentence is one only with it."""
+    is_question = tokens[0] in _words().questions
+    num_kept = len(tokens)
+    while num_kept > 1 and tokens[num_kept - 1] in (_ENDS_OF_QUESTIONS if is_question else _ENDS):
+        num_kept -= 1
+    return tokens[:num_kept]
+
+
+Rewrites = tuple[tuple[re.Pattern[str], str], ...]
+
+
+def _courtesies(told: Mapping[str, Any]) -> Rewrites:
+    """Greetings, thanks and "please" in a text that is not about words itself; in words parted by single spaces."""
+    follows = f"(?={'|'.join((*told['question_words'], *told['auxiliaries'], 'i', 'please'))}\\b)"
+    return _compiled(
+        (rf"^(?:hi|hello|hey)(?: there)? (?:(?:[,.!] )+|{follows})", ""),
+        (r"( [,.!?])(?: [,.!?])* (?:thanks|thank you)(?: a lot| so much| very much| in advance)?(?: [.!])*$", r"\1"),
+        (r"(?<! to)(?: ,)? please(?=(?: [.!?])*$)", ""),
+    )
+
+
+def _rewrites(told: Mapping[str, Any]) -> Rewrites:
     """What is replaced by what, in this order, in words parted by single spaces. Each keeps the meaning."""
-    question = f"(?={'|'.join(told['question_words'])}\\b)"
-    task = f"(?=(?:{'|'.join(told['tasks'])})\\b)"
+    questions = told["question_words"]
+    question = f"(?=(?:{'|'.join(questions)})\\b)"
+    # "tell me when it is ready" asks for something else than "when is it ready"
+    no_time = f"(?=(?:{'|'.join(word for word in questions if word not in ('when', 'whether'))})\\b)"
+    task, plain_task = (f"(?=(?:{'|'.join(told[name])})\\b)" for name in ("tasks", "plain_tasks"))
     be = "is|are|was|were"
     auxiliary = "|".join(told["auxiliaries"])
-    you = r"(?:can|could|would|will) you (?:please )?"
+    state = "|".join(told["states"])
     owner = "the|a|an|my|your|his|her|our|their|this|that"
-    tell = r"(?:tell me|explain to me|show me|let me know|explain|help me understand|remind me)"
-    patterns: list[tuple[str, str]] = [
+    end = r"(?=(?: [.!?])*$)"
+    tell = r"(?:tell me|explain to me|explain|help me understand)"
+    return _compiled(
         # contractions
         (rf"\b({'|'.join(told['is_after'])})'s\b", r"\1 is"),
         (r"\b(?:can't|cannot)\b", "can not"),
@@ -166,52 +177,33 @@ def _rewrites(told: Mapping[str, Any]) -> tuple[tuple[re.Pattern[str], str], ...
         (r"\b(\w+)'ve\b", r"\1 have"),
         (r"\b(\w+)'ll\b", r"\1 will"),
         (r"\bi'd like\b", "i would like"),
-        # greetings and thanks
-        (r"^(?:hi|hello|hey)(?: there)?(?: [,.!])* ", ""),
-        (r"(?:^| )(?:[,.!?] )?(?:thanks|thank you)(?: a lot| so much| very much| in advance)?(?: [.!])*$", ""),
-        (r"^please (?:, )?", ""),
-        (r"(?: ,)? please(?=(?: [.!?])*$)", ""),
         # what only announces a question, or a task
-        (rf"^{you}{tell} {question}", ""),
-        (rf"^(?:do|would|could|can) you (?:happen to )?(?:know|remember) {question}", ""),
-        (rf"^i (?:want|need|would like|wish|am trying) to (?:know|find out|understand|learn) {question}", ""),
+        (r"^please (?:, )?", ""),
+        (rf"^(?:(?:can|could|would) you (?:please )?)?{tell} {no_time}", ""),
+        (rf"^(?:do|would) you (?:happen to )?(?:know|remember) {question}", ""),
+        (rf"^i (?:want|need|would like|am trying) to (?:know|find out|understand) {question}", ""),
         (rf"^i (?:am|was) (?:just )?(?:wondering|curious) {question}", ""),
-        (rf"^(?:any idea|may i ask|can i ask|could i ask|could i know|may i know) {question}", ""),
-        (rf"^{tell} {question}", ""),
-        (rf"^(?:{you})?(?:tell me|give me) the (?=\S+ (?:of|in|for)\b)", "what is the "),
-        (rf"^{you}{task}(.*?)(?: [.?])*$", r"\1"),
+        (rf"^(?:any idea|may i ask|can i ask|could i ask) {question}", ""),
+        (r"^(?:(?:can|could|would) you (?:please )?)?(?:tell me|give me) the (?=\S+ (?:of|in|for)\b)", "what is the "),
+        (rf"^(?:could you(?: please)?|can you please) {task}(.*?){end}(?: [.?!])*$", r"\1"),
+        (rf"^can you {plain_task}(.*?){end}(?: [.?!])*$", r"\1"),
         (rf"^i (?:want|need|would like) you to {task}", ""),
         # one way to ask how
-        (r"^how (?:do|can|could) (?:i|you|we|one) ", "how to "),
-        (r"^how does one ", "how to "),
-        (r"^(?:what is the way to|what are the steps to|what steps do i take to|in what way can i) ", "how to "),
+        (rf"^how (?:(?:do|can|could) (?:i|one)|i (?:can|could)|does one) (?!(?:{state})\b)", "how to "),
+        (r"^(?:what is the way to|what are the steps to|what steps do i take to) ", "how to "),
         (r"^which (?=is\b|are\b)", "what "),
         # the order of a question, and not that of a clause
-        (rf"^(what|who|where|when|why) (?!(?:{auxiliary})\b)(.+?) ({be})(?=(?: [.!?])*$)", r"\1 \3 \2"),
-        (r"^what (?!does\b)((?:\S+ )?\S+) means(?=(?: [.!?])*$)", r"what does \1 mean"),
-        (r"^how (?!does\b)((?:\S+ ){1,3})works(?=(?: [.!?])*$)", r"how does \1work"),
-        (r"^what is meaning of (.+?)(?=(?: [.!?])*$)", r"what does \1 mean"),
-        (r"^what is the meaning of (.+?)(?=(?: [.!?])*$)", r"what does \1 mean"),
-        (rf"^([^']*?)((?:(?:{owner}) )?\S+)'s (\S+)((?: [.!?])*)$", r"\1the \3 of \2\4"),
-    ]
-    return tuple((re.compile(pattern), into) for pattern, into in patterns)
+        (rf"^(what|who|where|when|why) (?!(?:{auxiliary})\b)(.+?) ({be}){end}", r"\1 \3 \2"),
+        (rf"^(why|when|where) (?!(?:{auxiliary})\b)(.+?) ({be}) (?=\w)", r"\1 \3 \2 "),
+        (rf"^what (?!does\b)((?:\S+ )?\S+) means{end}", r"what does \1 mean"),
+        (rf"^how (?!does\b)((?:\S+ ){{1,3}})works{end}", r"how does \1work"),
+        (
+            rf"^what is (?:the )?meaning of ((?:the (?:word|term|phrase) )?(?:{_PLACEHOLDER}\d+|[A-Z]{{2,}})){end}",
+            r"what does \1 mean",
+        ),
+        (rf"^([^']*?)((?:(?:{owner}) )?\S+)'s (\S+){end}", r"\1the \3 of \2"),
+    )
 
 
-# --- what must be equal even where other words may differ -------------------------------------------------------------
-
-_DERIVED = re.compile(r"(?:un|non|dis|in|im|ir|il|mis|anti|over|under|de|re|ex)[a-z]{3,}|[a-z]{2,}(?:er|est|less|n't)")
-
-
-def _fixed(words: tuple[str, ...]) -> tuple[str, ...]:
-    """All that is no plain word in small letters, and of those the ones that can turn a meaning around."""
-    known = _words()
-    kept = []
-    for place, word in enumerate(words):
-        if (
-            not (word.isascii() and word.isalpha() and word.islower())
-            or word in known.fixed
-            or _DERIVED.fullmatch(word)
-        ):
-            follower = words[place + 1] if word in known.binding and place + 1 < len(words) else ""
-            kept.append(f"{word} {follower}" if follower else word)
-    return tuple(kept)
+def _compiled(*rewrites: tuple[str, str]) -> Rewrites:
+    return tuple((re.compile(pattern), into) for pattern, into in rewrites)

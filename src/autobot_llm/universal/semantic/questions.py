@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
+from autobot_llm.universal.semantic.meaning import Meaning
+
 MAX_PARTITIONS = 1000  # conversations, settings, tenants
 MAX_MEANINGS = 1000  # of a partition
 MAX_ALIKE = 32  # questions of one meaning
@@ -48,9 +50,6 @@ class Question:
     text: str
     answer: bytes
     vector: Vector | None = None
-
-
-Meaning = tuple[str, ...]
 
 
 class Questions:

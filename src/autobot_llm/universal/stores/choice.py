@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from autobot_llm.settings import Settings
 from autobot_llm.universal.request_key import FORMAT
 from autobot_llm.universal.stores.base import SharedStore
 
 Kind = Literal["answers", "vectors"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def open_store(settings: Settings, kind: Kind = "answers") -> SharedStore:
