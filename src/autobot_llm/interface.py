@@ -25,7 +25,6 @@ from autobot_llm.errors import (
     ConfigurationError,
     LLMError,
     ModelNotFoundError,
-    NotCached,
     ProviderError,
     ProviderUnavailable,
     RequestTimeout,
@@ -252,6 +251,7 @@ class LLMInterface:
         embedder = (await self._usable(route.provider)).embedder
         if embedder is None:
             raise UnsupportedError(f"provider '{route.provider}' makes no embeddings", param="model")
+        self._caches.refuse_if_off(request.cache)
         return await embedder.embed(
             msgspec.structs.replace(
                 request,
@@ -358,8 +358,7 @@ class LLMInterface:
         """The chain that answers, and the request as the chain gets it."""
         route = self.route(request)
         chosen = await self._usable(route.provider)
-        if self._caches.answers is None and request.cache is not None and request.cache.mode == "only-if-cached":
-            raise NotCached("AUTOBOT_CACHE_ENABLED is false: no answer is kept", param="cache")
+        self._caches.refuse_if_off(request.cache)
         return chosen.chain, msgspec.structs.replace(
             request,
             provider=route.provider,

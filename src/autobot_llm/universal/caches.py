@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import msgspec
 
+from autobot_llm.errors import NotCached
 from autobot_llm.providers.base import Link
+from autobot_llm.types import CacheControl
 from autobot_llm.universal.embedding_cache import EmbeddingCache
 from autobot_llm.universal.response_cache import ResponseCache
 from autobot_llm.universal.semantic.cache import Embed, SemanticCache
@@ -24,6 +26,11 @@ class Caches:
         self.semantic = _among(links, SemanticCache)
         if self.semantic is not None and self.answers is not None:
             self.semantic.connect(self.answers, embed)
+
+    def refuse_if_off(self, control: CacheControl | None) -> None:
+        """Raises NotCached for a request that wants what is kept only, where nothing is."""
+        if self.answers is None and control is not None and control.mode == "only-if-cached":
+            raise NotCached("AUTOBOT_CACHE_ENABLED is false: no answer is kept", param="cache")
 
     def figures(self) -> dict[str, bool | int | float | str]:
         """`CacheMetrics`, and those of vectors and of the semantic cache after `vectors_` and `semantic_`."""
