@@ -147,6 +147,7 @@ class SemanticCache(Link):
         vectors = await self._vectors([asked.text, *(question.text for question in new)], asked.tenant)
         if vectors is None or (own := vectors[0]) is None:
             return {}
+        asked.vector = own
         for question, vector in zip(new, vectors[1:], strict=True):
             question.vector = vector
         similarities = {}
@@ -189,17 +190,18 @@ class SemanticCache(Link):
             )
 
     def keep(self, asked: Asked, answer: bytes) -> None:
-        self.questions.keep(asked.partition, asked.meaning, Question(asked.text, answer))
+        self.questions.keep(asked.partition, asked.meaning, Question(asked.text, answer, asked.vector))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
-    """A request's last turn: its text, what that means, and the key of all the rest of the request."""
+    """A request's last turn: its text, what that means, its vector where it was needed; the key of all the rest."""
 
     text: str
     meaning: Meaning
     partition: bytes
     tenant: str
+    vector: Vector | None = None
 
 
 class _SemanticChain:
