@@ -20,14 +20,14 @@ from typing import Any
 
 import msgspec
 
-MAX_CHARACTERS = 2000  # of a text; longer ones are not questions that come again in other words
+MAX_CHARACTERS = 1000  # of a text; longer ones are not questions that come again in other words
 
 _TOKEN = re.compile(
     r"(?P<fixed>```.*?```|`[^`]+`"  # code
     r"|\"[^\"]+\"|“[^”]+”|«[^»]+»|‘[^’]+’(?!\w)|(?<!\w)'[^'\n]+'(?!\w)"  # quotations
     r"|(?<!\S)-+\w\S*"  # options of a command
     r"|\n\s*"  # a line's end and the next one's indentation
-    r"|\S*(?:[\d@/\\_=<>{}\[\]|~^$%&#*+€£]|\w[.:]\w)\S*)"  # numbers, addresses, paths, identifiers, formulas
+    r"|\S{0,256}(?:[\d@/\\_=<>{}\[\]|~^$%&#*+€£]|\w[.:]\w)\S*)"  # numbers, addresses, paths, identifiers, formulas
     r"|(?P<word>[^\W\d_]+(?:['’-][^\W\d_]+)*)"
     r"|(?P<mark>\S)",
     re.DOTALL,
@@ -148,7 +148,10 @@ def _courtesies(told: Mapping[str, Any]) -> Rewrites:
     follows = f"(?={'|'.join((*told['question_words'], *told['auxiliaries'], 'i', 'please'))}\\b)"
     return _compiled(
         (rf"^(?:hi|hello|hey)(?: there)? (?:(?:[,.!] )+|{follows})", ""),
-        (r"( [,.!?])(?: [,.!?])* (?:thanks|thank you)(?: a lot| so much| very much| in advance)?(?: [.!])*$", r"\1"),
+        (
+            r"( [,.!?])(?: [,.!?]){0,3} (?:thanks|thank you)(?: a lot| so much| very much| in advance)?(?: [.!])*$",
+            r"\1",
+        ),
         (r"(?<! to)(?: ,)? please(?=(?: [.!?])*$)", ""),
     )
 
