@@ -299,6 +299,32 @@ async def test_embeddings_that_are_slow_cost_a_bounded_time_and_then_none(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+class SlowStarter(EmbeddingProvider):
+    async def start(self) -> None:
+        await asyncio.sleep(PATIENCE + 0.3)
+        await super().start()
+
+
+async def test_a_provider_that_is_slow_to_start_is_not_given_up_with_the_first_request(tmp_path: Path) -> None:
+    settings = Settings(cache_dir=tmp_path, semantic_cache_threshold=0.9, models={"embedding": "slow/tiny"})
+    answering, slow = EmbeddingProvider(), SlowStarter(name="slow")
+    async with LLMInterface(settings, providers={"native": answering, "slow": slow}) as llm:
+        await ask(llm, FIRST)
+        assert not (await ask(llm, OTHER)).cached
+        await asyncio.sleep(1.1)
+        assert (await ask(llm, THIRD)).cached
+        assert answering.embedded == []
+
+
+async def test_embeddings_under_way_end_with_the_interface(tmp_path: Path) -> None:
+    async with asking(tmp_path) as (llm, provider):
+        await ask(llm, FIRST)
+        provider.patience = 60
+        assert not (await ask(llm, OTHER)).cached
+        began = time.perf_counter()
+    assert time.perf_counter() - began < 5
+
+
 async def test_a_provider_without_embeddings_says_which_setting_helps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

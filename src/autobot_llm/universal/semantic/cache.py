@@ -74,6 +74,7 @@ class SemanticCache(Link):
         self._patience = patience
         self._answers: ResponseCache | None = None
         self._embed: Embed | None = None
+        self._under_way: set[asyncio.Future[EmbeddingResponse]] = set()
         self._breaker = StoreBreaker()
         self._try_again_at = 0.0
         self._has_warned = False
@@ -85,6 +86,12 @@ class SemanticCache(Link):
     def connect(self, answers: ResponseCache, embed: Embed) -> None:
         """Whose answers it gives again, and who makes vectors."""
         self._answers, self._embed = answers, embed
+
+    async def close(self) -> None:
+        under_way = list(self._under_way)
+        for making in under_way:
+            making.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
 
     def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
         counts = self._counts.setdefault(provider.name, Counter())
@@ -165,9 +172,15 @@ class SemanticCache(Link):
             if time.monotonic() < self._try_again_at:
                 return None
             self._breaker.admit()
+        # Not given up with the request's patience: it may be starting the provider that makes vectors.
+        making = asyncio.ensure_future(
+            self._embed(EmbeddingRequest(inputs=[*texts], tenant=tenant, timeout=self._patience))
+        )
+        self._under_way.add(making)
+        making.add_done_callback(self._done)
         try:
             async with asyncio.timeout(self._patience):
-                response = await self._embed(EmbeddingRequest(inputs=[*texts], tenant=tenant, timeout=self._patience))
+                response = await asyncio.shield(making)
         except Exception as exc:
             self._failed(exc)
             return None
@@ -176,6 +189,11 @@ class SemanticCache(Link):
             self._has_warned = False
             logger.info("there are embeddings again; the semantic cache is back")
         return [Vector.of(one, provider=response.provider, model=response.model) for one in response.vectors]
+
+    def _done(self, making: asyncio.Future[EmbeddingResponse]) -> None:
+        self._under_way.discard(making)
+        if not making.cancelled():
+            making.exception()  # nobody may be waiting for it any more
 
     def _failed(self, exc: Exception) -> None:
         self.num_failures += 1
