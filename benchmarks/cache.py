@@ -33,7 +33,7 @@ from autobot_llm.providers.base import Link, Provider, Streamer
 from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.settings import Settings
 from autobot_llm.types import ChatMessage, LLMRequest
-from autobot_llm.universal.response_cache import ResponseCache, cache_among, response_cache
+from autobot_llm.universal.response_cache import ResponseCache, response_cache
 
 NUM_RUNS = 5
 NUM_HITS = 2000
@@ -73,7 +73,7 @@ async def through_the_library(folder: Path) -> dict[str, float]:
         began = time.perf_counter()
         made = await llm.chat_completion(REQUEST)
         call_us = (time.perf_counter() - began) * 1e6
-        cache = cache_among(llm._links)
+        cache = llm._caches.answers
         assert cache is not None and not made.cached
 
         async def hit() -> None:

@@ -103,6 +103,8 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cache_l1_size": ("0", 0, "-1"),
     "cache_l2_ttl": ("1", 1.0, "nan"),
     "redis_url": ("redis://h:1/0", "redis://h:1/0", "http://h"),
+    "embedding_cache_size": ("0", 0, "-1"),
+    "embedding_cache_ttl": ("60", 60.0, "0"),
     "semantic_cache_threshold": ("0.95", 0.95, "1.5"),
 }
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 from autobot_llm.errors import ProviderError
-from autobot_llm.report import RESPONSE_CACHING
+from autobot_llm.report import CACHING
 from autobot_llm.types import (
     Choice,
     ChoiceEnd,
@@ -119,7 +119,7 @@ class Collected:
             reasoning=first.reasoning,
             processing_time=processing_time,
             time_to_first_token=time_to_first_token,
-            cached=any(line.applied and line.name == RESPONSE_CACHING for line in finish.optimizations),
+            cached=any(line.applied and line.name in CACHING for line in finish.optimizations),
             fallback_used=finish.fallback_used,
             timings=finish.timings,
             optimizations=finish.optimizations,

@@ -24,7 +24,6 @@ from autobot_llm.errors import (
     ConfigurationError,
     LLMError,
     ModelNotFoundError,
-    NotCached,
     ProviderError,
     ProviderUnavailable,
     RequestTimeout,
@@ -62,8 +61,8 @@ from autobot_llm.types import (
     LLMRequest,
     LLMResponse,
 )
+from autobot_llm.universal.caches import Caches
 from autobot_llm.universal.kept_answer import AnswersAtOnce, KeptAnswer
-from autobot_llm.universal.response_cache import cache_among
 from autobot_llm.validation import validate_embedding, validate_request
 
 
@@ -90,7 +89,7 @@ class LLMInterface:
             raise ConfigurationError("providers is empty: expected at least one")
         self._default = default_provider(self.settings, self._known)
         self._links = make_links(self.settings)
-        self._cache = cache_among(self._links)
+        self._caches = Caches(self._links, self._embedded)
         self._links_started = False
         self._fallbacks = FallbackTable(self.settings.fallbacks)
         self._in_use: dict[str, _InUse] = {}
@@ -259,6 +258,7 @@ class LLMInterface:
         embedder = (await self._usable(route.provider)).embedder
         if embedder is None:
             raise UnsupportedError(f"provider '{route.provider}' makes no embeddings", param="model")
+        self._caches.refuse_if_off(request.cache)
         return await embedder.embed(route.taken_by(request))
 
     @property
@@ -347,19 +347,18 @@ class LLMInterface:
         return optimization_matrix(self._known, {name: one.provider for name, one in self._in_use.items()}, self._links)
 
     def get_cache_metrics(self) -> dict[str, bool | int | float | str]:
-        """What the response cache has done since the interface was made, and holds; see `CacheMetrics`."""
-        return {"enabled": False} if self._cache is None else msgspec.structs.asdict(self._cache.figures())
+        """What the caches have done since the interface was made, and hold; see `Caches.figures`."""
+        return self._caches.figures()
 
     async def clear_cache(self, l1: bool = True, l2: bool = True) -> dict[str, int]:
-        """Remove every kept answer, in memory (l1) and in the shared store (l2); see `ResponseCache.clear`."""
-        return {} if self._cache is None else await self._cache.clear(l1=l1, l2=l2)
+        """Remove every kept answer and vector, in memory (l1) and in the shared store (l2); see `Caches.clear`."""
+        return await self._caches.clear(l1=l1, l2=l2)
 
     async def _reached(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
         """The chain that answers, and the request as the chain gets it."""
         route = self.route(request)
         chosen = await self._usable(route.provider)
-        if self._cache is None and request.cache is not None and request.cache.mode == "only-if-cached":
-            raise NotCached("AUTOBOT_CACHE_ENABLED is false: no answer is kept", param="cache")
+        self._caches.refuse_if_off(request.cache)
         return chosen.chain, route.taken_by(request)
 
     async def _usable(self, name: str) -> _InUse:

@@ -23,8 +23,10 @@ from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
 from autobot_llm.types import EmbeddingRequest, LLMRequest
 from autobot_llm.universal.deduplication import deduplication
+from autobot_llm.universal.embedding_cache import embedding_cache
 from autobot_llm.universal.prompt_compression import prompt_compression
 from autobot_llm.universal.response_cache import response_cache
+from autobot_llm.universal.semantic.cache import semantic_cache
 
 RequestT = TypeVar("RequestT", LLMRequest, EmbeddingRequest)
 
@@ -111,12 +113,16 @@ class Wrapper(msgspec.Struct, frozen=True):
 _OTHER_LINKS: Mapping[str, frozenset[ProviderType]] = {
     "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER}),
     "hedging": frozenset(ProviderType) - {ProviderType.LOCAL_NATIVE},
+    "semantic_caching": frozenset(ProviderType),
+    "embedding_caching": frozenset(ProviderType),
 }
 
 
 # From the caller inwards. An optimization joins the chain by one line here.
 WRAPPERS: tuple[Wrapper, ...] = (
     Wrapper("response_caching", response_cache),
+    Wrapper("semantic_caching", semantic_cache),
+    Wrapper("embedding_caching", embedding_cache),
     Wrapper("request_deduplication", deduplication),
     Wrapper("prompt_compression", prompt_compression),
     Wrapper("request_batching", BatchingLink),

@@ -107,6 +107,39 @@ PROVIDER_METRICS = (
     _figure("autobot_llm_cache_l2_hits", "num_l2_hits", "counter", "Requests answered from the shared store."),
     _figure("autobot_llm_cache_misses", "num_cache_misses", "counter", "Requests that no kept answer was found for."),
     _figure(
+        "autobot_llm_semantic_cache_hits",
+        "num_semantic_hits",
+        "counter",
+        "Requests answered with the kept answer to the same question in other words (lossy).",
+    ),
+    _figure(
+        "autobot_llm_semantic_cache_misses",
+        "num_semantic_misses",
+        "counter",
+        "Requests that the semantic cache looked for and had no answer to.",
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_l1_hits",
+        "num_vector_l1_hits",
+        "counter",
+        "Inputs whose vectors were in this process's memory.",
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_l2_hits",
+        "num_vector_l2_hits",
+        "counter",
+        "Inputs whose vectors were in the shared store.",
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_misses", "num_vector_misses", "counter", "Inputs that the provider had to embed."
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_shared",
+        "num_vectors_joined",
+        "counter",
+        "Inputs whose vectors were being made for another request.",
+    ),
+    _figure(
         "autobot_llm_deduplicated_requests",
         "num_joined",
         "counter",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header
 from autobot_llm.server.cache_control import FIELD, with_cache_control
 from autobot_llm.server.merge import merge_streams
+from autobot_llm.server.report_headers import report_headers, reused_headers
 from autobot_llm.settings import Settings
 from autobot_llm.types import ChoiceEnd, Event, Finish, LLMRequest, LLMResponse, Start
 from autobot_llm.universal.kept_answer import KeptAnswer
@@ -27,7 +27,6 @@ _STREAM_HEADERS: tuple[Header, ...] = (
     (b"x-accel-buffering", b"no"),  # a proxy that gathers the stream up would undo it
 )
 MOST_AT_ONCE = 64 * 1024  # bytes of a kept stream that are written together
-_HEADER_UNSAFE = re.compile(r"[^A-Za-z0-9_.:-]+")
 
 
 class StreamEncoder(Protocol):
@@ -187,8 +186,7 @@ async def _send_whole(exchange: Exchange, events: AsyncGenerator[Event, None], r
 
 async def send_body(exchange: Exchange, body: bytes, optimizations: tuple[OptimizationOutcome, ...]) -> None:
     """Reply with a complete answer, and what was done for it in a header."""
-    header = optimizations_header(optimizations)
-    await exchange.reply(200, body, headers=[(b"x-autobot-optimizations", header)] if header else ())
+    await exchange.reply(200, body, headers=report_headers(optimizations))
 
 
 class _Pieces:
@@ -219,11 +217,14 @@ async def _send_stream(exchange: Exchange, events: AsyncGenerator[Event, None], 
     So everything that goes wrong until then still gets its own status code.
     """
     pieces = _Pieces(encoder)
+    headers = _STREAM_HEADERS
     async with aclosing(events):
         async for event in events:
+            if isinstance(event, Start) and event.reused is not None:
+                headers = (*_STREAM_HEADERS, *reused_headers(event.reused))
             if data := pieces.of(event):
                 last = type(event) is Finish
-                await _send_piece(exchange, data, encoder, last=last)
+                await _send_piece(exchange, data, encoder, headers, last=last)
                 if last:
                     return
     raise ProviderError("the provider's answer ended without its finish", code="truncated_answer")
@@ -248,32 +249,14 @@ async def _send_kept(exchange: Exchange, events: Sequence[Event], encoder: Strea
         await _send_piece(exchange, b"".join(gathered), encoder, last=True)
 
 
-async def _send_piece(exchange: Exchange, data: bytes, encoder: StreamEncoder, *, last: bool) -> None:
+async def _send_piece(
+    exchange: Exchange,
+    data: bytes,
+    encoder: StreamEncoder,
+    headers: Sequence[Header] = _STREAM_HEADERS,
+    *,
+    last: bool,
+) -> None:
     if not exchange.started:
-        await exchange.start_stream(encoder.content_type, _STREAM_HEADERS)
+        await exchange.start_stream(encoder.content_type, headers)
     await exchange.write(data, more=not last)
-
-
-def optimizations_header(optimizations: tuple[OptimizationOutcome, ...]) -> bytes:
-    """The applied optimizations in one line, as in `prefix_cache;tokens_saved=512, response_cache`."""
-    return ", ".join(_applied(outcome) for outcome in optimizations if outcome.applied).encode("ascii")
-
-
-def _applied(outcome: OptimizationOutcome) -> str:
-    line = _HEADER_UNSAFE.sub("_", outcome.name)
-    if outcome.tokens_saved is not None:
-        line += f";tokens_saved={outcome.tokens_saved}"
-    if outcome.milliseconds_saved is not None:
-        line += f";ms_saved={round(outcome.milliseconds_saved, 1)}"
-    if outcome.bytes_saved is not None:
-        line += f";bytes_saved={outcome.bytes_saved}"
-    if outcome.dollars_spent is not None:
-        line += f";dollars_spent={_dollars(outcome.dollars_spent)}"
-    if outcome.dollars_saved is not None:
-        line += f";dollars_saved={_dollars(outcome.dollars_saved)}"
-    return line
-
-
-def _dollars(amount: float) -> str:
-    """To a billionth, without an exponent: a cheap model's token costs less than a millionth."""
-    return f"{amount:.9f}".rstrip("0").rstrip(".")

@@ -386,8 +386,18 @@ ABOUT: dict[str, About] = {
         now=True,
         secret=True,
     ),
+    "embedding_cache_size": About(
+        "Vectors kept in memory, so that a text is embedded once; 0 keeps none there.",
+        "universal/embedding_cache",
+        now=True,
+    ),
+    "embedding_cache_ttl": About(
+        "Seconds that a vector is kept, in memory and in the shared store.", "universal/embedding_cache", now=True
+    ),
     "semantic_cache_threshold": About(
-        "Similarity from which the answer to another request is reused (lossy); unset is off.",
-        "universal/semantic_cache",
+        "Similarity from which the kept answer to the same question in other words is given (lossy), 0.95 for one; "
+        "unset is off. AUTOBOT_EMBEDDING_MODEL says who makes the vectors, the default provider unless it is set.",
+        "universal/semantic",
+        now=True,
     ),
 }

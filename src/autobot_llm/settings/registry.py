@@ -165,6 +165,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cache_l1_size: WholeNumber = 100
     cache_l2_ttl: Seconds = 300.0
     redis_url: RedisUrl | None = None
+    embedding_cache_size: WholeNumber = 10_000
+    embedding_cache_ttl: Seconds = 3600.0
     semantic_cache_threshold: Share | None = None
 
     # About the settings

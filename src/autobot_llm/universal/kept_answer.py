@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
+
+import msgspec
 
 from autobot_llm.collect import Collected
 from autobot_llm.report import RESPONSE_CACHING, OptimizationOutcome, dollars_worth
@@ -17,6 +19,12 @@ from autobot_llm.types import ChoiceEnd, Event, Finish, LLMRequest, LLMResponse,
 from autobot_llm.universal.entries import Entry
 
 _OVERHEAD = 600  # bytes that a collected answer takes in memory beside its text, about
+
+
+class _Savings(TypedDict):
+    tokens_saved: int | None
+    milliseconds_saved: float | None
+    dollars_saved: float | None
 
 
 class Forms:
@@ -31,10 +39,31 @@ class Forms:
         self.num_bytes = 0
 
 
+def exact_line(entry: Entry, reason: str, began: float) -> OptimizationOutcome:
+    """The report's line of the kept answer to an equal request, which waits since `began`."""
+    return OptimizationOutcome(name=RESPONSE_CACHING, applied=True, reason=reason, **_savings(entry, began))
+
+
+def with_savings(line: OptimizationOutcome, entry: Entry, began: float) -> OptimizationOutcome:
+    """`line`, with what it saves to give `entry` again."""
+    return msgspec.structs.replace(line, **_savings(entry, began))
+
+
+def _savings(entry: Entry, began: float) -> _Savings:
+    finish = entry.events[-1]
+    assert isinstance(finish, Finish), "only whole answers are kept"
+    return {
+        "tokens_saved": finish.usage.total_tokens,
+        "milliseconds_saved": max(0.0, entry.milliseconds - (time.perf_counter() - began) * 1000),
+        "dollars_saved": dollars_worth(finish.optimizations),
+    }
+
+
 class KeptAnswer:
     """`entry` as the answer to the request `request_id`, which waits since `began` (of `time.perf_counter`).
 
-    `grow` is told how many bytes more the entry takes whenever a form of it is made.
+    `line` says in the report how it came to be given, and marks it at its start where that was lossy. `grow` is told
+    how many bytes more the entry takes whenever a form of it is made.
     """
 
     __slots__ = ("_began", "_entry", "_forms", "_grow", "_start", "line", "usage")
@@ -42,7 +71,7 @@ class KeptAnswer:
     def __init__(
         self,
         entry: Entry,
-        reason: str,
+        line: OptimizationOutcome,
         request_id: str | None,
         began: float,
         forms: Forms | None = None,
@@ -54,18 +83,16 @@ class KeptAnswer:
         self._entry = entry
         self._forms = Forms() if forms is None else forms
         self._grow = grow
-        self._start = (
-            start if request_id is None else Start(request_id=request_id, model=start.model, provider=start.provider)
-        )
+        if request_id is not None or line.lossy:
+            start = Start(
+                request_id=request_id or start.request_id,
+                model=start.model,
+                provider=start.provider,
+                reused=line if line.lossy else None,
+            )
+        self._start = start
         self.usage: Usage = finish.usage
-        self.line = OptimizationOutcome(
-            name=RESPONSE_CACHING,
-            applied=True,
-            reason=reason,
-            tokens_saved=self.usage.total_tokens,
-            milliseconds_saved=max(0.0, entry.milliseconds - (time.perf_counter() - began) * 1000),
-            dollars_saved=dollars_worth(finish.optimizations),
-        )
+        self.line = line
 
     @property
     def model(self) -> str:

@@ -7,28 +7,27 @@ memory too. An answer is kept when its Finish has come, and given again in the p
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
 from autobot_llm.errors import NotCached, ProviderUnavailable
 from autobot_llm.providers.base import Link, Provider, Streamer
-from autobot_llm.report import RESPONSE_CACHING, OptimizationOutcome, dollars_worth
+from autobot_llm.report import RESPONSE_CACHING, OptimizationOutcome, dollars_worth, reused_from
 from autobot_llm.settings import Settings
 from autobot_llm.types import CacheControl, Event, Finish, LLMRequest
-from autobot_llm.universal.entries import Entry, num_bytes_of
-from autobot_llm.universal.kept_answer import KeptAnswer
-from autobot_llm.universal.request_key import FORMAT, AnswerKeys, may_be_shared
+from autobot_llm.universal.entries import Entry, num_bytes_of, seal, unseal
+from autobot_llm.universal.kept_answer import KeptAnswer, exact_line
+from autobot_llm.universal.request_key import AnswerKeys, may_be_shared
 from autobot_llm.universal.second_level import SecondLevel
 from autobot_llm.universal.stores.base import SharedStore
+from autobot_llm.universal.stores.choice import open_store
 from autobot_llm.universal.stores.memory import MemoryStore
 
 MAX_L1_BYTES = 64 * 2**20
 MAX_ENTRY_BYTES = 4 * 2**20
-FILE = f"answers-{FORMAT}.sqlite3"
 
 _DEFAULT = CacheControl()
 _BYPASSED = OptimizationOutcome(name=RESPONSE_CACHING, applied=False, reason="the request bypasses it")
@@ -64,34 +63,9 @@ class CacheMetrics(msgspec.Struct, frozen=True, kw_only=True):
     seconds_saved: float
 
 
-def open_store(settings: Settings) -> SharedStore:
-    """The shared store that the settings choose: Redis where there is an address, else a file. Nothing is opened yet.
-
-    Raises ConfigurationError where Redis' client is not installed.
-    """
-    if settings.redis_url is not None:
-        from autobot_llm.universal.stores.redis import RedisStore
-
-        return RedisStore(settings.redis_url)
-    from autobot_llm.universal.stores.sqlite import SqliteStore
-
-    return SqliteStore(store_path(settings))
-
-
-def store_path(settings: Settings) -> Path:
-    """Where the file of answers is, if there is no Redis."""
-    return settings.cache_dir / FILE
-
-
 def response_cache(settings: Settings) -> ResponseCache | None:
     """The cache that the settings ask for."""
     return ResponseCache(settings, open_store(settings)) if settings.cache_enabled else None
-
-
-def cache_among(links: Mapping[str, Link]) -> ResponseCache | None:
-    """The response cache of an interface's links, if it has one."""
-    link = links.get(RESPONSE_CACHING)
-    return link if isinstance(link, ResponseCache) else None
 
 
 class ResponseCache(Link):
@@ -101,8 +75,8 @@ class ResponseCache(Link):
         self._settings = settings
         self._store_name = store.name
         self.ttl = settings.cache_l2_ttl
-        self.l1 = MemoryStore(settings.cache_l1_size, max_l1_bytes)
-        self.l2 = SecondLevel(store)
+        self.l1: MemoryStore[Entry] = MemoryStore(settings.cache_l1_size, max_l1_bytes)
+        self.l2 = SecondLevel(store, seal, unseal)
         self._counts: dict[str, LookupCounts] = {}
         self.num_stored = 0
         self.milliseconds_saved = 0.0
@@ -233,7 +207,8 @@ class _CachedChain:
         if entry is None or (control.max_age is not None and entry.created < now - control.max_age):
             return None
         forms = l1.forms(key)
-        kept = KeptAnswer(entry, _IN_MEMORY, request.request_id, began, forms, partial(l1.grow, key, forms))
+        line = exact_line(entry, _IN_MEMORY, began)
+        kept = KeptAnswer(entry, line, request.request_id, began, forms, partial(l1.grow, key, forms))
         self._counts.num_l1_hits += 1
         self._cache.count_savings(kept)
         return kept
@@ -246,7 +221,8 @@ class _CachedChain:
         if key is not None and control.mode != "refresh":
             found = await self._cache.find(key, control, self._counts)
             if found is not None:
-                kept = KeptAnswer(*found, request.request_id, began)
+                entry, reason = found
+                kept = KeptAnswer(entry, exact_line(entry, reason, began), request.request_id, began)
                 self._cache.count_savings(kept)
                 for event in kept.events():
                     yield event
@@ -268,7 +244,7 @@ class _CachedChain:
                         recording.append(event)
                     yield event
                     continue
-                if num_bytes <= MAX_ENTRY_BYTES and not event.fallback_used:
+                if num_bytes <= MAX_ENTRY_BYTES and not event.fallback_used and not reused_from(event.optimizations):
                     recording.append(Finish(usage=event.usage, optimizations=_worth(event)))
                     self._cache.keep(key, recording, control, started, num_bytes)
                 yield _with(line, event)

@@ -1,4 +1,4 @@
-"""The first level: answers in this process, the least recently used given up first. Knows entries and a clock only.
+"""The first level: what this process keeps, the least recently used given up first. Knows sizes and a clock only.
 
 What is made of an entry (`Forms`) stays with it, and its bytes count as the entry's.
 """
@@ -6,16 +6,17 @@ What is made of an entry (`Forms`) stays with it, and its bytes count as the ent
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Generic
 
-from autobot_llm.universal.entries import Entry
 from autobot_llm.universal.kept_answer import Forms
+from autobot_llm.universal.stores.base import StorableT
 
 
-class MemoryStore:
-    """At most `max_entries` answers of `max_bytes` together; every operation takes the same time, however many."""
+class MemoryStore(Generic[StorableT]):
+    """At most `max_entries` entries of `max_bytes` together; every operation takes the same time, however many."""
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._entries: OrderedDict[bytes, StorableT] = OrderedDict()
         self._forms: dict[bytes, Forms] = {}
         self._max_entries = max_entries
         self._max_bytes = max_bytes
@@ -25,7 +26,7 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: bytes, now: float) -> Entry | None:
+    def get(self, key: bytes, now: float) -> StorableT | None:
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -35,20 +36,19 @@ class MemoryStore:
         self._entries.move_to_end(key)
         return entry
 
-    def put(self, key: bytes, entry: Entry) -> None:
+    def put(self, key: bytes, entry: StorableT) -> None:
         """Keep `entry`, in the place of what was there; one too large for the store is not kept."""
         if key in self._entries:
             self._remove(key)
         if entry.num_bytes > self._max_bytes or self._max_entries == 0:
             return
         self._entries[key] = entry
-        self._forms[key] = Forms()
         self.num_bytes += entry.num_bytes
         self._make_room()
 
     def forms(self, key: bytes) -> Forms:
         """What was made of the entry that `get` has just found under `key`."""
-        return self._forms[key]
+        return self._forms.setdefault(key, Forms())
 
     def grow(self, key: bytes, forms: Forms, num_bytes: int) -> None:
         """Something of `num_bytes` was made and added to `forms`, which may have left the store meanwhile."""
@@ -69,4 +69,6 @@ class MemoryStore:
         return num_entries
 
     def _remove(self, key: bytes) -> None:
-        self.num_bytes -= self._entries.pop(key).num_bytes + self._forms.pop(key).num_bytes
+        self.num_bytes -= self._entries.pop(key).num_bytes
+        if (forms := self._forms.pop(key, None)) is not None:
+            self.num_bytes -= forms.num_bytes
