@@ -39,7 +39,7 @@ from autobot_llm.interface import LLMInterface
 from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.settings import Settings
 from autobot_llm.types import LLMRequest
-from autobot_llm.universal.response_cache import store_path
+from autobot_llm.universal.stores.choice import store_path
 from autobot_llm.universal.stores.redis import PREFIX
 
 BAR_MS = 5.0
