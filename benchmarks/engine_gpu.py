@@ -144,6 +144,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--budget", type=float, default=BUDGET, help=f"seconds a section may spend on repeats (default {BUDGET:g})"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, and measures nothing")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "int8", "fp8"), default="auto", help="how keys and values are stored"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report to this file, too")
     return parser.parse_args(arguments)
 
@@ -162,6 +165,7 @@ def main() -> int:
         widened_model=arguments.widened or arguments.model,
         device=arguments.device,
         quick=arguments.quick,
+        kv_cache_dtype=arguments.kv_cache_dtype,
     )
     try:
         result = run(bench, {name: SECTIONS[name] for name in arguments.sections}, arguments.budget, show)

@@ -1,11 +1,13 @@
 """What our server costs as a gateway in front of an OpenAI-compatible upstream, beside LiteLLM's proxy in the same run.
 
 The gateway has one core and one worker; the upstream, which answers with fixed bytes, and the load generator share
-another. Every prompt is new. The gateways take turns, so that a busy moment of the machine hits all of them, and the
-median of the rounds counts. "direct" is the load on the upstream without a gateway: the floor. LiteLLM gets a virtual
-environment of its own, a master key, no database, no retries, LITELLM_LOG=ERROR and one worker.
+another. Every prompt is new, except where answers from memory are measured: there ten prompts take turns, and the
+upstream tells that it was not asked. The gateways take turns, so that a busy moment of the machine hits all of them,
+and the median of the rounds counts. "direct" is the load on the upstream without a gateway: the floor. LiteLLM gets a
+virtual environment of its own, a master key, no database, no retries, LITELLM_LOG=ERROR and one worker.
 
     python benchmarks/gateway.py --markdown docs/results/gateway.md --soak 100000    # the figures of that page
+    python benchmarks/gateway.py --sections cache                                    # answers from memory alone
     python benchmarks/gateway.py --no-litellm                                        # ours alone
     python benchmarks/gateway.py --quick                                             # does it all run?
 """
@@ -27,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from gateways import bars, commands
-from gateways.measure import QUICK, Figures, Sizes, measure_round, warm_up
+from gateways.measure import QUICK, Figures, Sizes, measure_hits, measure_round, warm_up
 from gateways.processes import Command, Cores, Server, cores, pinned, started, upstream
 from gateways.soak import Soak, soak
 
+SECTIONS = ("gateway", "cache", "soak")
 INTERRUPTED = 130  # the exit status of a program that SIGINT ended
 
 
@@ -61,6 +64,26 @@ def measure(wanted: Callable[[int], Sequence[Command]], sizes: Sizes, where: Cor
             for server in (floor, *running):
                 say(f"round {number + 1} of {sizes.rounds}: {server.name}")
                 measure_round(server, sizes, figures[server.name])
+        return figures
+
+
+def measure_kept(
+    wanted: Callable[[int], Sequence[Command]], sizes: Sizes, where: Cores, folder: Path
+) -> dict[str, Figures]:
+    """What answers cost that the gateways have kept in memory."""
+    with contextlib.ExitStack() as servers, pinned(where.others):
+        floor = servers.enter_context(upstream(folder, where.others))
+        running = []
+        for gateway in wanted(floor.port):
+            say(f"{gateway.name}, answers from memory: starting")
+            running.append(servers.enter_context(started(gateway, folder, where.gateway)))
+        figures = {server.name: Figures(server.name) for server in running}
+        for server in running:
+            measure_hits(server, floor, sizes, Figures(server.name))
+        for number in range(sizes.rounds):
+            for server in running:
+                say(f"answers from memory, round {number + 1} of {sizes.rounds}: {server.name}")
+                measure_hits(server, floor, sizes, figures[server.name])
         return figures
 
 
@@ -107,8 +130,23 @@ def as_markdown(result: dict[str, Any], shown: Sequence[str], command: str) -> s
     )
 
 
+def section_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in SECTIONS:
+            raise argparse.ArgumentTypeError(f"{name!r}: expected some of {', '.join(SECTIONS)}")
+    return names
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sections",
+        metavar="NAMES",
+        default=",".join(SECTIONS),
+        type=section_names,
+        help=f"what to measure, of {', '.join(SECTIONS)} (default: all); as in --sections cache",
+    )
     parser.add_argument("--no-litellm", action="store_true", help="ours alone")
     parser.add_argument(
         "--litellm-env",
@@ -154,9 +192,22 @@ def report(arguments: argparse.Namespace) -> int:
             ours = [commands.ours(port)]
             return [*ours, commands.litellm(port, arguments.litellm_env.absolute(), folder)] if has_litellm else ours
 
-        figures = measure(wanted, sizes, where, folder)
-        endured = soaked(sizes, where, folder) if sizes.soak else None
-    tables = [bars.load_table(figures, sizes), bars.stream_table(figures, sizes), bars.process_table(figures)]
+        def wanted_with_cache(port: int) -> list[Command]:
+            ours = [commands.ours(port)]
+            theirs = [commands.litellm(port, arguments.litellm_env.absolute(), folder, caches=True)]
+            return [*ours, *theirs] if has_litellm else ours
+
+        has = arguments.sections
+        figures = measure(wanted, sizes, where, folder) if "gateway" in has else {}
+        tables = []
+        if figures:
+            tables = [bars.load_table(figures, sizes), bars.stream_table(figures, sizes), bars.process_table(figures)]
+        if "cache" in has:
+            kept = measure_kept(wanted_with_cache, sizes, where, folder)
+            tables.append(bars.hits_table(kept, sizes))
+            for gateway, own in kept.items():
+                figures.setdefault(gateway, Figures(gateway)).rounds |= own.rounds
+        endured = soaked(sizes, where, folder) if sizes.soak and "soak" in has else None
     if endured is not None:
         tables.append(bars.soak_table(endured))
     tables += [bars.spread_table(figures)] if sizes.rounds > 1 else []

@@ -313,12 +313,12 @@ def table_source(winners: dict[tuple[Shape, int], Timing]) -> str:
         lines.append(f"    (Kind.{kind.name}, {rows}): {{")
         for (shape, shape_rows), winner in winners.items():
             if (shape.kind, shape_rows) == (kind, rows):
-                lines.append(f"        ({shape.num_outputs}, {shape.num_inputs}): {_tile_source(winner.tile)},")
+                lines.append(f"        ({shape.num_outputs}, {shape.num_inputs}): {tile_source(winner.tile)},")
         lines.append("    },")
     return "\n".join([*lines, "}"])
 
 
-def _tile_source(tile: Tile | None) -> str:
+def tile_source(tile: Tile | None) -> str:
     if tile is None:
         return "None"
     positional = ("block_o", "block_i", "num_warps", *(() if isinstance(tile, MatvecTile) else ("num_stages",)))

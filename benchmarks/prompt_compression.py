@@ -30,7 +30,9 @@ from autobot_llm.universal.compression import PromptCompressor
 from autobot_llm.universal.compression.result import CountTokens, estimated_tokens
 
 ROOT = Path(__file__).parents[1]
-PROMPTS = ROOT / "tests" / "data" / "system_prompts.jsonl"
+DATA = ROOT / "tests" / "data"
+PROMPTS = DATA / "system_prompts.jsonl"
+MORE_PROSE = DATA / "prose_prompts.jsonl"  # prose alone, of kinds that the first ones do not have
 TINY = ROOT / "src" / "autobot_llm" / "assets" / "tiny"
 PROSE = ("rag", "support", "documentation", "tutor", "safety_negations")
 NAMES = ("Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
@@ -182,7 +184,8 @@ def tokenizers(embedded: CountTokens) -> dict[str, CountTokens]:
 
 def rules(counts: dict[str, CountTokens], ratio: float) -> dict[str, dict[str, float]]:
     """Tokens left by the rules, of 1, for each prompt and tokenizer, and for the prose ones together."""
-    prompts = {one["name"]: one["text"] for one in map(json.loads, PROMPTS.read_text(encoding="utf-8").splitlines())}
+    first, more = texts_of(PROMPTS), texts_of(MORE_PROSE)
+    prompts = first | more
     short = {
         name: PromptCompressor(ratio=ratio).compress_system_prompt(text).compressed_text
         for name, text in prompts.items()
@@ -195,7 +198,12 @@ def rules(counts: dict[str, CountTokens], ratio: float) -> dict[str, dict[str, f
             for kind, count in counts.items()
         }
 
-    return {name: left([name]) for name in prompts} | {"all prose together": left(PROSE)}
+    together = {"all prose together": left(PROSE), f"{len(more)} more of prose together": left(more)}
+    return {name: left([name]) for name in prompts} | together
+
+
+def texts_of(file: Path) -> dict[str, str]:
+    return {one["name"]: one["text"] for one in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
 
 
 def table(rows: list[list[str]]) -> str:

@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from gateways import bars, load, wire  # noqa: E402
-from gateways.measure import QUICK, Figures, Sizes  # noqa: E402
+from gateways.measure import QUICK, Figures, Sizes, measure_hits, num_asked  # noqa: E402
 from gateways.processes import Server, upstream  # noqa: E402
 from gateways.soak import Soak, State  # noqa: E402
 
@@ -57,6 +57,19 @@ async def test_a_paced_stream_takes_its_time(floor: Server) -> None:
     make = wire.requests(HOST, {}, num_chunks=6, pace_ms=20)
     answers = await load.run(floor.port, make, load.check_stream(6), num_connections=1, num_requests=1)
     assert answers.durations[0] >= 6 * 0.02
+
+
+async def test_the_upstream_tells_how_many_answers_it_was_asked_for(floor: Server) -> None:
+    before = num_asked(floor)
+    make = wire.repeated_requests(HOST, {}, 3)
+    await load.run(floor.port, make, load.check_whole, num_connections=2, num_requests=7)
+    assert num_asked(floor) - before == 7
+    assert make(0) == make(3) != make(1)
+
+
+async def test_answers_that_are_not_kept_end_the_measurement_of_kept_ones(floor: Server) -> None:
+    with pytest.raises(RuntimeError, match="asked its upstream"):
+        await asyncio.to_thread(measure_hits, floor, floor, QUICK, Figures("direct"))
 
 
 async def test_no_two_prompts_are_alike(floor: Server) -> None:
@@ -135,6 +148,14 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     assert "requests/s at 1 / 2" in bars.load_table(alone, Sizes(levels=(1, 2))).render()
 
 
+def test_only_what_was_measured_is_held_to_its_bar() -> None:
+    kept = {"autobot_llm": figures(hit_cpu_us_at_32=[80.0], hits_per_s_at_32=[9_000.0])}
+    theirs = {"LiteLLM": figures(hits_per_s_at_32=[200.0])}
+    assert list(verdicts(kept).values()) == [True, None]
+    assert list(verdicts(kept | theirs).values()) == [True, False]
+    assert "hits/s at 1 / 32" in bars.hits_table(kept, Sizes()).render()
+
+
 def test_a_soak_is_held_to_what_the_server_was_before_it() -> None:
     def after(state: State) -> list[Any]:
         soaked = Soak(90, 5, 5, 1.0, before=State(50.0, 3, 20), after=state)
@@ -159,6 +180,7 @@ def test_the_benchmark_runs_and_ends_with_one_json_line(tmp_path: Path) -> None:
     assert set(result["figures"]) == {"direct", "autobot_llm"}
     own = result["figures"]["autobot_llm"]
     assert own["rps@4"]["median"] > 0 and own["cold_start_s"]["median"] > 0 and own["memory_idle_mb"]["median"] > 10
+    assert own["hits_per_s@4"]["median"] > own["rps@4"]["median"]
     assert result["figures"]["direct"]["rps@4"]["median"] > 3 * own["rps@4"]["median"]
     assert result["soak"]["num_given_up"] == QUICK.soak // 20
     assert result["soak"]["num_failed"] == (QUICK.soak - QUICK.soak // 20) // 20

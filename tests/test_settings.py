@@ -97,6 +97,10 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cloud_max_batch_size": ("3", 3, "0"),
     "cloud_retry_max_attempts": ("0", 0, "-1"),
     "cloud_max_queued_requests": ("5", 5, "-1"),
+    "batch_dir": ("/tmp/batches", Path("/tmp/batches"), "~nobody-of-this-name/x"),
+    "cloud_rate_limits": ("o/m 5rpm 100tpm, *  9tpm", ("o/m 5rpm 100tpm", "*  9tpm"), "o/m 0rpm"),
+    "cloud_batch_completions": ("true", True, "maybe"),
+    "cloud_hedging": ("all", "all", "some"),
     "cloud_prices": ("/tmp/prices.json", Path("/tmp/prices.json"), "~nobody-of-this-name/x"),
     "fallbacks": ("a > b, *>c/d", ("a > b", "*>c/d"), "a >"),
     "cloud_budget_per_day": ("1.5", 1.5, "0"),
@@ -107,6 +111,8 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cache_l1_size": ("0", 0, "-1"),
     "cache_l2_ttl": ("1", 1.0, "nan"),
     "redis_url": ("redis://h:1/0", "redis://h:1/0", "http://h"),
+    "embedding_cache_size": ("0", 0, "-1"),
+    "embedding_cache_ttl": ("60", 60.0, "0"),
     "semantic_cache_threshold": ("0.95", 0.95, "1.5"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpu.report import Table
@@ -16,11 +16,15 @@ AllFigures = Mapping[str, Figures]
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One thing that has to hold. `stretch` is where it would be among the best that were measured."""
+    """One thing that has to hold of our figure `own`, or of what `figure` makes of it and others'.
+
+    `stretch` is where it would be among the best that were measured.
+    """
 
     what: str
     limit: float
-    figure: Callable[[AllFigures], float | None]
+    own: str
+    figure: Callable[[AllFigures, str], float | None] = lambda figures, own: figures[OURS].get(own)
     at_least: bool = False
     stretch: float | None = None
 
@@ -28,33 +32,36 @@ class Bar:
         return figure >= self.limit if self.at_least else figure <= self.limit
 
 
-def _of(what: str) -> Callable[[AllFigures], float | None]:
-    return lambda figures: figures[OURS].get(what)
-
-
-def _times_litellm(figures: AllFigures) -> float | None:
-    if LITELLM not in figures:
-        return None
-    own, theirs = figures[OURS].get("rps@32"), figures[LITELLM].get("rps@32")
+def _times_litellms(figures: AllFigures, what: str) -> float | None:
+    own, theirs = (figures[name].get(what) if name in figures else None for name in (OURS, LITELLM))
     return own / theirs if own and theirs else None
 
 
+def _added(figures: AllFigures, what: str) -> float | None:
+    return added(figures, OURS, what)
+
+
 BARS = (
-    Bar("CPU µs per request, 32 connections", 320, _of("cpu_us@32"), stretch=180),
-    Bar("requests/s against LiteLLM's, 32 connections", 30, _times_litellm, at_least=True),
-    Bar("added p50 ms, 1 connection", 0.55, lambda figures: added(figures, OURS, "p50_ms@1")),
-    Bar("added ms to the first chunk", 0.9, lambda figures: added(figures, OURS, "first_piece_ms")),
-    Bar("chunks/s, 16 streams", 80_000, _of("chunks_per_s"), at_least=True, stretch=150_000),
-    Bar("memory MB, loaded", 80, _of("memory_loaded_mb")),
-    Bar("cold start s", 0.6, _of("cold_start_s")),
+    Bar("CPU µs per request, 32 connections", 320, "cpu_us@32", stretch=180),
+    Bar("requests/s against LiteLLM's, 32 connections", 30, "rps@32", _times_litellms, at_least=True),
+    Bar("added p50 ms, 1 connection", 0.55, "p50_ms@1", _added),
+    Bar("added ms to the first chunk", 0.9, "first_piece_ms", _added),
+    Bar("chunks/s, 16 streams", 80_000, "chunks_per_s", at_least=True, stretch=150_000),
+    Bar("memory MB, loaded", 80, "memory_loaded_mb"),
+    Bar("cold start s", 0.6, "cold_start_s"),
+    Bar("CPU µs of an answer from memory, 32 connections", 120, "hit_cpu_us@32", stretch=70),
+    Bar("answers from memory/s against LiteLLM's, 32 connections", 50, "hits_per_s@32", _times_litellms, at_least=True),
 )
 SOAK_GROWTH = 0.05  # of memory, which an allocator never gives back exactly; over 100,000 requests, 25 bytes of each
 
 
 def bars_table(figures: AllFigures, soaked: Soak | None) -> Table:
+    """Every bar that is about something measured."""
     table = Table("What must hold", ("what", "bar", "stretch", "measured", "holds"))
     for bar in BARS:
-        figure = bar.figure(figures)
+        if OURS not in figures or figures[OURS].get(bar.own) is None:
+            continue
+        figure = bar.figure(figures, bar.own)
         if figure is None:
             table.add(bar.what, _limit(bar, bar.limit), None, None, None)
         else:
@@ -79,14 +86,19 @@ def load_table(figures: AllFigures, sizes: Sizes) -> Table:
     columns += [f"p50 ms at {_slashed(levels)}", f"p99 ms at {_slashed(levels)}", "added p50 ms at 1"]
     table = Table("Whole answers", (*columns, f"CPU µs a request at {_slashed(levels)}"))
     for name, own in figures.items():
-
-        def shown(what: str, digits: int, own: Figures = own) -> str | None:
-            values = [own.get(f"{what}@{level}") for level in levels]
-            return None if None in values else _slashed([f"{value:,.{digits}f}" for value in values])
-
+        rates, half, most, cpu = (
+            _at_levels(own, what, levels, digits)
+            for what, digits in (("rps", 0), ("p50_ms", 2), ("p99_ms", 2), ("cpu_us", 0))
+        )
         plus = added(figures, name, "p50_ms@1") if name != DIRECT else None
-        table.add(name, shown("rps", 0), shown("p50_ms", 2), shown("p99_ms", 2), plus, shown("cpu_us", 0))
+        table.add(name, rates, half, most, plus, cpu)
     return table
+
+
+def _at_levels(own: Figures, what: str, levels: Sequence[int], digits: int) -> str | None:
+    """A figure at each number of connections, in one cell."""
+    values = [own.get(f"{what}@{level}") for level in levels]
+    return None if None in values else _slashed([f"{value:,.{digits}f}" for value in values])
 
 
 def stream_table(figures: AllFigures, sizes: Sizes) -> Table:
@@ -119,6 +131,18 @@ def process_table(figures: AllFigures) -> Table:
     return table
 
 
+def hits_table(figures: AllFigures, sizes: Sizes) -> Table:
+    levels = sizes.hit_levels
+    columns = [f"{what} at {_slashed(levels)}" for what in ("hits/s", "p50 ms", "p99 ms", "CPU µs a hit")]
+    table = Table("Answers from memory", ("gateway", *columns))
+    for name, own in figures.items():
+        cells = (("hits_per_s", 0), ("hit_p50_ms", 2), ("hit_p99_ms", 2), ("hit_cpu_us", 0))
+        if name != DIRECT:
+            table.add(name, *(_at_levels(own, what, levels, digits) for what, digits in cells))
+    table.notes.append(f"{sizes.num_prompts} prompts in turn, temperature 0; LiteLLM with cache: true, type: local")
+    return table
+
+
 def soak_table(soaked: Soak) -> Table:
     num = soaked.num_whole + soaked.num_failed + soaked.num_given_up
     table = Table(f"autobot_llm, before and after {num:,} requests", ("when", "memory MB", "tasks", "sockets"))
@@ -135,7 +159,7 @@ def soak_table(soaked: Soak) -> Table:
 def spread_table(figures: AllFigures) -> Table:
     """How far the rounds lie apart, for the figures that the bars are about."""
     table = Table("Spread of the rounds: least, median, most", ("figure", *figures))
-    for what in ("rps@32", "cpu_us@32", "p50_ms@1", "first_piece_ms", "chunks_per_s"):
+    for what in ("rps@32", "cpu_us@32", "p50_ms@1", "first_piece_ms", "chunks_per_s", "hits_per_s@32", "hit_cpu_us@32"):
         cells = [own.rounds.get(what) for own in figures.values()]
         if any(cells):
             table.add(what, *(_spread(values) if values else None for values in cells))

@@ -42,10 +42,16 @@ def ours(upstream_port: int, *, probed: bool = False) -> Command:
     )
 
 
-def litellm(upstream_port: int, environment: Path, folder: Path) -> Command:
-    """LiteLLM's proxy as it is fairest to it: no database, no retries, quiet, one worker, its own price list."""
+def litellm(upstream_port: int, environment: Path, folder: Path, *, caches: bool = False) -> Command:
+    """LiteLLM's proxy as it is fairest to it: no database, no retries, quiet, one worker, its own price list.
+
+    `caches` has it keep answers in its memory, which it does not unasked.
+    """
     # YAML includes JSON.
-    config = folder / "litellm.yaml"
+    config = folder / ("litellm-cache.yaml" if caches else "litellm.yaml")
+    settings: dict[str, object] = {"num_retries": 0, "telemetry": False}
+    if caches:
+        settings |= {"cache": True, "cache_params": {"type": "local"}}
     parameters = {
         "model": f"openai/{wire.MODEL}",
         "api_base": f"http://127.0.0.1:{upstream_port}/v1",
@@ -55,7 +61,7 @@ def litellm(upstream_port: int, environment: Path, folder: Path) -> Command:
         json.dumps(
             {
                 "model_list": [{"model_name": wire.MODEL, "litellm_params": parameters}],
-                "litellm_settings": {"num_retries": 0, "telemetry": False},
+                "litellm_settings": settings,
                 "router_settings": {"num_retries": 0},
                 "general_settings": {"master_key": KEY},
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import statistics
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class Sizes:
     pace_ms: int = 20
     soak: int = 20_000
     before_soak: int = 20_000
+    hit_levels: tuple[int, ...] = (1, 32)
+    num_prompts: int = 10  # that are asked again and again
     settle_seconds: float = 3.0  # the pool closes the connections that it has too many of after two
 
 
@@ -44,6 +47,7 @@ QUICK = Sizes(
     paced_pieces=5,
     soak=400,
     before_soak=400,
+    hit_levels=(4,),
     settle_seconds=0.5,
 )
 
@@ -101,6 +105,37 @@ def measure_round(server: Server, sizes: Sizes, figures: Figures) -> None:
     figures.add("memory_loaded_mb", server.memory_mb())
 
 
+def measure_hits(server: Server, floor: Server, sizes: Sizes, figures: Figures) -> None:
+    """One value of what an answer costs that a gateway has kept.
+
+    Raises RuntimeError where it was not kept: the upstream, `floor`, was asked for more than one answer in a hundred.
+    """
+    make = wire.repeated_requests(f"127.0.0.1:{server.port}", server.headers, sizes.num_prompts)
+    for level in sizes.hit_levels:
+        run(load.run(server.port, make, load.check_whole, num_connections=1, num_requests=2 * sizes.num_prompts))
+        asked_before = num_asked(floor)
+
+        def ask(level: int = level) -> Answers:
+            return run(load.run(server.port, make, load.check_whole, num_connections=level, seconds=sizes.seconds))
+
+        answers = _metered(server, figures, f"hit_cpu_us@{level}", ask, lambda answers: len(answers.durations))
+        if (num_missed := num_asked(floor) - asked_before) > 0.01 * len(answers.durations):
+            raise RuntimeError(f"{server.name} asked its upstream for {num_missed} of {len(answers.durations)} answers")
+        figures.add(f"hits_per_s@{level}", len(answers.durations) / answers.seconds)
+        figures.add(f"hit_p50_ms@{level}", 1000 * statistics.median(answers.durations))
+        figures.add(f"hit_p99_ms@{level}", 1000 * _percentile(answers.durations, 99))
+
+
+def num_asked(floor: Server) -> int:
+    """How many answers the upstream has been asked for."""
+    connection = http.client.HTTPConnection("127.0.0.1", floor.port, timeout=10)
+    try:
+        connection.request("GET", wire.COUNT)
+        return int(connection.getresponse().read())
+    finally:
+        connection.close()
+
+
 def warm_up(server: Server, sizes: Sizes) -> None:
     """Have everything loaded and every connection made that the rounds then find."""
     whole = wire.requests(f"127.0.0.1:{server.port}", server.headers)
@@ -134,5 +169,7 @@ def _percentile(values: Sequence[float], percent: int) -> float:
 
 def added(figures: Mapping[str, Figures], name: str, what: str) -> float | None:
     """What a gateway adds to the upstream alone."""
+    if "direct" not in figures:
+        return None
     own, direct = figures[name].get(what), figures["direct"].get(what)
     return own - direct if own is not None and direct is not None else None

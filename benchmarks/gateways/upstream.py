@@ -21,6 +21,7 @@ _INCLUDE_USAGE = re.compile(rb'"include_usage": ?true')
 _NUM_PIECES = re.compile(rb'"max_(?:completion_)?tokens": ?(\d+)')
 _PACE = re.compile(rb"pace=(\d+)ms")
 
+_COUNT = f"GET {wire.COUNT} ".encode()
 _WHOLE = wire.whole_answer()
 _FAILURE = wire.failure()
 _NO_MODELS = wire.no_models()
@@ -30,12 +31,16 @@ _ENDS = {include_usage: wire.stream_end(include_usage) for include_usage in (Fal
 
 
 class Decoder:
-    """The streams that run at full speed: each turn of the event loop gives every one of them a piece."""
+    """The streams that run at full speed: each turn of the event loop gives every one of them a piece.
+
+    And how many answers were asked for.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._streams: set[Answerer] = set()
         self._is_due = False
+        self.num_asked = 0
 
     def add(self, stream: Answerer) -> None:
         self._streams.add(stream)
@@ -78,9 +83,14 @@ class Answerer(asyncio.Protocol):
         if len(data) < end + 4 + (int(length[1]) if length is not None else 0):
             return
         self._buffer = b""
+        if data.startswith(_COUNT):
+            self._transport.write(wire.number(self._decoder.num_asked))
+            return
         if not data.startswith(b"POST"):
             self._transport.write(_NO_MODELS)
-        elif _STREAM.search(data, end) is not None:
+            return
+        self._decoder.num_asked += 1
+        if _STREAM.search(data, end) is not None:
             self._begin_stream(data)
         else:
             self._transport.write(_FAILURE if wire.FAIL.encode() in data else _WHOLE)

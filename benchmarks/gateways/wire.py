@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 MODEL = "gpt-4o-mini"
 PATH = "/v1/chat/completions"
+COUNT = "/count"  # where the upstream tells how many answers it has been asked for
 # The pieces of a stream take turns: LiteLLM ends one that says the same a hundred times.
 WORDS = (" word", " words")
 QUOTED_WORD = b'" word'  # as either stands in a chunk, whichever gateway wrote it
@@ -38,6 +39,13 @@ def requests(
     return _numbered(host, headers, body)
 
 
+def repeated_requests(host: str, headers: Mapping[str, str], num_prompts: int) -> Callable[[int], bytes]:
+    """Deterministic requests with `num_prompts` prompts in turn, so that an answer may be given again."""
+    make = _numbered(host, headers, {"model": MODEL, "messages": prompt(10**9), "temperature": 0})
+    made = [make(number) for number in range(num_prompts)]
+    return lambda number: made[number % num_prompts]
+
+
 def failing_requests(host: str, headers: Mapping[str, str]) -> Callable[[int], bytes]:
     """Requests that the upstream answers with status 500."""
     return _numbered(host, headers, {"model": MODEL, "messages": prompt(10**9, FAIL)})
@@ -67,6 +75,11 @@ def failure() -> bytes:
 
 def no_models() -> bytes:
     return _http("200 OK", b'{"object":"list","data":[]}')
+
+
+def number(count: int) -> bytes:
+    """The answer to `GET COUNT`."""
+    return _http("200 OK", b"%d" % count)
 
 
 def _http(status: str, body: bytes) -> bytes:

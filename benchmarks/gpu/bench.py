@@ -42,9 +42,18 @@ class Generation:
 class Bench:
     """The command line's choices and at most one engine at a time: two models of 14 GB with their caches do not fit."""
 
-    def __init__(self, *, random_model: Path | None, widened_model: Path | None, device: str, quick: bool) -> None:
+    def __init__(
+        self,
+        *,
+        random_model: Path | None,
+        widened_model: Path | None,
+        device: str,
+        quick: bool,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         self.quick = quick
         self.device = device
+        self._kv_cache_dtype = kv_cache_dtype
         self._cache_dir = load_settings(env_file=None).cache_dir
         self._random_model = random_model
         self._widened_model = widened_model
@@ -89,7 +98,12 @@ class Bench:
 
     def options(self, folder: Path, **settings: object) -> EngineOptions:
         """The engine's options as `serve` would set them where no AUTOBOT_ variable is, with some settings changed."""
-        overrides = {"device": self.device, "cache_dir": self._cache_dir, **settings}
+        overrides = {
+            "device": self.device,
+            "cache_dir": self._cache_dir,
+            "kv_cache_dtype": self._kv_cache_dtype,
+            **settings,
+        }
         return engine_options(load_settings(environ={}, env_file=None, overrides=overrides), folder)
 
     def engine(self, folder: Path, **settings: object) -> Engine:

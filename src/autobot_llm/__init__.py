@@ -59,8 +59,13 @@ from autobot_llm.types import (
 )
 
 if TYPE_CHECKING:
+    from autobot_llm.cloud.batch_jobs import BatchJobs as BatchJobs
     from autobot_llm.providers.native import CACHED_PREFIXES as CACHED_PREFIXES
+    from autobot_llm.providers.native import MEDUSA_CHECKPOINTS as MEDUSA_CHECKPOINTS
     from autobot_llm.providers.native import BatchingConfig as BatchingConfig
+    from autobot_llm.providers.native import MedusaConfig as MedusaConfig
+    from autobot_llm.providers.native import MedusaDecoder as MedusaDecoder
+    from autobot_llm.providers.native import MedusaHead as MedusaHead
     from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
     from autobot_llm.providers.native import PrefixCacheManager as PrefixCacheManager
     from autobot_llm.providers.native import get_batching_config as get_batching_config
@@ -118,13 +123,27 @@ __all__ = [
 
 # Not in __all__: a light install has no engine, and `import *` would ask for them.
 _OF_THE_ENGINE = frozenset(
-    {"CACHED_PREFIXES", "BatchingConfig", "PrefixCacheConfig", "PrefixCacheManager", "get_batching_config"}
+    {
+        "CACHED_PREFIXES",
+        "MEDUSA_CHECKPOINTS",
+        "BatchingConfig",
+        "MedusaConfig",
+        "MedusaDecoder",
+        "MedusaHead",
+        "PrefixCacheConfig",
+        "PrefixCacheManager",
+        "get_batching_config",
+    }
 )
 # Loaded when it is asked for: phrases and patterns cost milliseconds that few programs need.
 _OF_COMPRESSION = frozenset({"COMPRESSED_SYSTEM_PROMPTS", "CompressionResult", "PromptCompressor"})
 
 
 def __getattr__(name: str) -> Any:
+    if name == "BatchJobs":  # sqlite and the rest are for those who have such jobs
+        from autobot_llm.cloud.batch_jobs import BatchJobs
+
+        return BatchJobs
     if name in _OF_COMPRESSION:
         from autobot_llm.universal import compression
 

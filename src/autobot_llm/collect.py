@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 from autobot_llm.errors import ProviderError
-from autobot_llm.report import RESPONSE_CACHING
+from autobot_llm.report import CACHING
 from autobot_llm.types import (
     Choice,
     ChoiceEnd,
@@ -61,6 +61,71 @@ def _joined(pieces: list[ToolCallDelta]) -> ToolCall:
     return ToolCall(id=call_id, name=name, arguments="".join(piece.arguments for piece in pieces))
 
 
+class Collected:
+    """One answer while its events come in."""
+
+    def __init__(self) -> None:
+        self._start: Start | None = None
+        self._choices: dict[int, _OpenChoice] = {}
+
+    def add(self, event: Event) -> bool:
+        """Take an event that is not Finish; whether it is a piece of the answer."""
+        assert not isinstance(event, Finish), "Finish is what `response` is for"
+        if isinstance(event, Start):
+            self._start = event
+            return False
+        choice = self._choice(event.index)
+        match event:
+            case TextDelta():
+                choice.texts.append(event.text)
+                choice.logprobs.extend(event.logprobs)
+            case ToolCallDelta():
+                choice.tool_calls.setdefault(event.position, []).append(event)
+            case ReasoningDelta():
+                choice.reasoning.append(event.text)
+                choice.reasoning_signature = event.signature or choice.reasoning_signature
+            case RefusalDelta():
+                choice.refusal.append(event.text)
+            case ChoiceEnd():
+                choice.finish_reason = event.finish_reason
+                choice.stop_sequence = event.stop_sequence
+                return False
+        return True
+
+    def _choice(self, index: int) -> _OpenChoice:
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _OpenChoice()
+        return choice
+
+    def response(
+        self, finish: Finish, *, processing_time: float = 0.0, time_to_first_token: float | None = None
+    ) -> LLMResponse:
+        """The answer that `finish` completes. Raises ProviderError where something of it is missing."""
+        start = self._start
+        if start is None or not self._choices:
+            raise ProviderError("the provider finished an answer that it had not started")
+        closed = tuple(self._choices[index].close(index) for index in sorted(self._choices))
+        first = closed[0]
+        return LLMResponse(
+            content=first.content,
+            model=start.model,
+            provider=start.provider,
+            usage=finish.usage,
+            finish_reason=first.finish_reason,
+            choices=closed,
+            request_id=start.request_id,
+            tool_calls=first.tool_calls,
+            reasoning=first.reasoning,
+            processing_time=processing_time,
+            time_to_first_token=time_to_first_token,
+            cached=any(line.applied and line.name in CACHING for line in finish.optimizations),
+            fallback_used=finish.fallback_used,
+            timings=finish.timings,
+            optimizations=finish.optimizations,
+        )
+
+
 async def collect(events: AsyncIterator[Event]) -> LLMResponse:
     """Read `events` to the end and return the answer.
 
@@ -68,60 +133,11 @@ async def collect(events: AsyncIterator[Event]) -> LLMResponse:
     Raises what the stream raises, and ProviderError when it ends without Finish: half an answer is no answer.
     """
     began = time.perf_counter()
-    first_delta: float | None = None
-    start: Start | None = None
-    choices: dict[int, _OpenChoice] = {}
+    to_first: float | None = None
+    answer = Collected()
     async for event in events:
-        match event:
-            case TextDelta():
-                first_delta = first_delta or time.perf_counter()
-                choice = choices.setdefault(event.index, _OpenChoice())
-                choice.texts.append(event.text)
-                choice.logprobs.extend(event.logprobs)
-            case ToolCallDelta():
-                first_delta = first_delta or time.perf_counter()
-                pieces = choices.setdefault(event.index, _OpenChoice()).tool_calls
-                pieces.setdefault(event.position, []).append(event)
-            case ReasoningDelta():
-                first_delta = first_delta or time.perf_counter()
-                choice = choices.setdefault(event.index, _OpenChoice())
-                choice.reasoning.append(event.text)
-                choice.reasoning_signature = event.signature or choice.reasoning_signature
-            case RefusalDelta():
-                first_delta = first_delta or time.perf_counter()
-                choices.setdefault(event.index, _OpenChoice()).refusal.append(event.text)
-            case ChoiceEnd():
-                choice = choices.setdefault(event.index, _OpenChoice())
-                choice.finish_reason = event.finish_reason
-                choice.stop_sequence = event.stop_sequence
-            case Start():
-                start = event
-            case Finish():
-                return _response(start, choices, event, began, first_delta)
+        if isinstance(event, Finish):
+            return answer.response(event, processing_time=time.perf_counter() - began, time_to_first_token=to_first)
+        if answer.add(event) and to_first is None:
+            to_first = time.perf_counter() - began
     raise ProviderError("the answer was cut short: the provider's stream ended without a Finish event")
-
-
-def _response(
-    start: Start | None, choices: dict[int, _OpenChoice], finish: Finish, began: float, first_delta: float | None
-) -> LLMResponse:
-    if start is None or not choices:
-        raise ProviderError("the provider finished an answer that it had not started")
-    closed = tuple(choices[index].close(index) for index in sorted(choices))
-    first = closed[0]
-    return LLMResponse(
-        content=first.content,
-        model=start.model,
-        provider=start.provider,
-        usage=finish.usage,
-        finish_reason=first.finish_reason,
-        choices=closed,
-        request_id=start.request_id,
-        tool_calls=first.tool_calls,
-        reasoning=first.reasoning,
-        processing_time=time.perf_counter() - began,
-        time_to_first_token=None if first_delta is None else first_delta - began,
-        cached=any(line.applied and line.name == RESPONSE_CACHING for line in finish.optimizations),
-        fallback_used=finish.fallback_used,
-        timings=finish.timings,
-        optimizations=finish.optimizations,
-    )

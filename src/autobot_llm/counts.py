@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from types import TracebackType
 
 from autobot_llm.types import Usage
 
@@ -32,6 +33,10 @@ class Counts:
         self.num_completion_tokens += usage.completion_tokens
         self.num_cached_tokens += usage.cached_tokens
 
+    def asked(self) -> Asked:
+        """`with counts.asked() as asked:` around the work for one request."""
+        return Asked(self)
+
     def figures(self) -> dict[str, float]:
         return {
             "num_requests": self.num_requests,
@@ -41,6 +46,35 @@ class Counts:
             "num_completion_tokens": self.num_completion_tokens,
             "num_cached_tokens": self.num_cached_tokens,
         }
+
+
+class Asked:
+    """One request, counted from its beginning to however it ends."""
+
+    __slots__ = ("_counts", "_is_complete")
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+        self._is_complete = False
+
+    def complete(self, usage: Usage) -> None:
+        """The whole answer is there; what comes after is the caller's affair."""
+        self._is_complete = True
+        self._counts.add_usage(usage)
+
+    def __enter__(self) -> Asked:
+        self._counts.num_requests += 1
+        self._counts.num_in_flight += 1
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ending = Ending.COMPLETED if self._is_complete else Ending.CANCELLED
+        if exc_type is not None and issubclass(exc_type, Exception):
+            ending = Ending.FAILED
+        self._counts.num_in_flight -= 1
+        self._counts.num_ended[ending] += 1
 
 
 def summed(*parts: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,6 @@ There is one path: `stream()`; every other way to ask collects it.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ from autobot_llm.call_shapes import MessagesLike, make_request
 from autobot_llm.cloud.fallback import FallbackTable, WithFallbacks
 from autobot_llm.cloud.warm_up import WarmUp
 from autobot_llm.collect import collect
-from autobot_llm.counts import Counts, Ending, summed
+from autobot_llm.counts import Counts, summed
 from autobot_llm.deadline import Deadline
 from autobot_llm.errors import (
     ConfigurationError,
     LLMError,
     ModelNotFoundError,
-    NotCached,
     ProviderError,
     ProviderUnavailable,
     RequestTimeout,
@@ -64,7 +62,8 @@ from autobot_llm.types import (
     LLMRequest,
     LLMResponse,
 )
-from autobot_llm.universal.response_cache import cache_among
+from autobot_llm.universal.caches import Caches
+from autobot_llm.universal.kept_answer import AnswersAtOnce, KeptAnswer
 from autobot_llm.validation import validate_embedding, validate_request
 
 
@@ -91,7 +90,7 @@ class LLMInterface:
             raise ConfigurationError("providers is empty: expected at least one")
         self._default = default_provider(self.settings, self._known)
         self._links = make_links(self.settings)
-        self._cache = cache_among(self._links)
+        self._caches = Caches(self._links, self._embedded)
         self._fallbacks = FallbackTable(self.settings.fallbacks)
         self._warm_up = WarmUp(self.settings, self._known)
         self._in_use: dict[str, _InUse] = {}
@@ -155,16 +154,17 @@ class LLMInterface:
         request = _asked(messages, llm_type, {**options, "model": model, "provider": provider})
         return self.events(msgspec.structs.replace(request, stream=True))
 
-    async def events(self, request: LLMRequest) -> AsyncGenerator[Event, None]:
+    async def events(self, request: LLMRequest, *, ask_memory: bool = True) -> AsyncGenerator[Event, None]:
         """Answer `request` as `stream` does, but as a whole unless `request.stream` is set.
 
-        A provider may then send the answer in one piece, which costs less. Raises what `stream` raises.
+        A provider may then send the answer in one piece, which costs less. Raises what `stream` raises. `ask_memory`
+        False is for a caller who has just asked `kept`.
         """
-        counts = self._counts
-        counts.num_requests += 1
-        counts.num_in_flight += 1
-        ending = Ending.CANCELLED
-        try:
+        if ask_memory and (kept := self.kept(request)) is not None:
+            for event in kept.events():
+                yield event
+            return
+        with self._counts.asked() as asked:
             timeout = request.timeout if request.timeout is not None else self.settings.timeout
             validate_request(request)
             with Deadline(timeout) as deadline:
@@ -175,19 +175,33 @@ class LLMInterface:
                     async for event in events:
                         deadline.pause()
                         if type(event) is Finish:
-                            ending = Ending.COMPLETED
-                            counts.add_usage(event.usage)
+                            asked.complete(event.usage)
                             yield event
                             return
                         yield event
                         deadline.resume()
             raise ProviderError("the answer was cut short: the provider's stream ended without a Finish event")
-        except Exception:
-            ending = Ending.FAILED
-            raise
-        finally:
-            counts.num_in_flight -= 1
-            counts.num_ended[ending] += 1
+
+    def kept(self, request: LLMRequest) -> KeptAnswer | None:
+        """The answer to `request` if memory has it, as `events` would give it, counted as given; else None.
+
+        None, too, for what is wrong with the request: `events` says it.
+        """
+        if request.temperature != 0 and request.seed is None and request.cache is None:
+            return None  # drawn at random, as most are: nothing is kept
+        try:
+            validate_request(request)
+            route = self.route(request)
+        except LLMError:
+            return None
+        one = self._in_use.get(route.provider)
+        if one is None or one.at_once is None:
+            return None
+        kept = one.at_once.kept(route.taken_by(request))
+        if kept is not None:
+            with self._counts.asked() as asked:
+                asked.complete(kept.usage)
+        return kept
 
     async def chat_completion(
         self,
@@ -204,7 +218,9 @@ class LLMInterface:
         pieces.
         """
         request = _asked(messages, llm_type, {**options, "model": model, "provider": provider})
-        async with aclosing(self.events(request)) as events:
+        if (kept := self.kept(request)) is not None:
+            return kept.response()
+        async with aclosing(self.events(request, ask_memory=False)) as events:
             return await collect(events)
 
     async def generate_response(self, prompt: str, **options: Any) -> LLMResponse:
@@ -228,41 +244,25 @@ class LLMInterface:
             texts: list[str | list[int]] = [inputs] if isinstance(inputs, str) else list(inputs)
             inputs = EmbeddingRequest(inputs=texts, model=model, provider=provider, dimensions=dimensions)
         request = inputs
-        counts = self._counts
-        counts.num_requests += 1
-        counts.num_in_flight += 1
-        ending = Ending.CANCELLED
         timeout = request.timeout if request.timeout is not None else self.settings.timeout
-        try:
+        with self._counts.asked() as asked:
             validate_embedding(request)
-            async with asyncio.timeout(timeout):
-                response = await self._embedded(request)
-            counts.add_usage(response.usage)
-            ending = Ending.COMPLETED
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await self._embedded(request)
+            except TimeoutError as exc:
+                message = f"there was no answer after its timeout of {timeout:g} s"
+                raise RequestTimeout(message, param="timeout") from exc
+            asked.complete(response.usage)
             return response
-        except TimeoutError as exc:
-            ending = Ending.FAILED
-            raise RequestTimeout(f"there was no answer after its timeout of {timeout:g} s", param="timeout") from exc
-        except Exception:
-            ending = Ending.FAILED
-            raise
-        finally:
-            counts.num_in_flight -= 1
-            counts.num_ended[ending] += 1
 
     async def _embedded(self, request: EmbeddingRequest) -> EmbeddingResponse:
         route = self.route(LLMRequest(model=request.model, provider=request.provider, llm_type="embedding"))
         embedder = (await self._usable(route.provider)).embedder
         if embedder is None:
             raise UnsupportedError(f"provider '{route.provider}' makes no embeddings", param="model")
-        return await embedder.embed(
-            msgspec.structs.replace(
-                request,
-                provider=route.provider,
-                model=route.model,
-                request_id=request.request_id or f"req-{secrets.token_hex(12)}",
-            )
-        )
+        self._caches.refuse_if_off(request.cache)
+        return await embedder.embed(route.taken_by(request))
 
     @property
     def default_provider(self) -> str:
@@ -350,25 +350,19 @@ class LLMInterface:
         return optimization_matrix(self._known, {name: one.provider for name, one in self._in_use.items()}, self._links)
 
     def get_cache_metrics(self) -> dict[str, bool | int | float | str]:
-        """What the response cache has done since the interface was made, and holds; see `CacheMetrics`."""
-        return {"enabled": False} if self._cache is None else msgspec.structs.asdict(self._cache.figures())
+        """What the caches have done since the interface was made, and hold; see `Caches.figures`."""
+        return self._caches.figures()
 
     async def clear_cache(self, l1: bool = True, l2: bool = True) -> dict[str, int]:
-        """Remove every kept answer, in memory (l1) and in the shared store (l2); see `ResponseCache.clear`."""
-        return {} if self._cache is None else await self._cache.clear(l1=l1, l2=l2)
+        """Remove every kept answer and vector, in memory (l1) and in the shared store (l2); see `Caches.clear`."""
+        return await self._caches.clear(l1=l1, l2=l2)
 
     async def _reached(self, request: LLMRequest) -> tuple[Streamer, LLMRequest]:
         """The chain that answers, and the request as the chain gets it."""
         route = self.route(request)
         chosen = await self._usable(route.provider)
-        if self._cache is None and request.cache is not None and request.cache.mode == "only-if-cached":
-            raise NotCached("AUTOBOT_CACHE_ENABLED is false: no answer is kept", param="cache")
-        return chosen.chain, msgspec.structs.replace(
-            request,
-            provider=route.provider,
-            model=route.model,
-            request_id=request.request_id or f"req-{secrets.token_hex(12)}",
-        )
+        self._caches.refuse_if_off(request.cache)
+        return chosen.chain, route.taken_by(request)
 
     async def _usable(self, name: str) -> _InUse:
         """The started provider; one that a request names and that cannot be used is the request's error."""
@@ -395,9 +389,9 @@ class LLMInterface:
                 except BaseException:
                     await provider.close()
                     raise
-                self._in_use[name] = _InUse(
-                    provider, build_chain(provider, self._links), build_embedder(provider, self._links)
-                )
+                chain = build_chain(provider, self._links)
+                at_once = chain if isinstance(chain, AnswersAtOnce) else None
+                self._in_use[name] = _InUse(provider, chain, at_once, build_embedder(provider, self._links))
             return self._in_use[name]
 
     def _make(self, name: str) -> Provider:
@@ -417,4 +411,5 @@ class _InUse:
 
     provider: Provider
     chain: Streamer
+    at_once: AnswersAtOnce | None
     embedder: Embedder | None

@@ -8,13 +8,16 @@ import msgspec
 
 SHARING = "request_deduplication"  # the line by which an answer is known that another request has paid for
 RESPONSE_CACHING = "response_caching"  # the line by which a kept answer is known
+SEMANTIC_CACHING = "semantic_caching"  # the line by which the kept answer to another question is known
+CACHING = (RESPONSE_CACHING, SEMANTIC_CACHING)
 
 
 class OptimizationOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of a request's report: an optimization that was considered, whether it ran, and what it bought.
 
     Savings are measured or counted, never estimated without saying so in `reason`; an unknown one stays None.
-    Dollars are the United States'.
+    Dollars are the United States'. `matched_question` is the one whose kept answer this is, and `similarity` how
+    similar the two are, at most 1.
     """
 
     name: str
@@ -26,6 +29,8 @@ class OptimizationOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaul
     dollars_spent: float | None = None
     dollars_saved: float | None = None
     lossy: bool = False
+    similarity: float | None = None
+    matched_question: str | None = None
 
 
 def dollars_worth(lines: Sequence[OptimizationOutcome]) -> float | None:
@@ -39,3 +44,8 @@ def dollars_worth(lines: Sequence[OptimizationOutcome]) -> float | None:
 def without_costs(lines: Sequence[OptimizationOutcome]) -> tuple[OptimizationOutcome, ...]:
     """The report of an answer for one of those who did not pay for it."""
     return tuple(line for line in lines if line.dollars_spent is None)
+
+
+def reused_from(lines: Sequence[OptimizationOutcome]) -> OptimizationOutcome | None:
+    """The line that says that the answer was given to another question before; None where it was not."""
+    return next((line for line in lines if line.name == SEMANTIC_CACHING and line.applied), None)

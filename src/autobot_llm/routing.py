@@ -6,22 +6,29 @@ Knows the kinds of providers, what can apply to each, and the order of the chain
 from __future__ import annotations
 
 import enum
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 
-from autobot_llm.cloud.batched_embeddings import BatchingLink
+from autobot_llm.cloud.batching import BatchingLink
 from autobot_llm.cloud.costed import CostLink
+from autobot_llm.cloud.hedged import hedging
 from autobot_llm.cloud.rate_limited import RateLimitLink
 from autobot_llm.cloud.retried import RetryLink
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError
 from autobot_llm.providers.base import Embedder, Link, OnProgress, Provider, Streamer
 from autobot_llm.settings import Settings
 from autobot_llm.tuning.knobs import accepts, facts_of
-from autobot_llm.types import LLMRequest
+from autobot_llm.types import EmbeddingRequest, LLMRequest
 from autobot_llm.universal.deduplication import deduplication
+from autobot_llm.universal.embedding_cache import embedding_cache
 from autobot_llm.universal.prompt_compression import prompt_compression
 from autobot_llm.universal.response_cache import response_cache
+from autobot_llm.universal.semantic.cache import semantic_cache
+
+RequestT = TypeVar("RequestT", LLMRequest, EmbeddingRequest)
 
 
 class ProviderType(enum.StrEnum):
@@ -102,20 +109,26 @@ class Wrapper(msgspec.Struct, frozen=True):
     make: Callable[[Settings], Link | None]
 
 
-# Links that optimize nothing, and the kinds of providers that they stand in front of.
+# Links that are not in the table of what could apply, and the kinds of providers that they stand in front of.
 _OTHER_LINKS: Mapping[str, frozenset[ProviderType]] = {
-    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER})
+    "cost": frozenset({ProviderType.CLOUD_OPENAI, ProviderType.CLOUD_ANTHROPIC, ProviderType.CLOUD_OTHER}),
+    "hedging": frozenset(ProviderType) - {ProviderType.LOCAL_NATIVE},
+    "semantic_caching": frozenset(ProviderType),
+    "embedding_caching": frozenset(ProviderType),
 }
 
 
 # From the caller inwards. An optimization joins the chain by one line here.
 WRAPPERS: tuple[Wrapper, ...] = (
     Wrapper("response_caching", response_cache),
+    Wrapper("semantic_caching", semantic_cache),
+    Wrapper("embedding_caching", embedding_cache),
     Wrapper("request_deduplication", deduplication),
     Wrapper("prompt_compression", prompt_compression),
     Wrapper("request_batching", BatchingLink),
     Wrapper("cost", CostLink),
     Wrapper("retry_with_backoff", RetryLink),
+    Wrapper("hedging", hedging),
     Wrapper("rate_limit_handling", RateLimitLink),
 )
 
@@ -267,6 +280,11 @@ class Route(msgspec.Struct, frozen=True):
 
     provider: str
     model: str | None
+
+    def taken_by(self, request: RequestT) -> RequestT:
+        """`request` for this provider and model, with an id if it has none."""
+        request_id = request.request_id or f"req-{secrets.token_hex(12)}"
+        return msgspec.structs.replace(request, provider=self.provider, model=self.model, request_id=request_id)
 
 
 def choose_route(request: LLMRequest, settings: Settings, *, default: str, known: Sequence[str]) -> Route:

@@ -36,10 +36,12 @@ class CacheControl(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     `bypass` neither reads nor keeps one, `refresh` has a new one made and kept, `only-if-cached` fails with NotCached
     where there is none. `ttl` is how many seconds the answer may be given again (None: the settings'), `max_age` how
-    many seconds ago the one that this request gets may have been made.
+    many seconds ago the one that this request gets may have been made. `semantic` false takes no answer to another
+    question, where the settings allow such.
     """
 
     mode: Literal["default", "bypass", "refresh", "only-if-cached"] = "default"
+    semantic: bool = True
     ttl: float | None = None
     max_age: float | None = None
 
@@ -90,6 +92,11 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache: CacheControl | None = None
 
     @property
+    def num_choices(self) -> int:
+        """How many choices the answer has."""
+        return self.n
+
+    @property
     def has_side_effects(self) -> bool:
         """Whether answering twice does more than cost twice: the service keeps the answer, or runs tools itself."""
         wishes = (self.service_options, self.extra_body)
@@ -100,10 +107,29 @@ class LLMRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
+class MergedRequest(LLMRequest, frozen=True, kw_only=True, omit_defaults=True):
+    """Requests that are alike but for their prompts, as one: `prompts` are all of them, `prompt` the first.
+
+    Choice `i` of prompt `p` is choice `p * n + i` of the answer. Only for providers that take lists of prompts
+    (`TakesPromptLists`); `cloud/batched_completions.py` makes it and takes its answer apart.
+    """
+
+    prompts: list[str | list[int]]
+
+    @property
+    def num_choices(self) -> int:
+        return self.n * len(self.prompts)
+
+
+class SecondCall(LLMRequest, frozen=True, kw_only=True, omit_defaults=True):
+    """A request that is under way already and slow to begin; where there are several servers, another one takes it."""
+
+
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Texts, or lists of token ids, to be turned into one vector each. None means the provider's own default.
 
-    `dimensions` is the length of the vectors, where the model offers a choice. `timeout` is in seconds.
+    `dimensions` is the length of the vectors, where the model offers a choice. `timeout` is in seconds. `cache` says
+    what is wanted of kept vectors; None reuses and keeps them.
     """
 
     inputs: list[str | list[int]]
@@ -114,6 +140,7 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     tenant: str = ""
     request_id: str | None = None
     extra_body: dict[str, Any] = msgspec.field(default_factory=dict)
+    cache: CacheControl | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,11 +187,15 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """The request was accepted: which model and provider answer it."""
+    """The request was accepted: which model and provider answer it.
+
+    `reused` is the report's line where the answer is the kept one to another question.
+    """
 
     request_id: str
     model: str
     provider: str
+    reused: OptimizationOutcome | None = None
 
 
 class TextDelta(msgspec.Struct, frozen=True):
@@ -283,13 +314,17 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EmbeddingResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """One vector for each input, in the inputs' order."""
+    """One vector for each input, in the inputs' order.
+
+    Of `usage.prompt_tokens`, `cached_tokens` belong to vectors that were there and were not charged again.
+    """
 
     vectors: tuple[Sequence[float], ...]
     model: str
     provider: str
     usage: Usage
     request_id: str
+    optimizations: tuple[OptimizationOutcome, ...] = ()
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -99,6 +99,7 @@ def validate_embedding(request: EmbeddingRequest) -> None:
         value = getattr(request, field)
         if value is not None and not limits.accepts(value):
             raise _refusal(field, value, str(limits))
+    _check_cache(request)
 
 
 def _refusal(field: str, value: object, accepted: str) -> InvalidRequestError:
@@ -172,7 +173,7 @@ def _check_response_format(request: LLMRequest) -> None:
         raise _refusal("response_format", wanted, "an object whose type is text, json_object or json_schema")
 
 
-def _check_cache(request: LLMRequest) -> None:
+def _check_cache(request: LLMRequest | EmbeddingRequest) -> None:
     if request.cache is None:
         return
     if not isinstance(request.cache, CacheControl):

@@ -42,7 +42,8 @@ class Upstream:
 
 
 def interface(server: RawServer, **settings: Any) -> LLMInterface:
-    given = {"cloud_batch_window_ms": 30.0, "models": {"embedding": "e-1"}, **settings}
+    # Without the cache, which looks a text up before it asks: these tests say when a request arrives.
+    given = {"cache_enabled": False, "cloud_batch_window_ms": 30.0, "models": {"embedding": "e-1"}, **settings}
     endpoint = f"{server.url}/v1"
     return LLMInterface(Settings(provider="openai", openai_endpoint=endpoint, openai_api_key="sk-key", **given))
 

@@ -1,6 +1,7 @@
 """A provider that fails in every way three times in ten, over real connections: each request still ends well, in time.
 
-AUTOBOT_HOSTILE_REQUESTS sets how many requests are made.
+AUTOBOT_HOSTILE_REQUESTS sets how many requests are made. Once with what is on by default, and once with everything that
+can be switched on in front of a provider.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from openai_upstream import LAST, chunk, whole
 from raw_server import Asked, Wire, raw_server
+from universal.real_redis import needs_redis, real_redis
 
 from autobot_llm import LLMInterface, Settings
 from autobot_llm.errors import LLMError
 from autobot_llm.types import ChatMessage, LLMRequest, LLMResponse
 
-NUM_REQUESTS = int(os.environ.get("AUTOBOT_HOSTILE_REQUESTS", "600"))
+NUM_REQUESTS = int(os.environ.get("AUTOBOT_HOSTILE_REQUESTS", "2000"))
 AT_ONCE = 64
 TIMEOUT = 6.0
 SLACK = 1.0  # for the scheduling of a busy machine
@@ -147,12 +150,36 @@ async def ask(llm: LLMInterface, number: int) -> tuple[LLMResponse | LLMError, f
 
 
 async def test_every_request_ends_in_its_answer_or_a_documented_error_in_time_and_nothing_is_done_twice() -> None:
+    figures = await asked_by_many()
+    assert figures["num_retries"] > 0
+
+
+@needs_redis
+async def test_nor_with_hedges_shared_limits_and_shared_budgets(tmp_path: Path) -> None:
+    async with real_redis() as redis:
+        figures = await asked_by_many(
+            redis_url=redis.url, cloud_rate_limits=("openai/m 100000rpm 100000000tpm",), cloud_hedging="all",
+            cloud_budget_per_day=1000.0, cache_dir=tmp_path, cloud_prices=priced(tmp_path),
+        )  # fmt: skip
+    assert figures["num_retries"] > 0
+    assert figures["num_hedges"] > 0
+    assert figures["dollars_spent"] > 0
+
+
+def priced(folder: Path) -> Path:
+    path = folder / "prices.json"
+    path.write_text(json.dumps({"openai/m-1": {"input": 1, "output": 2, "dated": "2026-11-20"}}))
+    return path
+
+
+async def asked_by_many(**more: Any) -> dict[str, float]:
+    """Ask, hold every promise, and return the provider's figures."""
     provider = Provider(seed=8)
     at_once = asyncio.Semaphore(AT_ONCE)
     async with raw_server(provider.play) as server:
         settings = Settings(
             provider="openai", openai_endpoint=f"{server.url}/v1", openai_api_key="sk-key", default_model="m",
-            cache_enabled=False,
+            cache_enabled=False, **more,
         )  # fmt: skip
         async with LLMInterface(settings) as llm:
 
@@ -170,5 +197,5 @@ async def test_every_request_ends_in_its_answer_or_a_documented_error_in_time_an
     assert len(answers) > 0.85 * NUM_REQUESTS, collections.Counter(type(one).__name__ for one, _ in ended)
     assert set(provider.troubles) == {trouble.__name__ for trouble in TROUBLES}
     assert provider.num_calls <= MOST_CALLS_PER_REQUEST * NUM_REQUESTS
-    assert figures["num_retries"] > 0
     assert max(provider.num_stored.values()) == 1, "what the service keeps was made twice"
+    return figures

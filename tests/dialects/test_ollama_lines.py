@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from autobot_llm.collect import collect
 from autobot_llm.dialects.ollama.answers import AnswerReader, error_of, timings_of, usage_of
 from autobot_llm.dialects.ollama.lines import ChatLines, GenerateLines
-from autobot_llm.dialects.ollama.replies import chat_body, error_line, generate_body
+from autobot_llm.dialects.ollama.replies import ChatReply, GenerateReply, Reply, error_line
 from autobot_llm.errors import EngineError, InvalidRequestError, ModelNotFoundError, ProviderError
 from autobot_llm.types import (
     ChoiceEnd,
@@ -42,6 +42,10 @@ DELTAS = st.lists(
 ARGUMENTS = st.dictionaries(TEXT, st.none() | st.booleans() | st.integers(-(2**53), 2**53) | TEXT, max_size=3)
 CALLS = st.lists(st.tuples(TEXT.filter(bool), ARGUMENTS), max_size=3)
 REASONS = st.sampled_from(["stop", "length", "content_filter"])
+
+
+def whole(reply: Reply, answer: LLMResponse) -> bytes:
+    return reply.body(reply.lasting(answer), answer)
 
 
 async def answer_of(events: list[Event]) -> LLMResponse:
@@ -74,7 +78,7 @@ async def test_a_chat_as_lines_and_as_a_body_is_read_back_as_the_same_answer(
     lines = b"".join(encoder.encode(event) for event in events)
     assert lines.count(b"\n") == len(lines.decode().splitlines()), "one line each, whatever cuts them"
     sent = await answer_of(events)
-    for received in (await answer_of(read_back(lines)), await answer_of(read_back(chat_body(sent)))):
+    for received in (await answer_of(read_back(lines)), await answer_of(read_back(whole(ChatReply(), sent)))):
         assert (received.content, received.reasoning) == (sent.content, sent.reasoning)
         assert received.finish_reason == sent.finish_reason
         assert received.choices[0].logprobs == sent.choices[0].logprobs
@@ -90,7 +94,7 @@ async def test_a_generated_answer_is_read_back_too(deltas: list[Event], reason: 
     encoder = GenerateLines()
     sent = await answer_of(events)
     lines = b"".join(encoder.encode(event) for event in events)
-    for received in (await answer_of(read_back(lines)), await answer_of(read_back(generate_body(sent)))):
+    for received in (await answer_of(read_back(lines)), await answer_of(read_back(whole(GenerateReply(), sent)))):
         assert (received.content, received.reasoning) == (sent.content, sent.reasoning)
         assert received.finish_reason == sent.finish_reason
 

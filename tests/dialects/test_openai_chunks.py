@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autobot_llm.collect import collect
 from autobot_llm.dialects.openai.chunks import ChatChunks, CompletionChunks, error_event
-from autobot_llm.dialects.openai.replies import chat_body
+from autobot_llm.dialects.openai.replies import ChatReply
 from autobot_llm.errors import EngineError, ProviderError
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.merge import merge_streams
@@ -19,6 +19,7 @@ from autobot_llm.types import (
     ChoiceEnd,
     Event,
     Finish,
+    LLMResponse,
     ReasoningDelta,
     RefusalDelta,
     Start,
@@ -31,6 +32,11 @@ from autobot_llm.types import (
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 START = Start(request_id="r", model='a "model"', provider="p")
 FINISH = Finish(usage=Usage(prompt_tokens=1, completion_tokens=2))
+
+
+def whole_body(answer: LLMResponse) -> bytes:
+    reply = ChatReply("r", 1)
+    return reply.body(reply.lasting(answer), answer)
 
 
 @given(TEXT.filter(bool), st.booleans())
@@ -126,7 +132,7 @@ async def test_reasoning_refusals_and_the_stop_string_are_part_of_the_whole_answ
     choice = answer.choices[0]
     assert (answer.content, answer.reasoning) == ("Yes", "Hm, so.")
     assert (choice.reasoning_signature, choice.refusal, choice.stop_sequence) == ("proof", "but no", "END")
-    body = json.loads(chat_body(answer, "r", 1))
+    body = json.loads(whole_body(answer))
     message = body["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"], message["refusal"]) == ("Yes", "Hm, so.", "but no")
     assert body["choices"][0]["stop_reason"] == "END"

@@ -24,7 +24,7 @@ from autobot_llm.dialects.openai.embeddings import (
     to_base64,
 )
 from autobot_llm.dialects.openai.rate_limits import read_rate_limits
-from autobot_llm.dialects.openai.replies import chat_body
+from autobot_llm.dialects.openai.replies import ChatReply
 from autobot_llm.errors import InvalidRequestError, LLMError, ProviderError
 from autobot_llm.transport.sse import SseParser
 from autobot_llm.types import (
@@ -33,6 +33,7 @@ from autobot_llm.types import (
     EmbeddingResponse,
     Event,
     Finish,
+    LLMResponse,
     ReasoningDelta,
     RefusalDelta,
     Start,
@@ -51,6 +52,11 @@ TOKEN = st.builds(
     lambda text, logprob: TokenLogprob(UNKNOWN_TOKEN, text, logprob, ((UNKNOWN_TOKEN, text, logprob),)),
     TEXT, st.floats(-100, 0),
 )  # fmt: skip
+
+
+def whole_body(answer: LLMResponse) -> bytes:
+    reply = ChatReply("r", 1)
+    return reply.body(reply.lasting(answer), answer)
 
 
 @st.composite
@@ -118,7 +124,7 @@ async def test_an_answer_that_we_write_whole_we_read_as_it_was(answer: tuple[lis
     events, num_choices = answer
     response = await collect(play(events))
     reader = ChatReader("r", "p", "m", num_choices)
-    read = reader.read(chat_body(response, "r", 1))
+    read = reader.read(whole_body(response))
     again = await collect(play([*read, Finish(usage=reader.usage)]))
     assert (again.choices, again.usage, again.model) == (response.choices, response.usage, response.model)
 

@@ -190,6 +190,22 @@ def test_equal_logits_at_the_border_are_kept_together() -> None:
     assert set(counts) == {1, 4, 6} and min(counts.values()) > 850
 
 
+@pytest.mark.parametrize("top_k", [1, 5, 64, 300])
+@pytest.mark.parametrize("top_p", [0.3, 0.7, 0.9])
+def test_equal_logits_at_the_border_of_top_k_count_for_the_mass_of_top_p(top_k: int, top_p: float) -> None:
+    """Rows of few distinct logits, so that far more than top_k tokens are among the top_k."""
+    logits_RV = logits_of(200, seed=5, spread=1.2).round()
+    sequences = [sequence(i, seed=i, top_k=top_k, top_p=top_p) for i in range(200)]
+    tokens = sample(logits_RV, sequences)
+    for logits_V, s, token in zip(logits_RV.double().numpy(), sequences, tokens, strict=True):
+        weights_V = np.exp(logits_V - logits_V.max())
+        weights_V[logits_V < np.sort(logits_V)[-top_k]] = 0.0
+        mass_above_V = (weights_V * (logits_V > logits_V[:, None])).sum(-1)
+        weights_V[mass_above_V >= top_p * weights_V.sum()] = 0.0
+        noise_V = exponential_noise(noise_keys([(s.params.seed, len(s.token_ids))]), np.arange(V))[0]
+        assert token == int((weights_V / noise_V).argmax())
+
+
 MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.2},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from autobot_llm.engine.embedding import TextEmbedding
 from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.sequence import SamplingParams
@@ -85,6 +87,28 @@ def test_a_replayed_graph_computes_what_its_launches_do(engines: dict[str, Engin
     assert engines["graphs"].executor.graphs.keys and not engines["launches"].executor.graphs.keys
 
 
+def test_vectors_are_those_of_plain_torch_on_a_cpu(engines: dict[str, Engine]) -> None:
+    """bfloat16 products here, float32 there: the directions agree, the last digits do not."""
+    host = load_engine(dataclasses.replace(OPTIONS, device="cpu", compiled_step="off"))
+    texts = [host.tokenizer.encode(text) * repeat for text in TEXTS for repeat in (1, 9, 40)]
+    try:
+        expected = embedded(host, [text[:400] for text in texts])
+        for name in ("graphs", "launches", "sdpa"):
+            for one, other in zip(embedded(engines[name], [text[:400] for text in texts]), expected, strict=True):
+                assert torch.dot(torch.tensor(one), torch.tensor(other)).item() > 0.999
+    finally:
+        host.close()
+
+
+def embedded(engine: Engine, texts: list[list[int]]) -> list[array[float]]:
+    embedding = TextEmbedding(texts)
+    while not embedding.advance(engine):
+        pass
+    embedding.release(engine)
+    assert engine.scheduler.block_pool.num_free == engine.scheduler.block_pool.num_blocks
+    return embedding.vectors
+
+
 def test_the_logits_are_those_of_plain_torch(engines: dict[str, Engine]) -> None:
     """The same prompts through the slow decoder in float32 on the CPU, in one chunk and then token by token."""
     from autobot_llm.engine.attention.sdpa import SdpaAttention
@@ -135,7 +159,7 @@ def test_greedy_text_begins_as_with_plain_torch_attention(engines: dict[str, Eng
 
 def test_blocks_come_back_from_host_memory_as_they_were(engines: dict[str, Engine]) -> None:
     executor = engines["graphs"].executor
-    cache = executor._storage.cache_L2BKPD
+    cache = executor._storage.cache_L2BK
     blocks = [3, 17, 5]
     cache[:, :, blocks] = torch.randn_like(cache[:, :, blocks])
     torch.cuda.synchronize()

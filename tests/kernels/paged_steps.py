@@ -43,7 +43,7 @@ class PagedStep:
 
     @property
     def _heads(self) -> torch.Tensor:
-        return self.qkv.unflatten(1, (-1, self.keys.shape[3]))
+        return self.qkv.unflatten(1, (self.num_heads + 2 * self.num_kv_heads, -1))
 
     def expected(self, *, window: int = 0, tree_masks_T: Int32Array | None = None) -> torch.Tensor:
         """out_THD in float64."""

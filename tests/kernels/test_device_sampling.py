@@ -109,36 +109,8 @@ def test_the_device_chooses_the_host_samplers_tokens(kind: str, vocab_size: int,
     logits_RV = logits_of(kind, NUM_ROWS, vocab_size)
     params = random_params(NUM_ROWS, vocab_size, seed=vocab_size)
     tokens, values = sample_on_device(logits_RV, params, device)
-    # Where the mass of equal logits meets top_p, the last bit of an exponential decides: a device's own may differ.
-    num_near_ties = 1 if device.type == "cuda" and kind == "ties" else 0
-    differing = [
-        r for r, pair in enumerate(zip(tokens, sample_on_host(logits_RV, params), strict=True)) if pair[0] != pair[1]
-    ]
-    assert len(differing) <= num_near_ties, [(r, params[r], is_near_tie(logits_RV[r], params[r])) for r in differing]
-    assert all(is_near_tie(logits_RV[r], params[r]) for r in differing)
+    assert tokens == sample_on_host(logits_RV, params)
     assert values == logits_RV.amax(-1).tolist()
-
-
-def is_near_tie(logits_V: torch.Tensor, params: SamplingParams) -> bool:
-    """Whether the mass of the best tokens, as many as are equal at a time, comes so close to top_p that the last bit of
-    an exponential decides: there a device's own exponential may."""
-    if params.top_p == 1.0 or params.is_greedy:
-        return False
-    ordered_V = logits_V.double().sort(descending=True).values
-    if 0 < params.top_k < len(ordered_V):
-        ordered_V = ordered_V[ordered_V >= ordered_V[params.top_k - 1]]
-    weights_V = ((ordered_V - ordered_V[0]) / params.temperature).exp()
-    masses_V = weights_V.cumsum(0) / weights_V.sum()
-    is_last_of_equals_V = torch.cat((ordered_V[1:] != ordered_V[:-1], torch.tensor([True])))
-    return bool((is_last_of_equals_V & ((masses_V - params.top_p).abs() < 1e-6)).any())
-
-
-@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_near_ties_are_rare(vocab_size: int) -> None:
-    params = random_params(NUM_ROWS, vocab_size, seed=vocab_size)
-    for kind in KINDS:
-        rows = zip(logits_of(kind, NUM_ROWS, vocab_size), params, strict=True)
-        assert sum(is_near_tie(*row) for row in rows) <= NUM_ROWS // 16, kind
 
 
 # The name says where the row is decided: among the candidates, or by a search through the whole row.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -21,7 +22,11 @@ from autobot_llm.engine.kernels.gpu.tiles import HOPPER, MAX_ROWS, Kind, MatvecT
 
 EPS = 1e-5
 ON_GPU = torch.cuda.is_available()
-ALL_TILES = sorted({tile for shapes in HOPPER.values() for tile in shapes.values() if tile is not None}, key=repr)
+# Each tile of the table with the kinds it serves there: what fits the shared memory of one need not fit another's.
+KINDS_OF_TILES: dict[Tile, set[Kind]] = {}
+for (_kind, _), _shapes in HOPPER.items():
+    for _tile in filter(None, _shapes.values()):
+        KINDS_OF_TILES.setdefault(_tile, set()).add(_kind)
 NUM_ROWS = [1, 2, 3, 8, 16, 31, 64, 128, 150] if ON_GPU else [1, 2, 5, 16, 33, 150]
 # outputs, inputs: whole tiles, and none; the last is no multiple of the width of a load
 SHAPES = (
@@ -57,9 +62,13 @@ class Case:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within the rounding of operands and result; NaN is never close."""
+    """Within the rounding of operands and result; NaN is never close.
+
+    What is rounded are terms whose root mean square sum is about 1 in a `Case` (0.6 after the gate). A single output
+    can be far smaller, because its terms cancel: the rounding does not shrink with it.
+    """
     bound = 8e-3 if actual.dtype == torch.bfloat16 else 1e-3
-    error = (actual.double() - expected).norm() / expected.norm()
+    error = (actual.double() - expected).norm() / max(float(expected.norm()), 0.5 * math.sqrt(expected.numel()))
     assert error < bound, f"relative error {error:.2e}"
     worst = ((actual.double() - expected).abs() / (expected.abs() + expected.square().mean().sqrt())).max()
     assert worst < 8 * bound, f"one entry is off by {worst:.2e}"
@@ -144,7 +153,7 @@ def _run(tile: Tile, case: Case, *, norm: bool, gated: bool, add: bool, bias: bo
     assert_close(case.out, expected + case.residual.double() if add else expected)
 
 
-# More than the table need ever hold, so that a freshly measured one meets nothing new
+# More than the table need ever hold, so that a freshly measured one meets nothing new; for every kind
 EXTREME_TILES: list[Tile] = [
     MatvecTile(1, 256, 1),
     MatvecTile(16, 512, 8, prefetch_bytes=64, evict_first=True),
@@ -155,11 +164,15 @@ EXTREME_TILES: list[Tile] = [
 ]
 
 
-@pytest.mark.parametrize("tile", [*ALL_TILES, *EXTREME_TILES], ids=str)
-def test_every_tile_computes_every_kind(tile: Tile, device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("tile", "kinds"),
+    [*sorted(KINDS_OF_TILES.items(), key=repr), *((tile, set(Kind)) for tile in EXTREME_TILES)],
+    ids=str,
+)
+def test_every_tile_computes_its_kinds(tile: Tile, kinds: set[Kind], device: torch.device, dtype: torch.dtype) -> None:
     num_rows = [1] if isinstance(tile, MatvecTile) else [2, 19]
-    kinds = [(False, False), (True, False), (True, True)]
-    for whole, (norm, gated), rows in itertools.product([True, False], kinds, num_rows):
+    for whole, kind, rows in itertools.product([True, False], sorted(kinds, key=str), num_rows):
+        norm, gated = kind is not Kind.PLAIN, kind is Kind.GATED
         # two whole programs and three whole tiles; or a part of a program and of a tile
         outputs = tile.block_o * 2 if whole else tile.block_o + 3
         inputs = tile.block_i * 3 if whole else tile.block_i * 2 + 40
@@ -172,7 +185,7 @@ def test_splits_leave_no_trace_for_the_next_product(device: torch.device, dtype:
     tile = RowsTile(16, 64, 2, 3, num_splits=4)
     for outputs, inputs in [(80, 512), (16, 256), (80, 512)]:
         _run(tile, Case(5, outputs, inputs, device, dtype), norm=True, gated=False, add=True, bias=False)
-        _, arrivals = operators._workspace(device if device.type == "cpu" else torch.device("cuda", 0))
+        _, arrivals = operators.workspace(device if device.type == "cpu" else torch.device("cuda", 0))
         assert not arrivals.any()
 
 
@@ -203,20 +216,20 @@ def test_float16_rows_whose_scaled_entries_pass_its_largest_number_stay_finite(d
 
 
 def test_the_split_sums_of_any_product_fit_into_their_memory() -> None:
-    for tile in [tile for tile in [*ALL_TILES, *EXTREME_TILES] if isinstance(tile, RowsTile)]:
+    for tile in [tile for tile in [*KINDS_OF_TILES, *EXTREME_TILES] if isinstance(tile, RowsTile)]:
         for outputs, rows, halves in itertools.product([1, 4096, 150_000], [8, 128], [1, 2]):
             num_tiles = -(-outputs // tile.block_o)
             num_sums = num_tiles * (halves * tile.block_o + 1) * rows
-            num_splits, shortest = operators._splits(tile, num_tiles, 4096, num_sums)
+            num_splits, shortest = operators.split_inputs(tile.num_splits, tile.block_i, num_tiles, 4096, num_sums)
             assert num_splits == 1 or num_splits * num_sums <= operators._MAX_PARTIAL_SUMS
             assert 0 < shortest <= 4096
 
 
 def test_nothing_outside_the_weight_is_fetched_ahead() -> None:
     weight = torch.empty(4, 64, dtype=torch.float16)
-    assert operators._prefetchable(weight, 4096, 40) == 80
-    assert operators._prefetchable(weight, 4096, -24) == 0
-    assert operators._prefetchable(weight.view(-1)[1:], 4096, 40) == 0
+    assert operators.prefetchable(weight, 4096, 40) == 80
+    assert operators.prefetchable(weight, 4096, -24) == 0
+    assert operators.prefetchable(weight.view(-1)[1:], 4096, 40) == 0
 
 
 def test_a_shape_takes_the_tile_of_the_nearest_measured_one() -> None:

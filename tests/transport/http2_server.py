@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,13 @@ from h2.events import (
     DataReceived,
     PingAckReceived,
     RequestReceived,
+    SettingsAcknowledged,
     StreamEnded,
     StreamReset,
     WindowUpdated,
 )
 from h2.exceptions import H2Error, ProtocolError
-from h2.settings import SettingCodes, Settings
+from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 from raw_server import PATIENCE, Asked
 
@@ -99,6 +101,7 @@ class StreamWire:
 
 
 Play = Callable[[StreamWire, Asked], Awaitable[None]]
+Take = Callable[[StreamWire, bytes, Callable[[], None]], None]  # the last is called to let as much come again
 
 
 @dataclass
@@ -108,6 +111,7 @@ class Http2Server:
     play: Play
     settings: dict[SettingCodes, int] = field(default_factory=dict)
     is_eager: bool = False  # play when the head has come, not when the request is complete
+    take: Take | None = None  # gets what comes of a body, which is else kept and let go on at once
     url: str = ""
     protocols: list[str | None] = field(default_factory=list)  # negotiated, one for each connection
     asked: list[Asked] = field(default_factory=list)
@@ -139,6 +143,7 @@ class Peer(asyncio.Protocol):
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self.is_gone = False
         self.num_pings_answered = 0
+        self.num_settings_acknowledged = 0
         self._streams: dict[int, StreamWire] = {}
         self._heads: dict[int, Asked] = {}
         self._writable = asyncio.Event()
@@ -152,8 +157,9 @@ class Peer(asyncio.Protocol):
         server.num_open += 1
         if server.protocols[-1] != "h2":
             return
-        self.h2.local_settings = Settings(client=False, initial_values=server.settings)
         self.h2.initiate_connection()
+        if server.settings:  # not initial values, which h2 would hold a client to that has not seen them yet
+            self.h2.update_settings(server.settings)
         self.flush()
 
     def pause_writing(self) -> None:
@@ -197,20 +203,31 @@ class Peer(asyncio.Protocol):
                 if self._server.is_eager:
                     self._begin(stream)
             elif isinstance(event, DataReceived) and stream is not None:
-                stream.body += event.data
-                self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                let_on = functools.partial(self._let_on, event.stream_id, event.flow_controlled_length)
+                if self._server.take is not None:
+                    self._server.take(stream, event.data, let_on)
+                else:
+                    stream.body += event.data
+                    let_on()
             elif isinstance(event, StreamEnded) and stream is not None and not self._server.is_eager:
                 self._begin(stream)
             elif isinstance(event, StreamReset) and stream is not None:
                 stream.reset_by_client = event.error_code
                 self._server.resets.append(event.error_code)
                 stream.wake()
+            elif isinstance(event, SettingsAcknowledged):
+                self.num_settings_acknowledged += 1
             elif isinstance(event, PingAckReceived):
                 self.num_pings_answered += 1
             elif isinstance(event, WindowUpdated):
                 for one in self._streams.values():
                     one.wake()
         self.flush()
+
+    def _let_on(self, stream_id: int, num_bytes: int) -> None:
+        if not self.is_gone:
+            self.h2.acknowledge_received_data(num_bytes, stream_id)
+            self.flush()
 
     def _begin(self, stream: StreamWire) -> None:
         head = self._heads[stream.id]
@@ -246,11 +263,12 @@ async def http2_server(
     *,
     settings: dict[SettingCodes, int] | None = None,
     is_eager: bool = False,
+    take: Take | None = None,
     tls: ssl.SSLContext | None = None,
     protocols: Sequence[str] = ("h2",),
 ) -> AsyncIterator[Http2Server]:
     """Serve on a free port: `play` answers each stream. Fails when a client breaks the protocol."""
-    server = Http2Server(play, dict(settings or {}), is_eager)
+    server = Http2Server(play, dict(settings or {}), is_eager, take)
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(lambda: Peer(server), "127.0.0.1", 0, ssl=tls or served(*protocols))
     server.url = f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}"

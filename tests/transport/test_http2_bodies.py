@@ -51,7 +51,7 @@ async def test_a_large_body_goes_out_as_the_windows_open() -> None:
     async with http2_server(play, settings={SettingCodes.INITIAL_WINDOW_SIZE: 20_000}) as server:
         pool = pool_of(server)
         asking = [asyncio.create_task(pool.request("POST", "/", body=body)) for _ in range(2)]
-        await server.until(lambda seen: seen.num_accepted == 1)
+        await server.until(lambda seen: bool(seen.peers) and seen.peers[0].num_settings_acknowledged == 2)
         server.peers[0].h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 10, SettingCodes.MAX_FRAME_SIZE: 65536})
         server.peers[0].flush()
         await asyncio.sleep(0.05)

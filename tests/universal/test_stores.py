@@ -25,10 +25,11 @@ from autobot_llm.interface import LLMInterface
 from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.settings import Settings
 from autobot_llm.types import LLMRequest
-from autobot_llm.universal.response_cache import store_path
+from autobot_llm.universal.entries import seal, unseal
 from autobot_llm.universal.second_level import PATIENCE, SecondLevel
 from autobot_llm.universal.stores.base import Kept, SharedStore
-from autobot_llm.universal.stores.redis import PREFIX, RedisStore
+from autobot_llm.universal.stores.choice import store_path
+from autobot_llm.universal.stores.redis import ANSWERS, RedisStore
 from autobot_llm.universal.stores.sqlite import SqliteStore
 
 KEYS = [bytes([number]) * 16 for number in range(5)]
@@ -236,7 +237,7 @@ async def test_keys_of_a_wrong_type_count_as_absent(tmp_path: Path, caplog: pyte
     async with real_redis() as redis, Redis.from_url(redis.url) as client:
         async with asking(tmp_path, redis_url=redis.url) as (llm, _):
             await ask(llm, "x")
-        (name,) = [name async for name in client.scan_iter(PREFIX + b"*")]
+        (name,) = [name async for name in client.scan_iter(ANSWERS + b"*")]
         await client.delete(name)
         await client.rpush(name, "a", "list")
         async with asking(tmp_path, redis_url=redis.url) as (llm, _):
@@ -299,7 +300,7 @@ class LateStore(SqliteStore):
 
 
 async def test_a_store_that_is_always_late_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    level = SecondLevel(LateStore(tmp_path / "answers.sqlite3"))
+    level = SecondLevel(LateStore(tmp_path / "answers.sqlite3"), seal, unseal)
     await level.start()
     assert await level.get(KEYS[0]) is None  # the first one has time
     for number in range(3):

@@ -1,4 +1,4 @@
-"""`autobot-llm cache`: look at and empty the store of kept answers. Knows how to print it; knows nothing of requests.
+"""`autobot-llm cache`: look at and empty the stores of kept answers and vectors. Knows how to print them, no requests.
 
 What a server has in its own memory besides, its metrics tell.
 """
@@ -17,8 +17,8 @@ from autobot_llm.errors import ProviderUnavailable
 from autobot_llm.settings import load_settings
 from autobot_llm.types import Finish, Start, TextDelta
 from autobot_llm.universal.entries import Entry, unseal
-from autobot_llm.universal.response_cache import open_store
 from autobot_llm.universal.stores.base import Kept, SharedStore
+from autobot_llm.universal.stores.choice import KINDS, Kind, open_store
 
 MOST_SEARCHED = 100_000
 
@@ -40,7 +40,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 @click.group(
-    short_help="Look at and empty the store of kept answers.",
+    short_help="Look at and empty the stores of kept answers and vectors.",
     epilog="""\b
 Examples:
   autobot-llm cache stats
@@ -49,7 +49,7 @@ Examples:
   autobot-llm cache clear""",
 )
 def cache() -> None:
-    """Look at and empty the store of kept answers: Redis where AUTOBOT_REDIS_URL is set, else a file."""
+    """Look at and empty what is kept: in Redis where AUTOBOT_REDIS_URL is set, else in files."""
 
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -58,26 +58,33 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON 
 @cache.command(short_help="Print how much is kept.")
 @_as_json
 def stats(as_json: bool) -> None:
-    """Print how many answers are kept, and their size."""
-    where, told = _with_store(lambda store: store.stats())
+    """Print how many answers and vectors are kept, and their size.
+
+    Which questions the semantic cache knows is in the memory of a running server; its metrics tell.
+    """
+    told = {kind: _with_store(lambda store: store.stats(), kind) for kind in KINDS}
     if as_json:
-        _print_json({"store": where} | msgspec.structs.asdict(told))
+        shown = {kind: {"store": where} | msgspec.structs.asdict(one) for kind, (where, one) in told.items()}
+        _print_json(shown["answers"] | {"vectors": shown["vectors"]})
         return
-    click.echo(f"{told.num_entries} answers, {told.num_bytes / 1e6:.1f} MB, in {where}")
+    for kind, (where, one) in told.items():
+        click.echo(f"{one.num_entries} {kind}, {one.num_bytes / 1e6:.1f} MB, in {where}")
 
 
-@cache.command(short_help="Remove every kept answer.")
+@cache.command(short_help="Remove every kept answer and vector.")
 @_as_json
 def clear(as_json: bool) -> None:
-    """Remove every kept answer, of all tenants and models.
+    """Remove every kept answer and vector, of all tenants and models.
 
     Running servers keep what is in their own memory until it expires.
     """
-    where, num_removed = _with_store(lambda store: store.clear())
+    told = {kind: _with_store(lambda store: store.clear(), kind) for kind in KINDS}
     if as_json:
-        _print_json({"store": where, "num_removed": num_removed})
+        shown = {kind: {"store": where, "num_removed": num_removed} for kind, (where, num_removed) in told.items()}
+        _print_json(shown["answers"] | {"vectors": shown["vectors"]})
         return
-    click.echo(f"{num_removed} answers removed from {where}")
+    for kind, (where, num_removed) in told.items():
+        click.echo(f"{num_removed} {kind} removed from {where}")
 
 
 @cache.command(short_help="List kept answers, or show one.")
@@ -123,9 +130,9 @@ def _shown(kept: Kept, entry: Entry, with_text: bool) -> Shown:
     )
 
 
-def _with_store(ask: Callable[[SharedStore], Awaitable[ResultT]]) -> tuple[str, ResultT]:
-    """The store's name, and what it answers. Raises ProviderUnavailable where it does not."""
-    store = open_store(load_settings())
+def _with_store(ask: Callable[[SharedStore], Awaitable[ResultT]], kind: Kind = "answers") -> tuple[str, ResultT]:
+    """The name of a kind's store, and what it answers. Raises ProviderUnavailable where it does not."""
+    store = open_store(load_settings(), kind)
 
     async def asked() -> ResultT:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from autobot_llm import __version__
+from autobot_llm.cli.batch import batch
 from autobot_llm.cli.cache import cache
 from autobot_llm.cli.chat import chat
 from autobot_llm.cli.compress import compress
@@ -21,6 +22,7 @@ from autobot_llm.cli.models import models
 from autobot_llm.cli.pull import pull
 from autobot_llm.cli.routes import routes
 from autobot_llm.cli.serve import serve
+from autobot_llm.cli.train import train
 from autobot_llm.errors import ConfigurationError, LLMError
 
 FAILED = 1
@@ -41,6 +43,8 @@ Examples:
   autobot-llm routes                           which optimization runs at which provider
   autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
   autobot-llm cost                             what was spent, by day and model
+  autobot-llm train medusa --help              heads that make a model's answers faster
+  autobot-llm batch submit requests.jsonl      many requests as one job, at half the price
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -49,7 +53,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost):
+for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, batch, train):
     cli.add_command(command)
 
 

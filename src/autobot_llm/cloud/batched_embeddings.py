@@ -11,8 +11,7 @@ import msgspec
 
 from autobot_llm.cloud.request_batching import CloudRequestBatcher
 from autobot_llm.errors import InvalidRequestError
-from autobot_llm.providers.base import Embedder, Link, Provider, Streamer
-from autobot_llm.settings import Settings
+from autobot_llm.providers.base import Embedder
 from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Usage
 
 # What is larger gains little from company, and ten of these stay within what providers take in one call (OpenAI: 2,048
@@ -21,34 +20,6 @@ MOST_INPUTS = 200
 MOST_CHARACTERS = 60_000
 
 Key = tuple[str | None, int | None, str, bytes]
-
-
-class BatchingLink(Link):
-    """Puts `BatchedEmbedder` in front of every provider over HTTP that makes embeddings. Chats are left alone: no
-    provider takes two of them in one call.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._window_ms = settings.cloud_batch_window_ms
-        self._max_size = settings.cloud_max_batch_size
-        self._batched: dict[str, BatchedEmbedder] = {}
-
-    def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
-        return chain
-
-    def wrap_embedder(self, embedder: Embedder, provider: Provider) -> Embedder:
-        if self._max_size == 1:
-            return embedder
-        self._batched[provider.name] = batched = BatchedEmbedder(embedder, self._window_ms, self._max_size)
-        return batched
-
-    async def close(self) -> None:
-        await asyncio.gather(*(batched.close() for batched in self._batched.values()))
-        self._batched.clear()
-
-    def metrics_of(self, provider: str) -> dict[str, float]:
-        batched = self._batched.get(provider)
-        return batched.metrics() if batched is not None else {}
 
 
 class BatchedEmbedder:

@@ -8,11 +8,15 @@ from contextlib import aclosing
 
 import msgspec
 
+from autobot_llm.cloud.budgets import Budgets
+from autobot_llm.cloud.guarded_redis import GuardedRedis
+from autobot_llm.cloud.hedged import NAME as HEDGING
 from autobot_llm.cloud.ledger import FILE_NAME, Ledger
 from autobot_llm.cloud.prices import Price
 from autobot_llm.cloud.pricing import Cost, PriceTable, cost_of, load_prices
 from autobot_llm.cloud.rate_limited import CHARACTERS_PER_TOKEN, estimated_prompt_tokens
-from autobot_llm.errors import BudgetExceededError
+from autobot_llm.cloud.shared_spending import FileSpending, RedisSpending, SharedSpending
+from autobot_llm.cloud.spending_script import SCRIPT
 from autobot_llm.providers.base import Embedder, Link, Provider, Streamer
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
@@ -41,14 +45,25 @@ class CostLink(Link):
     def __init__(self, settings: Settings) -> None:
         self.prices = load_prices(settings.cloud_prices)
         self.ledger = Ledger(settings.cache_dir / FILE_NAME)
-        self.budgets = Budgets(self.ledger, settings.cloud_budget_per_day, settings.cloud_budget_per_month)
+        per_day, per_month = settings.cloud_budget_per_day, settings.cloud_budget_per_month
+        self._redis: GuardedRedis | None = None
+        shared: SharedSpending | None = None
+        if per_day is not None or per_month is not None:
+            shared = FileSpending(settings.cache_dir / FILE_NAME)
+            if settings.redis_url is not None:
+                without = "budgets are kept by what this host has spent"
+                self._redis = GuardedRedis(settings.redis_url, SCRIPT, without=without)
+                shared = RedisSpending(self._redis)
+        self.budgets = Budgets(self.ledger, per_day, per_month, shared)
         self._accounts: dict[str, Account] = {}
 
     async def start(self) -> None:
         await self.ledger.start()
+        await self.budgets.start()
 
     async def close(self) -> None:
         await self.ledger.close()
+        await self.budgets.close()
 
     def wrap(self, chain: Streamer, provider: Provider) -> Streamer:
         return Costed(chain, self._account(provider))
@@ -61,51 +76,24 @@ class CostLink(Link):
 
     def metrics_of(self, provider: str) -> dict[str, float]:
         account = self._accounts.get(provider)
-        return {} if account is None else {"dollars_spent": account.spent, "dollars_saved": account.saved}
+        if account is None:
+            return {}
+        figures = {"dollars_spent": account.spent, "dollars_saved": account.saved}
+        return (
+            figures
+            if self._redis is None
+            else figures
+            | {
+                "shared_budgets_up": float(self._redis.is_usable),
+                "num_shared_budget_failures": self._redis.num_failures,
+            }
+        )
 
     def _account(self, provider: Provider) -> Account:
         if (account := self._accounts.get(provider.name)) is None:
             account = Account(provider.name, self.prices, self.ledger, self.budgets)
             self._accounts[provider.name] = account
         return account
-
-
-class Budgets:
-    """What may be spent in a day and in a month (US dollars; None: any sum), by answers and those under way."""
-
-    def __init__(self, ledger: Ledger, per_day: float | None, per_month: float | None) -> None:
-        self._ledger = ledger
-        self._per_day = per_day
-        self._per_month = per_month
-        self._reserved = 0.0
-
-    @property
-    def are_set(self) -> bool:
-        return self._per_day is not None or self._per_month is not None
-
-    def reserve(self, dollars: float) -> None:
-        """Set `dollars` aside for a request, until `release`. Raises BudgetExceededError where that is too much."""
-        ledger = self._ledger
-        if self._per_day is not None:
-            self._check(dollars, ledger.spent_today(), self._per_day, "day", ledger.seconds_left(of_month=False))
-        if self._per_month is not None:
-            left = ledger.seconds_left(of_month=True)
-            self._check(dollars, ledger.spent_this_month(), self._per_month, "month", left)
-        self._reserved += dollars
-
-    def release(self, dollars: float) -> None:
-        self._reserved -= dollars
-
-    def _check(self, dollars: float, spent: float, budget: float, period: str, seconds_left: float) -> None:
-        if spent + self._reserved + dollars > budget or spent >= budget:
-            under_way = (
-                f" and {self._reserved:.4f} are set aside for requests under way" if self._reserved > 1e-9 else ""
-            )
-            raise BudgetExceededError(
-                f"the budget of {budget:g} dollars per {period} (AUTOBOT_CLOUD_BUDGET_PER_{period.upper()}) does not "
-                f"allow the request, which may cost {dollars:.4f}: {spent:.4f} are spent{under_way}",
-                retry_after=seconds_left,
-            )
 
 
 class Account:
@@ -127,7 +115,7 @@ class Account:
                 return model, price
         return next((model for model in models if model is not None), ""), None
 
-    def reserve(self, model: str | None, most: Usage) -> float:
+    async def reserve(self, model: str | None, most: Usage) -> float:
         """Set aside what `most` costs; returns it. Raises BudgetExceededError."""
         if not self.budgets.are_set:
             return 0.0
@@ -135,7 +123,7 @@ class Account:
         if price is None:
             self._warn_unpriced(model or "the default model")
         dollars = 0.0 if price is None else cost_of(price, most).spent
-        self.budgets.reserve(dollars)
+        await self.budgets.reserve(dollars)
         return dollars
 
     def enter(self, price: Price, model: str, tenant: str, usage: Usage) -> Cost:
@@ -170,7 +158,9 @@ class Costed:
         account = self._account
         reserved = 0.0
         if account.budgets.are_set:
-            reserved = account.reserve(request.model, _estimated(request, (request.max_tokens or 0) * request.n))
+            reserved = await account.reserve(
+                request.model, _estimated(request, (request.max_tokens or 0) * request.num_choices)
+            )
         model = ""
         price: Price | None = None
         num_characters = 0
@@ -198,12 +188,13 @@ class Costed:
 
     def _entered(self, finish: Finish, price: Price, model: str, tenant: str) -> Finish:
         cost = self._account.enter(price, model, tenant, finish.usage)
+        spent, reason = cost.spent, f"{self._account.provider}/{model} at its price of {price.dated}"
+        if any(line.name == HEDGING and line.applied for line in finish.optimizations):
+            unused = Usage(prompt_tokens=finish.usage.prompt_tokens, completion_tokens=0)
+            spent += self._account.enter(price, model, tenant, unused).spent
+            reason += "; with the prompt of the call that was given up, which is an estimate"
         outcome = OptimizationOutcome(
-            name=NAME,
-            applied=True,
-            reason=f"{self._account.provider}/{model} at its price of {price.dated}",
-            dollars_spent=cost.spent,
-            dollars_saved=cost.saved or None,
+            name=NAME, applied=True, reason=reason, dollars_spent=spent, dollars_saved=cost.saved or None
         )
         return msgspec.structs.replace(finish, optimizations=(*finish.optimizations, outcome))
 
@@ -219,7 +210,7 @@ class CostedEmbedder:
         """As `Embedder.embed`. Raises BudgetExceededError before anything is sent."""
         account = self._account
         num_tokens = round(sum(map(len, request.inputs)) / CHARACTERS_PER_TOKEN)
-        reserved = account.reserve(request.model, Usage(prompt_tokens=num_tokens, completion_tokens=0))
+        reserved = await account.reserve(request.model, Usage(prompt_tokens=num_tokens, completion_tokens=0))
         try:
             response = await self._inner.embed(request)
         finally:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 
+from autobot_llm.cloud.durable import open_durable
 from autobot_llm.types import Usage
 
 logger = logging.getLogger("autobot_llm.cloud")
 
 FILE_NAME = "spending.sqlite"
+PATIENCE = 10.0  # seconds for others who write to the file, where nothing may be lost
 WRITE_SECONDS = 0.25  # that sums are gathered before they are written
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spending (
@@ -30,6 +33,7 @@ CREATE TABLE IF NOT EXISTS spending (
     PRIMARY KEY (day, provider, model, tenant)
 ) WITHOUT ROWID
 """
+_ACCOUNT = "CREATE TABLE IF NOT EXISTS account (id TEXT PRIMARY KEY) WITHOUT ROWID"
 _ADD = """
 INSERT INTO spending VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET
@@ -38,6 +42,7 @@ ON CONFLICT DO UPDATE SET
     completion_tokens = completion_tokens + excluded.completion_tokens,
     dollars_spent = dollars_spent + excluded.dollars_spent, dollars_saved = dollars_saved + excluded.dollars_saved
 """
+_ONCE = "CREATE TABLE IF NOT EXISTS entered_once (name TEXT PRIMARY KEY) WITHOUT ROWID"
 
 
 class Spending(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +67,7 @@ class Ledger:
     """The account in the file at `path`. Where that cannot be used, it is kept in memory and a warning says so, once.
 
     `clock` gives seconds since 1970; `patience` (seconds) is for others who write to the file. Belongs to one event
-    loop between `start` and `close`.
+    loop between `start` and `close`. `account` names the file among those of other hosts, from `start` on.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, patience: float = 2.0) -> None:
@@ -71,6 +76,10 @@ class Ledger:
         self._clock = clock
         self._pending: dict[Key, list[float]] = {}
         self._by_day: dict[str, float] = {}  # dollars of this month, those that are not written yet included
+        self._written_by_day: dict[str, float] = {}
+        self._being_written = 0.0
+        self.added = 0.0  # dollars, by this process, since it began
+        self.account = secrets.token_hex(8)
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
         self._has_warned = False
@@ -100,6 +109,14 @@ class Ledger:
         month = self.today()[:7]
         return sum(dollars for day, dollars in self._by_day.items() if day.startswith(month))
 
+    def written(self, period: str) -> float:
+        """Dollars of a day or a month ("2026-11") that are in the file, whoever spent them."""
+        return sum(dollars for day, dollars in self._written_by_day.items() if day.startswith(period))
+
+    def unwritten(self) -> float:
+        """Dollars that this process spent and that are not known to be in the file."""
+        return self._being_written + sum(figures[4] for figures in self._pending.values())
+
     def seconds_left(self, *, of_month: bool) -> float:
         """Until the day, or the month, is over."""
         now = datetime.fromtimestamp(self._clock(), UTC)
@@ -117,6 +134,7 @@ class Ledger:
         for place, figure in enumerate(figures):
             sums[place] += figure
         self._by_day[day] = self._by_day.get(day, 0.0) + spent
+        self.added += spent
         if self._timer is None and self._writing is None:
             self._timer = asyncio.get_running_loop().call_later(WRITE_SECONDS, self._begin_writing)
 
@@ -132,37 +150,65 @@ class Ledger:
 
     async def _write(self) -> None:
         pending, self._pending = self._pending, {}
+        self._being_written = sum(figures[4] for figures in pending.values())
         try:
-            stored = await asyncio.to_thread(_stored, self._path, self._patience, pending, self.today()[:7])
+            self.account, stored = await asyncio.to_thread(
+                _stored, self._path, self._patience, pending, self.today()[:7], self.account
+            )
         except (sqlite3.Error, OSError) as exc:
             for key, figures in self._pending.items():
                 sums = pending.setdefault(key, [0] * len(figures))
                 for place, figure in enumerate(figures):
                     sums[place] += figure
             self._pending = pending
+            self._being_written = 0.0
             if not self._has_warned:
                 logger.warning("what is spent cannot be written to %s, and is lost at the end: %s", self._path, exc)
             self._has_warned = True
             return
         self._has_warned = False
+        self._being_written = 0.0
+        self._written_by_day = dict(stored)
         for (day, *_), figures in self._pending.items():  # added meanwhile
             stored[day] = stored.get(day, 0.0) + figures[4]
         self._by_day = stored
 
 
-def _stored(path: Path, patience: float, pending: dict[Key, list[float]], month: str) -> dict[str, float]:
-    """Add `pending` to the file; returns the dollars of each day of the month. No file is made for nothing."""
+def _stored(
+    path: Path, patience: float, pending: dict[Key, list[float]], month: str, account: str
+) -> tuple[str, dict[str, float]]:
+    """Add `pending` to the file; returns its name (`account` where it has none) and the dollars of the month's days.
+
+    No file is made for nothing.
+    """
     if not pending and not path.exists():
-        return {}
+        return account, {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(path, timeout=patience)) as file, file:
         file.execute("PRAGMA journal_mode=WAL")
         file.execute(_SCHEMA)
+        file.execute(_ACCOUNT)
+        file.execute("INSERT INTO account SELECT ? WHERE NOT EXISTS (SELECT * FROM account)", (account,))
+        (named,) = file.execute("SELECT id FROM account").fetchone()
         file.executemany(_ADD, [(*key, *figures) for key, figures in pending.items()])
         rows = file.execute(
             "SELECT day, SUM(dollars_spent) FROM spending WHERE day >= ? GROUP BY day", (f"{month}-01",)
         )
-        return dict(rows.fetchall())
+        return named, dict(rows.fetchall())
+
+
+def enter_once(path: Path, name: str, day: str, provider: str, sums: Mapping[str, Sequence[float]]) -> None:
+    """Enter what a piece of work cost, all of it or nothing, and once however often it is called with this `name`.
+
+    `sums` has for each model the number of requests, prompt, cached and completion tokens, and dollars spent and saved.
+    It is on the disk when the call returns. Raises sqlite3.Error and OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(open_durable(path, PATIENCE)) as file, file:
+        file.execute(_SCHEMA)
+        file.execute(_ONCE)
+        if file.execute("INSERT OR IGNORE INTO entered_once VALUES (?)", (name,)).rowcount:
+            file.executemany(_ADD, [(day, provider, model, "", *figures) for model, figures in sums.items()])
 
 
 def read_spending(path: Path, since: str) -> list[Spending]:

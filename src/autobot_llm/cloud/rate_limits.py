@@ -11,6 +11,8 @@ import asyncio
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
+import msgspec
+
 from autobot_llm.dialects.rate_limits import RateLimit, RateLimits
 from autobot_llm.errors import OverloadedError
 
@@ -34,6 +36,19 @@ class TokenBucket:
     @property
     def is_known(self) -> bool:
         return self._rate != float("inf")
+
+    @property
+    def capacity(self) -> float:
+        return self._capacity
+
+    @property
+    def rate(self) -> float:
+        """What comes back in a second."""
+        return self._rate
+
+    def become(self, capacity: float, rate: float, level: float, now: float) -> None:
+        """Be as somebody else knows it to be."""
+        self._capacity, self._rate, self._level, self._at = capacity, rate, level, now
 
     def observe(self, told: RateLimit, now: float) -> None:
         """Take over what the provider told.
@@ -93,6 +108,8 @@ class Waiter:
 
     num_tokens: float
     granted: asyncio.Future[None]
+    tenant: str = ""
+    deadline: float | None = None  # by the event loop's clock, for one whose wait is known only later
 
 
 class FairQueue:
@@ -106,7 +123,14 @@ class FairQueue:
         return self._length
 
     def add(self, tenant: str, waiter: Waiter) -> None:
+        waiter.tenant = tenant
         self._lines.setdefault(tenant, deque()).append(waiter)
+        self._length += 1
+
+    def put_back(self, waiter: Waiter) -> None:
+        """Undo `pop`; of several, the last one first."""
+        self._lines.setdefault(waiter.tenant, deque()).appendleft(waiter)
+        self._lines.move_to_end(waiter.tenant, last=False)
         self._length += 1
 
     def peek(self) -> Waiter:
@@ -135,14 +159,28 @@ class FairQueue:
         return sum(waiter.num_tokens for line in self._lines.values() for waiter in line)
 
 
-class RateLimiter:
-    """The limits of one model at one provider. Belongs to one event loop; needs no closing once nobody waits."""
+class OwnLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits per minute that settings name; None leaves it to the provider to tell."""
 
-    def __init__(self, name: str, *, max_queued: int) -> None:
+    requests: int | None = None
+    tokens: int | None = None
+
+
+class RateLimiter:
+    """The limits of one model at one provider. Belongs to one event loop; needs no closing once nobody waits.
+
+    Where `own` has a limit, that is what it is, and the provider only tells how much of it is left.
+    """
+
+    def __init__(self, name: str, *, max_queued: int, own: OwnLimits | None = None) -> None:
         self._name = name
         self._max_queued = max_queued
         self._requests = TokenBucket()
         self._tokens = TokenBucket()
+        self._own = own or OwnLimits()
+        for bucket, limit in ((self._requests, self._own.requests), (self._tokens, self._own.tokens)):
+            if limit is not None:
+                bucket.become(limit, limit / _MINUTE, limit, 0.0)
         self._paused_until = 0.0
         self._queue = FairQueue()
         self._timer: asyncio.TimerHandle | None = None
@@ -155,27 +193,47 @@ class RateLimiter:
         return self._tokens.is_known
 
     @property
+    def knows_limits(self) -> bool:
+        return self._requests.is_known or self._tokens.is_known
+
+    @property
     def num_queued(self) -> int:
         return len(self._queue)
 
+    @property
+    def makes_wait(self) -> bool:
+        """Whether one more call would have to wait, by what is known here."""
+        return self.num_queued > 0 or self._wait(0.0, clock()) > 0
+
     def observe(self, told: RateLimits) -> None:
         """Learn from an answer."""
-        now = _now()
-        if told.requests is not None:
-            self._requests.observe(told.requests, now)
-        if told.tokens is not None:
-            self._tokens.observe(told.tokens, now)
+        self._learn(self._buckets(), self._fitted(told))
         self._serve()
+
+    def _buckets(self) -> tuple[TokenBucket, TokenBucket]:
+        return self._requests, self._tokens
+
+    def _fitted(self, told: RateLimits) -> RateLimits:
+        """What was told, within our own limits."""
+        return RateLimits(
+            requests=_within(told.requests, self._own.requests), tokens=_within(told.tokens, self._own.tokens)
+        )
+
+    @staticmethod
+    def _learn(buckets: tuple[TokenBucket, TokenBucket], told: RateLimits) -> None:
+        for bucket, limit in zip(buckets, (told.requests, told.tokens), strict=True):
+            if limit is not None:
+                bucket.observe(limit, clock())
 
     def pause(self, seconds: float) -> None:
         """The provider refuses calls for so long: nobody sends one until then."""
-        self._paused_until = max(self._paused_until, _now() + seconds)
+        self._paused_until = max(self._paused_until, clock() + seconds)
         self._serve()
 
     def correct(self, num_tokens: float) -> None:
         """A call took `num_tokens` fewer than were reserved; more, if negative."""
         if self._tokens.is_known:
-            self._tokens.give_back(num_tokens, _now())
+            self._tokens.give_back(num_tokens, clock())
             self._serve()
 
     async def acquire(self, tenant: str, num_tokens: float, *, longest: float | None) -> float:
@@ -184,42 +242,61 @@ class RateLimiter:
         Raises OverloadedError at once where too many wait already, the wait would take more than `longest` seconds, or
         the provider asked for a pause of more than LONGEST_PAUSE. Cancelled, it leaves nothing behind.
         """
-        now = _now()
-        if not self._queue and self._wait(num_tokens, now) <= 0:
-            self._take(num_tokens, now)
+        now = clock()
+        if self._grants_at_once(num_tokens, now):
             return 0.0
         self._refuse_if_hopeless(num_tokens, now, longest)
-        waiter = Waiter(num_tokens, asyncio.get_running_loop().create_future())
+        deadline = None if longest is None else now + longest
+        waiter = Waiter(num_tokens, asyncio.get_running_loop().create_future(), deadline=deadline)
         self._queue.add(tenant, waiter)
         self._serve()
         try:
             await waiter.granted
         except asyncio.CancelledError:
             if waiter.granted.cancelled():
-                self._queue.remove(tenant, waiter)
-            else:  # the place came just before the cancellation
+                self._forget(waiter)
+            elif waiter.granted.exception() is None:  # the place came just before the cancellation
                 self._give_back(num_tokens)
             self._serve()
             raise
-        waited = _now() - now
+        return self._counted(clock() - now)
+
+    def _grants_at_once(self, num_tokens: float, now: float) -> bool:
+        """Whether a call need not wait; it is then counted."""
+        if self._queue or self._wait(num_tokens, now) > 0:
+            return False
+        self._take(num_tokens, now)
+        return True
+
+    def _forget(self, waiter: Waiter) -> None:
+        """Its caller has left the queue."""
+        self._queue.remove(waiter.tenant, waiter)
+
+    def _counted(self, waited: float) -> float:
         self.num_waits += 1
         self.seconds_waited += waited
         return waited
 
     def _refuse_if_hopeless(self, num_tokens: float, now: float, longest: float | None) -> None:
+        if self.num_queued >= self._max_queued:
+            raise self._queue_full(num_tokens)
         expected = self._expected_wait(num_tokens, now)
-        if len(self._queue) >= self._max_queued:
-            raise OverloadedError(
-                f"{len(self._queue)} requests wait for {self._name}'s rate limit, which is the most that may",
-                retry_after=max(1.0, expected), code="queue_full",
-            )  # fmt: skip
         is_long_pause = self._paused_until - now > LONGEST_PAUSE
         if is_long_pause or (longest is not None and expected > longest):
-            than = "which is too long to wait" if is_long_pause else "later than its timeout"
-            raise OverloadedError(
-                f"{self._name}'s rate limit allows the request in {expected:.1f} s, {than}",
-                retry_after=max(1.0, expected), code="rate_limit_wait",
-            )  # fmt: skip
+            raise self._too_long(expected, is_long_pause)
+
+    def _queue_full(self, num_tokens: float) -> OverloadedError:
+        return OverloadedError(
+            f"{self.num_queued} requests wait for {self._name}'s rate limit, which is the most that may",
+            retry_after=max(1.0, self._expected_wait(num_tokens, clock())), code="queue_full",
+        )  # fmt: skip
+
+    def _too_long(self, expected: float, is_long_pause: bool) -> OverloadedError:
+        than = "which is too long to wait" if is_long_pause else "later than its timeout"
+        return OverloadedError(
+            f"{self._name}'s rate limit allows the request in {expected:.1f} s, {than}",
+            retry_after=max(1.0, expected), code="rate_limit_wait",
+        )  # fmt: skip
 
     def _expected_wait(self, num_tokens: float, now: float) -> float:
         pause = max(0.0, self._paused_until - now)
@@ -246,7 +323,7 @@ class RateLimiter:
             self._tokens.take(num_tokens, now)
 
     def _give_back(self, num_tokens: float) -> None:
-        now = _now()
+        now = clock()
         if self._requests.is_known:
             self._requests.give_back(1, now)
         if self._tokens.is_known:
@@ -257,7 +334,7 @@ class RateLimiter:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = _now()
+        now = clock()
         while self._queue:
             waiter = self._queue.peek()
             if waiter.granted.cancelled():
@@ -271,5 +348,12 @@ class RateLimiter:
             waiter.granted.set_result(None)
 
 
-def _now() -> float:
+def _within(told: RateLimit | None, own: int | None) -> RateLimit | None:
+    if told is None or own is None:
+        return told
+    return RateLimit(limit=own, remaining=min(told.remaining, own), reset_seconds=None)
+
+
+def clock() -> float:
+    """By the running event loop's clock, in seconds."""
     return asyncio.get_running_loop().time()

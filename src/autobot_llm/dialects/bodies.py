@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
-from autobot_llm.errors import InvalidRequestError
+from autobot_llm.errors import InvalidRequestError, ProviderError
 from autobot_llm.types import Role
 
 MAX_NESTING = 64  # levels of arrays and objects within one field
@@ -65,6 +65,17 @@ def _invalid(complaint: str) -> InvalidRequestError:
         reason += f"; expected one of {_ROLES}"
     reason = reason.replace("`", "").replace(" | null", "")
     return InvalidRequestError(f"{param}: {reason[0].lower()}{reason[1:]}", param=param or None)
+
+
+def read_answer(data: bytes, kind: type[KindT], provider: str) -> KindT:
+    """A provider's answer as a `kind`. Raises ProviderError where it is something else."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        shown = data[:200].decode("utf-8", "replace")
+        raise ProviderError(
+            f"{provider} sent what was not asked for ({exc}): {shown}", code="malformed_answer"
+        ) from exc
 
 
 def encode(value: object) -> bytes:

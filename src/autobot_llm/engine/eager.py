@@ -5,7 +5,7 @@ The slow twin of every faster executor, and what runs where none of them can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,10 +26,17 @@ class EagerExecutor:
         self._attention = attention
         self._device = decoder.device
 
-    # R rows whose logits are wanted, V vocabulary
+    # R rows whose logits are wanted, V vocabulary, E hidden size
     def execute(self, batch: StepBatch) -> torch.Tensor:
         """Run one step. Returns float32 logits_RV, a new tensor each time."""
-        return self._decoder.forward(
+        return self._run(self._decoder.forward, batch)
+
+    def hidden(self, batch: StepBatch) -> torch.Tensor:
+        """Run one step. Returns float32 hidden_RE, a new tensor each time."""
+        return self._run(self._decoder.hidden, batch)
+
+    def _run(self, compute: Callable[..., torch.Tensor], batch: StepBatch) -> torch.Tensor:
+        return compute(
             torch.from_numpy(batch.ids_T).to(self._device),
             torch.from_numpy(batch.positions_T).to(self._device),
             torch.from_numpy(batch.logit_rows_R).to(self._device),

@@ -39,6 +39,16 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class HiddenExecutor(Executor, Protocol):
+    """An executor that can also tell what a step's last layer made of its tokens, which embeddings are pooled from."""
+
+    def hidden(self, batch: StepBatch) -> torch.Tensor:
+        """Run one step as `execute` does. Returns, after the last norm, float32 hidden_RE (E hidden size) of the rows
+        whose logits `execute` would compute, valid until the next call."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingArrays:
     """How each of R rows is sampled by the device. Where `any_drawn` is false all are greedy, and the arrays are empty.

@@ -61,6 +61,7 @@ class EngineOptions:
     scheduling_policy: Literal["fcfs", "priority"] | None = None  # the workload's
     preemption: Literal["auto", "recompute", "swap"] = "auto"  # swap on a GPU
     swap_memory: int = 4 * 2**30  # bytes of the host's memory
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "float16"] = "auto"  # the model's own; on a GPU also 8 bits
     kv_cache_memory: int | None = None  # bytes; on a CPU see NUM_FULL_SEQUENCES, on a GPU what the share leaves
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory, for everything
     attention_backend: Literal["auto", "triton", "flashinfer", "flash_attention", "sdpa"] = "auto"  # on a GPU
@@ -93,9 +94,10 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
     device = _device(options)
     sizes = _sizes(config, options, device)
     # A CPU computes in float32, whatever the checkpoint holds; a GPU in the checkpoint's own type.
-    cache_dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
+    cache_dtype = _cache_dtype(config, options, dtype, device)
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
-    executor, num_blocks = _executor(config, options, sizes, device, cache_dtype, block_bytes, on_progress)
+    executor, num_blocks = _executor(config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress)
     pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching, scattered=device.type == "cuda")
     scheduler = Scheduler(
         pool,
@@ -116,6 +118,24 @@ def _device(options: EngineOptions) -> torch.device:
     if options.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _cache_dtype(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are stored as. Raises ConfigurationError where that is not to be had."""
+    asked = options.kv_cache_dtype
+    own = str(dtype).removeprefix("torch.")
+    if asked in ("auto", own):
+        return dtype
+    if asked == "float16":
+        expected = "auto" if device.type == "cpu" else "auto, int8 or fp8"
+        raise ConfigurationError(f"AUTOBOT_KV_CACHE_DTYPE='float16': the model computes in {own}; expected {expected}")
+    why_not = "this engine runs on a CPU" if device.type == "cpu" else why_not_fused(config, dtype)
+    if why_not is not None:
+        raise ConfigurationError(
+            f"AUTOBOT_KV_CACHE_DTYPE={asked!r}: keys and values are rounded by the GPU kernels only, and {why_not}; "
+            "expected auto"
+        )
+    return torch.int8 if asked == "int8" else torch.float8_e4m3fn
 
 
 def _sizes(config: ModelConfig, options: EngineOptions, device: torch.device) -> _Sizes:
@@ -181,6 +201,7 @@ def _executor(
     options: EngineOptions,
     sizes: _Sizes,
     device: torch.device,
+    dtype: torch.dtype,
     cache_dtype: torch.dtype,
     block_bytes: int,
     on_progress: OnProgress | None,
@@ -189,9 +210,9 @@ def _executor(
     if device.type == "cuda":
         if options.compiled_step == "on":
             raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
-        why_eager = why_not_fused(config, cache_dtype)
+        why_eager = why_not_fused(config, dtype)
         if why_eager is None:
-            return _gpu_executor(config, options, sizes, device, on_progress)
+            return _gpu_executor(config, options, sizes, device, cache_dtype, on_progress)
         log.warning("torch runs the steps, several times slower than the GPU kernels: %s", why_eager)
         num_blocks = _num_blocks(config, options, sizes, device, block_bytes)
         make: Callable[..., Executor] = partial(_eager_executor, reason=why_eager)
@@ -213,6 +234,7 @@ def _gpu_executor(
     options: EngineOptions,
     sizes: _Sizes,
     device: torch.device,
+    cache_dtype: torch.dtype,
     on_progress: OnProgress | None,
 ) -> tuple[Executor, int]:
     from autobot_llm.engine.gpu.build import build_gpu_executor  # triton is needed only here
@@ -225,6 +247,7 @@ def _gpu_executor(
             cuda_graphs=options.cuda_graphs,
             memory_utilization=options.gpu_memory_utilization,
             cache_memory=options.kv_cache_memory,
+            cache_dtype=cache_dtype,
         ),
         GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len),
         device,

@@ -150,15 +150,14 @@ class Sampler:
             logits_RK, ids_RK = best_RK.values.numpy(force=True), best_RK.indices.numpy(force=True)
             params = [s.params for s in chosen]
             weights_RK = np.exp((logits_RK - logits_RK[:, :1]) / _temperatures(params))
-            kept_RK = self._kept(rows_RV, logits_RK, weights_RK, params)
+            kept_RK, is_open_R = self._kept(rows_RV, logits_RK, weights_RK, params)
             weights_RK *= kept_RK
             weights_RK /= exponential_noise(_keys(chosen), ids_RK)
             for i, place in enumerate(weights_RK.argmax(-1).tolist()):
                 tokens[pending[i]] = int(ids_RK[i, place])
             if num_candidates == self.vocab_size:
                 break
-            # Where even the last candidate is kept, tokens that were not looked at may be, too.
-            pending = [r for r, is_open in zip(pending, kept_RK[:, -1].tolist(), strict=True) if is_open]
+            pending = [r for r, is_open in zip(pending, is_open_R.tolist(), strict=True) if is_open]
             num_candidates *= 16
         return tokens
 
@@ -168,13 +167,19 @@ class Sampler:
         logits_RK: FloatArray,
         weights_RK: FloatArray,
         params: SequenceABC[SamplingParams],
-    ) -> npt.NDArray[np.bool_]:
-        """Which candidates (best first) survive top_k, top_p and min_p; weights are relative to the best token's."""
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which candidates (best first) survive top_k, top_p and min_p, and in which rows that cannot be told yet.
+
+        Weights are relative to the best token's. A row is open while its last candidate is kept: tokens that were not
+        looked at may be, too. Where top_k and top_p both restrict, already while the last one is among the top_k: its
+        equals that were not looked at would belong to the mass that top_p is a share of.
+        """
         num_candidates = logits_RK.shape[1]
         kept_RK = logits_RK > -np.inf
         if any(p.top_k > 0 for p in params):
             ends_R1 = np.array([[min(p.top_k or num_candidates, num_candidates) - 1] for p in params])
             kept_RK &= logits_RK >= np.take_along_axis(logits_RK, ends_R1, 1)
+        has_unknown_mass_R = kept_RK[:, -1] & [0 < p.top_k < self.vocab_size and p.top_p < 1.0 for p in params]
         if any(p.top_p < 1.0 for p in params):
             mass_RK = (weights_RK * kept_RK).astype(np.float64)
             sums_RK = mass_RK.cumsum(-1)
@@ -187,7 +192,7 @@ class Sampler:
             kept_RK &= logits_RK >= np.take_along_axis(logits_RK, ends_R1, 1)
         if any(p.min_p > 0.0 for p in params):
             kept_RK &= weights_RK >= np.array([[p.min_p] for p in params], np.float32)
-        return kept_RK
+        return kept_RK, kept_RK[:, -1] | has_unknown_mass_R
 
     def _report(
         self, logits_RV: torch.Tensor, rows: SequenceABC[_Row], tokens: SequenceABC[int]

@@ -62,9 +62,9 @@ class Observations:
         self.counts = [0] * len(bounds)
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, num_times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += num_times
+        self.total += value * num_times
 
 
 class Distribution(Collector):

@@ -107,6 +107,39 @@ PROVIDER_METRICS = (
     _figure("autobot_llm_cache_l2_hits", "num_l2_hits", "counter", "Requests answered from the shared store."),
     _figure("autobot_llm_cache_misses", "num_cache_misses", "counter", "Requests that no kept answer was found for."),
     _figure(
+        "autobot_llm_semantic_cache_hits",
+        "num_semantic_hits",
+        "counter",
+        "Requests answered with the kept answer to the same question in other words (lossy).",
+    ),
+    _figure(
+        "autobot_llm_semantic_cache_misses",
+        "num_semantic_misses",
+        "counter",
+        "Requests that the semantic cache looked for and had no answer to.",
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_l1_hits",
+        "num_vector_l1_hits",
+        "counter",
+        "Inputs whose vectors were in this process's memory.",
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_l2_hits",
+        "num_vector_l2_hits",
+        "counter",
+        "Inputs whose vectors were in the shared store.",
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_misses", "num_vector_misses", "counter", "Inputs that the provider had to embed."
+    ),
+    _figure(
+        "autobot_llm_embedding_cache_shared",
+        "num_vectors_joined",
+        "counter",
+        "Inputs whose vectors were being made for another request.",
+    ),
+    _figure(
         "autobot_llm_deduplicated_requests",
         "num_joined",
         "counter",
@@ -159,6 +192,32 @@ PROVIDER_METRICS = (
         "gauge",
         "Requests that wait for a place within the provider's rate limits.",
     ),
+    _figure(
+        "autobot_llm_shared_limits_up",
+        "shared_limits_up",
+        "gauge",
+        "1 while rate limits are shared through Redis, 0 while each worker keeps within its share.",
+    ),
+    _figure(
+        "autobot_llm_shared_budgets_up",
+        "shared_budgets_up",
+        "gauge",
+        "1 while budgets are shared through Redis, 0 while each host keeps them by what it knows.",
+    ),
+    _figure(
+        "autobot_llm_shared_limit_failures",
+        "num_shared_limit_failures",
+        "counter",
+        "Questions about shared rate limits that Redis did not answer, or too late.",
+    ),
+    _figure(
+        "autobot_llm_shared_budget_failures",
+        "num_shared_budget_failures",
+        "counter",
+        "Questions about shared budgets that Redis did not answer, or too late.",
+    ),
+    _figure("autobot_llm_hedges", "num_hedges", "counter", "Calls made a second time because the first was slow."),
+    _figure("autobot_llm_hedges_won", "num_hedges_won", "counter", "Second calls that began to answer first."),
     _figure(
         "autobot_llm_circuit_open",
         "circuit_open",
@@ -289,6 +348,13 @@ class RequestRecord:
                         inter_token.observe(now - last_at[index])
                     last_at[index] = now
                 yield event
+
+    def replay(self, model: str, usage: Usage, num_pieces: int, num_repeats: int) -> None:
+        """What `observe` records, for an answer whose pieces are all there: `num_repeats` followed one of their own."""
+        self.count(model, usage)
+        if num_pieces:
+            self._metrics.inter_token.labels(model).observe(0.0, num_repeats)
+            self._metrics.first_token.labels(model).observe(time.perf_counter() - self._started)
 
     def count(self, model: str, usage: Usage) -> None:
         """Record whose answer it is and its tokens, where there is no stream of events to observe."""

@@ -21,6 +21,7 @@ __all__ = [
     "ProviderStatus",
     "ScoredToken",
     "Streamer",
+    "TakesPromptLists",
     "TellsOptimizations",
     "TellsRateLimits",
     "TellsRevision",
@@ -146,6 +147,13 @@ class TokenCounter(Protocol):
     async def count_tokens(self, request: LLMRequest) -> int:
         """The number of tokens of the request's prompt. What `stream` would refuse in a prompt is refused here too."""
         ...
+
+
+@runtime_checkable
+class TakesPromptLists(Protocol):
+    """What a provider has whose `stream` understands a `MergedRequest`."""
+
+    takes_prompt_lists: Literal[True]
 
 
 @runtime_checkable

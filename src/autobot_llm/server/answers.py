@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +17,16 @@ from autobot_llm.report import OptimizationOutcome
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header
 from autobot_llm.server.cache_control import FIELD, with_cache_control
 from autobot_llm.server.merge import merge_streams
+from autobot_llm.server.report_headers import report_headers, reused_headers
 from autobot_llm.settings import Settings
 from autobot_llm.types import ChoiceEnd, Event, Finish, LLMRequest, LLMResponse, Start
+from autobot_llm.universal.kept_answer import KeptAnswer
 
 _STREAM_HEADERS: tuple[Header, ...] = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # a proxy that gathers the stream up would undo it
 )
-_HEADER_UNSAFE = re.compile(r"[^A-Za-z0-9_.:-]+")
+MOST_AT_ONCE = 64 * 1024  # bytes of a kept stream that are written together
 
 
 class StreamEncoder(Protocol):
@@ -37,6 +38,17 @@ class StreamEncoder(Protocol):
     content_type: bytes
 
     def encode(self, event: Event) -> bytes: ...
+
+
+class Reply(Protocol):
+    """Writes one whole answer. `lasting` makes of an answer what is the same in every reply of this `form` with it."""
+
+    @property
+    def form(self) -> str: ...
+
+    def lasting(self, response: LLMResponse) -> bytes: ...
+
+    def body(self, lasting: bytes, response: LLMResponse) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +104,31 @@ class Answers:
         self, exchange: Exchange, record: RequestRecord, requests: Sequence[LLMRequest], encoder: StreamEncoder
     ) -> None:
         """Answer `requests`, alike but for their prompts, as one stream."""
-        await self.watch(exchange, _send_stream(exchange, self._events(exchange, record, requests), encoder))
+        requests = _with_cache_control(exchange, requests)
+        if len(requests) == 1 and (kept := self.kept(record, requests[0])) is not None:
+            events = kept.events()
+            await self.watch(exchange, _send_kept(exchange, events, encoder))
+        else:
+            await self.watch(exchange, _send_stream(exchange, self._events(record, requests), encoder))
 
     async def whole(
-        self,
-        exchange: Exchange,
-        record: RequestRecord,
-        requests: Sequence[LLMRequest],
-        write: Callable[[LLMResponse], bytes],
+        self, exchange: Exchange, record: RequestRecord, requests: Sequence[LLMRequest], reply: Reply
     ) -> None:
-        """Answer `requests`, alike but for their prompts, with one body that `write` makes of the complete answer."""
-        await self.watch(exchange, _send_whole(exchange, self._events(exchange, record, requests), write))
+        """Answer `requests`, alike but for their prompts, with one body that `reply` makes of the complete answer."""
+        requests = _with_cache_control(exchange, requests)
+        if len(requests) == 1 and (kept := self.kept(record, requests[0])) is not None:
+            response = kept.response()
+            lasting = kept.written(reply.form, reply.lasting)
+            await send_body(exchange, reply.body(lasting, response), response.optimizations)
+        else:
+            await self.watch(exchange, _send_whole(exchange, self._events(record, requests), reply))
+
+    def kept(self, record: RequestRecord, request: LLMRequest) -> KeptAnswer | None:
+        """The answer to `request` if it can be given at once, which needs no `watch`; it is then in the record."""
+        kept = self._llm.kept(request)
+        if kept is not None:
+            record.replay(kept.model, kept.usage, *kept.num_pieces)
+        return kept
 
     async def watch(self, exchange: Exchange, work: Coroutine[object, object, None]) -> None:
         """Do `work`, which replies, while watching for the client's leaving, which gives the work up at once."""
@@ -125,15 +151,17 @@ class Answers:
             if not self._running:
                 self._idle.set()
 
-    def _events(
-        self, exchange: Exchange, record: RequestRecord, requests: Sequence[LLMRequest]
-    ) -> AsyncGenerator[Event, None]:
-        header = exchange.header(b"cache-control")
-        if header is not None or FIELD in requests[0].extra_body:
-            requests = [with_cache_control(request, header) for request in requests]
+    def _events(self, record: RequestRecord, requests: Sequence[LLMRequest]) -> AsyncGenerator[Event, None]:
         if len(requests) == 1:
-            return record.observe(self._llm.events(requests[0]))
+            return record.observe(self._llm.events(requests[0], ask_memory=False))
         return record.observe(merge_streams([self._llm.events(request) for request in requests], requests[0].n))
+
+
+def _with_cache_control(exchange: Exchange, requests: Sequence[LLMRequest]) -> Sequence[LLMRequest]:
+    header = exchange.header(b"cache-control")
+    if header is None and FIELD not in requests[0].extra_body:
+        return requests
+    return [with_cache_control(request, header) for request in requests]
 
 
 async def _cancel_on_disconnect(exchange: Exchange) -> None:
@@ -150,60 +178,85 @@ def _reason_of_end(exchange: Exchange) -> Exception:
     return ProviderUnavailable("the server shut down before the answer was complete", code="shutting_down")
 
 
-async def _send_whole(
-    exchange: Exchange, events: AsyncGenerator[Event, None], write: Callable[[LLMResponse], bytes]
-) -> None:
+async def _send_whole(exchange: Exchange, events: AsyncGenerator[Event, None], reply: Reply) -> None:
     async with aclosing(events):
         response = await collect(events)
-    header = optimizations_header(response.optimizations)
-    headers = [(b"x-autobot-optimizations", header)] if header else []
-    await exchange.reply(200, write(response), headers=headers)
+    await send_body(exchange, reply.body(reply.lasting(response), response), response.optimizations)
+
+
+async def send_body(exchange: Exchange, body: bytes, optimizations: tuple[OptimizationOutcome, ...]) -> None:
+    """Reply with a complete answer, and what was done for it in a header."""
+    await exchange.reply(200, body, headers=report_headers(optimizations))
+
+
+class _Pieces:
+    """The bytes to be sent of each event. `encoder`'s of an event that another is sure to follow wait for that one.
+
+    So the role goes with the first piece, and the finish reason with the end, which saves writes.
+    """
+
+    __slots__ = ("_encode", "_waiting")
+
+    def __init__(self, encoder: StreamEncoder) -> None:
+        self._encode = encoder.encode
+        self._waiting = b""
+
+    def of(self, event: Event) -> bytes:
+        data = self._waiting + self._encode(event)
+        kind = type(event)
+        if kind is Start or kind is ChoiceEnd:
+            self._waiting = data
+            return b""
+        self._waiting = b""
+        return data
 
 
 async def _send_stream(exchange: Exchange, events: AsyncGenerator[Event, None], encoder: StreamEncoder) -> None:
     """Send the events as they come. Nothing is sent before the first piece of the answer.
 
-    So everything that goes wrong until then still gets its own status code. Chunks that another event is sure to
-    follow wait for it, which saves writes: the role for the first piece, the finish reason for the end.
+    So everything that goes wrong until then still gets its own status code.
     """
-    waiting = b""
+    pieces = _Pieces(encoder)
+    headers = _STREAM_HEADERS
     async with aclosing(events):
         async for event in events:
-            data = waiting + encoder.encode(event)
-            kind = type(event)
-            if kind is Start or kind is ChoiceEnd:
-                waiting = data
-                continue
-            waiting = b""
-            last = kind is Finish
-            if not data:
-                continue
-            if not exchange.started:
-                await exchange.start_stream(encoder.content_type, _STREAM_HEADERS)
-            await exchange.write(data, more=not last)
-            if last:
-                return
+            if isinstance(event, Start) and event.reused is not None:
+                headers = (*_STREAM_HEADERS, *reused_headers(event.reused))
+            if data := pieces.of(event):
+                last = type(event) is Finish
+                await _send_piece(exchange, data, encoder, headers, last=last)
+                if last:
+                    return
     raise ProviderError("the provider's answer ended without its finish", code="truncated_answer")
 
 
-def optimizations_header(optimizations: tuple[OptimizationOutcome, ...]) -> bytes:
-    """The applied optimizations in one line, as in `prefix_cache;tokens_saved=512, response_cache`."""
-    return ", ".join(_applied(outcome) for outcome in optimizations if outcome.applied).encode("ascii")
+async def _send_kept(exchange: Exchange, events: Sequence[Event], encoder: StreamEncoder) -> None:
+    """`_send_stream` for events that are all there: the same bytes with fewer writes."""
+    pieces, gathered, num_bytes = _Pieces(encoder), list[bytes](), 0
+    try:
+        for event in events:
+            data = pieces.of(event)
+            gathered.append(data)
+            num_bytes += len(data)
+            if num_bytes >= MOST_AT_ONCE:
+                await _send_piece(exchange, b"".join(gathered), encoder, last=type(event) is Finish)
+                gathered, num_bytes = [], 0
+    except Exception:
+        if num_bytes:
+            await _send_piece(exchange, b"".join(gathered), encoder, last=False)
+        raise
+    if num_bytes:
+        await _send_piece(exchange, b"".join(gathered), encoder, last=True)
 
 
-def _applied(outcome: OptimizationOutcome) -> str:
-    savings = {
-        "tokens_saved": outcome.tokens_saved,
-        "ms_saved": None if outcome.milliseconds_saved is None else round(outcome.milliseconds_saved, 1),
-        "bytes_saved": outcome.bytes_saved,
-        "dollars_spent": _dollars(outcome.dollars_spent),
-        "dollars_saved": _dollars(outcome.dollars_saved),
-    }
-    parts = [_HEADER_UNSAFE.sub("_", outcome.name)]
-    parts += [f"{name}={value}" for name, value in savings.items() if value is not None]
-    return ";".join(parts)
-
-
-def _dollars(amount: float | None) -> str | None:
-    """To a billionth, without an exponent: a cheap model's token costs less than a millionth."""
-    return None if amount is None else f"{amount:.9f}".rstrip("0").rstrip(".")
+async def _send_piece(
+    exchange: Exchange,
+    data: bytes,
+    encoder: StreamEncoder,
+    headers: Sequence[Header] = _STREAM_HEADERS,
+    *,
+    last: bool,
+) -> None:
+    if not exchange.started:
+        await exchange.start_stream(encoder.content_type, headers)
+    await exchange.write(data, more=not last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import aclosing
 
 from autobot_llm.dialects.anthropic import replies
@@ -9,12 +10,12 @@ from autobot_llm.dialects.anthropic.bodies import check_version, read_count, rea
 from autobot_llm.dialects.anthropic.stream import MessageEvents
 from autobot_llm.errors import ProviderError
 from autobot_llm.observability.metrics import RequestRecord
-from autobot_llm.server.answers import Service, optimizations_header
+from autobot_llm.server.answers import Service, send_body
 from autobot_llm.server.asgi import Exchange
 from autobot_llm.server.cache_control import with_cache_control
 from autobot_llm.server.models import find_model
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
-from autobot_llm.types import Finish, LLMRequest
+from autobot_llm.types import Event, Finish, LLMRequest
 
 MESSAGES = "/v1/messages"
 MODELS = "/v1/models"
@@ -47,19 +48,20 @@ class _Handlers:
         request = read_messages(data, request_id=exchange.request_id, tenant=exchange.tenant)
         if request.stream:
             await self._answers.stream(exchange, record, [request], MessageEvents(exchange.request_id))
+            return
+        request = with_cache_control(request, exchange.header(b"cache-control"))
+        if (kept := self._answers.kept(record, request)) is not None:
+            await _send_kept_message(exchange, kept.events())
         else:
             await self._answers.watch(exchange, self._send_message(exchange, record, request))
 
     async def _send_message(self, exchange: Exchange, record: RequestRecord, request: LLMRequest) -> None:
         """A whole message keeps the order of its blocks, which a collected answer does not know."""
         builder = replies.MessageBuilder(exchange.request_id)
-        request = with_cache_control(request, exchange.header(b"cache-control"))
-        async with aclosing(record.observe(self._llm.events(request))) as events:
+        async with aclosing(record.observe(self._llm.events(request, ask_memory=False))) as events:
             async for event in events:
                 if isinstance(event, Finish):
-                    header = optimizations_header(event.optimizations)
-                    headers = [(b"x-autobot-optimizations", header)] if header else []
-                    await exchange.reply(200, builder.body(event), headers=headers)
+                    await send_body(exchange, builder.body(event), event.optimizations)
                     return
                 builder.add(event)
         raise ProviderError("the provider's answer ended without its finish", code="truncated_answer")
@@ -79,6 +81,15 @@ class _Handlers:
     async def show_model(self, exchange: Exchange, record: RequestRecord) -> None:
         model = find_model(await self._llm.get_available_models(), exchange.path.removeprefix(MODELS + "/"))
         await exchange.reply(200, replies.model_body(model))
+
+
+async def _send_kept_message(exchange: Exchange, events: Sequence[Event]) -> None:
+    builder = replies.MessageBuilder(exchange.request_id)
+    for event in events[:-1]:
+        builder.add(event)
+    finish = events[-1]
+    assert isinstance(finish, Finish), "only whole answers are kept"
+    await send_body(exchange, builder.body(finish), finish.optimizations)
 
 
 def _check_version(exchange: Exchange) -> None:

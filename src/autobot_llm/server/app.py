@@ -8,8 +8,8 @@ from __future__ import annotations
 import hmac
 import logging
 import math
+import secrets
 from collections.abc import Callable
-from uuid import uuid4
 
 import msgspec
 
@@ -82,7 +82,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"This application serves http, not {scope['type']!r}.")
-        exchange = Exchange(scope, receive, send, uuid4().hex)
+        exchange = Exchange(scope, receive, send, secrets.token_hex(16))
         route, errors = self._table.find(exchange)
         record = self._metrics.begin(route.path)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -15,10 +15,12 @@ from autobot_llm.errors import LLMError, ModelNotFoundError, UnsupportedError
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.routing import ProviderType
 from autobot_llm.routing import Route as Answerer
-from autobot_llm.server.answers import Service, StreamEncoder
+from autobot_llm.server.answers import Reply, Service, StreamEncoder
 from autobot_llm.server.asgi import Exchange
+from autobot_llm.server.cache_control import with_vector_control
+from autobot_llm.server.report_headers import report_headers
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
-from autobot_llm.types import EmbeddingResponse, LLMRequest, LLMResponse, ModelInfo
+from autobot_llm.types import EmbeddingResponse, LLMRequest, ModelInfo
 
 CONTEXT_LENGTHS_FRESH = 60.0  # seconds; a model's context changes only when it is served anew
 
@@ -52,11 +54,11 @@ class _Endpoint:
 
     read: _Read
     lines: Callable[[], StreamEncoder]
-    write: Callable[[LLMResponse], bytes]
+    reply: Reply
 
 
-_CHAT = _Endpoint(read_chat, lines.ChatLines, replies.chat_body)
-_GENERATE = _Endpoint(read_generate, lines.GenerateLines, replies.generate_body)
+_CHAT = _Endpoint(read_chat, lines.ChatLines, replies.ChatReply())
+_GENERATE = _Endpoint(read_generate, lines.GenerateLines, replies.GenerateReply())
 
 
 class _Handlers:
@@ -87,7 +89,7 @@ class _Handlers:
         if call.stream:
             await self._answers.stream(exchange, record, (request,), endpoint.lines())
         else:
-            await self._answers.whole(exchange, record, (request,), endpoint.write)
+            await self._answers.whole(exchange, record, (request,), endpoint.reply)
 
     async def _load(self, exchange: Exchange, model: str, hints: Hints, *, is_chat: bool) -> None:
         async def work() -> None:
@@ -146,10 +148,14 @@ class _Handlers:
         began = time.perf_counter()
         data = await self._answers.body(exchange)
         call = read_embed(data, request_id=exchange.request_id, tenant=exchange.tenant)
+        if call.request is not None:
+            request = with_vector_control(call.request, exchange.header(b"cache-control"))
+            call = replace(call, request=request)
 
         async def work() -> None:
             response = await self._embedded(call)
-            await exchange.reply(200, write(call.model, response, time.perf_counter() - began))
+            headers = report_headers(response.optimizations) if response is not None else []
+            await exchange.reply(200, write(call.model, response, time.perf_counter() - began), headers=headers)
 
         await self._answers.watch(exchange, work())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 
 from autobot_llm.dialects.bodies import encode
 from autobot_llm.dialects.openai import chunks, replies
@@ -12,7 +11,9 @@ from autobot_llm.dialects.openai.embeddings import embedding_reply, read_embeddi
 from autobot_llm.observability.metrics import RequestRecord
 from autobot_llm.server.answers import Service
 from autobot_llm.server.asgi import Exchange
+from autobot_llm.server.cache_control import with_vector_control
 from autobot_llm.server.models import find_model, name_for
+from autobot_llm.server.report_headers import report_headers
 from autobot_llm.server.routes import GET, POST, Api, ErrorFormat, Route
 
 MODELS = "/v1/models"
@@ -48,8 +49,8 @@ class _Handlers:
             encoder = chunks.ChatChunks(exchange.request_id, created, call.num_choices, call.include_usage)
             await self._answers.stream(exchange, record, call.requests, encoder)
         else:
-            write = partial(replies.chat_body, request_id=exchange.request_id, created=created)
-            await self._answers.whole(exchange, record, call.requests, write)
+            reply = replies.ChatReply(exchange.request_id, created)
+            await self._answers.whole(exchange, record, call.requests, reply)
 
     async def complete(self, exchange: Exchange, record: RequestRecord) -> None:
         data = await self._answers.body(exchange)
@@ -61,17 +62,20 @@ class _Handlers:
             encoder = chunks.CompletionChunks(exchange.request_id, created, call.num_choices, call.include_usage)
             await self._answers.stream(exchange, record, call.requests, encoder)
         else:
-            write = partial(replies.completion_body, request_id=exchange.request_id, created=created)
-            await self._answers.whole(exchange, record, call.requests, write)
+            reply = replies.CompletionReply(exchange.request_id, created)
+            await self._answers.whole(exchange, record, call.requests, reply)
 
     async def embed(self, exchange: Exchange, record: RequestRecord) -> None:
         data = await self._answers.body(exchange)
         request, encoding = read_embedding_body(data, request_id=exchange.request_id, tenant=exchange.tenant)
 
+        request = with_vector_control(request, exchange.header(b"cache-control"))
+
         async def work() -> None:
             response = await self._llm.embed(request)
             record.count(response.model, response.usage)
-            await exchange.reply(200, embedding_reply(response, encoding))
+            headers = report_headers(response.optimizations)
+            await exchange.reply(200, embedding_reply(response, encoding), headers=headers)
 
         await self._answers.watch(exchange, work())
 

@@ -223,11 +223,11 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "kv_cache_dtype": About(
-        "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy.",
+        "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy (our engine: on a GPU).",
         "engine/kv_cache",
         LOCAL,
         now=True,
-        later_on=NATIVE | OLLAMA,
+        later_on=OLLAMA,
     ),
     "kv_sliding_window": About(
         "Tokens that attention looks back (lossy); 0 is the model's own window.", "engine/kv_cache", NATIVE
@@ -284,10 +284,7 @@ ABOUT: dict[str, About] = {
         later_on=NATIVE,
     ),
     "use_quantized_models": About(
-        "Prefer a known quantized variant of a model where there is one (lossy).",
-        "providers/ollama",
-        OLLAMA,
-        now=True,
+        "Prefer a known quantized variant of a model where there is one (lossy).", "providers/ollama", OLLAMA, now=True
     ),
     # vLLM
     "vllm_multi_step": About(
@@ -302,23 +299,15 @@ ABOUT: dict[str, About] = {
     # Everything over HTTP
     "cloud_connection_pool_size": About("Most connections to one provider.", "transport/pool", OVER_HTTP, now=True),
     "cloud_connection_max_age": About(
-        "Seconds after which a connection is replaced by a new one, so that changed DNS records are followed; or off.",
-        "transport/pool",
-        OVER_HTTP,
-        now=True,
+        "Seconds until a connection is made anew, which follows the DNS; or off.", "transport/pool", OVER_HTTP, now=True
     ),
     "cloud_http_version": About(
-        "HTTP over TLS: auto lets the server choose, 2 accepts nothing else; without TLS it is 1.1.",
-        "transport/dial",
-        OVER_HTTP,
-        now=True,
+        "HTTP over TLS: auto lets the server choose; 2 accepts nothing else.", "transport/dial", OVER_HTTP, now=True
     ),
     "cloud_warm_up": About("Connect to every provider that is set up, at the start.", "cloud/warm_up", PAID, now=True),
     "https_proxy": _proxy("HTTP proxy for https addresses, loopback excepted.", secret=True, variable="HTTPS_PROXY"),
     "http_proxy": _proxy("HTTP proxy for http addresses, loopback excepted.", secret=True, variable="HTTP_PROXY"),
-    "no_proxy": _proxy(
-        "What is reached without a proxy: domains, addresses and networks, separated by commas.", variable="NO_PROXY"
-    ),
+    "no_proxy": _proxy("Domains, addresses and networks reached without a proxy, by commas.", variable="NO_PROXY"),
     "cloud_batch_window_ms": About(
         "Milliseconds to wait, while a call is under way, for embeddings that can share the next one.",
         "cloud/request_batching",
@@ -337,6 +326,28 @@ ABOUT: dict[str, About] = {
         OVER_HTTP,
         now=True,
     ),
+    "cloud_rate_limits": About(
+        "Limits per minute that hold whatever the provider tells: `openai/gpt-5.4 500rpm 200000tpm, groq/* 30rpm`; "
+        "`groq/*` is each model of a provider by itself. With AUTOBOT_REDIS_URL all workers share them.",
+        "cloud/rate_limits",
+        OVER_HTTP,
+        now=True,
+    ),
+    "cloud_batch_completions": About(
+        "Let completions of plain prompts that are not streamed wait AUTOBOT_CLOUD_BATCH_WINDOW_MS for others like "
+        "them, to go in one call (OpenAI's, vLLM's and compatible servers). Chats never wait.",
+        "cloud/batched_completions",
+        OVER_HTTP,
+        now=True,
+    ),
+    "cloud_hedging": About(
+        "Send a call a second time when its answer has not begun after the time within which 95 % of the model's do; "
+        "the first to begin answers. `deterministic`: where temperature is 0 or there is a seed; `all`: others, too. "
+        "At most 5 % more calls, which cost what they cost.",
+        "cloud/hedged",
+        OVER_HTTP,
+        now=True,
+    ),
     "fallbacks": About(
         "Models that answer where another one cannot: `openai/gpt-5.4 > anthropic/claude-sonnet-5, * > native/tiny`. "
         "The first is a model, `openai/*` or `*`; the answer says that another model gave it.",
@@ -347,6 +358,13 @@ ABOUT: dict[str, About] = {
         'JSON file of prices that replace ours: `{"openai/gpt-5.5": {"input": 5, "output": 30, "cached_input": 0.5, '
         '"dated": "2026-11-20"}}`, US dollars per million tokens.',
         "cloud/pricing",
+        PAID,
+        now=True,
+    ),
+    "batch_dir": About(
+        "Folder of what is known of batch jobs, which nothing can make again; unset is `batches` under "
+        "AUTOBOT_CACHE_DIR.",
+        "cloud/batch_jobs",
         PAID,
         now=True,
     ),
@@ -379,13 +397,24 @@ ABOUT: dict[str, About] = {
         "Seconds that an answer is kept, in memory and in the shared store.", "universal/response_cache", now=True
     ),
     "redis_url": About(
-        "Redis for kept answers, shared by hosts; unset keeps them in a file under AUTOBOT_CACHE_DIR.",
+        "Redis for what workers and hosts share: kept answers (unset: a file under AUTOBOT_CACHE_DIR), rate limits "
+        "(unset: each worker's own) and budgets (unset: those of one user on one machine).",
         "universal/response_cache",
         now=True,
         secret=True,
     ),
+    "embedding_cache_size": About(
+        "Vectors kept in memory, so that a text is embedded once; 0 keeps none there.",
+        "universal/embedding_cache",
+        now=True,
+    ),
+    "embedding_cache_ttl": About(
+        "Seconds that a vector is kept, in memory and in the shared store.", "universal/embedding_cache", now=True
+    ),
     "semantic_cache_threshold": About(
-        "Similarity from which the answer to another request is reused (lossy); unset is off.",
-        "universal/semantic_cache",
+        "Similarity from which the kept answer to the same question in other words is given (lossy), 0.95 for one; "
+        "unset is off. AUTOBOT_EMBEDDING_MODEL says who makes the vectors, the default provider unless it is set.",
+        "universal/semantic",
+        now=True,
     ),
 }

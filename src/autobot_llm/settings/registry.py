@@ -28,6 +28,7 @@ from autobot_llm.settings.values import (
     HttpUrl,
     Milliseconds,
     NonNegative,
+    OwnLimit,
     Port,
     ProxyUrl,
     RedisUrl,
@@ -155,8 +156,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cloud_max_batch_size: Count = 10
     cloud_retry_max_attempts: WholeNumber = 3
     cloud_max_queued_requests: WholeNumber = 1000
+    cloud_rate_limits: tuple[OwnLimit, ...] = ()
+    cloud_batch_completions: bool = False
+    cloud_hedging: Literal["off", "deterministic", "all"] = "off"
     fallbacks: tuple[Fallback, ...] = ()
     cloud_prices: Path | None = None
+    batch_dir: Path | None = None
     cloud_budget_per_day: Dollars | None = None
     cloud_budget_per_month: Dollars | None = None
 
@@ -167,6 +172,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cache_l1_size: WholeNumber = 100
     cache_l2_ttl: Seconds = 300.0
     redis_url: RedisUrl | None = None
+    embedding_cache_size: WholeNumber = 10_000
+    embedding_cache_ttl: Seconds = 3600.0
     semantic_cache_threshold: Share | None = None
 
     # About the settings

@@ -54,6 +54,13 @@ Fallback = Annotated[
         extra={"expected": "a model and those that answer in its stead, such as openai/gpt-5.4 > native/tiny"},
     ),
 ]
+OwnLimit = Annotated[
+    str,
+    Meta(
+        pattern=r"^[^\s,]+(\s+[1-9]\d*rpm)(\s+[1-9]\d*tpm)?$|^[^\s,]+\s+[1-9]\d*tpm$",
+        extra={"expected": "a model and its limits, such as openai/gpt-5.4 500rpm 200000tpm"},
+    ),
+]
 Switch = Literal["auto", "on", "off"]
 
 _TRUE = frozenset({"true", "1", "yes", "on"})
@@ -109,8 +116,8 @@ def _read(info: inspect.Type, text: str) -> object:
 def _read_path(text: str) -> object:
     try:
         return Path(text).expanduser()
-    except RuntimeError:
-        return _NOT_A_VALUE  # "~somebody" who is not a user here
+    except (RuntimeError, ValueError):
+        return _NOT_A_VALUE  # "~somebody" who is not a user here; a null byte in such a name
 
 
 def _read_number(text: str) -> object:

@@ -7,11 +7,13 @@ promise to a reader is written here once, so that providers cannot tell them apa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import msgspec
+
+from autobot_llm.transport.upload import FileBody
 
 MAX_HEAD_BYTES = 256 * 1024
 
@@ -53,13 +55,20 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     common: Common
     headers: Mapping[str, str] | None
     lines: bytes  # the same, as HTTP/1.1 has them
-    body: bytes | None
+    body: bytes | FileBody | None
+
+    @property
+    def num_body_bytes(self) -> int | None:
+        """None where there is no body. Raises OSError for a file that is not there."""
+        body = self.body
+        return body.num_bytes if isinstance(body, FileBody) else None if body is None else len(body)
 
 
 class Exchange:
-    """`send`, then `head`, then `read` until it returns b""; `status` and `headers` are there after `head`.
+    """`send`, `send_pieces` where the body is a file, `head`, then `read` until it returns b"".
 
-    Another task may end the exchange at any time; every wait then raises BrokenConnection.
+    `status` and `headers` are there after `head`. Another task may end the exchange at any time; every wait then raises
+    BrokenConnection.
     """
 
     is_shared: ClassVar[bool] = False  # whether other exchanges use the same connection at the same time
@@ -72,6 +81,7 @@ class Exchange:
         self._patience: float | None = None
         self._heard_at = 0.0
         self._failure: Exception | None = None
+        self._is_full = False  # what was written waits for the server to take it
         self._is_idle = True
         self._idle_since = self._loop.time()
         self._begin()
@@ -86,10 +96,43 @@ class Exchange:
         self._num_waiting = 0  # bytes in `_parts`
 
     def send(self, request: Request, patience: float | None) -> None:
-        """Send a whole request. Silence of more than `patience` seconds from now on ends the exchange.
+        """Send a request, but of one whose body is a file the head only: `send_pieces` has to follow.
 
-        Raises BrokenConnection.
+        Silence of more than `patience` seconds from now on ends the exchange. Raises BrokenConnection, and OSError for
+        a file that is not there.
         """
+        raise NotImplementedError
+
+    async def send_pieces(self, pieces: AsyncIterator[bytes], patience: float | None) -> None:
+        """Send a body no faster than the server takes it; `patience` bounds its silence while it takes nothing.
+
+        Given up once the server answers, for it has then seen enough. Raises BrokenConnection and Silence.
+        """
+        async for piece in pieces:
+            if self._failure is not None:
+                raise self._failure
+            if self._has_head:
+                self._end_body(is_whole=False)
+                break
+            self._write(piece)
+            if self._is_full:
+                await self._until_taken(patience)
+        else:
+            self._end_body(is_whole=True)
+        self.set_patience(patience)
+
+    async def _until_taken(self, patience: float | None) -> None:
+        self.set_patience(patience)
+        while self._is_full and not self._has_head:
+            await self._wait()
+        self.set_patience(None)  # what the disk takes is not the server's silence
+
+    def _write(self, piece: bytes) -> None:
+        """Send more of the body; `_is_full` is then True until the server has taken enough of it."""
+        raise NotImplementedError
+
+    def _end_body(self, *, is_whole: bool) -> None:
+        """Nothing more of the body follows, whether all of it was written or not."""
         raise NotImplementedError
 
     def set_patience(self, seconds: float | None) -> None:

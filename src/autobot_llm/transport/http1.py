@@ -36,6 +36,7 @@ class Connection(Exchange, asyncio.Protocol):
         Exchange._begin(self)
         self._num_head_bytes = 0
         self._keeps_open = False
+        self._was_cut = False  # the request was, so the server still expects the rest of it
 
     # The exchange
 
@@ -43,13 +44,21 @@ class Connection(Exchange, asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             raise BrokenConnection("the connection was closed while it was idle", is_stale=True, is_unprocessed=True)
+        num_bytes = request.num_body_bytes
         self._begin()
         self._is_idle = False
         self.set_patience(patience)
-        body = request.body
-        length = b"\r\n" if body is None else b"content-length: %d\r\n\r\n" % len(body)
+        length = b"\r\n" if num_bytes is None else b"content-length: %d\r\n\r\n" % num_bytes
+        body = request.body if isinstance(request.body, bytes) else b""
         first = f"{request.method} {request.target} HTTP/1.1\r\n".encode("ascii")
-        transport.write(b"".join((first, request.common.lines, request.lines, length, body or b"")))
+        transport.write(b"".join((first, request.common.lines, request.lines, length, body)))
+
+    def _write(self, piece: bytes) -> None:
+        assert self._transport is not None, "written after `send`"
+        self._transport.write(piece)
+
+    def _end_body(self, *, is_whole: bool) -> None:
+        self._was_cut = not is_whole
 
     def _resume(self) -> None:
         if self._transport is not None:
@@ -68,7 +77,8 @@ class Connection(Exchange, asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether the last exchange is complete and the server keeps the connection open."""
-        return self._is_idle and self._keeps_open and self._failure is None and not self.is_lost
+        is_complete = self._is_idle and not self._was_cut
+        return is_complete and self._keeps_open and self._failure is None and not self.is_lost
 
     def close(self) -> None:
         """Close at once. What the server still sends meets a closed connection, which tells it to stop."""
@@ -84,6 +94,13 @@ class Connection(Exchange, asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # a socket's: it reads and writes
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        self._wake()
 
     def data_received(self, data: bytes) -> None:
         if self._is_idle:  # words nobody asked for: whatever they are, they answer no request of ours

@@ -138,7 +138,7 @@ class Connection(asyncio.Protocol):
     # For Stream
 
     def begin(self, stream: Stream, request: Request) -> None:
-        """Send the head of `request`, and as much of its body as the server lets us. Raises BrokenConnection."""
+        """Send the head of `request`, and as much of a body of bytes as the server lets us. Raises BrokenConnection."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise BrokenConnection("the connection was closed while it was idle", is_stale=True, is_unprocessed=True)
@@ -151,14 +151,29 @@ class Connection(asyncio.Protocol):
         except H2Error as exc:
             raise BrokenConnection(f"the request cannot be sent: {exc}", is_stale=True, is_unprocessed=True) from exc
         self._by_id[stream.id] = stream
-        if body:
-            stream.unsent = memoryview(body)
-            self._sending[stream] = None
-            self._pump()
+        stream.is_sent = not body
+        if body and isinstance(body, bytes):
+            self.send_body(stream, body, is_last=True)
         self._flush_soon()
         if self._watch is None:
             self._heard_at = self._loop.time()
             self._watch = self._loop.call_later(self._ping_seconds, self._look_after)
+
+    def send_body(self, stream: Stream, data: bytes, *, is_last: bool) -> None:
+        """Send `data` as the server lets us: `stream.sent` is called when the last of it has gone out."""
+        stream.unsent, stream.is_last_piece = memoryview(data), is_last
+        self._sending[stream] = None
+        self._pump()
+        self._flush_soon()
+
+    def end_body(self, stream: Stream) -> None:
+        """Say that a body is complete that was sent in pieces, when the last of them has gone out."""
+        if stream.unsent is not None:
+            stream.is_last_piece = True
+        elif stream.id in self._by_id:
+            self._h2.end_stream(stream.id)
+            stream.is_sent = True
+            self._flush_soon()
 
     def credit(self, stream: Stream, num_bytes: int) -> None:
         """Let the server send `num_bytes` more of a stream."""
@@ -171,7 +186,7 @@ class Connection(asyncio.Protocol):
         self._sending.pop(stream, None)
         if self._by_id.pop(stream.id, None) is None or self.is_lost:
             return
-        if stream.is_ended and stream.unsent is None:
+        if stream.is_ended and stream.is_sent:
             return
         try:
             self._h2.reset_stream(stream.id, ErrorCodes.CANCEL)
@@ -204,10 +219,12 @@ class Connection(asyncio.Protocol):
         if room <= 0 or self._is_writing_paused:
             return False
         is_last = room >= len(unsent)
-        self._h2.send_data(stream.id, unsent[:room], end_stream=is_last)
+        is_end = is_last and stream.is_last_piece
+        self._h2.send_data(stream.id, unsent[:room], end_stream=is_end)
         stream.unsent = None if is_last else unsent[room:]
         if is_last:
             del self._sending[stream]
+            stream.sent()
         else:
             self._flush()
         return True

@@ -31,7 +31,9 @@ class Stream(Exchange):
         self._connection = connection
         self._num_uncredited = 0
         self.id = 0
-        self.unsent: memoryview | None = None  # what is left of the request's body
+        self.unsent: memoryview | None = None  # what is left of the request's body, or of the piece that was written
+        self.is_last_piece = False  # whether the body ends with it
+        self.is_sent = False  # the request has been said to be complete
         self.has_begun = False  # the server has answered something
         self.is_ended = False  # the server has said everything
 
@@ -57,6 +59,14 @@ class Stream(Exchange):
             self._num_uncredited = 0
         return data
 
+    def _write(self, piece: bytes) -> None:
+        self._is_full = True
+        self._connection.send_body(self, piece, is_last=False)
+
+    def _end_body(self, *, is_whole: bool) -> None:
+        if is_whole:  # else the stream is reset when the answer has been read
+            self._connection.end_body(self)
+
     def _resume(self) -> None:
         pass  # the window that `read` opens does it
 
@@ -68,6 +78,12 @@ class Stream(Exchange):
 
     def hear(self, now: float) -> None:
         self._heard_at = now
+
+    def sent(self) -> None:
+        """All that was written has gone out."""
+        self.is_sent = self.is_last_piece
+        self._is_full = False
+        self._wake()
 
     def take_head(self, headers: Iterable[tuple[bytes, bytes]], now: float) -> None:
         self._heard_at = now
@@ -113,6 +129,7 @@ def head_of(request: Request) -> list[HeaderTuple]:
             key = name.lower()
             if key not in _HOP_BY_HOP:  # a key is never put into a table that answers could be compared with
                 pairs.append((NeverIndexedHeaderTuple if key in _SECRET else HeaderTuple)(key, value))
-    if request.body is not None:
-        pairs.append(HeaderTuple("content-length", str(len(request.body))))
+    num_bytes = request.num_body_bytes
+    if num_bytes is not None:
+        pairs.append(HeaderTuple("content-length", str(num_bytes)))
     return pairs

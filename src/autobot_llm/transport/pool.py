@@ -23,6 +23,7 @@ from autobot_llm.transport.network import DEFAULT_LIMITS, DEFAULT_NETWORK, Netwo
 from autobot_llm.transport.origin import header_lines, read_origin
 from autobot_llm.transport.shared import SharedConnections
 from autobot_llm.transport.stream import DEFAULT_TIMEOUTS, HttpStream, Timeouts
+from autobot_llm.transport.upload import FileBody
 
 if TYPE_CHECKING:
     from autobot_llm.transport import http2, http2_stream
@@ -98,8 +99,9 @@ class HttpPool:
         method: str,
         path: str,
         *,
-        body: bytes | None = None,
+        body: bytes | FileBody | None = None,
         headers: Mapping[str, str] | None = None,
+        may_repeat: bool = True,
         timeout: float | None = 30.0,  # noqa: ASYNC109  # it bounds the whole exchange, retry included
     ) -> HttpAnswer:
         """The whole answer, within `timeout` seconds (None: no limit) and the size that the pool allows.
@@ -110,7 +112,9 @@ class HttpPool:
         patience = Timeouts(first_token=timeout, read=timeout)
         try:
             async with asyncio.timeout(timeout):
-                async with self.stream(method, path, body=body, headers=headers, timeouts=patience) as answer:
+                async with self.stream(
+                    method, path, body=body, headers=headers, timeouts=patience, may_repeat=may_repeat
+                ) as answer:
                     data = await answer.body(self.limits.max_body_bytes)
                     return HttpAnswer(answer.status, answer.headers, data)
         except TimeoutError as exc:
@@ -121,7 +125,7 @@ class HttpPool:
         method: str,
         path: str,
         *,
-        body: bytes | None = None,
+        body: bytes | FileBody | None = None,
         headers: Mapping[str, str] | None = None,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
         may_repeat: bool = True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from autobot_llm.errors import ProviderError, ProviderTimeout, ProviderUnavailable
 from autobot_llm.transport.content import BadContent, Inflater, inflater_for
 from autobot_llm.transport.exchange import BrokenConnection, Exchange, Request, Silence
+from autobot_llm.transport.upload import FileBody
 
 if TYPE_CHECKING:
     from autobot_llm.transport.pool import HttpPool
@@ -79,7 +81,7 @@ class HttpStream:
             exchange = await pool.acquire(timeouts, newer_than=newer_than)
             self.is_reused = exchange.is_reused
             try:
-                exchange.send(request, timeouts.first_token)
+                await self._send(exchange, request)
                 await exchange.head()
                 break
             except BrokenConnection as exc:
@@ -107,6 +109,15 @@ class HttpStream:
                 self._leave()
             raise pool.error_from(self.status, self.headers, body)
         return self
+
+    async def _send(self, exchange: Exchange, request: Request) -> None:
+        patience = self._timeouts.first_token
+        if isinstance(request.body, FileBody):
+            exchange.send(request, None)
+            async with aclosing(request.body.pieces()) as pieces:
+                await exchange.send_pieces(pieces, patience)
+        else:
+            exchange.send(request, patience)
 
     def _may_be_sent_again(self, failure: BrokenConnection) -> bool:
         """The server has not looked at it, or closed an idle connection just as it went out, before any answer."""

@@ -7,6 +7,7 @@ from its first day on; only those that are named here are left out.
 
 from __future__ import annotations
 
+import sys
 from hashlib import blake2b
 from operator import attrgetter
 from typing import Any
@@ -16,7 +17,7 @@ import msgspec
 from autobot_llm.providers.base import Provider, TellsRevision
 from autobot_llm.settings import Settings
 from autobot_llm.settings.registry import SETTINGS
-from autobot_llm.types import LLMRequest
+from autobot_llm.types import EmbeddingRequest, LLMRequest
 
 FORMAT = 1  # of keys and of stored answers: entries of another format are never found
 KEY_BYTES = 16
@@ -39,17 +40,19 @@ _NOT_IN_THE_SCOPE = frozenset(
         "shutdown_grace", "log_level", "cpu_threads", "max_queued_requests", "workload", "max_num_seqs",
         "max_num_batched_tokens", "max_waiting_time_ms", "scheduling_policy", "preemption", "swap_memory",
         "kv_cache_memory", "gpu_memory_utilization", "prefix_caching", "cached_prefixes", "warm_prefixes",
-        "cuda_graphs", "cache_dir", "cloud_connection_pool_size", "cloud_batch_window_ms", "cloud_max_batch_size",
+        "cuda_graphs", "cache_dir", "batch_dir", "cloud_connection_pool_size", "cloud_batch_window_ms",
+        "cloud_max_batch_size",
         "cloud_retry_max_attempts", "cloud_budget_per_day", "cloud_budget_per_month", "cache_enabled", "cache_l1_size",
         "cache_l2_ttl", "redis_url", "semantic_cache_threshold",
+        "embedding_cache_size", "embedding_cache_ttl",
     }
 )  # fmt: skip
 # Fields of OpenAI's and Anthropic's with which a service does more than answer, or looks something up that changes.
 _MORE_THAN_AN_ANSWER = frozenset({"background", "container", "mcp_servers", "plugins", "store", "web_search_options"})
 
 
-class AnswerKeys:
-    """The keys of one provider's answers under one set of settings."""
+class _Scope:
+    """What sets one provider's answers under one set of settings apart from all others."""
 
     def __init__(self, settings: Settings, provider: Provider) -> None:
         scope = {
@@ -64,16 +67,64 @@ class AnswerKeys:
         teller: object = provider
         self._teller = teller if isinstance(teller, TellsRevision) else None
 
+    def _revision(self, model: str | None) -> str | None:
+        return None if self._teller is None else self._teller.revision(model)
+
+
+class EmbeddingKeys(_Scope):
+    """The keys of the vectors of one provider."""
+
+    def keys(self, request: EmbeddingRequest) -> list[bytes | None]:
+        """The key of each input's vector; None for a text that has no bytes, as half a surrogate pair."""
+        asked = ("vector", sys.byteorder, request.model, request.dimensions, request.tenant, request.extra_body)
+        try:
+            told = _encode((self._scope, self._revision(request.model), asked))
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            return [None] * len(request.inputs)
+        return [_digest(told, one) for one in request.inputs]
+
+
+def _digest(told: bytes, one: str | list[int]) -> bytes | None:
+    try:
+        return blake2b(_encode((told, one)), digest_size=KEY_BYTES).digest()
+    except (ValueError, OverflowError):
+        return None
+
+
+class AnswerKeys(_Scope):
+    """The keys of one provider's answers under one set of settings."""
+
     def key(self, request: LLMRequest) -> bytes | None:
         """The key of `request`'s answer; None where it holds something that has no bytes, as half a surrogate pair."""
         numbers = [None if number is None else number + 0.0 for number in _numbers_of(request)]  # 0, 0.0 and -0.0
         bias = [(token, value + 0.0) for token, value in sorted(request.logit_bias.items())]
-        revision = None if self._teller is None else self._teller.revision(request.model)
         try:
-            told = _encode((self._scope, revision, numbers, bias, _others_of(request)))
+            told = _encode((self._scope, self._revision(request.model), numbers, bias, _others_of(request)))
         except (TypeError, ValueError, OverflowError, RecursionError):
             return None
         return blake2b(told, digest_size=KEY_BYTES).digest()
+
+    def partition(self, request: LLMRequest) -> tuple[bytes, str] | None:
+        """The text of the last turn, and a key of everything else: two requests have one where nothing else differs.
+
+        None where the last turn is not a user's, or has not exactly one text.
+        """
+        if not request.messages or request.messages[-1].role != "user":
+            return None
+        last = request.messages[-1]
+        if isinstance(last.content, str):
+            text = last.content
+            rest: list[dict[str, Any]] | None = None
+        else:
+            parts = last.content or []
+            texts = [part for part in parts if part.get("type") == "text"]
+            if len(texts) != 1 or not isinstance(texts[0].get("text"), str):
+                return None
+            text = texts[0]["text"]
+            rest = [part | {"text": None} if part is texts[0] else part for part in parts]
+        turn = msgspec.structs.replace(last, content=rest)
+        key = self.key(msgspec.structs.replace(request, messages=[*request.messages[:-1], turn]))
+        return None if key is None else (key, text)
 
 
 def may_be_shared(request: LLMRequest) -> bool:

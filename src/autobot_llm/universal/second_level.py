@@ -11,12 +11,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
 
 from autobot_llm.universal.breaker import StoreBreaker
-from autobot_llm.universal.entries import Entry, seal, unseal
-from autobot_llm.universal.stores.base import Kept, SharedStore
+from autobot_llm.universal.stores.base import Kept, SharedStore, StorableT
 
 logger = logging.getLogger("autobot_llm.cache")
 
@@ -34,18 +33,33 @@ MAX_PENDING_BYTES = 32 * 2**20
 ResultT = TypeVar("ResultT")
 
 
-class SecondLevel:
-    """A guarded `SharedStore`. Belongs to one event loop between `start` and `close`."""
+class SecondLevel(Generic[StorableT]):
+    """A guarded `SharedStore` of what `seal` writes under a key and `unseal` reads; `what` names it for the log.
 
-    def __init__(self, store: SharedStore) -> None:
+    Belongs to one event loop between `start` and `close`.
+    """
+
+    def __init__(
+        self,
+        store: SharedStore,
+        seal: Callable[[bytes, StorableT], bytes],
+        unseal: Callable[[bytes, bytes], StorableT | None],
+        *,
+        what: str = "answers",
+        max_pending: int = MAX_PENDING,
+    ) -> None:
         self._store = store
+        self._seal = seal
+        self._unseal = unseal
+        self._what = what
+        self._max_pending = max_pending
         self._reads = StoreBreaker(is_open=True)  # until the store has been opened
         self._writes = StoreBreaker()
         self._is_late = False
         self._patience = START_PATIENCE
         self._has_warned = False
         self._asked: dict[bytes, asyncio.Future[bytes | None]] = {}
-        self._pending: dict[bytes, Entry] = {}
+        self._pending: dict[bytes, StorableT] = {}
         self._num_pending_bytes = 0
         self._to_read = asyncio.Event()
         self._to_write = asyncio.Event()
@@ -87,25 +101,35 @@ class SecondLevel:
         with contextlib.suppress(Exception):
             await self._within(CLOSE_LIMIT, self._store.close())
 
-    async def get(self, key: bytes) -> Entry | None:
+    async def get(self, key: bytes) -> StorableT | None:
         """What is kept under `key`; None where there is nothing, and where the store does not tell in time."""
-        if (pending := self._pending.get(key)) is not None:
-            return pending
-        if not self.is_usable:
-            return None
+        return (await self.get_many((key,))).get(key)
+
+    async def get_many(self, keys: Sequence[bytes]) -> dict[bytes, StorableT]:
+        """What is kept under each of `keys`; those that have nothing, and those not told in time, are left out."""
+        found = {key: self._pending[key] for key in keys if key in self._pending}
+        if not self.is_usable or len(found) == len(keys):
+            return found
+        asked = {key: self._question(key) for key in keys if key not in found}
+        await asyncio.wait(asked.values(), timeout=self._patience)
+        for key, question in asked.items():
+            data = question.result() if question.done() else None
+            if data is not None and (entry := self._unseal(key, data)) is not None:
+                found[key] = entry
+        return found
+
+    def _question(self, key: bytes) -> asyncio.Future[bytes | None]:
         if (asked := self._asked.get(key)) is None:
             asked = self._asked[key] = asyncio.get_running_loop().create_future()
             self._to_read.set()
-        await asyncio.wait((asked,), timeout=self._patience)
-        data = asked.result() if asked.done() else None
-        return None if data is None else unseal(key, data)
+        return asked
 
-    def put(self, key: bytes, entry: Entry) -> None:
+    def put(self, key: bytes, entry: StorableT) -> None:
         """Have `entry` written soon; it is dropped where the store is far behind or out of order.
 
         While it is out of order, one entry at a time is the trial.
         """
-        most = 1 if self._writes.is_open else MAX_PENDING
+        most = 1 if self._writes.is_open else self._max_pending
         is_full = len(self._pending) >= most or self._num_pending_bytes + entry.num_bytes > MAX_PENDING_BYTES
         if is_full or not self._tasks:
             self.num_dropped += 1
@@ -197,7 +221,9 @@ class SecondLevel:
             batch = {key: self._pending[key] for key in list(self._pending)[:MAX_WRITTEN]}
             if not batch:
                 return
-            kept = [Kept(key, entry.expires, data) for key, entry in batch.items() if (data := _sealed(key, entry))]
+            kept = [
+                Kept(key, entry.expires, data) for key, entry in batch.items() if (data := self._sealed(key, entry))
+            ]
             try:
                 await self._within(WRITE_LIMIT, self._store.put_many(kept))
             except Exception as exc:
@@ -230,7 +256,7 @@ class SecondLevel:
         if breaker.is_open and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s cannot be used (%s); answers are kept in memory only until it is back", self._store.name, exc
+                "%s cannot be used (%s); %s are kept in memory only until it is back", self._store.name, exc, self._what
             )
 
     def _succeeded(self, breaker: StoreBreaker) -> None:
@@ -240,10 +266,9 @@ class SecondLevel:
             self._has_warned = False
             logger.info("%s is back", self._store.name)
 
-
-def _sealed(key: bytes, entry: Entry) -> bytes | None:
-    """None where the answer has no bytes: half a surrogate pair, from a provider that sends such."""
-    try:
-        return seal(key, entry)
-    except UnicodeEncodeError:
-        return None
+    def _sealed(self, key: bytes, entry: StorableT) -> bytes | None:
+        """None where the answer has no bytes: half a surrogate pair, from a provider that sends such."""
+        try:
+            return self._seal(key, entry)
+        except UnicodeEncodeError:
+            return None

@@ -28,7 +28,7 @@ from autobot_llm.providers.base import Embedder, TellsOptimizations
 from autobot_llm.providers.vllm import VllmProvider
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest, LLMResponse, TextDelta
+from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest, LLMResponse, SecondCall, TextDelta
 
 QUESTION = [ChatMessage(role="user", content="Why is the sky blue?")]
 
@@ -342,6 +342,18 @@ async def test_the_last_replicas_error_is_the_answer_and_hopeless_ones_are_not_s
     assert sum(len(replica.bodies) for replica in replicas) == num_tried
     if error is OverloadedError:
         assert raised.value.retry_after == 7  # type: ignore[attr-defined]
+
+
+async def test_a_call_that_is_made_a_second_time_goes_to_another_replica() -> None:
+    replicas = [FakeReplica(), FakeReplica()]
+    async with serving(*replicas) as provider:
+        request = ask()
+        await answer(provider, request)
+        home, other = sorted(replicas, key=lambda replica: not replica.bodies)
+        again = SecondCall(**{name: getattr(request, name) for name in request.__struct_fields__})
+        await answer(provider, again)
+        assert (len(home.bodies), len(other.bodies)) == (1, 1)
+        assert home.bodies == other.bodies
 
 
 async def test_an_overloaded_replica_gives_its_requests_to_the_next_and_says_so() -> None:

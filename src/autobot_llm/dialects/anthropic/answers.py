@@ -37,7 +37,7 @@ _FINISH_REASONS: dict[str, FinishReason] = {
     "tool_use": "tool_calls",
     "refusal": "content_filter",
 }
-_STATUS_OF_ERROR = {
+STATUS_OF_ERROR = {
     "invalid_request_error": 400,
     "authentication_error": 401,
     "billing_error": 402,
@@ -161,7 +161,7 @@ class AnswerReader:
             raise self._nonsense(f"an event that is not Anthropic's ({exc})", data) from exc
         if event.type == "error":
             kind = event.error.type if event.error else ""
-            raise ErrorInStream(_STATUS_OF_ERROR.get(kind, 500), data)
+            raise ErrorInStream(STATUS_OF_ERROR.get(kind, 500), data)
         handler = _HANDLERS.get(event.type)
         return () if handler is None else handler(self, event, data)
 

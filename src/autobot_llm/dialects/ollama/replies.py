@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from autobot_llm.dialects.bodies import encode, one_line
 from autobot_llm.errors import LLMError, ProviderError
 from autobot_llm.types import (
+    Choice,
     EmbeddingResponse,
     FinishReason,
     LLMResponse,
@@ -45,34 +47,56 @@ def error_line(error: LLMError) -> bytes:
     return one_line(error_body(error)) + b"\n"
 
 
-def chat_body(response: LLMResponse) -> bytes:
-    """The body of a whole chat answer."""
-    choice = response.choices[0]
-    message: dict[str, object] = {"role": "assistant", "content": choice.content + choice.refusal}
-    if choice.reasoning:
-        message["thinking"] = choice.reasoning
-    if calls := tool_calls(choice.tool_calls, choice.finish_reason):
-        message["tool_calls"] = calls
-    return _whole({"message": message}, response)
+class Reply(ABC):
+    """The body of a whole answer.
+
+    What `lasting` makes of an answer is the same each time that the answer is given, whoever gets it; `body` puts it
+    between what is not. Errors: ProviderError for calls that this format cannot carry.
+    """
+
+    form: str
+
+    def lasting(self, response: LLMResponse) -> bytes:
+        choice = response.choices[0]
+        fields = self._fields(choice)
+        if choice.logprobs:
+            fields["logprobs"] = logprobs(choice.logprobs)
+        return encode(fields)[1:-1]
+
+    def body(self, lasting: bytes, response: LLMResponse) -> bytes:
+        head = encode({"model": response.model, "created_at": now()})
+        tail = ending(response.finish_reason, response.usage, response.timings, response.processing_time)
+        tail["autobot"] = {"timings": response.timings, "optimizations": response.optimizations}
+        return b"%b,%b,%b" % (head[:-1], lasting, encode(tail)[1:])
+
+    @abstractmethod
+    def _fields(self, choice: Choice) -> dict[str, object]: ...
 
 
-def generate_body(response: LLMResponse) -> bytes:
-    """The body of a whole answer to a prompt."""
-    choice = response.choices[0]
-    fields: dict[str, object] = {"response": choice.content + choice.refusal}
-    if choice.reasoning:
-        fields["thinking"] = choice.reasoning
-    return _whole(fields, response)
+class ChatReply(Reply):
+    """A whole chat answer."""
+
+    form = "ollama.chat"
+
+    def _fields(self, choice: Choice) -> dict[str, object]:
+        message: dict[str, object] = {"role": "assistant", "content": choice.content + choice.refusal}
+        if choice.reasoning:
+            message["thinking"] = choice.reasoning
+        if calls := tool_calls(choice.tool_calls, choice.finish_reason):
+            message["tool_calls"] = calls
+        return {"message": message}
 
 
-def _whole(fields: dict[str, object], response: LLMResponse) -> bytes:
-    choice = response.choices[0]
-    body: dict[str, object] = {"model": response.model, "created_at": now(), **fields}
-    if choice.logprobs:
-        body["logprobs"] = logprobs(choice.logprobs)
-    body |= ending(choice.finish_reason, response.usage, response.timings, response.processing_time)
-    body["autobot"] = {"timings": response.timings, "optimizations": response.optimizations}
-    return encode(body)
+class GenerateReply(Reply):
+    """A whole answer to a prompt."""
+
+    form = "ollama.generate"
+
+    def _fields(self, choice: Choice) -> dict[str, object]:
+        fields: dict[str, object] = {"response": choice.content + choice.refusal}
+        if choice.reasoning:
+            fields["thinking"] = choice.reasoning
+        return fields
 
 
 def ending(reason: FinishReason, usage: Usage, timings: Timings, elapsed: float) -> dict[str, object]:

@@ -50,7 +50,7 @@ class _Details(msgspec.Struct):
     reasoning_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class UsageFields(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
@@ -127,7 +127,7 @@ ChoiceT = TypeVar("ChoiceT", _ChatChoice, _TextChoice)
 class _Answer(msgspec.Struct, Generic[ChoiceT]):
     model: str | None = None
     choices: list[ChoiceT] | None = None
-    usage: _Usage | None = None
+    usage: UsageFields | None = None
     error: msgspec.Raw = msgspec.Raw()
 
 

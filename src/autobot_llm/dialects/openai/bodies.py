@@ -117,6 +117,8 @@ SERVICE_OPTIONS = (
     "store",
     "user",
 )
+_SAME_NAME = frozenset(SAME_NAME)
+_SERVICE_OPTIONS = frozenset(SERVICE_OPTIONS)
 _CHAT_FIELDS = frozenset(ChatBody.__struct_fields__)
 _COMPLETION_FIELDS = frozenset(CompletionBody.__struct_fields__)
 MESSAGE_FIELDS = frozenset(ChatMessage.__struct_fields__)
@@ -142,7 +144,9 @@ def read_chat(data: bytes, *, request_id: str, tenant: str) -> Call:
         "tool_choice": body.tool_choice,
         "response_format": body.response_format,
     }
-    request = LLMRequest(**_shared_options(body), **options, request_id=request_id, tenant=tenant, extra_body=extra)
+    request = LLMRequest(
+        **_shared_options(fields, body), **options, request_id=request_id, tenant=tenant, extra_body=extra
+    )
     return Call((request,), bool(body.stream), _include_usage(body))
 
 
@@ -164,7 +168,7 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
         raise InvalidRequestError(
             f"prompt: expected at most {max_choices} choices for several prompts, got {num_choices}", param="prompt"
         )
-    options = _shared_options(body) | {
+    options = _shared_options(fields, body) | {
         "max_tokens": DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
         "logprobs": body.logprobs,
         "tenant": tenant,
@@ -178,6 +182,8 @@ def read_completion(data: bytes, *, request_id: str, tenant: str, max_choices: i
 
 
 def _extra(fields: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    if fields.keys() <= known:
+        return {}
     return {name: value for name, value in fields.items() if name not in known and value is not None}
 
 
@@ -203,10 +209,13 @@ def _refuse_unknown_message_fields(messages: list[dict[str, Any]]) -> None:
                 raise InvalidRequestError(f"{param}: unknown field; expected {known}", param=param)
 
 
-def _shared_options(body: SharedFields) -> dict[str, Any]:
-    options = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
-    if service_options := {name: value for name in SERVICE_OPTIONS if (value := getattr(body, name)) is not None}:
-        options["service_options"] = service_options
+def _shared_options(fields: Mapping[str, Any], body: SharedFields) -> dict[str, Any]:
+    """`body` was made of `fields`, which tell what is worth a look: a request has few of these."""
+    options = {name: value for name in fields if name in _SAME_NAME and (value := getattr(body, name)) is not None}
+    if not _SERVICE_OPTIONS.isdisjoint(fields):
+        options["service_options"] = {
+            name: value for name in SERVICE_OPTIONS if (value := getattr(body, name)) is not None
+        }
     if body.stop is not None:
         options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     options["stream"] = bool(body.stream)

@@ -11,7 +11,7 @@ import binascii
 import sys
 from array import array
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -62,8 +62,11 @@ def _inputs(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
 
 
 def embedding_reply(response: EmbeddingResponse, encoding: EncodingFormat) -> bytes:
-    """The body of the answer to `POST /v1/embeddings`."""
+    """The body of the answer to `POST /v1/embeddings`. What was not charged again is told as OpenAI does for chats."""
     usage = response.usage
+    told: dict[str, Any] = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.total_tokens}
+    if usage.cached_tokens:
+        told["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
     data = [
         {
             "object": "embedding",
@@ -77,7 +80,7 @@ def embedding_reply(response: EmbeddingResponse, encoding: EncodingFormat) -> by
             "object": "list",
             "data": data,
             "model": response.model,
-            "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.total_tokens},
+            "usage": told,
         }
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from autobot_llm.dialects.bodies import encode
 from autobot_llm.errors import LLMError
@@ -33,48 +34,67 @@ def report_fields(timings: Timings, optimizations: tuple[OptimizationOutcome, ..
     return {"timings": timings, "optimizations": optimizations}
 
 
-def chat_body(response: LLMResponse, request_id: str, created: int) -> bytes:
-    """The body of a whole chat completion."""
-    choices: list[dict[str, object]] = [
-        {
+class Reply(ABC):
+    """The body of a whole answer to the request `request_id`.
+
+    What `lasting` makes of an answer is the same each time that the answer is given, whoever gets it; `body` puts it
+    between what is not.
+    """
+
+    form: str
+    id_prefix: str
+
+    def __init__(self, request_id: str, created: int) -> None:
+        self._id = self.id_prefix + request_id
+        self._created = created
+
+    def lasting(self, response: LLMResponse) -> bytes:
+        fields = {
+            "model": response.model,
+            "choices": [self._choice(choice) for choice in response.choices],
+            "usage": usage_fields(response.usage),
+        }
+        return encode(fields)[1:-1]
+
+    def body(self, lasting: bytes, response: LLMResponse) -> bytes:
+        head = encode({"id": self._id, "object": self.form, "created": self._created})
+        report = encode({"autobot": report_fields(response.timings, response.optimizations)})
+        return b"%b,%b,%b" % (head[:-1], lasting, report[1:])
+
+    @abstractmethod
+    def _choice(self, choice: Choice) -> dict[str, object]: ...
+
+
+class ChatReply(Reply):
+    """A whole chat completion."""
+
+    form = "chat.completion"
+    id_prefix = "chatcmpl-"
+
+    def _choice(self, choice: Choice) -> dict[str, object]:
+        return {
             "index": choice.index,
             "message": _message(choice),
             "logprobs": chat_logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
             **_stop_reason(choice),
         }
-        for choice in response.choices
-    ]
-    return _body(response, f"chatcmpl-{request_id}", "chat.completion", choices, created)
 
 
-def completion_body(response: LLMResponse, request_id: str, created: int) -> bytes:
-    """The body of a whole text completion."""
-    choices: list[dict[str, object]] = [
-        {
+class CompletionReply(Reply):
+    """A whole text completion."""
+
+    form = "text_completion"
+    id_prefix = "cmpl-"
+
+    def _choice(self, choice: Choice) -> dict[str, object]:
+        return {
             "index": choice.index,
             "text": choice.content,
             "logprobs": completion_logprobs(choice.logprobs, text_offset=0),
             "finish_reason": choice.finish_reason,
             **_stop_reason(choice),
         }
-        for choice in response.choices
-    ]
-    return _body(response, f"cmpl-{request_id}", "text_completion", choices, created)
-
-
-def _body(response: LLMResponse, id: str, object_name: str, choices: list[dict[str, object]], created: int) -> bytes:
-    return encode(
-        {
-            "id": id,
-            "object": object_name,
-            "created": created,
-            "model": response.model,
-            "choices": choices,
-            "usage": usage_fields(response.usage),
-            "autobot": report_fields(response.timings, response.optimizations),
-        }
-    )
 
 
 def _message(choice: Choice) -> dict[str, object]:

@@ -14,7 +14,7 @@ import msgspec
 from autobot_llm.dialects.bodies import encode
 from autobot_llm.dialects.plain import plain_messages, plain_tools
 from autobot_llm.errors import InvalidRequestError, UnsupportedError
-from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest
+from autobot_llm.types import ChatMessage, EmbeddingRequest, LLMRequest, MergedRequest
 
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
@@ -104,7 +104,8 @@ def write_completion(request: LLMRequest, model: str, flavour: Flavour) -> bytes
         value = getattr(request, field)
         if value and not (field == "response_format" and (flavour.takes_additions or value.get("type") == "text")):
             raise UnsupportedError(f"{field}: only with messages; {flavour.name} takes none with a prompt", param=field)
-    body: dict[str, Any] = {"model": model, "prompt": request.prompt}
+    prompt = request.prompts if isinstance(request, MergedRequest) else request.prompt
+    body: dict[str, Any] = {"model": model, "prompt": prompt}
     _add_shared(body, request, flavour)
     if request.max_tokens is not None:
         body["max_tokens"] = request.max_tokens

@@ -15,6 +15,7 @@ import torch
 
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, PagedAttention
 from autobot_llm.engine.attention.sdpa_paged import SdpaPagedAttention
+from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES
 from autobot_llm.errors import ConfigurationError
 
 BackendName = Literal["triton", "flashinfer", "flash_attention", "sdpa"]
@@ -103,7 +104,9 @@ _AMPERE, _HOPPER, _BLACKWELL = (8, 0), (9, 0), (10, 0)
 _BACKENDS: Final[Mapping[str, _Backend]] = {
     backend.name: backend
     for backend in (
-        _Backend("triton", ("cuda",), (_AMPERE, _LATER), (64, 128), _HALVES, "triton", compiles=True),
+        _Backend(
+            "triton", ("cuda",), (_AMPERE, _LATER), (64, 128), (*_HALVES, *QUANTIZED_DTYPES), "triton", compiles=True
+        ),
         _Backend("flashinfer", ("cuda",), (_AMPERE, _LATER), (64, 128, 256), _HALVES, "flashinfer", compiles=True),
         # of FlashAttention only version 3 takes blocks of 16 positions, and that is written for Hopper alone
         _Backend("flash_attention", ("cuda",), (_HOPPER, _BLACKWELL), (64, 128, 256), _HALVES, "flash_attn_interface"),
@@ -120,7 +123,7 @@ class FlashAttentionConfig:
 
     `backend`: a name, or "auto" for the best. `use_cuda_graph`: steps may be captured. `enable_jit`: kernels may be
     compiled at run time. `page_size`: positions in a block of the cache. `use_block_sparse`: attention reads the cache
-    by block tables. `use_fp8_attention`: keys and values in 8 bits.
+    by block tables. `use_fp8_attention`: products in 8 bits.
     """
 
     backend: str = "flashinfer"
@@ -143,7 +146,10 @@ class FlashAttentionConfig:
                 "use_block_sparse=False: expected True, because the cache is kept in blocks and has no other layout"
             )
         if self.use_fp8_attention:
-            raise ConfigurationError("use_fp8_attention=True: expected False, because the cache keeps 16 bits a number")
+            raise ConfigurationError(
+                "use_fp8_attention=True: expected False, because products are computed in 16 bits; "
+                "AUTOBOT_KV_CACHE_DTYPE=fp8 stores keys and values in 8"
+            )
 
 
 @dataclass(frozen=True, slots=True)

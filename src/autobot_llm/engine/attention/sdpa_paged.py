@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autobot_llm.engine.attention.paged import AttentionShape, PagedBatch
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, PagedBatch
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.kv_cache.storage import take_blocks
 
 FreshKernel = Literal["triton", "cudnn", "flash"]
 """Who attends a prompt that starts in a step: our kernel, or one of torch's."""
@@ -109,19 +110,18 @@ def attend_span(
     is_seen_QL = _is_seen(span, window)
     out_HQD = F.scaled_dot_product_attention(
         q_QHD.transpose(0, 1).to(math_dtype),
-        _gather(keys, span).to(math_dtype),
-        _gather(values, span).to(math_dtype),
+        _gather(keys, span, q_QHD.shape[2]).to(math_dtype),
+        _gather(values, span, q_QHD.shape[2]).to(math_dtype),
         attn_mask=is_seen_QL,
         enable_gqa=True,
     )
     return out_HQD.transpose(0, 1).to(q_QHD.dtype)
 
 
-def _gather(cache: torch.Tensor, span: Span) -> torch.Tensor:
-    """Keys or values KLD of a sequence's context, from a layer's [num_blocks, K, 16, D]."""
-    num_kv_heads, block_size, head_size = cache.shape[1:]
-    blocks = span.blocks[: -(-span.context_len // block_size)]
-    context_KLD = cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_size)
+def _gather(cache: torch.Tensor, span: Span, head_size: int) -> torch.Tensor:
+    """Keys or values KLD of a sequence's context, from a layer's cache."""
+    blocks = span.blocks[: -(-span.context_len // BLOCK_SIZE)]
+    context_KLD = take_blocks(cache, blocks, head_size).transpose(0, 1).flatten(1, 2)
     return context_KLD[:, : span.context_len]
 
 

@@ -23,7 +23,7 @@ from autobot_llm.engine.gpu.executor import GpuExecutor, decode_graph_sizes, pro
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
 from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
 from autobot_llm.engine.kernels.gpu.launch import compile_ahead
-from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
+from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, PagedStorage, bytes_per_block
 from autobot_llm.engine.memory import (
     CachePlan,
     DeviceMemory,
@@ -81,6 +81,7 @@ class _Builder:
         self._device = device
         self._memory = DeviceMemory(total=total, free=free)
         self._dtype = getattr(torch, config.checkpoint_dtype or "float32")
+        self._cache_dtype = options.cache_dtype or self._dtype
         self._shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_size, config.sliding_windows)
         self._uses_graphs = options.cuda_graphs != "off"
         self._num_compiled_kernels = num_compiled_kernels()
@@ -102,7 +103,7 @@ class _Builder:
             weight_bytes=weight_bytes,
             activation_bytes=activation_bytes,
             graph_bytes=self._graph_bytes() if self._uses_graphs else 0,
-            block_bytes=bytes_per_block(self._config, BLOCK_SIZE, self._dtype),
+            block_bytes=bytes_per_block(self._config, BLOCK_SIZE, self._cache_dtype),
             block_size=BLOCK_SIZE,
             max_model_len=limits.max_model_len,
             max_num_seqs=limits.max_num_seqs,
@@ -155,6 +156,8 @@ class _Builder:
             device=torch.cuda.get_device_name(self._device),
             attention=executor.attention.name,
             attention_reason=executor.attention.reason,
+            cache_dtype=str(self._cache_dtype).removeprefix("torch."),
+            is_cache_rounded=self._cache_dtype in QUANTIZED_DTYPES,
             num_graphs=len(executor.graphs.keys),
             graphs_reason=f"attention by {executor.attention.name} cannot be captured"
             if self._uses_graphs
@@ -166,7 +169,7 @@ class _Builder:
 
     def _bare_executor(self, weights: DecoderWeights, *, num_blocks: int) -> GpuExecutor:
         config, limits = self._config, self._limits
-        storage = PagedStorage.allocate(config, num_blocks, BLOCK_SIZE, weights.dtype, self._device)
+        storage = PagedStorage.allocate(config, num_blocks, BLOCK_SIZE, self._cache_dtype, self._device)
         attention = make_attention(
             self._options.attention_backend,
             self._shape,

@@ -15,6 +15,7 @@ import torch
 from autobot_llm.engine.attention.paged import PagedAttention
 from autobot_llm.engine.kernels.gpu.embedding import embed
 from autobot_llm.engine.kernels.gpu.linear import linear_add, norm_linear, norm_linear_gated
+from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.rotary import rotate_and_store
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 from autobot_llm.engine.models.config import ModelConfig
@@ -60,6 +61,17 @@ class FusedDecoder:
 
     def forward(self, inputs: DecoderInputs, metadata: Any) -> torch.Tensor:
         """Compute all tokens; returns float32 logits_RV. `metadata` is the attention backend's for this step."""
+        weights = self._weights
+        hidden_RE = self._layers(inputs, metadata)
+        return norm_linear(
+            hidden_RE, weights.norm_E, self._config.rms_norm_eps, weights.lm_head_VE, out_dtype=torch.float32
+        )
+
+    def hidden(self, inputs: DecoderInputs, metadata: Any) -> torch.Tensor:
+        """As `forward`, but what the head would be given: float32 hidden_RE, after the last norm."""
+        return rms_norm(self._layers(inputs, metadata), self._weights.norm_E, self._config.rms_norm_eps).float()
+
+    def _layers(self, inputs: DecoderInputs, metadata: Any) -> torch.Tensor:
         config, weights = self._config, self._weights
         num_tokens = inputs.ids_T.shape[0]
         hidden_TE = torch.empty(num_tokens, config.hidden_size, dtype=weights.dtype, device=self.device)
@@ -75,7 +87,7 @@ class FusedDecoder:
                 hidden_TE, layer.post_norm_E, config.rms_norm_eps, layer.gate_up_weight, layer.gate_up_bias
             )
             linear_add(activated_TF, layer.down_weight, layer.down_bias, hidden_TE, out=hidden_TE)
-        return norm_linear(hidden_TE, weights.norm_E, config.rms_norm_eps, weights.lm_head_VE, out_dtype=torch.float32)
+        return hidden_TE
 
     def _attend(
         self, i: int, layer: LayerWeights, hidden_TE: torch.Tensor, inputs: DecoderInputs, metadata: Any

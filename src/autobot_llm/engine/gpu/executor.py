@@ -199,10 +199,17 @@ class GpuExecutor:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return logits_RV
 
+    def hidden(self, batch: StepBatch) -> torch.Tensor:
+        """Run one step, not from a graph. Returns float32 hidden_RE on the device, valid until the next step."""
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            hidden_RE = self._run_eagerly(batch, self._decoder.hidden)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return hidden_RE
+
     def discard(self, block_ids: list[int]) -> None:
         with torch.cuda.stream(self._stream):
             blocks = torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
-            self._storage.cache_L2BKPD.index_fill_(2, blocks, 0)
+            self._storage.cache_L2BK.index_fill_(2, blocks, 0)
 
     def close(self) -> None:
         """Give the device's memory back, whoever still holds this object. Closing twice does nothing."""
@@ -211,15 +218,7 @@ class GpuExecutor:
         self._is_closed = True
         self._stream.synchronize()
         self.graphs.clear()
-        del (
-            self._decoder,
-            self._storage,
-            self._graphs,
-            self._swapper,
-            self.attention,
-            self.copy_out,
-            self.copy_in,
-        )
+        del self._decoder, self._storage, self._graphs, self._swapper, self.attention, self.copy_out, self.copy_in
 
     def _sample(self, logits_RV: torch.Tensor, sampling: SamplingArrays, num_rows: int) -> _ResultRows:
         """Queue the sampling of a launched step, or of one that is to be drawn from."""
@@ -237,7 +236,7 @@ class GpuExecutor:
         """Logits_RV, and where a graph sends each row's best token."""
         graph = self._graph_for(batch)
         if graph is None:
-            return self._run_eagerly(batch), None
+            return self._run_eagerly(batch, self._decoder.forward), None
         slot = self._graph_staging.next_slot()
         host = graph.slots[slot]
         if graph.batch is not None:
@@ -287,7 +286,7 @@ class GpuExecutor:
         self._graph_staging.fill_all(padding)
         return host
 
-    def _run_eagerly(self, batch: StepBatch) -> torch.Tensor:
+    def _run_eagerly(self, batch: StepBatch, compute: Callable[[DecoderInputs, Any], torch.Tensor]) -> torch.Tensor:
         all_rows = len(batch.logit_rows_R) == batch.num_tokens
         shapes = _token_shapes(batch.num_tokens)
         if not all_rows:
@@ -299,7 +298,7 @@ class GpuExecutor:
             host["logit_rows"][:] = batch.logit_rows_R
         self._staging.upload(layout.num_bytes)
         inputs = self._inputs(layout.on_device(self._staging.on_device))
-        return self._decoder.forward(inputs, self.attention.prepare(batch))
+        return compute(inputs, self.attention.prepare(batch))
 
     def _inputs(self, tensors: Mapping[str, torch.Tensor]) -> DecoderInputs:
         return DecoderInputs(

@@ -27,13 +27,14 @@ class GpuLimits:
 @dataclass(frozen=True, slots=True)
 class GpuOptions:
     """What a user may ask of the GPU. `memory_utilization` is a share of the whole device; `cache_memory` (bytes)
-    None: what that share leaves."""
+    None: what that share leaves. `cache_dtype`: what keys and values are stored as."""
 
     folder: Path
     attention_backend: str
     cuda_graphs: Literal["auto", "on", "off"]
     memory_utilization: float
     cache_memory: int | None
+    cache_dtype: torch.dtype | None = None  # None: the model's own
 
 
 def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:

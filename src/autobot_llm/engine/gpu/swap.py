@@ -17,7 +17,7 @@ from autobot_llm.engine.kv_cache.storage import PagedStorage
 
 @dataclass(frozen=True, slots=True)
 class HostBlocks:
-    """Blocks in page-locked memory, L2BKPD as in the cache."""
+    """Blocks in page-locked memory, as in the cache."""
 
     content: torch.Tensor
 
@@ -26,7 +26,7 @@ class BlockSwapper:
     """BlockCopier over a paged cache."""
 
     def __init__(self, storage: PagedStorage, stream: torch.cuda.Stream) -> None:
-        self._cache = storage.cache_L2BKPD
+        self._cache = storage.cache_L2BK
         self._stream = stream
 
     def copy_out(self, block_ids: Sequence[int]) -> SwappedBlocks:

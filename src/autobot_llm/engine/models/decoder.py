@@ -62,6 +62,18 @@ class Decoder:
         with torch.no_grad():  # outside of inference mode, so that a sampler may change the logits in place
             return self._linear.apply(normed_RE, self._lm_head, None).float()
 
+    def hidden(
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        logit_rows_R: torch.Tensor,
+        attention: AttentionBackend,
+        metadata: Any,
+    ) -> torch.Tensor:
+        """As `forward`, but what the head would be given: float32 hidden_RE of the rows, after the last norm."""
+        with torch.inference_mode():
+            return self._hidden(ids_T, positions_T, logit_rows_R, attention, metadata).float()
+
     def _hidden(
         self,
         ids_T: torch.Tensor,

@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autobot_llm.engine.batching.profiles import BatchingConfig, get_batching_config
     from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
+    from autobot_llm.engine.speculative.medusa import MEDUSA_CHECKPOINTS, MedusaConfig, MedusaDecoder, MedusaHead
     from autobot_llm.providers.native.provider import NativeProvider
 
 __all__ = [
     "CACHED_PREFIXES",
+    "MEDUSA_CHECKPOINTS",
     "BatchingConfig",
+    "MedusaConfig",
+    "MedusaDecoder",
+    "MedusaHead",
     "NativeProvider",
     "PrefixCacheConfig",
     "PrefixCacheManager",
@@ -30,6 +35,10 @@ _MODULES = {
     "CACHED_PREFIXES": "autobot_llm.engine.kv_cache.prefix_cache",
     "PrefixCacheConfig": "autobot_llm.engine.kv_cache.prefix_cache",
     "PrefixCacheManager": "autobot_llm.engine.kv_cache.prefix_cache",
+    "MEDUSA_CHECKPOINTS": "autobot_llm.engine.speculative.medusa",
+    "MedusaConfig": "autobot_llm.engine.speculative.medusa",
+    "MedusaDecoder": "autobot_llm.engine.speculative.medusa",
+    "MedusaHead": "autobot_llm.engine.speculative.medusa",
 }
 
 

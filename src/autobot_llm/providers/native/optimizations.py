@@ -8,7 +8,7 @@ from autobot_llm.engine.description import DescribedExecutor
 from autobot_llm.engine.engine import Engine
 from autobot_llm.report import OptimizationOutcome
 
-_NOT_BUILT = ("speculative_decoding", "medusa_heads", "quantization", "kv_cache_optimization")
+_NOT_BUILT = ("speculative_decoding", "medusa_heads", "quantization")
 
 
 def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
@@ -33,8 +33,14 @@ def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
         yield OptimizationOutcome(
             name="flash_attention", applied=gpu.attention != "sdpa", reason=f"{gpu.attention}: {gpu.attention_reason}"
         )
+        yield OptimizationOutcome(
+            name="kv_cache_optimization",
+            applied=gpu.is_cache_rounded,
+            reason=f"keys and values are stored as {gpu.cache_dtype}"
+            + (", lossy, because AUTOBOT_KV_CACHE_DTYPE says so" if gpu.is_cache_rounded else ", as computed"),
+        )
     else:
-        for name in ("cuda_graphs", "flash_attention"):
+        for name in ("cuda_graphs", "flash_attention", "kv_cache_optimization"):
             yield OptimizationOutcome(name=name, applied=False, reason=f"the engine runs on a CPU: {executor.name}")
     for name in _NOT_BUILT:
         yield OptimizationOutcome(name=name, applied=False, reason="not built yet")

@@ -24,13 +24,14 @@ from autobot_llm.engine.service import EngineService
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
 from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus, ScoredToken
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
+from autobot_llm.providers.native.embedding import embed_inputs
 from autobot_llm.providers.native.from_engine import Answer
 from autobot_llm.providers.native.optimizations import running_optimizations
 from autobot_llm.providers.native.scoring import score_text
 from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
-from autobot_llm.types import Event, LLMRequest, Start
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, LLMRequest, Start
 
 if TYPE_CHECKING:
     from autobot_llm.engine.grammar.compiler import GrammarCompiler
@@ -169,6 +170,11 @@ class NativeProvider:
         """See `TextScorer`."""
         return await score_text(await self._service(model or self._default), text, before)
 
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        """See `Embedder`. The vectors are mean-pooled hidden states of a model that writes: no embedding model's."""
+        model = request.model or self._default
+        return await embed_inputs(await self._service(model), request, model=model)
+
     async def text_counter(self, model: str | None = None) -> Callable[[str], int]:
         engine = (await self._service(model or self._default)).engine
         assert engine is not None, "a started service has an engine"
@@ -280,6 +286,7 @@ def engine_options(settings: Settings, folder: Path) -> EngineOptions:
         scheduling_policy=settings.scheduling_policy,
         preemption=settings.preemption,
         swap_memory=settings.swap_memory,
+        kv_cache_dtype=settings.kv_cache_dtype,
         kv_cache_memory=settings.kv_cache_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         attention_backend=settings.attention_backend,

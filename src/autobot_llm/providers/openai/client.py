@@ -90,7 +90,7 @@ class OpenAIClient:
             reader = ChatReader(request_id, self._name, model, request.n)
         else:
             path, body = requests.COMPLETIONS, requests.write_completion(request, model, self.endpoint.flavour)
-            reader = TextReader(request_id, self._name, model, request.n)
+            reader = TextReader(request_id, self._name, model, request.num_choices)
         began = time.perf_counter()
         first: float | None = None
         timeouts = _STREAMED if request.stream else _WHOLE
@@ -110,7 +110,8 @@ class OpenAIClient:
                         yield event
             if missing := reader.num_missing:
                 raise ProviderError(
-                    f"{self._name} ended its answer before it was complete: {missing} of {request.n} choices missing",
+                    f"{self._name} ended its answer before it was complete: {missing} of {request.num_choices} choices "
+                    "missing",
                     code="truncated_answer",
                 )
             if reader.is_done:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Literal
 
 from autobot_llm.dialects.openai.requests import OPENAI
 from autobot_llm.dialects.rate_limits import RateLimits
@@ -25,6 +26,8 @@ class OpenAIProvider:
     A request names its model, unless there is a default: AUTOBOT_DEFAULT_LLM_MODEL where it is meant for this
     provider (it begins with the provider's name, or this is the default provider), else the only model of the server.
     """
+
+    takes_prompt_lists: Literal[True] = True
 
     def __init__(self, settings: Settings, *, name: str, endpoint: Endpoint) -> None:
         self.name = name

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Literal
 
 from autobot_llm.errors import (
     ConfigurationError,
@@ -31,7 +32,7 @@ from autobot_llm.report import OptimizationOutcome
 from autobot_llm.settings import Settings
 from autobot_llm.transport.network import Network, limits_of
 from autobot_llm.tuning.knobs.versions import is_before
-from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest
+from autobot_llm.types import EmbeddingRequest, EmbeddingResponse, Event, Finish, LLMRequest, SecondCall
 
 logger = logging.getLogger("autobot_llm.vllm")
 
@@ -52,6 +53,7 @@ class VllmProvider:
     """
 
     name = "vllm"
+    takes_prompt_lists: Literal[True] = True
 
     def __init__(self, settings: Settings, *, watch_seconds: float = WATCH_SECONDS) -> None:
         self._addresses = settings.vllm_endpoints
@@ -154,6 +156,8 @@ class VllmProvider:
         serving = await self._serving(model)
         order = self._order(key, serving)
         home = self._replicas[self._balancer.home(key, {replica.address for replica in serving})]
+        if isinstance(request, SecondCall):  # the first one waits there
+            order.sort(key=lambda replica: replica is home)
         for num_failed, replica in enumerate(order):
             asked = in_words_of(request, replica.version)
             has_begun = False

@@ -15,6 +15,8 @@ def words(text: str) -> frozenset[str]:
 
 _READ: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
 FILLERS: tuple[str, ...] = tuple(_READ["fillers"])
+GREETINGS: tuple[str, ...] = tuple(_READ["greetings"])
+CLOSINGS: tuple[str, ...] = tuple(_READ["closings"])
 OPENINGS: Mapping[str, str] = _READ["openings"]
 WORDY: Mapping[str, str] = _READ["wordy"]
 REDUNDANT: Mapping[str, str] = _READ["redundant"]

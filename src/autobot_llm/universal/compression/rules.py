@@ -10,18 +10,23 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from autobot_llm.universal.compression.phrases import BARE_VERBS, FILLERS, NEGATIONS, OPENINGS, REDUNDANT, WORDY, words
+from autobot_llm.universal.compression.phrases import (
+    BARE_VERBS,
+    CLOSINGS,
+    FILLERS,
+    GREETINGS,
+    NEGATIONS,
+    OPENINGS,
+    REDUNDANT,
+    WORDY,
+    words,
+)
 from autobot_llm.universal.compression.structure import MARK, mask
 
 Depth = Literal["wordiness", "telegraphic"]
 """How far the rules go: full sentences with nothing superfluous, or also without articles and the like."""
 
 MAX_PASSES = 12  # one removal uncovers the next; every pass shortens, and texts settle after two or three
-
-# Where a sentence may begin: at the start of a line, after a list's marker, after a sentence or a clause that ended.
-_LEAD = r"(?P<lead>(?:\A|\n|[.!?:;][ \n]|[.!?][)\"”][ \n])(?:(?:[-*+•]|\d+[.)]|\#{1,6})[ ])?)"
-_AFTER = rf"(?=[\s.,;:!?)]|{MARK}|\Z)"
-_BEFORE = r"(?<![^\s(])"
 
 
 def shorten(text: str, depth: Depth = "wordiness") -> str:
@@ -35,12 +40,19 @@ def shorten(text: str, depth: Depth = "wordiness") -> str:
         if shorter == prose:
             break
         prose = shorter
+    if depth == "telegraphic" and prose != _tidied(masked.text):  # a prompt with nothing to remove stays as it is
+        prose = _LAST_STOP.sub("", prose)
     return masked.unmasked(prose)
 
 
 def _without_wordiness(prose: str) -> str:
-    prose = _OPENING.sub(lambda found: found["lead"] + _in_case_of(found["said"], OPENINGS[_key(found["said"])]), prose)
+    prose = _CLOSING.sub("", _GREETING.sub("", prose))
+    prose = _ANNOUNCED.sub(_without_second_announcement, prose)
     prose = _FILLER.sub(_dropped, prose)
+    prose = _OPENING.sub(lambda found: found["lead"] + _in_case_of(found["said"], OPENINGS[_key(found["said"])]), prose)
+    prose = _THEN_FILLER.sub(r"\g<lead>", prose)
+    prose = _SO_FILLER.sub(r"\1", prose)
+    prose = _THEN_OPENING.sub(lambda found: f"{found['lead']} {OPENINGS[_key(found['said'])]}", prose)
     prose = _PLEASE.sub(_dropped, prose)
     prose = _ANYWHERE.sub(lambda found: _in_case_of(found.group(), _SHORTER[_key(found.group())]), prose)
     prose = _THEN.sub(r"\1", prose)
@@ -54,6 +66,9 @@ def _telegraphic(prose: str) -> str:
     prose = _THAT.sub(r"\1 ", prose)
     prose = _WHICH_IS.sub(r"\1 ", prose)
     prose = _GENITIVE.sub(r"\g<owner>'s \g<owned>", prose)
+    prose = _THEN_YOU.sub(r"\g<lead>", prose)
+    prose = _IF_THERE_IS.sub(r"\1 ", prose)
+    prose = _AND_THEN.sub(", then", prose)
     prose = _SUCH_AS.sub("like", prose)
     prose = _SERIES.sub(_without_last_comma, prose)
     return _ARTICLE.sub(_without_article, prose)
@@ -89,6 +104,14 @@ _SHORTER: Mapping[str, str] = {**WORDY, **REDUNDANT}
 
 _OPENING = _rule(rf"{_LEAD}(?P<said>{_any_of(OPENINGS)}){_AFTER}")
 _FILLER = _rule(rf"{_LEAD}(?P<dropped>{_any_of(FILLERS)}){_REST}")
+_GREETING = _rule(rf"\A(?:{_any_of(GREETINGS)})[ \n]+(?=\S)")
+_CLOSING = _rule(rf"(?<=[.!?])[ \n]+(?:{_any_of(CLOSINGS)})\Z")
+# "It is important that you do A, and that you do B"; no "that" of another clause may stand between.
+_THAT_YOU = {f"{said.removesuffix(' you')} you" for said in FILLERS if said.endswith((" that", " that you"))}
+_ANNOUNCED = _rule(
+    rf"(?P<before>(?:\A|\n|[.!?:;]\)?[ \n]){_MARKER}(?:{_any_of(_THAT_YOU)})"
+    r"[ ](?:(?! that )[^.!?\n]){1,300}?),? and that you(?: should)?(?= (?!have\b|already\b|be able\b))"
+)
 _ANYWHERE = _rule(rf"{_BEFORE}(?:{_any_of(_SHORTER)}){_AFTER}")
 _PLEASE = _rule(
     rf"(?P<lead>(?:\A|\n|[.!?:;,]\)?[ \n]|\(){_MARKER}(?:(?:and|but|or|so|then|also)[ \n])?|"
@@ -98,11 +121,24 @@ _PLEASE = _rule(
 # Only what follows the condition itself: a later "then" says in which order.
 _THEN = re.compile(r"((?:\A|\n|[.!?:;][ \n])(?:If|When)\b[^.!?,\n]{1,300},)[ ]then(?=[ ])")
 _TWICE = re.compile(r"(?:\A|(?<=\n)|(?<=[.!?] ))([^.!?\n]{10,300}[.!?])(?: \1)+(?!\S)")
-_ROLE = _rule(rf"(?P<lead>\A|\n\n)(?P<dropped>you are an?){_REST}")
+_ROLE = _rule(rf"(?P<lead>\A|\n\n)(?P<dropped>you are (?:an?|the)){_REST}")
 _DUTY = _rule(
     rf"{_LEAD}(?P<dropped>you (?:should|must)(?=[ ](?!have\b|already\b|be able\b))|"
     rf"(?:please )?make sure to|(?:please )?ensure(?=[ ](?:{_any_of(BARE_VERBS)})\b)){_REST}"
 )
+# "When he asks, you should answer": what comes first says when, and the rest is an instruction.
+_INTRODUCED = (
+    r"(?P<lead>(?:\A|\n|[.!?:;][ \n])(?:If|When|Whenever|Once|Where|Before|After|Until|Unless|At|For|In)\b"
+    r"[^.!?:;\n]{1,200}?,)(?: then)?"
+)
+_THEN_YOU = re.compile(rf"{_INTRODUCED} you should(?= (?!have\b|already\b|be\b|not\b)[a-z])")
+_THEN_FILLER = re.compile(rf"{_INTRODUCED} (?:{_any_of(said for said in FILLERS if said.endswith(' to'))})(?= [a-z])")
+_SO_FILLER = re.compile(rf"(, so) (?:{_any_of(said for said in FILLERS if said.endswith(' to'))})(?= [a-z])")
+_THEN_OPENING = re.compile(
+    rf"{_INTRODUCED} (?P<said>{_any_of(said for said in OPENINGS if said.startswith('it '))})(?= [a-z])"
+)
+# A paragraph ends where its line does. What ends in an abbreviation keeps its stop.
+_LAST_STOP = re.compile(r"(?<=[a-z)])(?<!\betc)(?<!\.[a-z])\.(?=\n\n|\Z)")
 _ONLY = re.compile(r"(?P<lead>(?:\A|\n|[.!?:;][ \n]))You (?:can|may|must|should) only\b")
 # "the plan that you made", "it means that the light stays off"; "so that", "is that" and the like need theirs.
 _THAT = re.compile(
@@ -111,8 +147,12 @@ _THAT = re.compile(
 )
 _WHICH_IS = re.compile(r"(?<![\w’'])([a-z]{3,}) (?:that|which|who) (?:is|are) (?=[a-z]{3,}(?:ed|ing)\b)")
 _GENITIVE = re.compile(
-    r"(?<![\w’'])the (?P<owned>[a-z]+) of the (?P<owner>[a-z]+[a-rt-z])(?=[.,;:!?)\n]|\Z| (?:and|or|is|are|in|on|to)\b)"
+    r"(?<![\w’'])(?<!\band )(?<!\bor )the (?P<owned>(?!(?:basis|case|event|course|form|rest|part)\b)[a-z]+) of the "
+    r"(?P<owner>[a-z]+[a-rt-z])(?=[.,;:!?)\n]|\Z| (?:and|or|is|are)\b)"
 )
+# "If no tables fit" for "If there are no tables that fit".
+_IF_THERE_IS = re.compile(r"\b([Ii]f|[Ww]hen|[Uu]nless) there (?:is|are) (?=(?:no|any|some|several|enough)\b)")
+_AND_THEN = re.compile(r"(?<=[a-z]), and then(?= [a-z])")
 _SUCH_AS = re.compile(r"(?<=[a-z] )such as(?= )")
 _SERIES = re.compile(r"(?P<said>(?:\A|(?<=[.!?:;\n]))[^.!?:;\n]{1,300}?,[^.!?:;,\n]{1,100}), (?P<word>and|or) ")
 _ARTICLE = re.compile(
@@ -123,7 +163,7 @@ _ARTICLE = re.compile(
 _KEEPS_BEFORE = NEGATIONS - {"without"} | words("such half many what once twice times all both quite as")
 _KEEPS_AFTER = words(
     "few little lot bit couple more less same other others one second "
-    "is are was were or and in of to as for on with at day week month year hour minute night morning"
+    "is are was were or and in of to as for on with at day week month year hour minute night morning time"
 )
 _NO_VERB = words("next first last user users following previous current customer important")
 _WORD_ENDS = frozenset(" \n.,;:!?)") | {""}
@@ -146,6 +186,10 @@ def _dropped(found: re.Match[str]) -> str:
     if found["dropped"][0].isupper() and word.isalpha() and word.islower() and found["stop"] in _WORD_ENDS:
         word = word[0].upper() + word[1:]
     return found["lead"] + word + found["stop"]
+
+
+def _without_second_announcement(found: re.Match[str]) -> str:
+    return found["before"] + " and"
 
 
 def _without_article(found: re.Match[str]) -> str:

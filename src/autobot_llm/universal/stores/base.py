@@ -1,9 +1,9 @@
-"""What the cache asks of a store that processes share. Knows keys and bytes; knows nothing of answers."""
+"""What the caches ask of a store that processes share. Knows keys and bytes; knows nothing of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -14,6 +14,19 @@ class Kept(msgspec.Struct, frozen=True):
     key: bytes
     expires: float
     data: bytes
+
+
+class Storable(Protocol):
+    """What a cache keeps, as its levels see it: until when, and about how many bytes it takes in memory."""
+
+    @property
+    def expires(self) -> float: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+StorableT = TypeVar("StorableT", bound=Storable)
 
 
 class StoreStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,16 +13,20 @@ from autobot_llm.errors import ConfigurationError
 from autobot_llm.universal.request_key import FORMAT
 from autobot_llm.universal.stores.base import Kept, StoreStats
 
-PREFIX = b"autobot:answer:%d:" % FORMAT
+ANSWERS = b"autobot:answer:%d:" % FORMAT
+VECTORS = b"autobot:vector:%d:" % FORMAT
 COMMAND_SECONDS = 1.0  # after which a silent server's connection is closed
 MAX_CONNECTIONS = 4  # lookups, writes and commands of a person follow one another
 SCAN_COUNT = 500
 
 
 class RedisStore:
-    """A `SharedStore` in the Redis at `url`. Raises ConfigurationError where its client is not installed."""
+    """A `SharedStore` in the Redis at `url`, under names that begin with `prefix`.
 
-    def __init__(self, url: str) -> None:
+    Raises ConfigurationError where its client is not installed.
+    """
+
+    def __init__(self, url: str, *, prefix: bytes = ANSWERS) -> None:
         try:
             from redis.asyncio import Redis
             from redis.asyncio.retry import Retry
@@ -31,6 +35,7 @@ class RedisStore:
             raise ConfigurationError(
                 'AUTOBOT_REDIS_URL needs redis, which is not installed: pip install "autobot_llm[redis]"'
             ) from exc
+        self._prefix = prefix
         parts = urlsplit(url)
         self.name = f"the Redis at {parts.hostname or parts.path}" + (f":{parts.port}" if parts.port else "")
         self._redis = Redis.from_url(
@@ -45,7 +50,7 @@ class RedisStore:
         await self._redis.ping()
 
     async def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        found = await self._redis.mget([PREFIX + key.hex().encode() for key in keys])
+        found = await self._redis.mget([self._prefix + key.hex().encode() for key in keys])
         return {key: data for key, data in zip(keys, found, strict=True) if isinstance(data, bytes)}
 
     async def put_many(self, kept: Sequence[Kept]) -> None:
@@ -53,7 +58,7 @@ class RedisStore:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for one in kept:
                 if (milliseconds := int((one.expires - now) * 1000)) > 0:
-                    pipeline.set(PREFIX + one.key.hex().encode(), one.data, px=milliseconds)
+                    pipeline.set(self._prefix + one.key.hex().encode(), one.data, px=milliseconds)
             await pipeline.execute()
 
     async def clear(self) -> int:
@@ -83,7 +88,7 @@ class RedisStore:
                 replies = await pipeline.execute(raise_on_error=False)
             for name, data, milliseconds in zip(names, replies[::2], replies[1::2], strict=False):
                 if isinstance(data, bytes) and milliseconds > 0:
-                    key = bytes.fromhex(name.removeprefix(PREFIX).decode())
+                    key = bytes.fromhex(name.removeprefix(self._prefix).decode())
                     kept.append(Kept(key, time.time() + milliseconds / 1000, data))
             if len(kept) >= limit:
                 break
@@ -96,7 +101,7 @@ class RedisStore:
         """The names of all entries, some at a time, without holding the server up."""
         cursor = 0
         while True:
-            cursor, names = await self._redis.scan(cursor, match=PREFIX + b"*", count=SCAN_COUNT)
+            cursor, names = await self._redis.scan(cursor, match=self._prefix + b"*", count=SCAN_COUNT)
             if names:
                 yield [name for name in names if isinstance(name, bytes)]
             if cursor == 0:

@@ -62,6 +62,7 @@ class _Batch(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_sequences", "max_blocks", "num_logit_rows")),
         ("logits", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -141,6 +142,7 @@ class CompiledExecutor:
     ) -> None:
         check_coverage(config)
         self._library = library
+        self._hidden_size = config.hidden_size
         self._vocab_size = config.vocab_size
         # float16 is widened (exactly): a half's conversion is not as cheap everywhere as a shift.
         keeps_bf16 = weights.embed_VE.dtype == torch.bfloat16
@@ -180,8 +182,13 @@ class CompiledExecutor:
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         logits_RV = torch.empty(len(batch.logit_rows_R), self._vocab_size)
-        self._run(self._model, batch, logits_RV)
+        self._run(self._model, batch, logits_RV=logits_RV)
         return logits_RV
+
+    def hidden(self, batch: StepBatch) -> torch.Tensor:
+        hidden_RE = torch.empty(len(batch.logit_rows_R), self._hidden_size)
+        self._run(self._model, batch, hidden_RE=hidden_RE)
+        return hidden_RE
 
     def discard(self, block_ids: list[int]) -> None:
         """Nothing to do: step.cpp never reads a position beyond a sequence's own."""
@@ -197,7 +204,14 @@ class CompiledExecutor:
             raise MemoryError(f"no memory or threads for a step of {self._config.max_tokens} tokens")
         return model
 
-    def _run(self, model: int | None, batch: StepBatch, logits_RV: torch.Tensor) -> None:
+    def _run(
+        self,
+        model: int | None,
+        batch: StepBatch,
+        *,
+        logits_RV: torch.Tensor | None = None,
+        hidden_RE: torch.Tensor | None = None,
+    ) -> None:
         assert model, "the executor is closed"
         arguments = _Batch(
             batch.ids_T.ctypes.data,
@@ -211,7 +225,8 @@ class CompiledExecutor:
             batch.num_sequences,
             batch.block_tables_SB.shape[1],
             len(batch.logit_rows_R),
-            logits_RV.data_ptr(),
+            None if logits_RV is None else logits_RV.data_ptr(),
+            None if hidden_RE is None else hidden_RE.data_ptr(),
         )
         if self._library.autobot_run(model, ctypes.byref(arguments)) != 0:
             raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")
@@ -233,12 +248,12 @@ class CompiledExecutor:
         logits_RV = torch.empty(1, self._vocab_size)
         model = self._create(num_threads)
         try:
-            self._run(model, batch, logits_RV)  # touches every page once
+            self._run(model, batch, logits_RV=logits_RV)  # touches every page once
             best = float("inf")
             deadline = time.perf_counter() + THREAD_TRIAL_SECONDS
             for _ in range(THREAD_TRIAL_STEPS):
                 start = time.perf_counter()
-                self._run(model, batch, logits_RV)
+                self._run(model, batch, logits_RV=logits_RV)
                 end = time.perf_counter()
                 best = min(best, end - start)
                 if end > deadline:

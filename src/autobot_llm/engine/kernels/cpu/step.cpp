@@ -48,6 +48,7 @@ struct Batch {
     const int32_t *positions, *query_starts, *context_lens, *block_tables;
     int64_t num_tokens, num_sequences, max_blocks, num_logit_rows;
     float* logits;  // [logit row][vocabulary]
+    float* hidden;  // [logit row][hidden], or null: where it is given, there are no logits
 };
 }
 
@@ -188,12 +189,14 @@ class Model {
             barrier_.wait();
         }
         const int64_t num_logits = batch_.num_logit_rows;
+        float* normed = batch_.hidden ? batch_.hidden : normed_.data();
         Range mine(num_logits, thread, num_threads_);
         for (int64_t r = mine.begin; r < mine.end; ++r)
-            rms_norm(&hidden_[batch_.logit_rows[r] * width], c_.norm, width, c_.rms_norm_eps, &normed_[r * width]);
+            rms_norm(&hidden_[batch_.logit_rows[r] * width], c_.norm, width, c_.rms_norm_eps, normed + r * width);
         barrier_.wait();
-        linear_rows<W, Write::kStore>(c_.lm_head, normed_.data(), width, num_logits, batch_.logits, c_.lm_head.n, thread,
-                                      num_threads_);
+        if (!batch_.hidden)
+            linear_rows<W, Write::kStore>(c_.lm_head, normed, width, num_logits, batch_.logits, c_.lm_head.n, thread,
+                                          num_threads_);
         barrier_.wait();
     }
 

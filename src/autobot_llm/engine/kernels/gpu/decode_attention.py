@@ -24,6 +24,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
+from autobot_llm.engine.kv_cache.storage import scales_of
 
 MAX_ROWS = 128
 """Query rows (tokens times query heads of a group) of one program: what its accumulators hold without spilling."""
@@ -108,10 +109,11 @@ def paged_decode(
 ) -> None:
     """Attend the query rows of the batch's items to their contexts, into `out_QHD`; rows of no item are left alone.
 
-    keys and values are one layer's [num_blocks, K, 16, D], contiguous; q and out may be strided in Q. Launches one
-    kernel of a grid that depends on shapes alone, so it may be captured. `window`: positions a query sees, 0 for all.
+    keys and values are one layer's [num_blocks, K, 16, D], or quantized as PagedStorage says; contiguous. q and out may
+    be strided in Q. Launches one kernel of a grid that depends on shapes alone, so it may be captured. `window`:
+    positions a query sees, 0 for all.
     """
-    num_kv_heads, head_size = keys.shape[1], keys.shape[3]
+    num_kv_heads, head_size = keys.shape[1], q_QHD.shape[2]
     group_size = q_QHD.shape[1] // num_kv_heads
     num_rows = rows_of(batch.max_queries, group_size)
     num_items = batch.items_I8.shape[0]
@@ -120,6 +122,8 @@ def paged_decode(
         q_QHD,
         keys,
         values,
+        scales_of(keys),
+        scales_of(values),
         out_QHD,
         batch.items_I8,
         batch.block_tables_SB,
@@ -151,6 +155,8 @@ def _decode(  # type: ignore[no-untyped-def]
     q_ptr,
     keys_ptr,
     values_ptr,
+    key_scales_ptr,  # None: keys and values are what they are
+    value_scales_ptr,
     out_ptr,
     items_ptr,
     tables_ptr,
@@ -215,11 +221,19 @@ def _decode(  # type: ignore[no-untyped-def]
     acc_MD = tl.zeros((M, D), tl.float32)
     for _ in tl.range(start, stop, N):
         is_part_N = n < stop
-        offsets_N = (blocks_N.to(tl.int64) * K + head) * (PAGE * D) + (n % PAGE) * D
+        rows_N = blocks_N.to(tl.int64) * K + head
+        offsets_N = rows_N * (PAGE * D) + (n % PAGE) * D
+        if key_scales_ptr is not None:
+            offsets_N += rows_N * (PAGE * 2)  # bytes of scales
+            scales_N = rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + n % PAGE
+            key_scales_N = tl.load(key_scales_ptr + scales_N, mask=is_part_N, other=0.0).to(tl.float32)
+            value_scales_N = tl.load(value_scales_ptr + scales_N, mask=is_part_N, other=0.0).to(tl.float32)
         next_blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
         k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_part_N[:, None], other=0.0)
         v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :], mask=is_part_N[:, None], other=0.0)
-        scores_MN = tl.dot(q_MD, tl.trans(k_ND)) * scale
+        scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(q_MD.dtype))) * scale
+        if key_scales_ptr is not None:
+            scores_MN *= key_scales_N[None, :]
         new_N = n - first_new
         if trees_ptr is not None:
             is_seen_MN = (new_N < 0)[None, :] | (((trees_M[:, None] >> tl.maximum(new_N, 0)[None, :]) & 1) != 0)
@@ -233,7 +247,9 @@ def _decode(  # type: ignore[no-untyped-def]
         shrink_M = tl.exp2(high_M - base_M)
         weights_MN = tl.exp2(scores_MN - base_M[:, None])
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
-        acc_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None])
+        if value_scales_ptr is not None:
+            weights_MN *= value_scales_N[None, :]
+        acc_MD = tl.dot(weights_MN.to(q_MD.dtype), v_ND.to(q_MD.dtype), acc_MD * shrink_M[:, None])
         high_M = new_high_M
         n += N
         blocks_N = next_blocks_N

@@ -17,12 +17,12 @@ from autobot_llm.engine.kernels.gpu.activation import silu_mul
 from autobot_llm.engine.kernels.gpu.launch import launch_options
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.skinny import matvec_kernel, rows_kernel
-from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, RowsTile, Tile, choose_tile
+from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, Tile, choose_tile
 
 # T rows, I inputs, O outputs, F feed-forward size (W is [2F, I]: gate rows, then up rows)
 
 _HOPPER = (9, 0)
-_ALIGNMENT = 16  # bytes of one load
+ALIGNMENT = 16  # bytes of one load
 _MIN_PADDED_ROWS = 16  # below it, Triton leaves Hopper's matrix instructions for older, slower ones
 _MAX_PARTIAL_SUMS = 4 << 20  # float32: 16 MiB for each device
 _MAX_SPLIT_TILES = 8192
@@ -164,13 +164,13 @@ def multiply(
     }
     if isinstance(tile, MatvecTile):
         assert num_rows == 1, f"a matrix-vector product of {num_rows} rows"
-        prefetch_bytes = _prefetchable(weight, tile.prefetch_bytes, num_inputs - tile.block_i)
+        prefetch_bytes = prefetchable(weight, tile.prefetch_bytes, num_inputs - tile.block_i)
         matvec_kernel[(num_tiles,)](**common, PREFETCH_BYTES=prefetch_bytes, num_stages=1)
         return out
     padded_rows = max(triton.next_power_of_2(num_rows), _MIN_PADDED_ROWS)
     num_sums = num_tiles * ((2 if gated else 1) * tile.block_o + 1) * padded_rows
-    num_splits, shortest = _splits(tile, num_tiles, num_inputs, num_sums)
-    partial, arrivals = _workspace(x_TI.device) if num_splits > 1 else (None, None)
+    num_splits, shortest = split_inputs(tile.num_splits, tile.block_i, num_tiles, num_inputs, num_sums)
+    partial, arrivals = workspace(x_TI.device) if num_splits > 1 else (None, None)
     rows_kernel[(num_tiles * num_splits,)](
         **common,
         x_stride=x_TI.stride(0),
@@ -180,7 +180,7 @@ def multiply(
         arrivals_ptr=arrivals,
         num_rows=num_rows,
         PREFETCH_TILE=tile.prefetch_tile,
-        PREFETCH_BYTES=_prefetchable(weight, tile.prefetch_bytes, shortest - tile.prefetch_tile * tile.block_i),
+        PREFETCH_BYTES=prefetchable(weight, tile.prefetch_bytes, shortest - tile.prefetch_tile * tile.block_i),
         NUM_SPLITS=num_splits,
         PADDED_ROWS=padded_rows,
         num_stages=tile.num_stages,
@@ -188,27 +188,27 @@ def multiply(
     return out
 
 
-def _splits(tile: RowsTile, num_tiles: int, num_inputs: int, num_sums: int) -> tuple[int, int]:
-    """How many stretches of whole tiles the inputs are split into, none of them empty, and the shortest one's inputs.
+def split_inputs(num_splits: int, step: int, num_tiles: int, num_inputs: int, num_sums: int) -> tuple[int, int]:
+    """How many stretches of whole steps the inputs are split into, none of them empty, and the shortest one's inputs.
 
-    Fewer than the tile asks for where the sums of one split, `num_sums`, do not fit into the device's memory for them.
+    Fewer than `num_splits` where the sums of one split, `num_sums`, do not fit into the device's memory for them.
     """
-    num_steps = triton.cdiv(num_inputs, tile.block_i)
+    num_steps = triton.cdiv(num_inputs, step)
     fitting = _MAX_PARTIAL_SUMS // num_sums if num_tiles <= _MAX_SPLIT_TILES else 1
-    steps_each = triton.cdiv(num_steps, max(min(tile.num_splits, fitting), 1))
+    steps_each = triton.cdiv(num_steps, max(min(num_splits, fitting), 1))
     num_splits = triton.cdiv(num_steps, steps_each)
-    return num_splits, num_inputs - (num_splits - 1) * steps_each * tile.block_i
+    return num_splits, num_inputs - (num_splits - 1) * steps_each * step
 
 
-def _prefetchable(weight: torch.Tensor, num_bytes: int, num_inputs_left: int) -> int:
+def prefetchable(weight: torch.Tensor, num_bytes: int, num_inputs_left: int) -> int:
     """The bytes of each row that may be asked for: whole multiples of 16, and none outside the weight."""
-    if weight.data_ptr() % _ALIGNMENT:
+    if weight.data_ptr() % ALIGNMENT:
         return 0
-    return max(min(num_bytes, num_inputs_left * weight.element_size()), 0) // _ALIGNMENT * _ALIGNMENT
+    return max(min(num_bytes, num_inputs_left * weight.element_size()), 0) // ALIGNMENT * ALIGNMENT
 
 
 @lru_cache
-def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for partial sums and for counting arrivals. It never moves, because captured graphs hold its address."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the memory for split products would belong to a CUDA graph: run a step before capturing")
@@ -225,7 +225,7 @@ def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: torch.Tensor) -> Tile | No
         weight.dtype in (torch.bfloat16, torch.float16)
         and x_TI.dtype == weight.dtype
         and weight.is_contiguous()
-        and num_inputs * weight.element_size() % _ALIGNMENT == 0
+        and num_inputs * weight.element_size() % ALIGNMENT == 0
         and x_TI.shape[0] > 0
     )
     if not possible:

@@ -27,6 +27,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
+from autobot_llm.engine.kv_cache.storage import scales_of
 
 TILE_FIELDS = 8
 """sequence, first token of the tile within the step's tokens of the sequence, first query row of the sequence, number
@@ -91,7 +92,7 @@ def paged_prefill(
     tile: PrefillTile,
     window: int = 0,
 ) -> None:
-    """Attend the tiles' query rows to contexts in a layer's cache, [num_blocks, K, 16, D] each; others are left alone.
+    """Attend the tiles' query rows to contexts in a layer's cache, as paged_decode's; other rows are left alone.
 
     The tiles were planned for `tile`. q and out may be strided in T. `window`: positions a query sees, 0 for all.
     """
@@ -129,6 +130,8 @@ def _launch(
         q_THD,
         keys,
         values,
+        scales_of(keys),
+        scales_of(values),
         out_THD,
         tiles_W8,
         block_tables_SB,
@@ -156,6 +159,8 @@ def _prefill(  # type: ignore[no-untyped-def]
     q_ptr,
     keys_ptr,
     values_ptr,
+    key_scales_ptr,  # None: keys and values are what they are
+    value_scales_ptr,
     out_ptr,
     tiles_ptr,
     tables_ptr,
@@ -221,17 +226,27 @@ def _prefill(  # type: ignore[no-untyped-def]
             if lookup_ptr is not None:
                 # looked up a tile ahead by hand: looking up inside would take the tiles' pipeline stages
                 next_blocks_N = tl.load(lookup_ptr + (n0 + N + n) // PAGE, mask=n0 + N + n < context, other=0)
-                offsets_N = (blocks_N.to(tl.int64) * K + head) * (PAGE * D) + (n % PAGE) * D
+                rows_N = blocks_N.to(tl.int64) * K + head
+                offsets_N = rows_N * (PAGE * D) + (n % PAGE) * D
                 blocks_N = next_blocks_N
             else:
                 offsets_N = (n0 + n).to(tl.int64) * kv_stride
-            k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :])
-            v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :])
+            if key_scales_ptr is not None:
+                offsets_N += rows_N * (PAGE * 2)  # bytes of scales
+                scales_N = rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + n % PAGE
+                key_scales_N = tl.load(key_scales_ptr + scales_N).to(tl.float32)
+                value_scales_N = tl.load(value_scales_ptr + scales_N).to(tl.float32)
+            k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :]).to(q_MD.dtype)
+            v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :]).to(q_MD.dtype)
             scores_MN = tl.dot(q_MD, tl.trans(k_ND))
+            if key_scales_ptr is not None:
+                scores_MN *= key_scales_N[None, :]
             new_high_M = tl.maximum(high_M, tl.max(scores_MN, 1) * scale)
             shrink_M = tl.exp2(high_M - new_high_M)
             weights_MN = tl.exp2(scores_MN * scale - new_high_M[:, None])
             sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
+            if value_scales_ptr is not None:
+                weights_MN *= value_scales_N[None, :]
             acc_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None])
             high_M = new_high_M
 
@@ -240,21 +255,32 @@ def _prefill(  # type: ignore[no-untyped-def]
         is_there_N = position_N < context
         if lookup_ptr is not None:
             edge_blocks_N = tl.load(lookup_ptr + position_N // PAGE, mask=is_there_N, other=0)
-            offsets_N = (edge_blocks_N.to(tl.int64) * K + head) * (PAGE * D) + (position_N % PAGE) * D
+            edge_rows_N = edge_blocks_N.to(tl.int64) * K + head
+            offsets_N = edge_rows_N * (PAGE * D) + (position_N % PAGE) * D
         else:
             offsets_N = position_N.to(tl.int64) * kv_stride
         # positions after the context may hold anything, another sequence's NaN too: they are not read
-        k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0)
-        v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0)
+        if key_scales_ptr is not None:
+            offsets_N += edge_rows_N * (PAGE * 2)
+            scales_N = edge_rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + position_N % PAGE
+            key_scales_N = tl.load(key_scales_ptr + scales_N, mask=is_there_N, other=0.0).to(tl.float32)
+            value_scales_N = tl.load(value_scales_ptr + scales_N, mask=is_there_N, other=0.0).to(tl.float32)
+        k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0).to(q_MD.dtype)
+        v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0).to(q_MD.dtype)
         is_seen_MN = position_N[None, :] <= position_M[:, None]
         if WINDOW:
             is_seen_MN = is_seen_MN & (position_N[None, :] > position_M[:, None] - WINDOW)
-        scores_MN = tl.where(is_seen_MN, tl.dot(q_MD, tl.trans(k_ND)) * scale, float("-inf"))
+        scores_MN = tl.dot(q_MD, tl.trans(k_ND)) * scale
+        if key_scales_ptr is not None:
+            scores_MN *= key_scales_N[None, :]
+        scores_MN = tl.where(is_seen_MN, scores_MN, float("-inf"))
         new_high_M = tl.maximum(high_M, tl.max(scores_MN, 1))
         base_M = tl.where(new_high_M == float("-inf"), 0.0, new_high_M)  # a row whose window starts later
         shrink_M = tl.exp2(high_M - base_M)
         weights_MN = tl.exp2(scores_MN - base_M[:, None])
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
+        if value_scales_ptr is not None:
+            weights_MN *= value_scales_N[None, :]
         acc_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None])
         high_M = new_high_M
 

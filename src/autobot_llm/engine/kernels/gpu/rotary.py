@@ -17,6 +17,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
+from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, SCALE_DTYPE, scales_of
 
 BLOCK_SIZE = 16
 """Positions in a block of the cache. A slot is block * BLOCK_SIZE + the position's place in it."""
@@ -28,7 +29,8 @@ _FEW_TOKENS = 16
 @lean
 @triton.jit
 def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
-    qkv_ptr, positions_ptr, slots_ptr, cos_sin_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, qkv_stride, eps,
+    qkv_ptr, positions_ptr, slots_ptr, cos_sin_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+    q_norm_ptr, k_norm_ptr, qkv_stride, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORMED: tl.constexpr,
     HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -67,14 +69,42 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     tl.store(low_ptrs + half, rotated_high, is_rotated)
 
     if first_head + HEADS > H:
-        cache_row = (slot // BLOCK_SIZE) * K * BLOCK_SIZE + slot % BLOCK_SIZE
         cache_head = tl.where(heads < H + K, heads - H, heads - H - K)
-        offsets = (cache_row + cache_head * BLOCK_SIZE) * D + dims
-        is_stored = inside & (heads >= H) & (slot >= 0)
-        tl.store(keys_ptr + offsets, rotated_low, is_stored & (heads < H + K))
-        tl.store(keys_ptr + offsets + half, rotated_high, is_stored & (heads < H + K))
-        tl.store(values_ptr + offsets, rotated_low, is_stored & (heads >= H + K))
-        tl.store(values_ptr + offsets + half, rotated_high, is_stored & (heads >= H + K))
+        row = slot // BLOCK_SIZE * K + cache_head
+        offsets = row * (BLOCK_SIZE * D) + slot % BLOCK_SIZE * D + dims
+        is_key_stored = inside & (heads >= H) & (slot >= 0) & (heads < H + K)
+        is_value_stored = inside & (slot >= 0) & (heads >= H + K)
+        if key_scales_ptr is not None:
+            offsets += row * (BLOCK_SIZE * 2)  # bytes of scales
+            stored_low, stored_high, scales = _rounded(rotated_low, rotated_high, keys_ptr.dtype.element_ty)
+            scale_offsets = row * (BLOCK_SIZE * (D + 2) // 2) + BLOCK_SIZE * D // 2 + slot % BLOCK_SIZE
+            tl.store(key_scales_ptr + scale_offsets, scales, (heads >= H) & (heads < H + K) & (slot >= 0))
+            tl.store(value_scales_ptr + scale_offsets, scales, (heads >= H + K) & (heads < H + 2 * K) & (slot >= 0))
+        else:
+            stored_low, stored_high = rotated_low, rotated_high
+        tl.store(keys_ptr + offsets, stored_low, is_key_stored)
+        tl.store(keys_ptr + offsets + half, stored_high, is_key_stored)
+        tl.store(values_ptr + offsets, stored_low, is_value_stored)
+        tl.store(values_ptr + offsets + half, stored_high, is_value_stored)
+
+
+@triton.jit
+def _rounded(low, high, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves of each head in one byte a number, and the bfloat16 scales that turn them back."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))[:, None]
+    limit: tl.constexpr = 127.0 if tl.int8 == KIND else 448.0
+    scales = (largest / limit).to(tl.bfloat16)
+    inverse = 1.0 / tl.where(scales == 0, 1.0, scales.to(tl.float32))  # of zeros nothing is left whatever they meet
+    return _in_bytes(low * inverse, limit, KIND), _in_bytes(high * inverse, limit, KIND), scales
+
+
+@triton.jit
+def _in_bytes(x, limit: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    x = tl.minimum(tl.maximum(x, -limit), limit)  # the scale was rounded, so the largest may be a little beyond
+    if tl.int8 == KIND:
+        x = x + tl.where(x >= 0, 0.5, -0.5)  # the conversion cuts off
+    return x.to(KIND)
 
 
 def rotate_and_store(
@@ -96,16 +126,18 @@ def rotate_and_store(
 
     `qkv_TX` holds rows of (H + 2 K) D entries, q|k|v; rows may lie any distance apart. `cos_sin_PD` is float32: D / 2
     cosines, then D / 2 sines, of each position (rotary embedding by halves). `keys` and `values` are
-    [B, K, BLOCK_SIZE, D], contiguous; nothing is written there for a token whose slot is negative. Positions and slots
-    are int32 or int64. With both norm weights, each head of q and k is first divided by its root mean square (Qwen3).
+    [B, K, BLOCK_SIZE, D], or quantized as PagedStorage says, contiguous; nothing is written there for a token whose
+    slot is negative. Positions and slots are int32 or int64. With both norm weights, each head of q and k is first
+    divided by its root mean square (Qwen3).
     Source: RoFormer (arXiv 2104.09864).
     """
     num_tokens, num_all_heads = qkv_TX.shape[0], num_heads + 2 * num_kv_heads
     assert head_size >= 2 and head_size & (head_size - 1) == 0, f"head size {head_size}: expected a power of 2"
     assert qkv_TX.shape[1] == num_all_heads * head_size and qkv_TX.stride(1) == 1
     assert cos_sin_PD.dtype == torch.float32 and cos_sin_PD.shape[1] == head_size and cos_sin_PD.is_contiguous()
-    assert keys.shape == values.shape and keys.shape[1:] == (num_kv_heads, BLOCK_SIZE, head_size)
-    assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype == qkv_TX.dtype
+    assert keys.shape == values.shape and keys.shape[1] == num_kv_heads and keys.dtype == values.dtype
+    assert keys.dtype in QUANTIZED_DTYPES or keys.shape[2:] == (BLOCK_SIZE, head_size)
+    assert keys.dtype in (qkv_TX.dtype, *QUANTIZED_DTYPES) and keys.is_contiguous() and values.is_contiguous()
     assert positions_T.shape == slots_T.shape == (num_tokens,)
     assert positions_T.is_contiguous() and slots_T.is_contiguous()
     assert (q_norm_D is None) == (k_norm_D is None)
@@ -118,6 +150,8 @@ def rotate_and_store(
             cos_sin_PD,
             keys,
             values,
+            scales_of(keys),
+            scales_of(values),
             q_norm_D if q_norm_D is not None else qkv_TX,
             k_norm_D if k_norm_D is not None else qkv_TX,
             qkv_TX.stride(0),
@@ -163,4 +197,23 @@ def rotate_and_store_reference(
     stored_T = slots_T >= 0
     slots = slots_T[stored_T].long()
     for cache, part in ((keys, k_TKD), (values, v_TKD)):
-        cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = part[stored_T]
+        if cache.dtype not in QUANTIZED_DTYPES:
+            cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = part[stored_T]
+            continue
+        numbers_TKD, scales_TK = quantize_positions(part[stored_T], cache.dtype)
+        blocks, places = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+        as_bytes = cache.view(torch.int8)  # torch scatters no float8
+        numbers = as_bytes[..., : BLOCK_SIZE * head_size].view(*as_bytes.shape[:2], BLOCK_SIZE, head_size)
+        numbers[blocks, :, places] = numbers_TKD.view(torch.int8)
+        cache.view(SCALE_DTYPE)[..., -BLOCK_SIZE:][blocks, :, places] = scales_TK
+
+
+def quantize_positions(part_TKD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel stores: numbers TKD of one byte each, and scales TK in bfloat16, one for each head of a token."""
+    limit = 127.0 if dtype == torch.int8 else 448.0
+    wide = part_TKD.float()
+    scales_TK1 = (wide.abs().amax(-1, keepdim=True) / limit).to(SCALE_DTYPE)
+    scaled = (wide * (1.0 / torch.where(scales_TK1 == 0, 1.0, scales_TK1.float()))).clamp(-limit, limit)
+    if dtype == torch.int8:
+        scaled = (scaled + torch.where(scaled >= 0, 0.5, -0.5)).trunc()
+    return scaled.to(dtype), scales_TK1.squeeze(-1)
