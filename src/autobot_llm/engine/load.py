@@ -306,7 +306,16 @@ def _eager_executor(
     reason: str,
 ) -> EagerExecutor:
     dtype = torch.float32 if device.type == "cpu" else None
-    weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=_of_weights(on_progress))
+    weights = load_weights(
+        options.folder,
+        config,
+        dtype=dtype,
+        device=device,
+        on_progress=_of_weights(on_progress),
+        keep_quantized=device.type == "cpu",
+    )
+    if weights.is_quantized:
+        reason += f"; weights stay quantized, {weights.num_bytes / 2**20:,.0f} MiB"
     if device.type == "cpu" and options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
     attention = SdpaAttention(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device)
