@@ -19,6 +19,7 @@ from autobot_llm.cli.cost import cost
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
 from autobot_llm.cli.pull import pull
+from autobot_llm.cli.quantize import quantize
 from autobot_llm.cli.routes import routes
 from autobot_llm.cli.serve import serve
 from autobot_llm.errors import ConfigurationError, LLMError
@@ -41,6 +42,7 @@ Examples:
   autobot-llm routes                           which optimization runs at which provider
   autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
   autobot-llm cost                             what was spent, by day and model
+  autobot-llm quantize DIR --type fp8          a model in fewer bits, and what that costs
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -49,7 +51,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost):
+for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, quantize):
     cli.add_command(command)
 
 

@@ -96,6 +96,28 @@ def quantize_folder(
     )
 
 
+def describe(source: Path, folder: Path, *, by: str, seconds: float) -> QuantizedFolder:
+    """The same of a folder that somebody else quantized. Raises ModelLoadError for one that we cannot read."""
+    before = load_weights(source, load_config(source), dtype=None, device="cpu")
+    model = load_config(folder)
+    if model.quantization is None:
+        raise ConfigurationError(f"{folder} is not quantized")
+    after = load_weights(folder, model, dtype=None, device="cpu", keep_quantized=True)
+    matrices = [getattr(layer, f"{name}_weight") for layer in after.layers for name in MATRICES]
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
+    return QuantizedFolder(
+        folder=folder,
+        scheme=model.quantization.scheme,
+        by=by,
+        seconds=seconds,
+        num_resumed_layers=0,
+        num_bytes=after.num_bytes,
+        num_bytes_before=before.num_bytes,
+        num_linear_bytes=sum(matrix.num_bytes for matrix in quantized),
+        num_linear_bytes_before=sum(matrix.numel() * before.dtype.itemsize for matrix in quantized),
+    )
+
+
 def online(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     """A matrix rounded to nearest as it is loaded, without calibration."""
     return round_to_nearest(weight, scheme, weight.dtype)
