@@ -264,7 +264,9 @@ def _compiled_executor(
     check_coverage(config)
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
     # The weights as they are stored: the step widens bfloat16 by itself.
-    weights = load_weights(options.folder, config, dtype=None, device="cpu", on_progress=_of_weights(on_progress))
+    weights = load_weights(
+        options.folder, config, dtype=None, device="cpu", on_progress=_of_weights(on_progress), keep_quantized=True
+    )
     _use_one_torch_thread_here()
     return CompiledExecutor(
         config,

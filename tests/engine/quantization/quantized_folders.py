@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def sequences(num: int = 8, length: int = 48, vocabulary: int = 8192) -> torch.T
 
 
 def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """transformers' own, in bfloat16.
+    """transformers' own, in float32.
 
     Zero points of packed matrices are dequantized at load: kept packed, compressed-tensors 0.19 makes room for as many
     as there are outputs, and does not find them in any folder, its own included.
@@ -41,7 +42,9 @@ def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     is_asymmetric = any(not group["weights"]["symmetric"] for group in quantization.get("config_groups", {}).values())
     how = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if is_asymmetric else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the folder is quantized, too
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
     with torch.no_grad():
         return model(ids).logits.float()
 

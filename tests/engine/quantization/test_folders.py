@@ -65,12 +65,10 @@ def test_transformers_reads_what_we_write_and_computes_what_we_compute(tmp_path:
     folder = quantized(tmp_path / "quantized", source, kind)
     ids = sequences(1)
     theirs = logits_of(folder, ids)[0]
-    # bfloat16 arithmetic there, float32 here, and for some types rounded activations: what bfloat16 alone makes of the
-    # unquantized model is the measure
-    noise = relative_error(logits_of(source, ids)[0], dense_logits(source, ids))
-    assert relative_error(engine_logits(folder, ids, keep_quantized=True), theirs) < max(4 * noise, 0.02)
+    # the products for 4 and 8 bits take their inputs in bfloat16; a rounded activation may fall on the other side
+    assert relative_error(engine_logits(folder, ids, keep_quantized=True), theirs) < 0.03
     if kind not in ("w8a8", "fp8"):  # without rounded activations the dequantized twin is the same model
-        assert relative_error(engine_logits(folder, ids, keep_quantized=False), theirs) < max(4 * noise, 0.02)
+        assert relative_error(engine_logits(folder, ids, keep_quantized=False), theirs) < 1e-4
     # and the comparison can tell: another model's logits are far away
     assert relative_error(theirs.roll(1, 0), theirs) > 0.5
 
