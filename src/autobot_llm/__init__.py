@@ -60,9 +60,13 @@ from autobot_llm.types import (
 
 if TYPE_CHECKING:
     from autobot_llm.providers.native import CACHED_PREFIXES as CACHED_PREFIXES
+    from autobot_llm.providers.native import QUANTIZED_MODEL_REGISTRY as QUANTIZED_MODEL_REGISTRY
     from autobot_llm.providers.native import BatchingConfig as BatchingConfig
     from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
     from autobot_llm.providers.native import PrefixCacheManager as PrefixCacheManager
+    from autobot_llm.providers.native import QuantizationConfig as QuantizationConfig
+    from autobot_llm.providers.native import QuantizationType as QuantizationType
+    from autobot_llm.providers.native import QuantizedModelLoader as QuantizedModelLoader
     from autobot_llm.providers.native import get_batching_config as get_batching_config
     from autobot_llm.universal.compression import COMPRESSED_SYSTEM_PROMPTS as COMPRESSED_SYSTEM_PROMPTS
     from autobot_llm.universal.compression import CompressionResult as CompressionResult
@@ -118,8 +122,11 @@ __all__ = [
 
 # Not in __all__: a light install has no engine, and `import *` would ask for them.
 _OF_THE_ENGINE = frozenset(
-    {"CACHED_PREFIXES", "BatchingConfig", "PrefixCacheConfig", "PrefixCacheManager", "get_batching_config"}
-)
+    {
+        "CACHED_PREFIXES", "QUANTIZED_MODEL_REGISTRY", "BatchingConfig", "PrefixCacheConfig", "PrefixCacheManager",
+        "QuantizationConfig", "QuantizationType", "QuantizedModelLoader", "get_batching_config",
+    }
+)  # fmt: skip
 # Loaded when it is asked for: phrases and patterns cost milliseconds that few programs need.
 _OF_COMPRESSION = frozenset({"COMPRESSED_SYSTEM_PROMPTS", "CompressionResult", "PromptCompressor"})
 

@@ -18,6 +18,7 @@ from autobot_llm.cli.config import config
 from autobot_llm.cli.cost import cost
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
+from autobot_llm.cli.plan import plan
 from autobot_llm.cli.pull import pull
 from autobot_llm.cli.quantize import quantize
 from autobot_llm.cli.routes import routes
@@ -42,6 +43,7 @@ Examples:
   autobot-llm routes                           which optimization runs at which provider
   autobot-llm compress prompt.txt              a prompt in fewer tokens, before and after
   autobot-llm cost                             what was spent, by day and model
+  autobot-llm plan DIR --gpu-memory 8GiB       what of a model fits, before it is downloaded
   autobot-llm quantize DIR --type fp8          a model in fewer bits, and what that costs
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
@@ -51,7 +53,7 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, quantize):
+for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, quantize, plan):
     cli.add_command(command)
 
 

@@ -42,7 +42,9 @@ Ctrl-C leaves nothing behind; after a crash the same command goes on where it st
 @click.option("--type", "kind", type=click.Choice(TYPES), required=True, help="What to store the weights as.")
 @click.option("--out", type=click.Path(path_type=Path), help="The new folder; default: MODEL with -TYPE, here.")
 @click.option("--calibration", type=click.File(encoding="utf-8"), help="Text like that the model will see.")
-@click.option("--evaluate", type=click.File(encoding="utf-8"), help="Text to measure on that calibration does not read.")
+@click.option(
+    "--evaluate", type=click.File(encoding="utf-8"), help="Text to measure on that calibration does not read."
+)
 @click.option("--samples", type=click.IntRange(1), default=512, show_default=True, help="Passages to calibrate with.")
 @click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens of each, at most.")
 @click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Passages to measure on.")
@@ -105,7 +107,10 @@ def lines(outcome: Outcome) -> list[tuple[str, str]]:
     told = [
         ("folder", str(made.folder)),
         ("scheme", f"{made.scheme.name}, by {made.by} in {made.seconds:.0f} s"),
-        ("linear weights", f"{_mb(made.num_linear_bytes_before)} -> {_mb(made.num_linear_bytes)} ({100 * share:.0f} %)"),
+        (
+            "linear weights",
+            f"{_mb(made.num_linear_bytes_before)} -> {_mb(made.num_linear_bytes)} ({100 * share:.0f} %)",
+        ),
         ("all tensors", f"{_mb(made.num_bytes_before)} -> {_mb(made.num_bytes)}"),
     ]
     if made.num_resumed_layers:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from autobot_llm.engine.memory import kv_bytes_per_token
 from autobot_llm.engine.models.config import ModelConfig
 
 
@@ -47,7 +48,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Memory that one block takes over all layers, keys and values, in bytes."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_size * dtype.itemsize
+    return block_size * kv_bytes_per_token(config, dtype.itemsize)
 
 
 # L layers, B blocks, K key/value heads, P positions of a block, D head size

@@ -16,6 +16,7 @@ import torch
 
 from autobot_llm.engine.models.checkpoint import Checkpoint, open_checkpoint
 from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.models.shapes import expected_shapes
 from autobot_llm.engine.models.transfer import (
     Carrier,
     CudaTransport,
@@ -73,7 +74,12 @@ class DecoderWeights:
     @property
     def is_quantized(self) -> bool:
         """Whether any matrix is a QuantizedWeight."""
-        return any(isinstance(tensor, QuantizedWeight) for tensor in self._tensors())
+        return self.quantization is not None
+
+    @property
+    def quantization(self) -> str | None:
+        """The scheme of the quantized matrices, in words; None where there are none."""
+        return next((tensor.scheme.name for tensor in self._tensors() if isinstance(tensor, QuantizedWeight)), None)
 
     @property
     def num_bytes(self) -> int:
@@ -106,8 +112,9 @@ def load_weights(
     `dtype` None keeps the checkpoint's (where a checkpoint mixes dtypes, the narrowest one that holds them all).
     `on_progress(num_bytes_done, num_bytes_total)` counts bytes of the files, on the calling thread; loading ends at
     once with whatever it raises. A quantized folder's matrices are dequantized, one after the other; with
-    `keep_quantized`, for a CPU, they stay as they are, as QuantizedWeight. Raises ModelLoadError, naming file and tensor, for whatever is missing, truncated, of
-    the wrong shape or dtype, or not part of such a model, and for files that change under the reader's hands.
+    `keep_quantized`, for a CPU, they stay as they are, as QuantizedWeight.
+    Raises ModelLoadError, naming file and tensor, for whatever is missing, truncated, of the wrong shape or dtype, or
+    not part of such a model, and for files that change under the reader's hands.
     Format: safetensors, single or sharded, with the tensor names of Hugging Face transformers.
     """
     device = torch.device(device)
@@ -172,39 +179,6 @@ def _open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     return open_checkpoint(
         folder, expected_shapes(config), model_type=config.model_type, may_ignore=_may_ignore(config)
     )
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors a checkpoint of this configuration must hold, by name."""
-    E, F, D = config.hidden_size, config.intermediate_size, config.head_size
-    q_size, kv_size = config.num_heads * D, config.num_kv_heads * D
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, E),
-        "model.norm.weight": (E,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, E)
-    projections = (
-        ("self_attn.q_proj", q_size, E, config.qkv_bias),
-        ("self_attn.k_proj", kv_size, E, config.qkv_bias),
-        ("self_attn.v_proj", kv_size, E, config.qkv_bias),
-        ("self_attn.o_proj", E, q_size, config.o_bias),
-        ("mlp.gate_proj", F, E, config.mlp_bias),
-        ("mlp.up_proj", F, E, config.mlp_bias),
-        ("mlp.down_proj", E, F, config.mlp_bias),
-    )
-    for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (E,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (E,)
-        if config.qk_norm:
-            shapes[f"{layer}.self_attn.q_norm.weight"] = (D,)
-            shapes[f"{layer}.self_attn.k_norm.weight"] = (D,)
-        for name, num_out, num_in, has_bias in projections:
-            shapes[f"{layer}.{name}.weight"] = (num_out, num_in)
-            if has_bias:
-                shapes[f"{layer}.{name}.bias"] = (num_out,)
-    return shapes
 
 
 class _Source(Protocol):

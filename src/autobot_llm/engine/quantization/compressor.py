@@ -25,7 +25,7 @@ REQUIREMENTS = ("torch==2.13.0", "llmcompressor==0.14.0")
 INSTALL_TIMEOUT = 1800.0
 _READY = ".ready"
 
-SCRIPT = '''
+SCRIPT = """
 import json, sys
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -48,11 +48,12 @@ else:
 model = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto")
 more = {}
 if job["sequences"]:
-    data = Dataset.from_dict({"input_ids": job["sequences"], "attention_mask": [[1] * len(s) for s in job["sequences"]]})
+    masks = [[1] * len(sequence) for sequence in job["sequences"]]
+    data = Dataset.from_dict({"input_ids": job["sequences"], "attention_mask": masks})
     more = {"dataset": data, "max_seq_length": len(job["sequences"][0]), "num_calibration_samples": len(data)}
 oneshot(model=model, recipe=recipe, **more)
 model.save_pretrained(job["folder"], save_compressed=True)
-'''
+"""
 
 
 class CompressorError(LLMError):

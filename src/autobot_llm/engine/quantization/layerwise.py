@@ -15,6 +15,7 @@ from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
 from autobot_llm.engine.models.weights import LayerWeights
 
+SAMPLE_TOKENS_EACH, MAX_SAMPLE_TOKENS = 64, 512
 MATRICES = ("qkv", "o", "gate_up", "down")
 
 
@@ -49,13 +50,14 @@ class DenseLayer:
 
 
 class InputStatistics:
-    """What entered a matrix: per input the largest and the mean magnitude, and the sum of outer products."""
+    """What entered a matrix: the largest and the mean magnitude of each input, sums of outer products, a sample."""
 
     def __init__(self, num_inputs: int) -> None:
         self.largest_I = torch.zeros(num_inputs)
         self.sum_I = torch.zeros(num_inputs)
         self.hessian_II = torch.zeros(num_inputs, num_inputs)
         self.num_tokens = 0
+        self._sample: list[torch.Tensor] = []
 
     def add(self, x_TI: torch.Tensor) -> None:
         magnitude_TI = x_TI.abs()
@@ -63,9 +65,16 @@ class InputStatistics:
         self.sum_I += magnitude_TI.sum(0)
         self.hessian_II.addmm_(x_TI.t(), x_TI)
         self.num_tokens += len(x_TI)
+        if len(self._sample) * SAMPLE_TOKENS_EACH < MAX_SAMPLE_TOKENS:
+            self._sample.append(x_TI[:: max(1, len(x_TI) // SAMPLE_TOKENS_EACH)][:SAMPLE_TOKENS_EACH].clone())
 
     @property
-    def mean_I(self) -> torch.Tensor:
+    def sample_TI(self) -> torch.Tensor:  # noqa: N802
+        """Some of the tokens, from all over the sequences of the first batches."""
+        return torch.cat(self._sample)
+
+    @property
+    def mean_I(self) -> torch.Tensor:  # noqa: N802
         return self.sum_I / max(1, self.num_tokens)
 
     def divide_inputs(self, by_I: torch.Tensor) -> None:
@@ -73,6 +82,7 @@ class InputStatistics:
         self.largest_I /= by_I
         self.sum_I /= by_I
         self.hessian_II /= torch.outer(by_I, by_I)
+        self._sample = [x_TI / by_I for x_TI in self._sample]
 
 
 class LayerMath:

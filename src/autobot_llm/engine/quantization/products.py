@@ -38,11 +38,11 @@ def with_quantized(linear: Linear) -> Linear:
         product = weight.product(x)
         return product if bias is None else product.add_(bias)
 
-    def add(
-        residual: torch.Tensor, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return apply(x, weight, bias).add_(residual) if isinstance(weight, _Packed) else linear.add(
-            residual, x, weight, bias
+    def add(residual: torch.Tensor, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return (
+            apply(x, weight, bias).add_(residual)
+            if isinstance(weight, _Packed)
+            else linear.add(residual, x, weight, bias)
         )
 
     return Linear(f"{linear.name}, quantized", pack, apply, add)

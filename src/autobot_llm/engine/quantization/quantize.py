@@ -118,11 +118,6 @@ def describe(source: Path, folder: Path, *, by: str, seconds: float) -> Quantize
     )
 
 
-def online(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
-    """A matrix rounded to nearest as it is loaded, without calibration."""
-    return round_to_nearest(weight, scheme, weight.dtype)
-
-
 class _Work:
     """The layers of one model on their way, and the hidden states that enter the next one."""
 
@@ -185,9 +180,7 @@ class _Work:
         layer.post_norm_E = stored[f"{prefix}post_attention_layernorm.weight"].float()
         self._finish(layer, index, quantized)
 
-    def _rounded(
-        self, weight_OI: torch.Tensor, seen: InputStatistics | None, dtype: torch.dtype
-    ) -> QuantizedWeight:
+    def _rounded(self, weight_OI: torch.Tensor, seen: InputStatistics | None, dtype: torch.dtype) -> QuantizedWeight:
         if seen is None:
             return round_to_nearest(weight_OI, self._scheme, dtype)
         if self._config.type is QuantizationType.AWQ:

@@ -117,10 +117,8 @@ class QuantizedReader:
             parts = self._parts.get(f"{module}.weight", {})
             accepted = parts[last].dtypes if last in parts else _FLOATS
             if stored.dtype not in accepted:
-                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
-                raise ModelLoadError(
-                    f"{stored.path}: tensor {name} has dtype {str(stored.dtype).removeprefix('torch.')}; expected {names}"
-                )
+                has, *names = (str(dtype).removeprefix("torch.") for dtype in (stored.dtype, *accepted))
+                raise ModelLoadError(f"{stored.path}: tensor {name} has dtype {has}; expected {', '.join(names)}")
 
 
 def decode_module(

@@ -112,9 +112,7 @@ def _scale(
     return scale, (scheme.low - low_OG / scale).round_().clamp_(scheme.low, scheme.high)
 
 
-def _rounded(
-    groups_OGS: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor, scheme: Scheme
-) -> torch.Tensor:
+def _rounded(groups_OGS: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The stored numbers, in float32."""
     scaled = groups_OGS / scale_OG.unsqueeze(-1)
     if scheme.kind == "float":
@@ -135,8 +133,6 @@ def _error(
     return (error if weights_OGS is None else error * weights_OGS).sum(-1)
 
 
-def _for_storage(
-    found: tuple[torch.Tensor, torch.Tensor], scheme: Scheme
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _for_storage(found: tuple[torch.Tensor, torch.Tensor], scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
     scale, zero = found
     return scale, None if scheme.symmetric else zero

@@ -14,19 +14,43 @@ import torch
 
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.quantization.layerwise import DenseLayer, InputStatistics
-from autobot_llm.engine.quantization.rounding import round_to_nearest
+from autobot_llm.engine.quantization.rounding import round_activations, round_to_nearest
 from autobot_llm.engine.quantization.scheme import Scheme
 
+INT8 = Scheme("int", 8, "channel", activations="int8")
+SMOOTHING_STEPS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of the way from alpha to 1
 NUM_AWQ_STEPS = 20
 SMALLEST = 1e-5
 
 
 def smooth(layer: DenseLayer, seen: Mapping[str, InputStatistics], alpha: float, dtype: torch.dtype) -> None:
-    """SmoothQuant: divide input j by max|x_j|^alpha / max|w_j|^(1 - alpha). `dtype` is what norms are stored in."""
+    """SmoothQuant: divide input j by max|x_j|^a / max|w_j|^(1 - a). `dtype` is what norms are stored in.
+
+    The exponent a is `alpha` or more, whichever errs least on a sample with both sides rounded: the inputs of `down`
+    are products and have far larger outliers than a norm's outputs.
+    """
     for name in ("qkv", "gate_up", "down"):
-        largest_I = layer.matrices[name].abs().amax(0).clamp_(min=SMALLEST)
-        factor_I = seen[name].largest_I.clamp(min=SMALLEST) ** alpha / largest_I ** (1 - alpha)
-        _move(layer, seen[name], name, factor_I.clamp_(min=SMALLEST), dtype)
+        weight_OI, sample_TI = layer.matrices[name], seen[name].sample_TI
+        largest_I = weight_OI.abs().amax(0).clamp_(min=SMALLEST)
+        expected_TO = sample_TI @ weight_OI.t()
+        least, best_I = float("inf"), None
+        for step in SMOOTHING_STEPS:
+            exponent = alpha + (1 - alpha) * step
+            factor_I = seen[name].largest_I.clamp(min=SMALLEST) ** exponent / largest_I ** (1 - exponent)
+            factor_I.clamp_(min=SMALLEST)
+            error = _error_with_both_rounded(weight_OI * factor_I, sample_TI / factor_I, expected_TO, dtype)
+            if error < least:
+                least, best_I = error, factor_I
+        if best_I is not None:
+            _move(layer, seen[name], name, best_I, dtype)
+
+
+def _error_with_both_rounded(
+    weight_OI: torch.Tensor, x_TI: torch.Tensor, expected_TO: torch.Tensor, dtype: torch.dtype
+) -> float:
+    rounded_TI, scale_T1 = round_activations(x_TI, "int8")
+    weight_OI = round_to_nearest(weight_OI, INT8, dtype, search=False).dequantize(torch.float32)
+    return float(((rounded_TI.float() * scale_T1) @ weight_OI.t()).sub_(expected_TO).square_().sum())
 
 
 def scale_for_activations(

@@ -108,7 +108,7 @@ class QuantizedWeight(torch.Tensor):
         )
 
     @property
-    def values_OI(self) -> torch.Tensor:
+    def values_OI(self) -> torch.Tensor:  # noqa: N802
         """The stored numbers: int8, or float8_e4m3fn."""
         if self.scheme.num_bits == 4:
             return from_nibbles(self.stored).to(torch.int8) - 8

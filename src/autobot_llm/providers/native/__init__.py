@@ -12,14 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autobot_llm.engine.batching.profiles import BatchingConfig, get_batching_config
     from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
+    from autobot_llm.engine.quantization.loader import QuantizedModelLoader
+    from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY
+    from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
     from autobot_llm.providers.native.provider import NativeProvider
 
 __all__ = [
     "CACHED_PREFIXES",
+    "QUANTIZED_MODEL_REGISTRY",
     "BatchingConfig",
     "NativeProvider",
     "PrefixCacheConfig",
     "PrefixCacheManager",
+    "QuantizationConfig",
+    "QuantizationType",
+    "QuantizedModelLoader",
     "get_batching_config",
 ]
 
@@ -30,6 +37,10 @@ _MODULES = {
     "CACHED_PREFIXES": "autobot_llm.engine.kv_cache.prefix_cache",
     "PrefixCacheConfig": "autobot_llm.engine.kv_cache.prefix_cache",
     "PrefixCacheManager": "autobot_llm.engine.kv_cache.prefix_cache",
+    "QUANTIZED_MODEL_REGISTRY": "autobot_llm.engine.quantization.registry",
+    "QuantizationConfig": "autobot_llm.engine.quantization.scheme",
+    "QuantizationType": "autobot_llm.engine.quantization.scheme",
+    "QuantizedModelLoader": "autobot_llm.engine.quantization.loader",
 }
 
 

@@ -100,7 +100,9 @@ class _Packer:
             return self._quantized(weight_NK, bias_N, num_outputs, self._interleaved)
         return self._dense(weight_NK, bias_N, num_outputs, self._interleaved)
 
-    def _dense(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, num_outputs: int, arrange: Arrange) -> _Linear:
+    def _dense(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, num_outputs: int, arrange: Arrange
+    ) -> _Linear:
         weight = self.pointer(self._panels(arrange(weight_NK.to(self.dtype))), self.dtype)
         bias = self.pointer(None if bias_N is None else arrange(bias_N.float()))
         return _Linear(weight, bias, num_outputs, weight_NK.shape[1])
@@ -235,8 +237,10 @@ class CompiledExecutor:
         self._kept = (layers, packer)
         self.num_threads = num_threads or fastest_num_threads(self._time_with, max_num_threads())
         self._model: int | None = self._create(self.num_threads)
+        self.quantization = weights.quantization
         kind = f"{bits}-bit" if bits else "bfloat16" if keeps_bf16 else "float32"
-        self.reason = f"{kind} weights, {self.num_threads} threads"
+        widened = f" ({weights.quantization}, dequantized)" if weights.is_quantized and not bits else ""
+        self.reason = f"{kind} weights{widened}, {self.num_threads} threads"
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         logits_RV = torch.empty(len(batch.logit_rows_R), self._vocab_size)
