@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from autobot_llm.settings.values import BadValue, Size, parse_text
 from autobot_llm.tuning.plan import Card, Plan, Recommendation, card_named, make_plan, recommend
 
 GIB = 2**30
+PIPED_WIDTH = 200
 
 
 @click.command(
@@ -76,18 +78,25 @@ def _print(found: Plan, recommended: tuple[Recommendation, ...]) -> None:
         f"{found.memory_bytes / GIB:.1f} GiB, of which 90 % may be used"
     )
     contexts = list(found.rows[0].sequences)
-    table = Table("weights", "KV cache", "GiB", "KV/token", "steps", "graphs", "cache",
-                  *(f"{context:,}" for context in contexts), box=box.SIMPLE_HEAD, pad_edge=False)  # fmt: skip
+    names = ("weights", "KV", "GiB", "KiB/token", "steps", "cache")
+    table = Table(*names, *(_short(context) for context in contexts), box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for row in found.rows:
-        sizes = (row.weight_bytes, row.activation_bytes, row.graph_bytes, row.cache_bytes)
-        weights, steps, graphs, cache = (f"{size / GIB:.2f}" for size in sizes)
+        sizes = (row.weight_bytes, row.activation_bytes + row.graph_bytes, row.cache_bytes)
+        weights, steps, cache = (f"{size / GIB:.2f}" for size in sizes)
         counts = (str(row.sequences[context]) if row.sequences[context] else "-" for context in contexts)
-        per_token = f"{row.kv_bytes_per_token / 1024:.0f} KiB"
-        table.add_row(row.weights, row.kv_cache, weights, per_token, steps, graphs, cache if row.fits else "-", *counts)
-    Console().print(table)
-    click.echo("Under each context: how many sequences of that length fit at once; -: none.")
+        per_token = f"{row.kv_bytes_per_token / 1024:.0f}"
+        table.add_row(row.weights, row.kv_cache, weights, per_token, steps, cache if row.fits else "-", *counts)
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
+    click.echo("Under each context: how many sequences of that length fit at once. Steps: activations and CUDA graphs.")
     click.echo("vLLM and Ollama have 8-bit KV caches. Our engine has none yet, and on a GPU it keeps weights whole.")
     for one in recommended:
         click.echo(f"{click.style(f'{one.engine:<8}', bold=True)}{one.text or '-'}\n        {one.reason}")
+
+
+def _short(num_tokens: int) -> str:
+    """8192 is 8k."""
+    return f"{num_tokens // 1024}k" if num_tokens % 1024 == 0 else str(num_tokens)

@@ -68,7 +68,8 @@ def test_transformers_reads_what_we_write_and_computes_what_we_compute(tmp_path:
     # the products for 4 and 8 bits take their inputs in bfloat16; a rounded activation may fall on the other side
     assert relative_error(engine_logits(folder, ids, keep_quantized=True), theirs) < 0.03
     if kind not in ("w8a8", "fp8"):  # without rounded activations the dequantized twin is the same model
-        assert relative_error(engine_logits(folder, ids, keep_quantized=False), theirs) < 1e-4
+        exactly = 0.01 if kind == "awq" else 1e-4  # theirs is rounded to bfloat16 where it is dequantized at load
+        assert relative_error(engine_logits(folder, ids, keep_quantized=False), theirs) < exactly
     # and the comparison can tell: another model's logits are far away
     assert relative_error(theirs.roll(1, 0), theirs) > 0.5
 

@@ -79,7 +79,7 @@ def make_plan(model: Path, memory_bytes: int, *, workload: str = "mixed") -> Pla
     rows = [
         _row(config, memory_bytes, each, name, scheme, kv, profile.max_num_seqs, profile.max_num_batched_tokens)
         for name, scheme in _weights(config)
-        for kv in ("as weights", "8-bit")
+        for kv in ("16-bit" if each == 2 else "32-bit", "8-bit")
     ]
     return Plan(
         model=folder.name,
@@ -96,9 +96,9 @@ def make_plan(model: Path, memory_bytes: int, *, workload: str = "mixed") -> Pla
 def _weights(config: ModelConfig) -> list[tuple[str, Scheme | None]]:
     """The ways to store the weights: of a quantized model its own alone."""
     if config.quantization is not None:
-        return [(f"as stored: {config.quantization.scheme.name}", config.quantization.scheme)]
+        return [(config.quantization.scheme.name, config.quantization.scheme)]
     eight, four = (scheme_of(QuantizationConfig(type=kind)) for kind in (QuantizationType.W8A8, QuantizationType.GPTQ))
-    return [(config.checkpoint_dtype or "bfloat16", None), ("8-bit (int8, fp8)", eight), ("4-bit (gptq, awq)", four)]
+    return [(config.checkpoint_dtype or "bfloat16", None), ("8-bit", eight), ("4-bit", four)]
 
 
 def _row(

@@ -58,7 +58,7 @@ def _vllm(plan: Plan, card: Card | None) -> Recommendation:
     if row.max_context < plan.max_context:
         wishes["max_model_len"] = _rounded(row.max_context)
     model, notes = plan.model, []
-    if row.weights.startswith("8-bit"):
+    if row.weights == "8-bit":
         if card is None or card.has_fp8:
             wishes["quantization_type"] = "fp8"
             why = ", as INT8 does not run there" if card is not None and card.is_blackwell else ""
@@ -66,7 +66,7 @@ def _vllm(plan: Plan, card: Card | None) -> Recommendation:
         else:
             model = f"{plan.model}-w8a8"
             notes.append(f"{card.name} has no fp8: `autobot-llm quantize {plan.model} --type w8a8` makes {model}")
-    elif row.weights.startswith("4-bit"):
+    elif row.weights == "4-bit":
         model = f"{plan.model}-gptq"
         notes.append(f"`autobot-llm quantize {plan.model} --type gptq --calibration TEXT` makes {model}")
     if row.kv_cache == "8-bit":
