@@ -76,7 +76,8 @@ for name, shape in expected_shapes(config).items():
         tensors.append(tensor)
     del tensor
 with_weights = resident()
-attention = SdpaAttention(config, num_blocks=num_blocks, block_size=16, dtype=torch.bfloat16, device=torch.device("cpu"))
+cpu = torch.device("cpu")
+attention = SdpaAttention(config, num_blocks=num_blocks, block_size=16, dtype=torch.bfloat16, device=cpu)
 for part in (*attention.storage.keys_NKD, *attention.storage.values_NKD):
     part.fill_(1)
 print(json.dumps([with_weights - before, resident() - with_weights]))
@@ -89,7 +90,8 @@ def test_weights_and_cache_take_what_was_planned_within_five_per_cent(tmp_path: 
     folder, num_blocks = folder_of(tmp_path, MIDDLE), 512
     planned = make_plan(folder, 24 * GIB).rows[row]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder), kind, str(num_blocks)], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", MEASURE, str(folder), kind, str(num_blocks)],
+        capture_output=True, text=True, check=False,
         env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PATH": ""}, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

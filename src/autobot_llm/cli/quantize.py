@@ -33,7 +33,7 @@ Types:
   w4     INT4 weights in groups of 128, rounded; no calibration
   gptq   INT4 weights in groups of 128 (GPTQ); reads the calibration text
   awq    INT4 weights in groups of 128 with zero points (AWQ); reads the calibration text
-  fp8    8-bit floats, weights and activations; no calibration
+  fp8    8-bit floats, weights and activations; better with a calibration text, which it can do without
 
 The folder is in compressed-tensors' format, which vLLM, transformers and this engine read. All types are lossy.
 Ctrl-C leaves nothing behind; after a crash the same command goes on where it stopped.""",

@@ -149,7 +149,7 @@ def test_moving_range_does_not_change_the_function(tmp_path: Path, family: str, 
 
 
 def test_smoothing_makes_both_sides_easier_to_round(tmp_path: Path) -> None:
-    layer, seen, math, hidden = watched_layer(small_model(tmp_path / "model", dtype="float32"))
+    layer, seen, _, _ = watched_layer(small_model(tmp_path / "model", dtype="float32"))
     x, weight = seen["down"].sample_TI.clone(), layer.matrices["down"].clone()
     x[:, 5] *= 50
     seen["down"]._sample = [x]

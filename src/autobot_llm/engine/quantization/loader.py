@@ -145,7 +145,7 @@ def quantize_to(
     The result's `by` says which, and why where llm-compressor was asked for and did not do it.
     """
     sequences_BL = None
-    if config.type.needs_calibration and calibration_text is not None:
+    if config.type.reads_calibration and calibration_text is not None:
         sequences_BL = sequences_of(
             calibration_text,
             Tokenizer.from_folder(source),
@@ -180,7 +180,8 @@ def _by_llm_compressor(
     python = compressor.environment(cache_dir, may_install=mode == "install")
     if on_progress is not None:
         on_progress("by llm-compressor", 0, 0)
-    compressor.compress(python, source, folder, config, [] if sequences_BL is None else sequences_BL.tolist())
+    sequences = sequences_BL.tolist() if sequences_BL is not None and config.type.needs_calibration else []
+    compressor.compress(python, source, folder, config, sequences)
     _note_maker(folder, LLM_COMPRESSOR)
     return describe(source, folder, by=LLM_COMPRESSOR, seconds=time.monotonic() - start)
 

@@ -135,8 +135,7 @@ class _Work:
         self._weights = weights
         self._hidden_BLE: torch.Tensor | None = None
         self.num_linear_bytes = self.num_linear_bytes_before = 0
-        if config.type.needs_calibration:
-            assert sequences_BL is not None, "calibration was checked for"
+        if config.type.reads_calibration and sequences_BL is not None:
             self._hidden_BLE = torch.nn.functional.embedding(sequences_BL, weights.embed_VE).float()
             self._math = LayerMath(model, sequences_BL.shape[1])
             self._batch_size = max(1, BATCH_TOKENS // sequences_BL.shape[1])
@@ -186,7 +185,7 @@ class _Work:
         if self._config.type is QuantizationType.AWQ:
             importance_I = seen.hessian_II.diagonal() / seen.hessian_II.diagonal().mean().clamp(min=1e-20)
             return round_to_nearest(weight_OI, self._scheme, dtype, importance_I=importance_I)
-        act_order = self._config.desc_act or self._config.type is QuantizationType.W8A8
+        act_order = self._config.desc_act or self._config.type is not QuantizationType.GPTQ
         return gptq(weight_OI, seen.hessian_II, self._scheme, dtype, act_order=act_order)
 
     def _finish(self, layer: DenseLayer, index: int, quantized: Mapping[str, QuantizedWeight]) -> None:

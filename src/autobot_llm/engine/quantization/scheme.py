@@ -15,7 +15,8 @@ class QuantizationType(StrEnum):
     """What a user asks for. All but `none` are lossy.
 
     w8a8: INT8 weights and activations (SmoothQuant, then GPTQ). w8: INT8 weights alone. w4: INT4 weights by rounding,
-    without calibration. gptq, awq: INT4 weights, calibrated. fp8: 8-bit floats, weights and activations.
+    without calibration. gptq, awq: INT4 weights, calibrated. fp8: 8-bit floats, weights and activations (rounded; by
+    GPTQ where there is a text).
     """
 
     NONE = "none"
@@ -34,6 +35,11 @@ class QuantizationType(StrEnum):
     @property
     def needs_calibration(self) -> bool:
         return self in (QuantizationType.W8A8, QuantizationType.GPTQ, QuantizationType.AWQ)
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether it gains from a text; fp8 does without one, too."""
+        return self.needs_calibration or self is QuantizationType.FP8
 
 
 @dataclass(frozen=True, slots=True)
