@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
@@ -69,7 +69,13 @@ def why_not(config: QuantizationConfig) -> str | None:
     return None
 
 
-def environment(cache_dir: Path, *, may_install: bool, requirements: Sequence[str] = REQUIREMENTS) -> Path:
+def environment(
+    cache_dir: Path,
+    *,
+    may_install: bool,
+    requirements: Sequence[str] = REQUIREMENTS,
+    environ: Mapping[str, str] | None = None,
+) -> Path:
     """The Python of the environment under `cache_dir`, which is made now if it is not there (1.5 GB, a minute or more).
 
     Raises CompressorError where it is not there and may not, or cannot, be made; half an environment is never used.
@@ -84,9 +90,12 @@ def environment(cache_dir: Path, *, may_install: bool, requirements: Sequence[st
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _run([sys.executable, "-m", "venv", str(folder)], INSTALL_TIMEOUT)
-        _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
-             INSTALL_TIMEOUT)  # fmt: skip
+        _run([sys.executable, "-m", "venv", str(folder)], INSTALL_TIMEOUT, "", environ)
+        _run([str(python), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
+            INSTALL_TIMEOUT,
+            "",
+            environ,
+        )  # fmt: skip
         (folder / _READY).touch()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,9 +104,17 @@ def environment(cache_dir: Path, *, may_install: bool, requirements: Sequence[st
 
 
 def compress(
-    python: Path, source: Path, folder: Path, config: QuantizationConfig, sequences: Sequence[Sequence[int]]
+    python: Path,
+    source: Path,
+    folder: Path,
+    config: QuantizationConfig,
+    sequences: Sequence[Sequence[int]],
+    environ: Mapping[str, str] | None = None,
 ) -> None:
-    """Have llm-compressor quantize `source` into `folder`, which appears when it is whole. Raises CompressorError."""
+    """Have llm-compressor quantize `source` into `folder`, which appears when it is whole. Raises CompressorError.
+
+    `environ` is what the child sees; None: all that this process does.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
         job = {
@@ -108,29 +125,20 @@ def compress(
             "folder": str(Path(partial) / "model"),
             "sequences": [list(sequence) for sequence in sequences],
         }
-        _run([str(python), "-c", SCRIPT], None, json.dumps(job))
+        _run([str(python), "-I", "-c", SCRIPT], None, json.dumps(job), environ)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
             if (source / name).exists():
                 shutil.copyfile(source / name, Path(partial) / "model" / name)
         (Path(partial) / "model").rename(folder)
 
 
-def _run(command: list[str], timeout: float | None, text: str = "") -> None:
+def _run(command: list[str], timeout: float | None, text: str = "", environ: Mapping[str, str] | None = None) -> None:
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=timeout, check=False, env=_without_ours()
+            command, input=text, capture_output=True, text=True, timeout=timeout, check=False, env=environ
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompressorError(f"llm-compressor: {error}") from error
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().splitlines()[-3:])
         raise CompressorError(f"llm-compressor: {Path(command[0]).name} ended with {done.returncode}: {last}")
-
-
-def _without_ours() -> dict[str, str]:
-    """Keys and settings of ours are no business of a child's; nor is our own import path."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("AUTOBOT_") and not name.endswith("_API_KEY") and name != "PYTHONPATH"
-    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -60,6 +60,7 @@ class QuantizedModelLoader:
 
     `calibration_text` is what calibrated types read. `compressor_mode`: "off" uses our own quantizers; "installed"
     uses llm-compressor where its environment was made before; "install" makes it. `hub` is asked for known variants.
+    `environ` is what llm-compressor's process sees; None: all that this one does.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class QuantizedModelLoader:
         calibration_text: str | None = None,
         compressor_mode: Literal["off", "installed", "install"] = "off",
         hub: Hub | None = None,
+        environ: Mapping[str, str] | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
         self.config = config or QuantizationConfig()
         self._text = calibration_text
         self._mode = compressor_mode
         self._hub = hub or LocalHub()
+        self._environ = environ
         self._on_progress = on_progress
 
     def load_or_quantize(self, model: str | Path, cache_dir: Path) -> LoadedModel:
@@ -103,7 +106,7 @@ class QuantizedModelLoader:
             )
         made = quantize_to(
             source, folder, self.config, self._text, cache_dir,
-            compressor_mode=self._mode, on_progress=self._on_progress,
+            compressor_mode=self._mode, on_progress=self._on_progress, environ=self._environ,
         )  # fmt: skip
         return LoadedModel(folder, "quantized now", made.by, f"quantized now by {made.by}")
 
@@ -139,6 +142,7 @@ def quantize_to(
     *,
     compressor_mode: str = "off",
     on_progress: OnProgress | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> QuantizedFolder:
     """Quantize with llm-compressor where the mode asks for it and it can, else with our own quantizers.
 
@@ -155,7 +159,9 @@ def quantize_to(
     why_ours = ""
     if compressor_mode != "off":
         try:
-            return _by_llm_compressor(source, folder, config, sequences_BL, cache_dir, compressor_mode, on_progress)
+            return _by_llm_compressor(
+                source, folder, config, sequences_BL, cache_dir, compressor_mode, on_progress, environ
+            )
         except compressor.CompressorError as error:
             why_ours = f" ({error.message})"
     made = quantize_folder(source, folder, config, sequences_BL=sequences_BL, on_progress=on_progress)
@@ -171,17 +177,18 @@ def _by_llm_compressor(
     cache_dir: Path,
     mode: str,
     on_progress: OnProgress | None,
+    environ: Mapping[str, str] | None,
 ) -> QuantizedFolder:
     if (reason := compressor.why_not(config)) is not None:
         raise compressor.CompressorError(reason)
     start = time.monotonic()
     if folder.exists():
         raise ConfigurationError(f"{folder} exists already: name another folder, or remove it")
-    python = compressor.environment(cache_dir, may_install=mode == "install")
+    python = compressor.environment(cache_dir, may_install=mode == "install", environ=environ)
     if on_progress is not None:
         on_progress("by llm-compressor", 0, 0)
     sequences = sequences_BL.tolist() if sequences_BL is not None and config.type.needs_calibration else []
-    compressor.compress(python, source, folder, config, sequences)
+    compressor.compress(python, source, folder, config, sequences, environ)
     _note_maker(folder, LLM_COMPRESSOR)
     return describe(source, folder, by=LLM_COMPRESSOR, seconds=time.monotonic() - start)
 

@@ -59,7 +59,7 @@ class FolderWriter:
         except KeyboardInterrupt:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ConfigurationError(f"{self._folder} cannot be written: {error}") from error
 
     def stored_layer(self, index: int) -> dict[str, torch.Tensor] | None:

@@ -10,6 +10,7 @@ from autobot_llm.engine.quantization.scheme import QuantizationConfig, Quantizat
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.providers.base import OnProgress
 from autobot_llm.settings import Settings
+from autobot_llm.settings.child import child_environment
 
 
 def quantized_weights(
@@ -39,5 +40,6 @@ def quantized_weights(
         calibration_text=text,
         compressor_mode=settings.llm_compressor,
         on_progress=on_progress,
+        environ=child_environment({}),
     )
     return loader.load_or_quantize(folder, settings.cache_dir).folder, QuantizationType.NONE

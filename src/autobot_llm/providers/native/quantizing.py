@@ -16,6 +16,7 @@ from autobot_llm.engine.quantization.quantize import QuantizedFolder
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.providers.native.provider import model_folder
+from autobot_llm.settings.child import child_environment
 
 TAIL_SHARE = 0.1  # of the calibration text, kept for measuring where no other text is given
 # What a type may cost in perplexity before it is called a loss: half as much again as the bars of the project.
@@ -75,8 +76,9 @@ def carry_out(order: Order, cache_dir: Path, on_progress: Callable[[str, int, in
     if config.type.needs_calibration and calibration is None:
         raise ConfigurationError(f"--type {order.kind} needs --calibration FILE; w8, w4 and fp8 need none")
     made = quantize_to(
-        source, folder, config, calibration, cache_dir, compressor_mode=order.compressor_mode, on_progress=on_progress
-    )
+        source, folder, config, calibration, cache_dir, compressor_mode=order.compressor_mode, on_progress=on_progress,
+        environ=child_environment({}),
+    )  # fmt: skip
     quality = None
     if evaluation is not None:
         quality = compare(source, folder, evaluation, cache_dir, num_windows=order.windows, on_progress=on_progress)
