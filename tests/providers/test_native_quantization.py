@@ -23,7 +23,7 @@ def interface(cache: Path, **overrides: object) -> LLMInterface:
 
 async def quantization_of(llm: LLMInterface) -> tuple[bool, bool, str]:
     answer = await llm.chat_completion([{"role": "user", "content": "Hello"}], max_tokens=4, temperature=0)
-    assert answer.usage.output_tokens > 0
+    assert answer.usage.completion_tokens > 0
     row = next(row for row in llm.get_optimizations() if row.provider == "native")
     found = next(one for one in row.optimizations if one.name == "quantization")
     return found.runs, found.could_apply, found.reason

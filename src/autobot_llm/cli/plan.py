@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.settings.values import BadValue, Size, parse_text
-from autobot_llm.tuning.plan import Card, Plan, Recommendation, card_named, make_plan, recommend
+
+if TYPE_CHECKING:
+    from autobot_llm.tuning.plan import Card, Plan, Recommendation
 
 GIB = 2**30
 PIPED_WIDTH = 200
@@ -41,6 +43,8 @@ def plan(model: Path, gpu: str | None, gpu_memory: str | None, workload: str, as
     """
     if (gpu is None) == (gpu_memory is None):
         raise click.UsageError("give either --gpu NAME or --gpu-memory SIZE")
+    from autobot_llm.tuning.plan import card_named, make_plan, recommend
+
     card = None if gpu is None else card_named(gpu)
     memory = int(card.memory_gib * GIB) if card is not None else _size(gpu_memory or "")
     if str(model) == "tiny" and not model.exists():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from autobot_llm.dialects.ollama.models import Shown, Tag
 from autobot_llm.settings import Settings
-from autobot_llm.tuning.plan.gguf import BITS_PER_WEIGHT
+from autobot_llm.tuning.gguf import BITS_PER_WEIGHT
 
 FULL_PRECISION = ("F16", "BF16", "F32")
 ROOM = 1.2  # a model's file times this is what it takes with its cache and buffers

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autobot_llm.settings import load_settings
+from autobot_llm.tuning.gguf import BITS_PER_WEIGHT
 from autobot_llm.tuning.knobs import facts_of, translate_settings
 from autobot_llm.tuning.plan.cards import Card
 from autobot_llm.tuning.plan.fit import UTILIZATION, Plan, Row
-from autobot_llm.tuning.plan.gguf import BITS_PER_WEIGHT
 
 WANTED_CONTEXT = 8192  # what a conversation with documents needs; shorter where the model's own is
 
