@@ -49,11 +49,13 @@ def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits.float()
 
 
-def as_auto_gptq(folder: Path, source: Path, *, version: str, permuted: bool = False) -> dict[str, torch.Tensor]:
+def as_auto_gptq(
+    folder: Path, source: Path, *, version: str, permuted: bool = False, head: bool = False
+) -> dict[str, torch.Tensor]:
     """Write `source` as AutoGPTQ does, 4 bits in groups of 32; return the matrices it stands for."""
     tensors, dense = load_file(source / "model.safetensors"), {}
     generator = torch.Generator().manual_seed(3)
-    for module in _modules(tensors):
+    for module in [*_modules(tensors), *(["lm_head"] if head else [])]:
         weight_OI = tensors.pop(f"{module}.weight").float()
         num_outputs, num_inputs = weight_OI.shape
         group_of_I = torch.arange(num_inputs) // 32

@@ -117,6 +117,16 @@ def test_auto_gptq_folders_are_read(tmp_path: Path, version: str, permuted: bool
     check_read(tmp_path / "gptq", dense)
 
 
+def test_a_quantized_head_is_dequantized(tmp_path: Path) -> None:
+    source = small_model(tmp_path / "model", tie_word_embeddings=False)
+    dense = as_auto_gptq(tmp_path / "gptq", source, version="gptq", head=True)
+    config = load_config(tmp_path / "gptq")
+    weights = load_weights(tmp_path / "gptq", config, dtype=torch.float32, device="cpu", keep_quantized=True)
+    assert not isinstance(weights.lm_head_VE, QuantizedWeight)
+    torch.testing.assert_close(weights.lm_head_VE, dense["lm_head"], rtol=1e-6, atol=1e-6)
+    assert isinstance(weights.layers[0].qkv_weight, QuantizedWeight)
+
+
 def test_auto_awq_folders_are_read(tmp_path: Path) -> None:
     check_read(tmp_path / "awq", as_auto_awq(tmp_path / "awq", small_model(tmp_path / "model")))
 

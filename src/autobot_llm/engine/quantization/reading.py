@@ -74,7 +74,9 @@ class QuantizedReader:
         """The named matrices, one below the other."""
         if all(name in self._parts for name in names):
             parts = [self._quantized(name) for name in names]
-            joined = QuantizedWeight.below_each_other(parts) if self._keep_quantized else None
+            # the head and the embedding are shared with, or read by, code that takes whole matrices
+            keep = self._keep_quantized and names[0].startswith("model.layers.")
+            joined = QuantizedWeight.below_each_other(parts) if keep else None
             if joined is not None:
                 return joined
             return torch.cat([part.dequantize() for part in parts]).to(self._device)
