@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from quantized_folders import small_model
 
 from autobot_llm.cli.main import cli
 from autobot_llm.errors import ConfigurationError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "quantization"))
-
-from quantized_folders import small_model
 
 TEXT = "Once upon a time there was a little girl who had a big red ball. She ran and ran all day. " * 80
 

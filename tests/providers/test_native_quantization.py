@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+from quantized_folders import small_model
 
 from autobot_llm import LLMInterface
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.settings import load_settings
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "quantization"))
-
-from quantized_folders import small_model
 
 
 def interface(cache: Path, **overrides: object) -> LLMInterface:

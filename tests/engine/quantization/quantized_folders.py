@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from model_folders import write_random_model
+from safetensors.torch import load_file, save_file
 
 from autobot_llm.engine.quantization.packing import pack_awq, pack_columns, pack_rows
 

@@ -209,7 +209,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + '/..']
 from quantized_folders import sequences
 from autobot_llm.engine.quantization.quantize import quantize_folder
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType

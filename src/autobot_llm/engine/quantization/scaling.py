@@ -72,7 +72,7 @@ def _best_factor(
     for step in range(NUM_AWQ_STEPS):
         factor_I = mean_I ** (step / NUM_AWQ_STEPS)
         factor_I = factor_I / (factor_I.amax() * factor_I.amin()).sqrt()
-        rounded = round_to_nearest(weight_OI * factor_I, scheme, dtype, search=False).dequantize(torch.float32)
+        rounded = round_to_nearest(weight_OI * factor_I, scheme, dtype).dequantize(torch.float32)
         difference = rounded.div_(factor_I).sub_(weight_OI)
         error = float(((difference @ seen.hessian_II) * difference).sum())
         if error < least:
