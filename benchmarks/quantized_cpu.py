@@ -5,7 +5,7 @@ variants take turns, on one thread, and seconds are of CPU time, so that a busy 
 and one JSON line at the end.
 
     python benchmarks/quantized_cpu.py                      # 0.3B parameters: the figures of docs/results
-    python benchmarks/quantized_cpu.py --layers 2 --tokens 4 --rounds 1
+    python benchmarks/quantized_cpu.py --layers 2 --tokens 6 --rounds 1
 """
 
 from __future__ import annotations
