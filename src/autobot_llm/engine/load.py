@@ -28,7 +28,9 @@ from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.kv_cache.storage import bytes_per_block
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.models.decoder import Decoder
-from autobot_llm.engine.models.weights import load_weights
+from autobot_llm.engine.models.weights import DecoderWeights, load_weights
+from autobot_llm.engine.quantization.online import quantize_online
+from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, ModelLoadError
@@ -67,6 +69,7 @@ class EngineOptions:
     attention_backend: Literal["auto", "triton", "flashinfer", "flash_attention", "sdpa"] = "auto"  # on a GPU
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # on a GPU
     cpu_threads: int | None = None  # measured
+    quantization: QuantizationType = QuantizationType.NONE  # of a folder that is not quantized, as it is loaded; a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,11 @@ def _executor(
 ) -> tuple[Executor, int]:
     """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch."""
     if device.type == "cuda":
+        if options.quantization is not QuantizationType.NONE:
+            raise ConfigurationError(
+                f"AUTOBOT_QUANTIZATION_TYPE={options.quantization.value!r}: quantized products on a GPU are not built "
+                "yet; expected none, or AUTOBOT_DEVICE=cpu"
+            )
         if options.compiled_step == "on":
             raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
         why_eager = why_not_fused(config, dtype)
@@ -287,7 +295,7 @@ def _compiled_executor(
     check_coverage(config)
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
     # The weights as they are stored: the step widens bfloat16 by itself.
-    weights = load_weights(options.folder, config, dtype=None, device="cpu", on_progress=_of_weights(on_progress))
+    weights = _cpu_weights(config, options, None, on_progress)
     _use_one_torch_thread_here()
     return CompiledExecutor(
         config,
@@ -298,6 +306,18 @@ def _compiled_executor(
         max_model_len=sizes.max_model_len,
         num_threads=options.cpu_threads,
     )
+
+
+def _cpu_weights(
+    config: ModelConfig, options: EngineOptions, dtype: torch.dtype | None, on_progress: OnProgress | None
+) -> DecoderWeights:
+    """Quantized matrices as they are stored, or quantized now where that is asked for; others in `dtype`."""
+    weights = load_weights(
+        options.folder, config, dtype=dtype, device="cpu", on_progress=_of_weights(on_progress), keep_quantized=True
+    )
+    if options.quantization is QuantizationType.NONE or weights.is_quantized:
+        return weights
+    return quantize_online(weights, options.quantization)
 
 
 def _of_weights(on_progress: OnProgress | None) -> Callable[[int, int], None] | None:
@@ -329,9 +349,12 @@ def _eager_executor(
     reason: str,
 ) -> EagerExecutor:
     dtype = torch.float32 if device.type == "cpu" else None
-    weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=_of_weights(on_progress))
+    if device.type == "cpu":
+        weights = _cpu_weights(config, options, dtype, on_progress)
+    else:
+        weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=_of_weights(on_progress))
     if device.type == "cpu" and options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
     attention = SdpaAttention(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device)
     decoder = Decoder(config, weights, max_context=sizes.max_model_len)
-    return EagerExecutor(decoder, attention, reason=reason)
+    return EagerExecutor(decoder, attention, reason=reason, quantization=weights.quantization)

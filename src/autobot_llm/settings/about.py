@@ -267,11 +267,25 @@ ABOUT: dict[str, About] = {
     ),
     # Quantization
     "quantization_type": About(
-        "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only.",
+        "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only. Our engine makes "
+        "int8, int4 and fp8 at load, gptq and awq once, in the cache directory; on a CPU only.",
         "engine/quantization, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
+    ),
+    "quantization_calibration": About(
+        "A text like those that the model will see: gptq and awq need one, int8 gains from it. It is read once; the "
+        "quantized model is kept in the cache directory.",
+        "providers/native",
+        NATIVE,
+        now=True,
+    ),
+    "llm_compressor": About(
+        "Who quantizes with a calibration text: our own quantizers (off), llm-compressor where its environment was "
+        "made before (installed), or made now (install: 1.5 GB in the cache directory).",
+        "providers/native",
+        NATIVE,
+        now=True,
     ),
     "use_quantized_models": About(
         "Prefer a known quantized variant of a model where there is one (lossy).",

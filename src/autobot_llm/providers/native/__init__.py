@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autobot_llm.engine.batching.profiles import BatchingConfig, get_batching_config
     from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
+    from autobot_llm.engine.quantization.loader import QuantizedModelLoader
+    from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY
+    from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
     from autobot_llm.engine.speculative.medusa import MEDUSA_CHECKPOINTS, MedusaConfig, MedusaDecoder, MedusaHead
     from autobot_llm.providers.native.provider import NativeProvider
 
 __all__ = [
     "CACHED_PREFIXES",
     "MEDUSA_CHECKPOINTS",
+    "QUANTIZED_MODEL_REGISTRY",
     "BatchingConfig",
     "MedusaConfig",
     "MedusaDecoder",
@@ -25,6 +29,9 @@ __all__ = [
     "NativeProvider",
     "PrefixCacheConfig",
     "PrefixCacheManager",
+    "QuantizationConfig",
+    "QuantizationType",
+    "QuantizedModelLoader",
     "get_batching_config",
 ]
 
@@ -39,6 +46,10 @@ _MODULES = {
     "MedusaConfig": "autobot_llm.engine.speculative.medusa",
     "MedusaDecoder": "autobot_llm.engine.speculative.medusa",
     "MedusaHead": "autobot_llm.engine.speculative.medusa",
+    "QUANTIZED_MODEL_REGISTRY": "autobot_llm.engine.quantization.registry",
+    "QuantizationConfig": "autobot_llm.engine.quantization.scheme",
+    "QuantizationType": "autobot_llm.engine.quantization.scheme",
+    "QuantizedModelLoader": "autobot_llm.engine.quantization.loader",
 }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus, Sc
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.embedding import embed_inputs
 from autobot_llm.providers.native.from_engine import Answer
+from autobot_llm.providers.native.load_or_quantize import quantized_weights
 from autobot_llm.providers.native.optimizations import running_optimizations
 from autobot_llm.providers.native.scoring import score_text
 from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
@@ -243,7 +245,9 @@ class NativeProvider:
     def _build(self, model: str) -> Engine:
         """Load a model and warm its prefixes: on the thread that will own the engine, before it has requests."""
         settings = self._settings
-        engine = load_engine(engine_options(settings, self._folders[model]), self._on_progress)
+        folder, kind = quantized_weights(settings, self._folders[model], self._on_progress)
+        options = replace(engine_options(settings, folder), quantization=kind)
+        engine = load_engine(options, self._on_progress)
         try:
             prefix_cache = PrefixCacheManager(engine, settings.cached_prefixes or CACHED_PREFIXES)
             if settings.warm_prefixes:
