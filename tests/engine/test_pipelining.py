@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from autobot_llm.engine.batching.preemption import SwapSpace
 from autobot_llm.engine.batching.scheduler import Scheduler
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import PipelinedExecutor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import load_config
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.service import EngineService

@@ -26,6 +26,11 @@ and advanced between the two, so that the host works while the device does: it t
 tokens nobody knows yet. What rests on their values waits for `resolve`: publishing blocks, releasing followers. So
 does letting a preempted sequence back in.
 
+Drafts. A sequence that decodes may have guesses at its next tokens (`draft_ids`). A step computes them with its one
+token, as far as the budget, the free blocks and the answer's limit allow, and `resolve` drops those that were not
+accepted: their places in the cache are overwritten, and blocks beyond the accepted tokens are given back. A draft
+preempts nobody, and while somebody waits drafts take no more than half of what a step has left.
+
 All calls come from one thread, and `abort` between `plan` and `advance` is a programming error. The work of a call
 grows with the sequences of the step and not with those that wait.
 """
@@ -100,6 +105,18 @@ class Scheduler:
         self._longest_chunk = max_num_batched_tokens  # in the step at hand
 
     @property
+    def decoding(self) -> list[Sequence]:
+        """The running sequences that lack one token, and whose tokens are all known: the next step may draft for them.
+
+        It gets to them in this order as far as blocks last.
+        """
+        return [
+            s
+            for s in self._running.values()
+            if len(s.token_ids) - s.num_computed_tokens == 1 and s.pending_row == NO_ROW
+        ]
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -131,7 +148,8 @@ class Scheduler:
             self._preempt_for_the_head()
         scheduled = self._plan_decodes()
         num_decodes = len(scheduled)
-        budget = self._prompt_budget(num_decodes)
+        num_draft_tokens = self._plan_drafts(scheduled)
+        budget = self._prompt_budget(num_decodes + num_draft_tokens)
         num_blocks_lacking = 0
         if num_decodes < len(self._running):
             budget, num_blocks_lacking = self._plan_chunks(scheduled, budget)
@@ -143,32 +161,47 @@ class Scheduler:
             assert not self._running or self._has_ending()
             return None
         num_prompt_tokens = sum(item.num_tokens for item in scheduled[num_decodes:])
-        return StepPlan(tuple(scheduled), num_decodes + num_prompt_tokens, num_prompt_tokens)
+        num_tokens = num_decodes + num_draft_tokens + num_prompt_tokens
+        return StepPlan(tuple(scheduled), num_tokens, num_prompt_tokens, num_draft_tokens)
 
     def advance(self, plan: StepPlan) -> None:
         """Take a plan as computed: its sequences go on, those that sample by a token that is not known yet."""
         row = 0
-        for sequence, start, num_tokens, samples, epoch in plan.scheduled:
+        for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
             assert sequence.epoch == epoch, f"sequence {sequence.id} left between plan and advance"
             assert sequence.num_computed_tokens == start
             sequence.num_computed_tokens = start + num_tokens
             if samples:
+                sequence.token_ids.extend(sequence.draft_ids[:num_draft])
                 sequence.token_ids.append(UNKNOWN_TOKEN)
+                row += num_draft
                 sequence.pending_row = row
                 row += 1
 
-    def resolve(self, plan: StepPlan, tokens: SequenceABC[int | None]) -> None:
+    def resolve(
+        self, plan: StepPlan, tokens: SequenceABC[int | None], num_accepted: SequenceABC[int] | None = None
+    ) -> None:
         """Fill in the tokens of a plan that was computed, publish full blocks, release followers.
 
         `tokens` holds one token for each item of the plan that samples, in the plan's order; None for one whose
         sampling failed, which the caller must abort before the next plan. Those of sequences that left are dropped.
+        `num_accepted` says of as many items how many of its draft tokens were right: `tokens` has the one after them.
+        A plan with drafts is resolved before the next one is made.
         """
+        assert num_accepted is not None or plan.num_draft_tokens == 0, "a plan with drafts needs its verdict"
         sampled = iter(tokens)
+        accepted = iter(num_accepted or ())
         size, publishes = self._block_size, self.block_pool.prefix_caching
-        for sequence, start, num_tokens, samples, epoch in plan.scheduled:
+        for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
             stop = start + num_tokens
             token = next(sampled) if samples else None
             has_blocks = sequence.epoch == epoch
+            if samples and num_accepted is not None:
+                num_rejected = num_draft - next(accepted)
+                if num_draft:
+                    assert has_blocks, "nobody is planned between a draft and its verdict"
+                    self._drop_rejected(sequence, stop, num_rejected)
+                    stop -= num_rejected
             if samples and (has_blocks or sequence in self._waiting):
                 self._fill_in(sequence, stop, token)
             if not has_blocks:
@@ -230,6 +263,32 @@ class Scheduler:
                 return False
         sequence.block_ids.extend(block_ids)
         return True
+
+    def _plan_drafts(self, scheduled: list[ScheduledSequence]) -> int:
+        """Add to the decoding sequences as much of their drafts as there is room for; returns the tokens added."""
+        if not any(item.sequence.draft_ids for item in scheduled):
+            return 0
+        pool, size, num_running = self.block_pool, self._block_size, len(self._running)
+        budget = self.max_num_batched_tokens - num_running
+        if len(scheduled) < num_running or self._waiting.head is not None:
+            budget //= 2
+        num_added = 0
+        for i, item in enumerate(scheduled):
+            sequence, start = item.sequence, item.start
+            most = sequence.max_num_tokens - len(sequence.token_ids) - 1
+            num_draft = max(0, min(len(sequence.draft_ids), most, budget - num_added))
+            num_blocks = self._num_blocks(start + 1 + num_draft) - len(sequence.block_ids)
+            if num_blocks > 0:
+                # One block for every running sequence stays: whoever needs it next is not preempted for a guess.
+                block_ids = pool.allocate(num_blocks) if pool.num_free - num_blocks >= num_running else None
+                if block_ids is None:
+                    num_draft = len(sequence.block_ids) * size - start - 1
+                else:
+                    sequence.block_ids.extend(block_ids)
+            if num_draft:
+                scheduled[i] = item._replace(num_tokens=1 + num_draft, num_draft=num_draft)
+                num_added += num_draft
+        return num_added
 
     def _is_ending(self, sequence: Sequence) -> bool:
         """Whether a step under way samples this sequence's last token."""
@@ -378,10 +437,23 @@ class Scheduler:
         return sequence
 
     def _drop_blocks(self, sequence: Sequence) -> None:
+        sequence.draft_ids = []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
         sequence.published = []
         sequence.epoch += 1
+
+    def _drop_rejected(self, sequence: Sequence, stop: int, num_rejected: int) -> None:
+        """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need."""
+        sequence.draft_ids = []
+        if not num_rejected:
+            return
+        del sequence.token_ids[stop - num_rejected : stop]
+        sequence.num_computed_tokens = stop - num_rejected
+        num_blocks = self._num_blocks(sequence.num_computed_tokens)
+        if num_blocks < len(sequence.block_ids):
+            self.block_pool.free(sequence.block_ids[num_blocks:])
+            del sequence.block_ids[num_blocks:]
 
     def _fill_in(self, sequence: Sequence, position: int, token: int | None) -> None:
         if len(sequence.token_ids) == position + 1:  # else a later step goes on from this token

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from autobot_llm.engine.description import DescribedExecutor
-from autobot_llm.engine.engine import Engine, Output, RequestStats
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.request import Output, RequestStats
 from autobot_llm.engine.tool_calls.json_call import CallArguments, Piece, Text
 from autobot_llm.engine.tool_calls.parser import ToolCallParser
 from autobot_llm.providers.native.answer_shape import Tools

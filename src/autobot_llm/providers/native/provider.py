@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 from autobot_llm.engine.batching.profiles import get_batching_config
 from autobot_llm.engine.description import DescribedExecutor
-from autobot_llm.engine.engine import Engine, EngineRequest
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
 from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.service import EngineService
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
 from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus, ScoredToken

@@ -1,0 +1,123 @@
+"""What drafts and steps have been worth so far. Knows counts and seconds; knows nothing of sequences or of choices."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+HISTORY = 100
+"""Drafts of one kind that are remembered."""
+
+ENOUGH = 20
+"""Measurements after which a kind is judged by them alone."""
+
+PRIOR_RATE = 0.5
+PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
+
+_NUM_PLAIN, _NUM_EXTRA = 9, 15
+
+
+class AcceptanceHistory:
+    """How the last HISTORY drafts of one kind went, position by position.
+
+    A draft of which `tried` tokens were looked at and `passed` were right says something of the positions up to
+    `tried` only. The chance of position j is a product of conditional rates, each among the drafts that were right
+    before it (the estimator of Kaplan and Meier, 1958).
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+        self._drafts: deque[tuple[int, int]] = deque()
+        self._num_tried = [0] * max_length
+        self._num_passed = [0] * max_length
+        self._survival: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self._drafts)
+
+    @property
+    def rate(self) -> float:
+        """Share of the tokens looked at that were right, those after a wrong one not counted."""
+        return sum(self._num_passed) / max(1, sum(self._num_tried))
+
+    @property
+    def by_position(self) -> list[float | None]:
+        """Share of right ones at each position, among drafts that were right before it; None where none was."""
+        pairs = zip(self._num_passed, self._num_tried, strict=True)
+        return [passed / tried if tried else None for passed, tried in pairs]
+
+    def record(self, tried: int, passed: int) -> None:
+        tried = min(tried, self._max_length)
+        passed = min(passed, tried)
+        self._drafts.append((tried, passed))
+        self._add(tried, passed, 1)
+        if len(self._drafts) > HISTORY:
+            self._add(*self._drafts.popleft(), -1)
+        self._survival = None
+
+    def survival(self) -> list[float]:
+        """The chance that a draft is right up to and including each position."""
+        if self._survival is None:
+            chance, rate = 1.0, PRIOR_RATE
+            self._survival = []
+            for passed, tried in zip(self._num_passed, self._num_tried, strict=True):
+                rate = (passed + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+                chance *= rate
+                self._survival.append(chance)
+        return self._survival
+
+    def _add(self, tried: int, passed: int, sign: int) -> None:
+        for position in range(tried):
+            self._num_tried[position] += sign
+        for position in range(passed):
+            self._num_passed[position] += sign
+
+
+class StepCosts:
+    """Seconds of steps by the sequences that decode in them, and what draft tokens add.
+
+    Medians, so that one step that met a busy machine changes nothing. A plain step's cost is known for a number of
+    sequences once such a step was measured; what a draft token adds is taken from the nearest size that was.
+    """
+
+    def __init__(self) -> None:
+        self._plain: dict[int, deque[float]] = {}
+        self._plain_medians: dict[int, float] = {}
+        self._extra: dict[tuple[int, int], deque[float]] = {}
+        self._extra_medians: dict[tuple[int, int], float] = {}
+        self.seconds_per_prompt_token: float | None = None
+
+    def record(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
+        """Learn from a step without prompts."""
+        if num_draft_tokens == 0:
+            plain = self._plain.get(num_sequences)
+            if plain is None:
+                plain = self._plain[num_sequences] = deque(maxlen=_NUM_PLAIN)
+            plain.append(seconds)
+            self._plain_medians[num_sequences] = median(plain)
+            return
+        if (before := self._plain_medians.get(num_sequences)) is None:
+            return
+        key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
+        samples = self._extra.setdefault(key, deque(maxlen=_NUM_EXTRA))
+        samples.append((seconds - before) / num_draft_tokens)
+        self._extra_medians[key] = max(0.0, median(samples))
+
+    def plain(self, num_sequences: int) -> float | None:
+        """Seconds of a step without drafts; None where none was measured."""
+        return self._plain_medians.get(num_sequences)
+
+    def extra_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
+        """Seconds that each of so many draft tokens adds; call it where `plain` is known.
+
+        Where nothing like it was measured, a token costs what one of a prompt does, else its share of a step.
+        """
+        key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
+        known = self._extra_medians.get(key)
+        if known is not None:
+            return known
+        if self._extra_medians:
+            nearest = min(self._extra_medians, key=lambda k: (abs(k[0] - key[0]), abs(k[1] - key[1])))
+            if abs(nearest[0] - key[0]) <= 2:
+                return self._extra_medians[nearest]
+        return self.seconds_per_prompt_token or self._plain_medians[num_sequences] / num_sequences
