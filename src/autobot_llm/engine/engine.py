@@ -68,6 +68,7 @@ class Engine:
         *,
         bytes_per_block: int,
         speculator: Speculator | None = None,
+        speculation_reason: str = "switched off",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
@@ -79,6 +80,7 @@ class Engine:
         self._clock = clock
         self._sampler = sampler
         self.speculator = speculator
+        self.speculation_reason = speculation_reason
         self._sampling_arrays = SamplingArraysBuilder(sampler.vocab_size)
         self._batches = BatchBuilder(scheduler.block_pool.block_size)
         self._in_flight: _StepInFlight | None = None
@@ -203,17 +205,15 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return []
-        stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
-        num_accepted = [0] * len(stats)
-        if plan.num_draft_tokens:
-            logits_RV = self.executor.execute(self._batches.build(plan))
-            verdict = verify(self._sampler, logits_RV, plan.scheduled)
-            num_accepted = [len(found) - 1 for found in verdict]
-            outputs = self._accept_drafts(plan, verdict, num_accepted)
-        else:
+        if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
-        costs = speculator.controller.costs
-        costs.seconds_per_prompt_token = self.scheduler.step_cost.seconds_per_prompt_token
+            speculator.record_plain(plan, self._clock() - begin_time, self.scheduler.step_cost)
+            return outputs
+        stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
+        logits_RV = self.executor.execute(self._batches.build(plan))
+        verdict = verify(self._sampler, logits_RV, plan.scheduled)
+        num_accepted = [len(found) - 1 for found in verdict]
+        outputs = self._accept_drafts(plan, verdict, num_accepted)
         speculator.record(plan, num_accepted, self._clock() - begin_time, stats)
         return outputs
 

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,8 @@ from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.models.decoder import Decoder
 from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.sampler import Sampler
+from autobot_llm.engine.speculative.build import SpeculationOptions, Target, build_speculator, make_draft_model
+from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, ModelLoadError
 
@@ -66,6 +68,7 @@ class EngineOptions:
     attention_backend: Literal["auto", "triton", "flashinfer", "flash_attention", "sdpa"] = "auto"  # on a GPU
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # on a GPU
     cpu_threads: int | None = None  # measured
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,63 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         swap_space=_swap_space(options, executor, device, block_bytes),
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
-    return Engine(config, tokenizer, executor, scheduler, Sampler(config.vocab_size), bytes_per_block=block_bytes)
+    target = _target(config, tokenizer, options, sizes, num_blocks)
+    make_draft = partial(_draft_executor, options, sizes, device)
+    try:
+        speculator, speculation_reason = build_speculator(options.speculation, target, executor, make_draft)
+    except BaseException:
+        executor.close()
+        raise
+    log.info("speculation: %s", speculation_reason)
+    return Engine(
+        config,
+        tokenizer,
+        executor,
+        scheduler,
+        Sampler(config.vocab_size),
+        bytes_per_block=block_bytes,
+        speculator=speculator,
+        speculation_reason=speculation_reason,
+    )
+
+
+def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:
+    """A draft model for the model in `folder`, without that model. Raises what `load_engine` does."""
+    config, device = load_config(folder), _device(options)
+    sizes = _sizes(config, options, device)
+    num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
+    target = _target(config, Tokenizer.from_folder(folder), replace(options, folder=folder), sizes, num_blocks)
+    return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
+
+
+def _target(
+    config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, sizes: _Sizes, num_blocks: int
+) -> Target:
+    return Target(
+        folder=options.folder,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        prefix_caching=options.prefix_caching,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+    )
+
+
+def _draft_executor(
+    options: EngineOptions,
+    sizes: _Sizes,
+    device: torch.device,
+    folder: Path,
+    config: ModelConfig,
+    context: int,
+    num_blocks: int,
+) -> Executor:
+    options, sizes = replace(options, folder=folder), replace(sizes, max_model_len=context)
+    if device.type == "cpu":
+        return _cpu_executor(config, options, sizes, device, num_blocks, None)
+    return _eager_executor(config, options, sizes, device, num_blocks, None, reason="a draft model")
 
 
 def _device(options: EngineOptions) -> torch.device:

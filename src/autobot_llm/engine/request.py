@@ -68,6 +68,5 @@ class RequestStats:
     largest_batch: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    num_decode_steps: int = 0
     seconds_saved: float = 0.0
     """By drafts: the plain steps' measured time for its tokens, less what the steps with drafts took."""

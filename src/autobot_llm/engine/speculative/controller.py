@@ -22,12 +22,14 @@ from typing import NamedTuple, Protocol
 from autobot_llm.engine.speculative.measurements import ENOUGH, AcceptanceHistory, StepCosts
 
 REFRESH = 128
-PROBE_SHARE = 0.005
+MARGIN = 1.02
+"""How much quicker than a plain step the best choice must be: less than that is lost in what is not known."""
+PROBE_SHARE = 0.01
+PROBE_GRANT = 0.1  # seconds for the first looks at a costly method
 PROBE_TOKENS = 2
-CATCH_UP_STEPS = 16
+OFFER_EVERY = 16  # steps, while a costly method is not in use
+CATCH_UP_STEPS = 32
 """Steps over which a costly method's catching up with a sequence is expected to pay."""
-
-Chances = SequenceABC[float]
 
 
 class Decision(NamedTuple):
@@ -39,18 +41,28 @@ class Decision(NamedTuple):
     costly_for: SequenceABC[int] = ()
 
 
+Histories = SequenceABC[AcceptanceHistory | None]
+"""How drafts like each sequence's went; None where it has none, or one that may not be used."""
+
+
 @dataclass(frozen=True, slots=True)
 class CostlyOffer:
-    """What a costly method has to offer: its chances, and how many tokens it lags behind each sequence."""
+    """What a costly method has to offer each sequence, and how many tokens it lags behind."""
 
-    chances: Chances
+    histories: Histories
     lags: list[int]
 
 
 class DraftPolicy(Protocol):
-    """Who decides. `free[i]` are the chances of sequence i's free draft, empty where it has none."""
+    """Who decides."""
 
-    def decide(self, free: SequenceABC[Chances], costly: CostlyOffer | None) -> Decision: ...
+    def wants_offer(self) -> bool:
+        """Whether the costly method is to be asked in this step."""
+        ...
+
+    def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision | None:
+        """What to verify; None: nothing."""
+        ...
 
 
 class Always:
@@ -59,8 +71,11 @@ class Always:
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
 
-    def decide(self, free: SequenceABC[Chances], costly: CostlyOffer | None) -> Decision:
-        num_free = [min(len(chances), self._num_tokens) for chances in free]
+    def wants_offer(self) -> bool:
+        return True
+
+    def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision:
+        num_free = [0 if history is None else self._num_tokens for history in free]
         if costly is None:
             return Decision(num_free)
         return Decision(num_free, self._num_tokens, [i for i, number in enumerate(num_free) if number == 0])
@@ -88,8 +103,8 @@ class CostlyCosts:
         nearest = min(self._passes, key=lambda other: abs(other - size))
         return float(median(self._passes[nearest])) * 2.0 ** max(0, size - nearest)
 
-    def per_token_behind(self) -> float | None:
-        return median(self._catch_up) if self._catch_up else None
+    def per_token_behind(self, per_pass: float) -> float:
+        return float(median(self._catch_up)) if self._catch_up else per_pass / 4
 
 
 class Controller:
@@ -102,7 +117,9 @@ class Controller:
         self._max_tokens = max_tokens
         self._floor = floor
         self._num_since_plain = 0
-        self._allowance = 0.0  # seconds that may be spent on looking again
+        self._num_since_offer = 0
+        self._uses_costly = False
+        self._allowance = PROBE_GRANT
 
     def record_step(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
         """Learn from a step without prompts, drafting not included in its seconds."""
@@ -114,82 +131,92 @@ class Controller:
         """Whether the floor lets drafts of a kind be used; their acceptance is measured all the same."""
         return self._floor is None or len(history) < ENOUGH or history.rate >= self._floor
 
-    def decide(self, free: SequenceABC[Chances], costly: CostlyOffer | None) -> Decision:
-        num_sequences = len(free)
-        nothing = Decision([0] * num_sequences)
-        plain = self.costs.plain(num_sequences)
+    def wants_offer(self) -> bool:
+        self._num_since_offer += 1
+        return self._uses_costly or self._num_since_offer >= OFFER_EVERY
+
+    def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision | None:
+        plain = self.costs.plain(len(free))
         if plain is None or self._num_since_plain >= REFRESH:
-            return nothing
-        decision, rate = self._best_free(free, plain) if any(free) else (nothing, num_sequences / plain)
+            return None
+        decision, rate = self._best_free(free, plain)
         if costly is None:
             return decision
-        per_pass = self.costly_costs.per_pass(num_sequences)
-        if per_pass is not None and costly.chances:
-            decision, rate = self._best_costly(free, costly, decision, rate, plain, per_pass)
-        if decision.num_costly == 0 and not any(decision.num_free):
-            return self._probe(costly, decision, plain)
-        return decision
+        self._num_since_offer = 0
+        decision = self._best_costly(free, costly, decision, rate, plain)
+        self._uses_costly = decision is not None and decision.num_costly > 0
+        return self._probe(costly, plain) if decision is None else decision
 
-    def _best_free(self, free: SequenceABC[Chances], plain: float) -> tuple[Decision, float]:
+    def _best_free(self, free: Histories, plain: float) -> tuple[Decision | None, float]:
         num_sequences = len(free)
-        tokens, best_rate, best_number = float(num_sequences), num_sequences / plain, 0
-        if num_sequences == 1:
-            ranked = [(chance, 0) for chance in free[0][: self._max_tokens]]
-        else:
-            ranked = [(chance, i) for i, chances in enumerate(free) for chance in chances[: self._max_tokens]]
+        least_rate = num_sequences / plain
+        added = self.costs.added(num_sequences, num_sequences * self._max_tokens)
+        # The rate grows by a token only if that is likelier than the time it takes is long.
+        least_chance = least_rate * added[1] / 2
+        ranked: list[tuple[float, int]] = []
+        for i, history in enumerate(free):
+            if history is not None and history.first_chance > least_chance:
+                ranked += [(chance, i) for chance in history.survival()[: self._max_tokens]]
+        if not ranked:
+            return None, least_rate
+        if num_sequences > 1:
             ranked.sort(key=_chance, reverse=True)
+        tokens, best_rate, best_number = float(num_sequences), least_rate * MARGIN, 0
         for number, (chance, _) in enumerate(ranked, 1):
             tokens += chance
-            rate = tokens / (plain + number * self.costs.extra_per_token(num_sequences, number))
+            rate = tokens / (plain + added[number])
             if rate > best_rate:
                 best_rate, best_number = rate, number
+        if best_number == 0:
+            return None, least_rate
         num_free = [0] * num_sequences
         for _, i in ranked[:best_number]:
             num_free[i] += 1
         return Decision(num_free), best_rate
 
     def _best_costly(
-        self,
-        free: SequenceABC[Chances],
-        costly: CostlyOffer,
-        decision: Decision,
-        rate: float,
-        plain: float,
-        per_pass: float,
-    ) -> tuple[Decision, float]:
-        """The costly method for every sequence whose free draft is not likelier, as far ahead as pays."""
+        self, free: Histories, costly: CostlyOffer, decision: Decision | None, rate: float, plain: float
+    ) -> Decision | None:
+        """The costly method for every sequence that has no likelier free draft, as far ahead as pays."""
         num_sequences = len(free)
-        first = costly.chances[0]
-        chosen = [i for i, chances in enumerate(free) if not chances or chances[0] < first or not decision.num_free[i]]
-        if not chosen:
-            return decision, rate
-        kept = [0 if i in set(chosen) else number for i, number in enumerate(decision.num_free)]
-        tokens = num_sequences + sum(sum(free[i][:number]) for i, number in enumerate(kept))
-        num_kept = sum(kept)
+        num_free = [0] * num_sequences if decision is None else decision.num_free
+        chosen = [
+            i
+            for i, (mine, its) in enumerate(zip(free, costly.histories, strict=True))
+            if its is not None and (num_free[i] == 0 or mine is None or mine.first_chance < its.first_chance)
+        ]
+        per_pass = self.costly_costs.per_pass(len(chosen))
+        if not chosen or per_pass is None:
+            return decision
+        is_chosen = set(chosen)
+        kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
+        tokens = float(num_sequences)
+        for history, number in zip(free, kept, strict=True):
+            tokens += 0.0 if history is None else sum(history.survival()[:number])
         num_behind = sum(costly.lags[i] - 1 for i in chosen)
-        seconds = plain + num_behind * (self.costly_costs.per_token_behind() or per_pass / 4) / CATCH_UP_STEPS
-        best = decision
-        for length, chance in enumerate(costly.chances[: self._max_tokens], 1):
-            tokens += chance * len(chosen)
-            number = num_kept + length * len(chosen)
-            extra = number * self.costs.extra_per_token(num_sequences, number)
-            this_rate = tokens / (seconds + extra + length * per_pass)
-            if this_rate > rate:
-                rate, best = this_rate, Decision(kept, length, chosen)
-        return best, rate
+        seconds = plain + num_behind * self.costly_costs.per_token_behind(per_pass) / CATCH_UP_STEPS
+        added = self.costs.added(num_sequences, num_sequences * self._max_tokens)
+        survivals = [history.survival() for i in chosen if (history := costly.histories[i]) is not None]
+        best, best_rate = decision, rate * MARGIN if decision is None else rate
+        for length in range(1, self._max_tokens + 1):
+            tokens += sum(survival[length - 1] for survival in survivals)
+            this_rate = tokens / (seconds + added[sum(kept) + length * len(chosen)] + length * per_pass)
+            if this_rate > best_rate:
+                best_rate, best = this_rate, Decision(kept, length, chosen)
+        return best
 
-    def _probe(self, costly: CostlyOffer, decision: Decision, plain: float) -> Decision:
-        nearest = min(range(len(costly.lags)), key=costly.lags.__getitem__)
+    def _probe(self, costly: CostlyOffer, plain: float) -> Decision | None:
+        """Try the costly method on the sequence that it lags behind least, where the allowance has the time."""
+        num_sequences = len(costly.lags)
+        nearest = min(range(num_sequences), key=costly.lags.__getitem__)
         per_pass = self.costly_costs.per_pass(1)
         per_pass = plain if per_pass is None else per_pass
-        behind = self.costly_costs.per_token_behind()
-        per_token = per_pass / 4 if behind is None else behind
-        extra = PROBE_TOKENS * self.costs.extra_per_token(len(costly.lags), PROBE_TOKENS)
-        seconds = PROBE_TOKENS * per_pass + (costly.lags[nearest] - 1) * per_token + extra
+        seconds = PROBE_TOKENS * per_pass + self.costs.added(num_sequences, PROBE_TOKENS)[PROBE_TOKENS]
+        seconds += (costly.lags[nearest] - 1) * self.costly_costs.per_token_behind(per_pass)
         if seconds > self._allowance:
-            return decision
+            return None
         self._allowance -= seconds
-        return Decision(decision.num_free, PROBE_TOKENS, [nearest])
+        return Decision([0] * num_sequences, PROBE_TOKENS, [nearest])
 
 
 def _chance(ranked: tuple[float, int]) -> float:

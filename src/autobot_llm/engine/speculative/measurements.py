@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 
 HISTORY = 100
 """Drafts of one kind that are remembered."""
@@ -31,6 +30,8 @@ class AcceptanceHistory:
         self._num_tried = [0] * max_length
         self._num_passed = [0] * max_length
         self._survival: list[float] | None = None
+        self.first_chance = PRIOR_RATE
+        """That a draft's first token is right: `survival()[0]`."""
 
     def __len__(self) -> int:
         return len(self._drafts)
@@ -53,6 +54,7 @@ class AcceptanceHistory:
         self._add(tried, passed, 1)
         if len(self._drafts) > HISTORY:
             self._add(*self._drafts.popleft(), -1)
+        self.first_chance = (self._num_passed[0] + PRIOR_WEIGHT * PRIOR_RATE) / (self._num_tried[0] + PRIOR_WEIGHT)
         self._survival = None
 
     def survival(self) -> list[float]:
@@ -85,7 +87,8 @@ class StepCosts:
         self._plain_medians: dict[int, float] = {}
         self._extra: dict[tuple[int, int], deque[float]] = {}
         self._extra_medians: dict[tuple[int, int], float] = {}
-        self.seconds_per_prompt_token: float | None = None
+        self._added: dict[int, list[float]] = {}
+        self._seconds_per_prompt_token: float | None = None
 
     def record(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
         """Learn from a step without prompts."""
@@ -94,30 +97,49 @@ class StepCosts:
             if plain is None:
                 plain = self._plain[num_sequences] = deque(maxlen=_NUM_PLAIN)
             plain.append(seconds)
-            self._plain_medians[num_sequences] = median(plain)
+            self._plain_medians[num_sequences] = _median(plain)
             return
         if (before := self._plain_medians.get(num_sequences)) is None:
             return
         key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
         samples = self._extra.setdefault(key, deque(maxlen=_NUM_EXTRA))
         samples.append((seconds - before) / num_draft_tokens)
-        self._extra_medians[key] = max(0.0, median(samples))
+        self._extra_medians[key] = max(0.0, _median(samples))
+        self._added.clear()
+
+    def learn_prompt_token(self, seconds: float | None) -> None:
+        """What a prompt's token adds to a step: a draft's is taken for as much where none was measured."""
+        if self._seconds_per_prompt_token is None:
+            self._added.clear()
+        self._seconds_per_prompt_token = seconds
 
     def plain(self, num_sequences: int) -> float | None:
         """Seconds of a step without drafts; None where none was measured."""
         return self._plain_medians.get(num_sequences)
 
-    def extra_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
-        """Seconds that each of so many draft tokens adds; call it where `plain` is known.
+    def added(self, num_sequences: int, max_draft_tokens: int) -> list[float]:
+        """Seconds that 0, 1, 2 ... `max_draft_tokens` draft tokens add to a step; call it where `plain` is known."""
+        added = self._added.get(num_sequences)
+        if added is None or len(added) <= max_draft_tokens:
+            each: dict[int, float] = {}
+            added = [0.0]
+            for number in range(1, max_draft_tokens + 1):
+                size = number.bit_length()
+                if size not in each:
+                    each[size] = self._extra_per_token(num_sequences, size)
+                added.append(number * each[size])
+            self._added[num_sequences] = added
+        return added
 
-        Where nothing like it was measured, a token costs what one of a prompt does, else its share of a step.
-        """
-        key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
-        known = self._extra_medians.get(key)
-        if known is not None:
+    def _extra_per_token(self, num_sequences: int, size: int) -> float:
+        key = (num_sequences.bit_length(), size)
+        if (known := self._extra_medians.get(key)) is not None:
             return known
-        if self._extra_medians:
-            nearest = min(self._extra_medians, key=lambda k: (abs(k[0] - key[0]), abs(k[1] - key[1])))
-            if abs(nearest[0] - key[0]) <= 2:
-                return self._extra_medians[nearest]
-        return self.seconds_per_prompt_token or self._plain_medians[num_sequences] / num_sequences
+        near = [other for other in self._extra_medians if abs(other[0] - key[0]) <= 2]
+        if near:
+            return self._extra_medians[min(near, key=lambda other: abs(other[0] - key[0]) * 4 + abs(other[1] - key[1]))]
+        return self._seconds_per_prompt_token or self._plain_medians[num_sequences] / num_sequences
+
+
+def _median(values: deque[float]) -> float:
+    return sorted(values)[len(values) // 2]

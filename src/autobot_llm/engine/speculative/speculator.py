@@ -10,12 +10,13 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
 from autobot_llm.engine.batching.plan import StepPlan
+from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.controller import Chances, Controller, CostlyOffer, DraftPolicy
+from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
 from autobot_llm.engine.speculative.measurements import AcceptanceHistory
 from autobot_llm.engine.speculative.ngram import Observer
-from autobot_llm.engine.speculative.proposer import CostlyProposer, FreeProposer
+from autobot_llm.engine.speculative.proposer import CostlyProposer, Draft, FreeProposer
 
 
 @dataclass(slots=True)
@@ -99,53 +100,57 @@ class Speculator:
     def propose(self, sequences: list[Sequence]) -> None:
         """Set the drafts of the sequences that the next step may decode."""
         self.drafting_seconds = 0.0
-        self._drafted_by.clear()
         if not sequences:
             return
-        free = self._free
-        drafts = [None if free is None else free.propose(s, self.max_tokens + 1) for s in sequences]
-        chances: list[Chances] = [
-            () if draft is None or free is None else self._chances(free.name, draft.kind) for draft in drafts
-        ]
-        costly = self._costly
-        if costly is None:
-            if not any(chances):
-                for sequence in sequences:
-                    sequence.draft_ids = []
-                return
-            decision = self._policy.decide(chances, None)
-        else:
-            offer = CostlyOffer(self._chances(costly.name, ""), [costly.lag(s) for s in sequences])
-            decision = self._policy.decide(chances, offer)
+        free, costly = self._free, self._costly
+        drafts: list[Draft | None] = [None] * len(sequences)
+        histories: list[AcceptanceHistory | None] = [None] * len(sequences)
+        for i, sequence in enumerate(sequences):
+            sequence.draft_ids = []
+            if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
+                drafts[i] = draft
+                histories[i] = self._usable(free.name, draft.kind)
+        offer = None
+        if costly is not None and self._policy.wants_offer():
+            offer = CostlyOffer(
+                [self._usable(costly.name, _kind(s)) for s in sequences], [costly.lag(s) for s in sequences]
+            )
+        decision = self._policy.decide(histories, offer)
+        if decision is None:
+            return
+        self._drafted_by.clear()
         for sequence, draft, number in zip(sequences, drafts, decision.num_free, strict=True):
             if number and draft is not None and free is not None:
                 self._give(sequence, draft.token_ids[:number], free.name, draft.kind)
-            else:
-                sequence.draft_ids = []
         if costly is not None and decision.num_costly:
             self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly)
+
+    def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
+        """Learn from a step without drafts, which took so long, in vain drafting included."""
+        if plan.num_prompt_tokens:
+            self.controller.costs.learn_prompt_token(step_cost.seconds_per_prompt_token)
+        else:
+            self.controller.record_step(len(plan.scheduled), 0, seconds - self.drafting_seconds)
 
     def record(
         self, plan: StepPlan, num_accepted: SequenceABC[int], seconds: float, stats: SequenceABC[RequestStats]
     ) -> None:
-        """Learn from a step that took so long, drafting included. `num_accepted` and `stats` are of the items that
-        sample, in the plan's order."""
+        """Learn from a step with drafts that took so long, drafting included. `num_accepted` and `stats` are of the
+        items that sample, in the plan's order."""
+        self.num_steps += 1
         num_scheduled = len(plan.scheduled)
-        plain = self.controller.costs.plain(num_scheduled) if plan.num_draft_tokens else None
+        plain = self.controller.costs.plain(num_scheduled) if plan.num_prompt_tokens == 0 else None
         sampling = (item for item in plan.scheduled if item.samples)
         for item, number, figures in zip(sampling, num_accepted, stats, strict=True):
-            figures.num_decode_steps += 1
             figures.num_draft_tokens += item.num_draft
             figures.num_accepted_tokens += number
-            if plain is not None and plan.num_prompt_tokens == 0:
+            if plain is not None:
                 figures.seconds_saved += (1 + number) * plain - seconds
             if item.num_draft:
                 method, kind = self._drafted_by[item.sequence.id]
                 self.figures.setdefault(method, MethodFigures()).record(item.num_draft, number)
                 if self._free is None or method != self._free.name:  # a free method is observed whatever is verified
                     self._history(method, kind).record(min(item.num_draft, number + 1), number)
-        if plan.num_draft_tokens:
-            self.num_steps += 1
         if plan.num_prompt_tokens == 0:
             self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
 
@@ -167,7 +172,7 @@ class Speculator:
         self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
         for sequence, token_ids in zip(sequences, drafts, strict=True):
             if token_ids:
-                self._give(sequence, token_ids, costly.name, "")
+                self._give(sequence, token_ids, costly.name, _kind(sequence))
 
     def _give(self, sequence: Sequence, token_ids: list[int], method: str, kind: str) -> None:
         """Cut a draft where the answer would end or its grammar forbids it."""
@@ -181,9 +186,9 @@ class Speculator:
         sequence.draft_ids = token_ids
         self._drafted_by[sequence.id] = method, kind
 
-    def _chances(self, method: str, kind: str) -> Chances:
+    def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
         history = self._history(method, kind)
-        return history.survival() if self.controller.is_allowed(history) else ()
+        return history if self.controller.is_allowed(history) else None
 
     def _history(self, method: str, kind: str) -> AcceptanceHistory:
         history = self.histories.get((method, kind))
@@ -194,3 +199,8 @@ class Speculator:
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
         assert self._free is not None
         self._history(self._free.name, kind).record(tried, passed)
+
+
+def _kind(sequence: Sequence) -> str:
+    """A model agrees with another's best token more often than with a drawn one."""
+    return "greedy" if sequence.params.is_greedy else "sampled"
