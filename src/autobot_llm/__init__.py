@@ -60,9 +60,12 @@ from autobot_llm.types import (
 
 if TYPE_CHECKING:
     from autobot_llm.providers.native import CACHED_PREFIXES as CACHED_PREFIXES
+    from autobot_llm.providers.native import DRAFT_MODEL_RECOMMENDATIONS as DRAFT_MODEL_RECOMMENDATIONS
     from autobot_llm.providers.native import BatchingConfig as BatchingConfig
     from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
     from autobot_llm.providers.native import PrefixCacheManager as PrefixCacheManager
+    from autobot_llm.providers.native import SpeculativeConfig as SpeculativeConfig
+    from autobot_llm.providers.native import SpeculativeDecoder as SpeculativeDecoder
     from autobot_llm.providers.native import get_batching_config as get_batching_config
     from autobot_llm.universal.compression import COMPRESSED_SYSTEM_PROMPTS as COMPRESSED_SYSTEM_PROMPTS
     from autobot_llm.universal.compression import CompressionResult as CompressionResult
@@ -118,7 +121,16 @@ __all__ = [
 
 # Not in __all__: a light install has no engine, and `import *` would ask for them.
 _OF_THE_ENGINE = frozenset(
-    {"CACHED_PREFIXES", "BatchingConfig", "PrefixCacheConfig", "PrefixCacheManager", "get_batching_config"}
+    {
+        "CACHED_PREFIXES",
+        "DRAFT_MODEL_RECOMMENDATIONS",
+        "BatchingConfig",
+        "PrefixCacheConfig",
+        "PrefixCacheManager",
+        "SpeculativeConfig",
+        "SpeculativeDecoder",
+        "get_batching_config",
+    }
 )
 # Loaded when it is asked for: phrases and patterns cost milliseconds that few programs need.
 _OF_COMPRESSION = frozenset({"COMPRESSED_SYSTEM_PROMPTS", "CompressionResult", "PromptCompressor"})

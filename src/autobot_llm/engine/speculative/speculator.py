@@ -97,6 +97,14 @@ class Speculator:
         """Share of verified draft tokens that were accepted, since the start; 0 where none was verified."""
         return self.num_accepted / max(1, self.num_proposed)
 
+    def lines(self) -> dict[str, str]:
+        """Each method's figures in words: `{"acceptance of ngram": "83% of 1,204 tokens; by position 90% 80%"}`."""
+        return {
+            f"acceptance of {method}": f"{figures.num_accepted / max(1, figures.num_proposed):.0%} of "
+            f"{figures.num_proposed:,} tokens; by position {' '.join(f'{rate:.0%}' for rate in figures.by_position)}"
+            for method, figures in self.figures.items()
+        }
+
     def propose(self, sequences: list[Sequence]) -> None:
         """Set the drafts of the sequences that the next step may decode."""
         self.drafting_seconds = 0.0

@@ -12,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autobot_llm.engine.batching.profiles import BatchingConfig, get_batching_config
     from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
+    from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
+    from autobot_llm.engine.speculative.pairs import DRAFT_MODEL_RECOMMENDATIONS
     from autobot_llm.providers.native.provider import NativeProvider
 
 __all__ = [
     "CACHED_PREFIXES",
+    "DRAFT_MODEL_RECOMMENDATIONS",
     "BatchingConfig",
     "NativeProvider",
     "PrefixCacheConfig",
     "PrefixCacheManager",
+    "SpeculativeConfig",
+    "SpeculativeDecoder",
     "get_batching_config",
 ]
 
@@ -30,6 +35,9 @@ _MODULES = {
     "CACHED_PREFIXES": "autobot_llm.engine.kv_cache.prefix_cache",
     "PrefixCacheConfig": "autobot_llm.engine.kv_cache.prefix_cache",
     "PrefixCacheManager": "autobot_llm.engine.kv_cache.prefix_cache",
+    "SpeculativeConfig": "autobot_llm.engine.speculative.decoder",
+    "SpeculativeDecoder": "autobot_llm.engine.speculative.decoder",
+    "DRAFT_MODEL_RECOMMENDATIONS": "autobot_llm.engine.speculative.pairs",
 }
 
 

@@ -8,7 +8,7 @@ from autobot_llm.engine.description import DescribedExecutor
 from autobot_llm.engine.engine import Engine
 from autobot_llm.report import OptimizationOutcome
 
-_NOT_BUILT = ("speculative_decoding", "medusa_heads", "quantization", "kv_cache_optimization")
+_NOT_BUILT = ("medusa_heads", "quantization", "kv_cache_optimization")
 
 
 def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
@@ -36,5 +36,8 @@ def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
     else:
         for name in ("cuda_graphs", "flash_attention"):
             yield OptimizationOutcome(name=name, applied=False, reason=f"the engine runs on a CPU: {executor.name}")
+    yield OptimizationOutcome(
+        name="speculative_decoding", applied=engine.speculator is not None, reason=engine.speculation_reason
+    )
     for name in _NOT_BUILT:
         yield OptimizationOutcome(name=name, applied=False, reason="not built yet")

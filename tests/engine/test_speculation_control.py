@@ -1,0 +1,148 @@
+"""The controller drafts where measured chances and seconds say that it pays, and only there."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobot_llm.engine.speculative.controller import REFRESH, Controller, CostlyOffer
+from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY, AcceptanceHistory, StepCosts
+
+PLAIN, EXTRA = 1.2e-3, 0.3e-3
+
+
+def history(passed: int, tried: int, number: int = HISTORY) -> AcceptanceHistory:
+    made = AcceptanceHistory(6)
+    for _ in range(number):
+        made.record(tried, passed)
+    return made
+
+
+def measured(num_sequences: int = 1, extra: float = EXTRA, floor: float | None = None) -> Controller:
+    """A controller that knows what steps cost."""
+    controller = Controller(5, floor)
+    for _ in range(9):
+        controller.record_step(num_sequences, 0, PLAIN)
+    for _ in range(9):
+        for number in (1, 2, 4, 8, 16):
+            controller.record_step(num_sequences, number, PLAIN + number * extra)
+    controller.record_step(num_sequences, 0, PLAIN)
+    return controller
+
+
+def test_nothing_is_drafted_before_a_plain_step_was_measured() -> None:
+    assert Controller(5).decide([history(5, 5)], None) is None
+
+
+def test_a_sure_draft_is_used_whole_and_a_hopeless_one_not_at_all() -> None:
+    decision = measured().decide([history(6, 6)], None)
+    assert decision is not None and decision.num_free == [5]
+    assert measured().decide([history(0, 1)], None) is None
+    assert measured().decide([None], None) is None
+
+
+def test_a_draft_goes_as_far_as_its_positions_are_worth_their_time() -> None:
+    made = AcceptanceHistory(6)
+    for i in range(HISTORY):
+        made.record(*((3, 2) if i % 10 else (1, 0)))  # the first two tokens nearly always, the third never
+    decision = measured().decide([made], None)
+    assert decision is not None and decision.num_free == [2]
+
+
+def test_where_a_token_costs_as_much_as_a_step_a_likely_one_is_not_worth_it() -> None:
+    likely = history(1, 2)
+    assert measured(extra=PLAIN).decide([likely], None) is None
+    assert measured(extra=PLAIN / 10).decide([likely], None) is not None
+
+
+@given(rates=st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=1, max_size=3), extra=st.floats(1e-5, 2e-3))
+def test_of_all_lengths_for_all_sequences_the_quickest_are_chosen(rates: list[int | None], extra: float) -> None:
+    """Against every combination of lengths, by the same measured figures."""
+    size = len(rates)
+    controller = measured(size, extra)
+    histories = [None if rate is None else history(rate, min(6, rate + 1)) for rate in rates]
+    decision = controller.decide(histories, None)
+
+    def rate_of(lengths: tuple[int, ...]) -> float:
+        tokens = size + sum(
+            0.0 if made is None else sum(made.survival()[:length])
+            for made, length in zip(histories, lengths, strict=True)
+        )
+        return tokens / (PLAIN + controller.costs.added(size, 5 * size)[sum(lengths)])
+
+    possible = itertools.product(*((range(6) if made is not None else (0,)) for made in histories))
+    best = max(map(rate_of, possible))
+    chosen = rate_of(tuple(decision.num_free) if decision else (0,) * size)
+    assert chosen >= best / 1.0201, "within the margin that a decision must win by"
+
+
+def test_a_plain_step_is_measured_again_after_many_with_drafts() -> None:
+    controller = measured()
+    made = history(6, 6)
+    for _ in range(REFRESH):
+        assert controller.decide([made], None) is not None
+        controller.record_step(1, 5, PLAIN + 5 * EXTRA)
+    assert controller.decide([made], None) is None
+    controller.record_step(1, 0, PLAIN)
+    assert controller.decide([made], None) is not None
+
+
+def test_the_floor_binds_once_there_are_enough_measurements() -> None:
+    controller = measured(floor=0.6)
+    assert controller.is_allowed(history(1, 2, ENOUGH - 1))
+    assert not controller.is_allowed(history(1, 2, ENOUGH))
+    assert controller.is_allowed(history(2, 3, ENOUGH))
+
+
+def test_a_costly_method_is_tried_within_its_allowance_and_used_where_it_pays() -> None:
+    controller = measured()
+    unknown = CostlyOffer([AcceptanceHistory(6)], [1])
+    probe = controller.decide([None], unknown)
+    assert probe is not None and probe.num_costly == 2 and probe.costly_for == [0]
+    for _ in range(ENOUGH):
+        controller.costly_costs.record(1, 2, 0, 2 * PLAIN / 10)
+    good = controller.decide([None], CostlyOffer([history(6, 6)], [1]))
+    assert good is not None and good.num_costly == 5
+    assert controller.wants_offer(), "what is in use is asked at every step"
+
+
+def test_a_costly_method_that_loses_is_paid_from_a_small_share_of_the_time() -> None:
+    controller = measured()
+    for _ in range(ENOUGH):
+        controller.costly_costs.record(1, 2, 0, 2 * PLAIN)
+    bad = CostlyOffer([history(0, 1)], [1])
+    spent = total = 0.0
+    for _ in range(20_000):
+        total += PLAIN
+        decision = controller.decide([None], bad) if controller.wants_offer() else None
+        if decision is not None:
+            spent += decision.num_costly * (PLAIN + EXTRA)
+        controller.record_step(1, 0, PLAIN)
+    assert 0 < spent < 0.012 * total + 0.11, "one percent, and what was granted once"
+
+
+@given(drafts=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=250))
+def test_a_history_counts_its_last_hundred_drafts(drafts: list[tuple[int, int]]) -> None:
+    made = AcceptanceHistory(6)
+    for tried, passed in drafts:
+        made.record(tried, passed)
+    last = [(tried, min(tried, passed)) for tried, passed in drafts[-HISTORY:]]
+    assert len(made) == len(last)
+    for position, rate in enumerate(made.by_position):
+        tried = sum(tried > position for tried, _ in last)
+        assert rate == (sum(passed > position for _, passed in last) / tried if tried else None)
+    assert made.survival()[0] == made.first_chance
+    assert made.survival() == sorted(made.survival(), reverse=True)
+
+
+def test_what_a_draft_token_adds_is_a_prompts_until_it_was_measured() -> None:
+    costs = StepCosts()
+    costs.record(4, 0, 4e-3)
+    assert costs.added(4, 3) == pytest.approx([0, 1e-3, 2e-3, 3e-3]), "else a sequence's share of a step"
+    costs.learn_prompt_token(5e-4)
+    assert costs.added(4, 2) == pytest.approx([0, 5e-4, 1e-3])
+    costs.record(4, 2, 4.4e-3)
+    assert costs.added(4, 2) == pytest.approx([0, 2e-4, 4e-4])
