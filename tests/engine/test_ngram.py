@@ -25,9 +25,7 @@ def naive(token_ids: list[int], max_length: int) -> tuple[int, int]:
 
 
 @given(token_ids=TEXTS, max_length=st.integers(1, 5), cuts=st.sets(st.integers(1, 60)))
-def test_the_index_finds_what_a_search_of_the_text_finds(
-    token_ids: list[int], max_length: int, cuts: set[int]
-) -> None:
+def test_the_index_finds_what_a_search_of_the_text_finds(token_ids: list[int], max_length: int, cuts: set[int]) -> None:
     """Whatever the pieces are in which the text grows."""
     index = SuffixIndex(max_length)
     for end in sorted({*(cut for cut in cuts if cut <= len(token_ids)), len(token_ids)}):
