@@ -26,10 +26,7 @@ and advanced between the two, so that the host works while the device does: it t
 tokens nobody knows yet. What rests on their values waits for `resolve`: publishing blocks, releasing followers. So
 does letting a preempted sequence back in.
 
-Drafts. A sequence that decodes may have guesses at its next tokens (`draft_ids`). A step computes them with its one
-token, as far as the budget, the free blocks and the answer's limit allow, and `resolve` drops those that were not
-accepted: their places in the cache are overwritten, and blocks beyond the accepted tokens are given back. A draft
-preempts nobody, and while somebody waits drafts take no more than half of what a step has left.
+Guesses at the tokens after the last one are computed with it and dropped where they were wrong: drafts.py.
 
 All calls come from one thread, and `abort` between `plan` and `advance` is a programming error. The work of a call
 grows with the sequences of the step and not with those that wait.
@@ -42,9 +39,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceABC
 
+from autobot_llm.engine.batching.drafts import add_drafts, drop_rejected
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.batching.preemption import SwapSpace
-from autobot_llm.engine.batching.profiles import SchedulingPolicy
+from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits
 from autobot_llm.engine.batching.queue import WaitingQueue
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
@@ -71,19 +69,7 @@ class Scheduler:
         scheduling_policy: SchedulingPolicy = "fcfs",
         swap_space: SwapSpace | None = None,
     ) -> None:
-        if max_num_seqs < 1:
-            raise ConfigurationError(f"max_num_seqs={max_num_seqs}: expected at least 1")
-        if max_num_batched_tokens < max_num_seqs:
-            raise ConfigurationError(
-                f"max_num_batched_tokens={max_num_batched_tokens}: expected at least max_num_seqs={max_num_seqs}, "
-                "so that every running sequence gets a token in each step"
-            )
-        num_blocks_needed = -(-max_model_len // block_pool.block_size)
-        if max_model_len < 1 or num_blocks_needed > block_pool.num_blocks:
-            raise ConfigurationError(
-                f"max_model_len={max_model_len} needs {num_blocks_needed} KV cache blocks and there are "
-                f"{block_pool.num_blocks}: expected 1 to {block_pool.num_blocks * block_pool.block_size} tokens"
-            )
+        check_limits(block_pool, max_num_seqs, max_num_batched_tokens, max_model_len)
         if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
             raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
         if scheduling_policy not in ("fcfs", "priority"):
@@ -148,7 +134,13 @@ class Scheduler:
             self._preempt_for_the_head()
         scheduled = self._plan_decodes()
         num_decodes = len(scheduled)
-        num_draft_tokens = self._plan_drafts(scheduled)
+        num_draft_tokens = add_drafts(
+            scheduled,
+            self.block_pool,
+            num_running=len(self._running),
+            budget=self.max_num_batched_tokens - len(self._running),
+            is_contended=num_decodes < len(self._running) or self._waiting.head is not None,
+        )
         budget = self._prompt_budget(num_decodes + num_draft_tokens)
         num_blocks_lacking = 0
         if num_decodes < len(self._running):
@@ -200,7 +192,7 @@ class Scheduler:
                 num_rejected = num_draft - next(accepted)
                 if num_draft:
                     assert has_blocks, "nobody is planned between a draft and its verdict"
-                    self._drop_rejected(sequence, stop, num_rejected)
+                    drop_rejected(sequence, stop, num_rejected, self.block_pool)
                     stop -= num_rejected
             if samples and (has_blocks or sequence in self._waiting):
                 self._fill_in(sequence, stop, token)
@@ -263,32 +255,6 @@ class Scheduler:
                 return False
         sequence.block_ids.extend(block_ids)
         return True
-
-    def _plan_drafts(self, scheduled: list[ScheduledSequence]) -> int:
-        """Add to the decoding sequences as much of their drafts as there is room for; returns the tokens added."""
-        if not any(item.sequence.draft_ids for item in scheduled):
-            return 0
-        pool, size, num_running = self.block_pool, self._block_size, len(self._running)
-        budget = self.max_num_batched_tokens - num_running
-        if len(scheduled) < num_running or self._waiting.head is not None:
-            budget //= 2
-        num_added = 0
-        for i, item in enumerate(scheduled):
-            sequence, start = item.sequence, item.start
-            most = sequence.max_num_tokens - len(sequence.token_ids) - 1
-            num_draft = max(0, min(len(sequence.draft_ids), most, budget - num_added))
-            num_blocks = self._num_blocks(start + 1 + num_draft) - len(sequence.block_ids)
-            if num_blocks > 0:
-                # One block for every running sequence stays: whoever needs it next is not preempted for a guess.
-                block_ids = pool.allocate(num_blocks) if pool.num_free - num_blocks >= num_running else None
-                if block_ids is None:
-                    num_draft = len(sequence.block_ids) * size - start - 1
-                else:
-                    sequence.block_ids.extend(block_ids)
-            if num_draft:
-                scheduled[i] = item._replace(num_tokens=1 + num_draft, num_draft=num_draft)
-                num_added += num_draft
-        return num_added
 
     def _is_ending(self, sequence: Sequence) -> bool:
         """Whether a step under way samples this sequence's last token."""
@@ -442,18 +408,6 @@ class Scheduler:
         sequence.block_ids = array("i")
         sequence.published = []
         sequence.epoch += 1
-
-    def _drop_rejected(self, sequence: Sequence, stop: int, num_rejected: int) -> None:
-        """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need."""
-        sequence.draft_ids = []
-        if not num_rejected:
-            return
-        del sequence.token_ids[stop - num_rejected : stop]
-        sequence.num_computed_tokens = stop - num_rejected
-        num_blocks = self._num_blocks(sequence.num_computed_tokens)
-        if num_blocks < len(sequence.block_ids):
-            self.block_pool.free(sequence.block_ids[num_blocks:])
-            del sequence.block_ids[num_blocks:]
 
     def _fill_in(self, sequence: Sequence, position: int, token: int | None) -> None:
         if len(sequence.token_ids) == position + 1:  # else a later step goes on from this token

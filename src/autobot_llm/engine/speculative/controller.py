@@ -24,6 +24,9 @@ from autobot_llm.engine.speculative.measurements import ENOUGH, AcceptanceHistor
 REFRESH = 128
 MARGIN = 1.02
 """How much quicker than a plain step the best choice must be: less than that is lost in what is not known."""
+RETRY = 256
+"""Plain steps after which a likely free draft is verified although its measured costs speak against it: they may have
+been measured at a bad moment, and without drafts they are not measured again."""
 PROBE_SHARE = 0.01
 PROBE_GRANT = 0.1  # seconds for the first looks at a costly method
 PROBE_TOKENS = 2
@@ -117,6 +120,7 @@ class Controller:
         self._max_tokens = max_tokens
         self._floor = floor
         self._num_since_plain = 0
+        self._num_since_draft = 0
         self._num_since_offer = 0
         self._uses_costly = False
         self._allowance = PROBE_GRANT
@@ -125,6 +129,7 @@ class Controller:
         """Learn from a step without prompts, drafting not included in its seconds."""
         self.costs.record(num_sequences, num_draft_tokens, seconds)
         self._num_since_plain = self._num_since_plain + 1 if num_draft_tokens else 0
+        self._num_since_draft = 0 if num_draft_tokens else self._num_since_draft + 1
         self._allowance = min(1.0, self._allowance + PROBE_SHARE * seconds)
 
     def is_allowed(self, history: AcceptanceHistory) -> bool:
@@ -140,6 +145,8 @@ class Controller:
         if plain is None or self._num_since_plain >= REFRESH:
             return None
         decision, rate = self._best_free(free, plain)
+        if decision is None and self._num_since_draft >= RETRY:
+            decision = _likely(free)
         if costly is None:
             return decision
         self._num_since_offer = 0
@@ -217,6 +224,13 @@ class Controller:
             return None
         self._allowance -= seconds
         return Decision([0] * num_sequences, PROBE_TOKENS, [nearest])
+
+
+def _likely(free: Histories) -> Decision | None:
+    """Two tokens of the draft whose first one is likeliest, if it is more likely than not."""
+    known = [(history.first_chance, i) for i, history in enumerate(free) if history is not None]
+    chance, best = max(known, default=(0.0, 0))
+    return Decision([2 if i == best else 0 for i in range(len(free))]) if chance > 0.5 else None
 
 
 def _chance(ranked: tuple[float, int]) -> float:

@@ -13,6 +13,9 @@ ENOUGH = 20
 PRIOR_RATE = 0.5
 PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
 
+UNKNOWN_SHARE = 0.25
+"""Of a sequence's share of a step, what a draft token is taken to add before anything was measured: worth a try."""
+
 _NUM_PLAIN, _NUM_EXTRA = 9, 15
 
 
@@ -102,7 +105,10 @@ class StepCosts:
         if (before := self._plain_medians.get(num_sequences)) is None:
             return
         key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
-        samples = self._extra.setdefault(key, deque(maxlen=_NUM_EXTRA))
+        samples = self._extra.get(key)
+        if samples is None:  # what it is taken for counts twice, so that one bad moment does not decide
+            guess = self._extra_per_token(num_sequences, key[1])
+            samples = self._extra[key] = deque((guess, guess), maxlen=_NUM_EXTRA)
         samples.append((seconds - before) / num_draft_tokens)
         self._extra_medians[key] = max(0.0, _median(samples))
         self._added.clear()
@@ -138,7 +144,8 @@ class StepCosts:
         near = [other for other in self._extra_medians if abs(other[0] - key[0]) <= 2]
         if near:
             return self._extra_medians[min(near, key=lambda other: abs(other[0] - key[0]) * 4 + abs(other[1] - key[1]))]
-        return self._seconds_per_prompt_token or self._plain_medians[num_sequences] / num_sequences
+        share = self._plain_medians[num_sequences] / num_sequences
+        return share * UNKNOWN_SHARE if self._seconds_per_prompt_token is None else self._seconds_per_prompt_token
 
 
 def _median(values: deque[float]) -> float:
