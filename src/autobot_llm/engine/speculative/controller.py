@@ -27,8 +27,8 @@ MARGIN = 1.02
 RETRY = 256
 """Plain steps after which a likely free draft is verified although its measured costs speak against it: they may have
 been measured at a bad moment, and without drafts they are not measured again."""
-PROBE_SHARE = 0.01
-PROBE_GRANT = 0.1  # seconds for the first looks at a costly method
+PROBE_SHARE = 0.005
+PROBE_GRANT = 0.05  # seconds for the first looks at a costly method
 PROBE_TOKENS = 2
 OFFER_EVERY = 16  # steps, while a costly method is not in use
 CATCH_UP_STEPS = 32
