@@ -1,9 +1,15 @@
 """Decide each step which drafts are worth their time, none of them included. Knows chances and seconds; knows nothing
 of tokens or models.
 
-A step of B sequences takes C seconds and yields B tokens. A draft token adds c seconds to it and is worth its chance of
-being reached and right. The best set maximizes (B + sum of chances) / (C + seconds added): the likeliest draft tokens
-of all sequences first, as long as the rate grows. All of it is measured: chances by method and kind of draft
+A plain step of B sequences takes F + B m seconds: a part that all share, and each one's own. E draft tokens add c E,
+and bring a sequence g more tokens than its one, by the chances of each being reached and right. Until every sequence
+has come as far as a plain step brings it, that is
+
+    F / (1 + the least g) + the sum over sequences of (m + c E) / (1 + g)
+
+seconds, which is what a choice is judged by. The shared part is saved only where everybody gets ahead: a draft for one
+of many must be worth its own time, else its owner would be served at the expense of the others. For a lone sequence it
+is (plain + c E) / (1 + g), the time of a token. All of it is measured: chances by method and kind of draft
 (measurements.py), seconds by size of step. Without a measured plain step there is nothing to lose against, so that is
 what is run then, and every REFRESH drafted steps once more.
 
@@ -13,7 +19,9 @@ costly method is tried on one sequence whenever PROBE_SHARE of the time since th
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from statistics import median
@@ -22,7 +30,7 @@ from typing import NamedTuple, Protocol
 from autobot_llm.engine.speculative.measurements import ENOUGH, AcceptanceHistory, StepCosts
 
 REFRESH = 128
-MARGIN = 1.02
+MARGIN = 1.05
 """How much quicker than a plain step the best choice must be: less than that is lost in what is not known."""
 RETRY = 256
 """Plain steps after which a likely free draft is verified although its measured costs speak against it: they may have
@@ -144,45 +152,42 @@ class Controller:
         plain = self.costs.plain(len(free))
         if plain is None or self._num_since_plain >= REFRESH:
             return None
-        decision, rate = self._best_free(free, plain)
+        decision, seconds = self._best_free(free, plain)
         if decision is None and self._num_since_draft >= RETRY:
             decision = _likely(free)
         if costly is None:
             return decision
         self._num_since_offer = 0
-        decision = self._best_costly(free, costly, decision, rate, plain)
+        decision = self._best_costly(free, costly, decision, seconds, plain)
         self._uses_costly = decision is not None and decision.num_costly > 0
         return self._probe(costly, plain) if decision is None else decision
 
     def _best_free(self, free: Histories, plain: float) -> tuple[Decision | None, float]:
+        """The best lengths of the free drafts, and their seconds: those that are worth their own time, or those that
+        serve everybody at once."""
         num_sequences = len(free)
-        least_rate = num_sequences / plain
         added = self.costs.added(num_sequences, num_sequences * self._max_tokens)
-        # The rate grows by a token only if that is likelier than the time it takes is long.
-        least_chance = least_rate * added[1] / 2
-        ranked: list[tuple[float, int]] = []
-        for i, history in enumerate(free):
-            if history is not None and history.first_chance > least_chance:
-                ranked += [(chance, i) for chance in history.survival()[: self._max_tokens]]
-        if not ranked:
-            return None, least_rate
-        if num_sequences > 1:
-            ranked.sort(key=_chance, reverse=True)
-        tokens, best_rate, best_number = float(num_sequences), least_rate * MARGIN, 0
-        for number, (chance, _) in enumerate(ranked, 1):
-            tokens += chance
-            rate = tokens / (plain + added[number])
-            if rate > best_rate:
-                best_rate, best_number = rate, number
-        if best_number == 0:
-            return None, least_rate
-        num_free = [0] * num_sequences
-        for _, i in ranked[:best_number]:
-            num_free[i] += 1
-        return Decision(num_free), best_rate
+        # Below half of what it takes, no draft is worth a closer look: the usual case, and it costs little.
+        least_chance = num_sequences / plain * added[1] / 2
+        survivals = [
+            history.survival()[: self._max_tokens]
+            if history is not None and history.first_chance > least_chance
+            else None
+            for history in free
+        ]
+        if not any(survivals):
+            return None, plain
+        own = self.costs.own_share(num_sequences)
+        shared = plain - own * num_sequences
+        best, best_seconds = None, plain / MARGIN
+        for lengths in _candidates(survivals, plain, own, added):
+            seconds = _seconds(survivals, lengths, shared, own, added)
+            if seconds < best_seconds:
+                best, best_seconds = lengths, seconds
+        return (None, plain) if best is None else (Decision(best), best_seconds)
 
     def _best_costly(
-        self, free: Histories, costly: CostlyOffer, decision: Decision | None, rate: float, plain: float
+        self, free: Histories, costly: CostlyOffer, decision: Decision | None, seconds: float, plain: float
     ) -> Decision | None:
         """The costly method for every sequence that has no likelier free draft, as far ahead as pays."""
         num_sequences = len(free)
@@ -196,20 +201,22 @@ class Controller:
         if not chosen or per_pass is None:
             return decision
         is_chosen = set(chosen)
-        kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
-        tokens = float(num_sequences)
-        for history, number in zip(free, kept, strict=True):
-            tokens += 0.0 if history is None else sum(history.survival()[:number])
+        survivals = [
+            history.survival() if (history := (costly.histories if i in is_chosen else free)[i]) is not None else None
+            for i in range(num_sequences)
+        ]
         num_behind = sum(costly.lags[i] - 1 for i in chosen)
-        seconds = plain + num_behind * self.costly_costs.per_token_behind(per_pass) / CATCH_UP_STEPS
+        own = self.costs.own_share(num_sequences)
+        shared = plain - own * num_sequences
+        shared += num_behind * self.costly_costs.per_token_behind(per_pass) / CATCH_UP_STEPS
         added = self.costs.added(num_sequences, num_sequences * self._max_tokens)
-        survivals = [history.survival() for i in chosen if (history := costly.histories[i]) is not None]
-        best, best_rate = decision, rate * MARGIN if decision is None else rate
+        best, best_seconds = decision, seconds / MARGIN if decision is None else seconds
         for length in range(1, self._max_tokens + 1):
-            tokens += sum(survival[length - 1] for survival in survivals)
-            this_rate = tokens / (seconds + added[sum(kept) + length * len(chosen)] + length * per_pass)
-            if this_rate > best_rate:
-                best_rate, best = this_rate, Decision(kept, length, chosen)
+            lengths = [length if i in is_chosen else number for i, number in enumerate(num_free)]
+            these = _seconds(survivals, lengths, shared + length * per_pass, own, added)
+            if these < best_seconds:
+                kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
+                best, best_seconds = Decision(kept, length, chosen), these
         return best
 
     def _probe(self, costly: CostlyOffer, plain: float) -> Decision | None:
@@ -224,6 +231,54 @@ class Controller:
             return None
         self._allowance -= seconds
         return Decision([0] * num_sequences, PROBE_TOKENS, [nearest])
+
+
+def _candidates(
+    survivals: SequenceABC[SequenceABC[float] | None], plain: float, own: float, added: list[float]
+) -> Iterator[list[int]]:
+    """Lengths that may be the best: each sequence's by its own time, and the likeliest tokens of all as long as the
+    tokens per second grow."""
+    if len(survivals) > 1:
+        yield [0 if survival is None else _own_length(survival, own, added[1]) for survival in survivals]
+    ranked = [(chance, i) for i, survival in enumerate(survivals) if survival is not None for chance in survival]
+    ranked.sort(key=_chance, reverse=True)
+    tokens = float(len(survivals))
+    best_rate, best_number = tokens / plain, 0
+    for number, (chance, _) in enumerate(ranked, 1):
+        tokens += chance
+        if tokens / (plain + added[number]) > best_rate:
+            best_rate, best_number = tokens / (plain + added[number]), number
+    lengths = [0] * len(survivals)
+    for _, i in ranked[:best_number]:
+        lengths[i] += 1
+    yield lengths
+
+
+def _own_length(survival: SequenceABC[float], own: float, each: float) -> int:
+    tokens, best, best_length = 1.0, own, 0
+    for length, chance in enumerate(survival, 1):
+        tokens += chance
+        if (own + length * each) / tokens < best:
+            best, best_length = (own + length * each) / tokens, length
+    return best_length
+
+
+def _seconds(
+    survivals: SequenceABC[SequenceABC[float] | None],
+    lengths: list[int],
+    shared: float,
+    own: float,
+    added: list[float],
+) -> float:
+    """What these lengths take until every sequence has come as far as a plain step brings it."""
+    number = sum(lengths)
+    each = added[number] / number if number else 0.0
+    seconds, least = 0.0, math.inf
+    for survival, length in zip(survivals, lengths, strict=True):
+        tokens = 1.0 if survival is None else 1.0 + sum(survival[:length])
+        least = min(least, tokens)
+        seconds += (own + length * each) / tokens
+    return seconds + shared / least
 
 
 def _likely(free: Histories) -> Decision | None:

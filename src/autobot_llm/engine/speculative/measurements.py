@@ -81,15 +81,16 @@ class AcceptanceHistory:
 class StepCosts:
     """Seconds of steps by the sequences that decode in them, and what draft tokens add.
 
-    Medians, so that one step that met a busy machine changes nothing. A plain step's cost is known for a number of
+    Lower quartiles, because what disturbs a step only ever makes it longer: on a busy machine half of them say more
+    about the neighbours than about the step. A plain step's cost is known for a number of
     sequences once such a step was measured; what a draft token adds is taken from the nearest size that was.
     """
 
     def __init__(self) -> None:
         self._plain: dict[int, deque[float]] = {}
-        self._plain_medians: dict[int, float] = {}
+        self._plain_costs: dict[int, float] = {}
         self._extra: dict[tuple[int, int], deque[float]] = {}
-        self._extra_medians: dict[tuple[int, int], float] = {}
+        self._extra_costs: dict[tuple[int, int], float] = {}
         self._added: dict[int, list[float]] = {}
         self._seconds_per_prompt_token: float | None = None
 
@@ -100,9 +101,9 @@ class StepCosts:
             if plain is None:
                 plain = self._plain[num_sequences] = deque(maxlen=_NUM_PLAIN)
             plain.append(seconds)
-            self._plain_medians[num_sequences] = _median(plain)
+            self._plain_costs[num_sequences] = _lower_quartile(plain)
             return
-        if (before := self._plain_medians.get(num_sequences)) is None:
+        if (before := self._plain_costs.get(num_sequences)) is None:
             return
         key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
         samples = self._extra.get(key)
@@ -110,7 +111,7 @@ class StepCosts:
             guess = self._extra_per_token(num_sequences, key[1])
             samples = self._extra[key] = deque((guess, guess), maxlen=_NUM_EXTRA)
         samples.append((seconds - before) / num_draft_tokens)
-        self._extra_medians[key] = max(0.0, _median(samples))
+        self._extra_costs[key] = max(0.0, _lower_quartile(samples))
         self._added.clear()
 
     def learn_prompt_token(self, seconds: float | None) -> None:
@@ -121,7 +122,19 @@ class StepCosts:
 
     def plain(self, num_sequences: int) -> float | None:
         """Seconds of a step without drafts; None where none was measured."""
-        return self._plain_medians.get(num_sequences)
+        return self._plain_costs.get(num_sequences)
+
+    def own_share(self, num_sequences: int) -> float:
+        """Seconds that each sequence adds to a plain step, from the next smaller size that was measured; call it where
+        `plain` is known. A lone sequence's share is the whole; where no smaller size was measured it is taken for 0."""
+        plain = self._plain_costs[num_sequences]
+        if num_sequences == 1:
+            return plain
+        smaller = max((size for size in self._plain_costs if size < num_sequences), default=0)
+        if smaller == 0:
+            return 0.0
+        difference = (plain - self._plain_costs[smaller]) / (num_sequences - smaller)
+        return min(max(0.0, difference), plain / num_sequences)
 
     def added(self, num_sequences: int, max_draft_tokens: int) -> list[float]:
         """Seconds that 0, 1, 2 ... `max_draft_tokens` draft tokens add to a step; call it where `plain` is known."""
@@ -139,14 +152,14 @@ class StepCosts:
 
     def _extra_per_token(self, num_sequences: int, size: int) -> float:
         key = (num_sequences.bit_length(), size)
-        if (known := self._extra_medians.get(key)) is not None:
+        if (known := self._extra_costs.get(key)) is not None:
             return known
-        near = [other for other in self._extra_medians if abs(other[0] - key[0]) <= 2]
+        near = [other for other in self._extra_costs if abs(other[0] - key[0]) <= 2]
         if near:
-            return self._extra_medians[min(near, key=lambda other: abs(other[0] - key[0]) * 4 + abs(other[1] - key[1]))]
-        share = self._plain_medians[num_sequences] / num_sequences
+            return self._extra_costs[min(near, key=lambda other: abs(other[0] - key[0]) * 4 + abs(other[1] - key[1]))]
+        share = self._plain_costs[num_sequences] / num_sequences
         return share * UNKNOWN_SHARE if self._seconds_per_prompt_token is None else self._seconds_per_prompt_token
 
 
-def _median(values: deque[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def _lower_quartile(values: deque[float]) -> float:
+    return sorted(values)[len(values) // 4]
