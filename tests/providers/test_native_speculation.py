@@ -9,6 +9,7 @@ import pytest
 
 from autobot_llm import LLMInterface, LLMResponse, Settings, load_settings
 from autobot_llm.errors import ConfigurationError
+from autobot_llm.providers.native.provider import ASSETS, speculation_options
 
 TEXT = (
     "The fox ran over the hill and the dog ran after the fox. The fox hid under the old oak tree, and the dog sat down."
@@ -63,3 +64,24 @@ async def test_what_cannot_draft_is_refused_at_the_start(
     with pytest.raises(ConfigurationError, match=message):
         await llm.initialize()
     await llm.aclose()
+
+
+def test_every_setting_of_speculation_reaches_the_engine(tmp_path: Path) -> None:
+    asked = settings(
+        tmp_path,
+        speculation_method="draft",
+        speculation_draft_model="tiny-draft",
+        speculation_num_tokens=7,
+        speculation_use_ngram=False,
+        speculation_min_acceptance_rate=0.4,
+    )
+    options = speculation_options(asked)
+    assert (options.method, options.num_tokens, options.use_ngram, options.min_acceptance_rate) == (
+        "draft",
+        7,
+        False,
+        0.4,
+    )
+    assert options.draft_model == ASSETS / "tiny-draft"
+    assert speculation_options(settings(tmp_path, speculation_enabled=False)).method == "none"
+    assert speculation_options(settings(tmp_path)).method == "auto"

@@ -200,21 +200,21 @@ class Engine:
         return [] if plan is None else self._run_on_host(plan)
 
     def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
-        begin_time = self._clock()
+        begin_time = speculator.clock()
         speculator.propose(self.scheduler.decoding)
         plan = self.scheduler.plan()
         if plan is None:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
-            speculator.record_plain(plan, self._clock() - begin_time, self.scheduler.step_cost)
+            speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
         stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
         logits_RV = self.executor.execute(self._batches.build(plan))
         verdict = verify(self._sampler, logits_RV, plan.scheduled)
         num_accepted = [len(found) - 1 for found in verdict]
         outputs = self._accept_drafts(plan, verdict, num_accepted)
-        speculator.record(plan, num_accepted, self._clock() - begin_time, stats)
+        speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
         return outputs
 
     def _run_on_host(self, plan: StepPlan) -> list[Output]:

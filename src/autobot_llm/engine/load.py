@@ -144,6 +144,7 @@ def _target(
 ) -> Target:
     return Target(
         folder=options.folder,
+        is_on_cpu=_device(options).type == "cpu",
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
         num_blocks=num_blocks,
@@ -348,6 +349,8 @@ def _use_one_torch_thread_here() -> None:
     calling thread and for the process; a second thread puts the process's back.
     """
     num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        return  # as it is for a draft model, which is loaded on the thread of its target
     torch.set_num_threads(1)
     restorer = threading.Thread(target=torch.set_num_threads, args=(num_threads,))
     restorer.start()

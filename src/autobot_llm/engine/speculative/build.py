@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,7 @@ class Target:
     """The model that is drafted for, and the limits of its engine."""
 
     folder: Path
+    is_on_cpu: bool
     tokenizer: Tokenizer
     vocab_size: int
     num_blocks: int
@@ -83,6 +85,7 @@ def build_speculator(
         make_free=partial(NgramProposer, max_length=options.ngram_prompt_lookup_max) if uses_ngram else None,
         costly=draft,
         floor=options.min_acceptance_rate,
+        clock=time.thread_time if target.is_on_cpu else time.perf_counter,
     )
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 

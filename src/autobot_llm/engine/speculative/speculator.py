@@ -53,7 +53,9 @@ class Speculator:
     """Sets the drafts of sequences that decode. `max_tokens` bounds each of them.
 
     `policy` None: by measured costs (`controller`). The free and the costly method are made by the caller; either may
-    be None. `num_steps` counts the steps that verified something.
+    be None. `clock` is what costs are measured by: on a CPU the time that the engine's thread computes, which leaves
+    out the turns of other programs on its core; where a device computes, the wall's. `num_steps` counts the steps that
+    verified something.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Speculator:
         costly: CostlyProposer | None = None,
         policy: DraftPolicy | None = None,
         floor: float | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
         assert make_free is not None or costly is not None, "without a method there is nothing to do"
         self.max_tokens = max_tokens
@@ -77,7 +79,7 @@ class Speculator:
         self._policy: DraftPolicy = self.controller if policy is None else policy
         self._free = None if make_free is None else make_free(self._observe_free)
         self._costly = costly
-        self._clock = clock
+        self.clock = clock
         self._drafted_by: dict[int, tuple[str, str]] = {}  # by sequence id: method and kind, of the step at hand
 
     @property
@@ -174,9 +176,9 @@ class Speculator:
 
     def _run_costly(self, costly: CostlyProposer, sequences: list[Sequence], num_tokens: int) -> None:
         num_behind = sum(costly.lag(s) - 1 for s in sequences)
-        start = self._clock()
+        start = self.clock()
         drafts = costly.propose(sequences, num_tokens)
-        self.drafting_seconds = self._clock() - start
+        self.drafting_seconds = self.clock() - start
         self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
         for sequence, token_ids in zip(sequences, drafts, strict=True):
             if token_ids:
