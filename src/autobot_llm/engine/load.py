@@ -113,7 +113,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
     target = _target(config, tokenizer, options, sizes, num_blocks)
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
-        speculator, speculation_reason = build_speculator(options.speculation, target, executor, make_draft)
+        speculator, speculation_reason = build_speculator(options.speculation, target, make_draft)
     except BaseException:
         executor.close()
         raise

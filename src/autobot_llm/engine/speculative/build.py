@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from autobot_llm.engine.executor import Executor, PipelinedExecutor
+from autobot_llm.engine.executor import Executor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.speculative.draft_model import DraftModel
@@ -58,19 +57,18 @@ MakeExecutor = Callable[[Path, ModelConfig, int, int], Executor]
 
 
 def build_speculator(
-    options: SpeculationOptions, target: Target, executor: Executor, make_executor: MakeExecutor
+    options: SpeculationOptions, target: Target, make_executor: MakeExecutor
 ) -> tuple[Speculator | None, str]:
     """What drafts, and why, for the report. Raises ConfigurationError for a method that is asked for and cannot run."""
     method = options.method
     if method == "none":
         return None, "switched off by AUTOBOT_SPECULATION_ENABLED or AUTOBOT_SPECULATION_METHOD"
-    if isinstance(executor, PipelinedExecutor):
+    if not target.is_on_cpu:
         if method != "auto":
             raise ConfigurationError(
-                f"AUTOBOT_SPECULATION_METHOD={method!r}: the {executor.name} step does not verify drafts yet; "
-                "expected auto or none"
+                f"AUTOBOT_SPECULATION_METHOD={method!r}: a GPU's steps do not verify drafts yet; expected auto or none"
             )
-        return None, f"the {executor.name} step does not verify drafts yet"
+        return None, "a GPU's steps do not verify drafts yet"
     if method in ("medusa", "eagle3"):
         raise ConfigurationError(
             f"AUTOBOT_SPECULATION_METHOD={method!r}: there are no such heads for {target.folder.name}; expected auto, "
@@ -85,7 +83,6 @@ def build_speculator(
         make_free=partial(NgramProposer, max_length=options.ngram_prompt_lookup_max) if uses_ngram else None,
         costly=draft,
         floor=options.min_acceptance_rate,
-        clock=time.thread_time if target.is_on_cpu else time.perf_counter,
     )
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 

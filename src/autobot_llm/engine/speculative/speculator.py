@@ -53,9 +53,8 @@ class Speculator:
     """Sets the drafts of sequences that decode. `max_tokens` bounds each of them.
 
     `policy` None: by measured costs (`controller`). The free and the costly method are made by the caller; either may
-    be None. `clock` is what costs are measured by: on a CPU the time that the engine's thread computes, which leaves
-    out the turns of other programs on its core; where a device computes, the wall's. `num_steps` counts the steps that
-    verified something.
+    be None. `clock` is what costs are measured by: the time that the engine's thread computes, which leaves out the
+    turns of other programs on its core. `num_steps` counts the steps that verified something.
     """
 
     def __init__(
