@@ -21,12 +21,13 @@ import torch
 from random_model import write_random_folder
 from widening import Shape
 
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.quantization.online import quantize_online
 from autobot_llm.engine.quantization.scheme import QuantizationType
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 
 STEPS = {"compiled": "on", "torch": "off"}

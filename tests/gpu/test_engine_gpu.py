@@ -59,7 +59,7 @@ def test_a_seed_draws_the_same_tokens_on_both_devices() -> None:
 
 
 def test_the_engine_answers_on_the_gpu(tmp_path: Path) -> None:
-    from autobot_llm.engine.engine import EngineRequest, RequestStats
+    from autobot_llm.engine.request import EngineRequest, RequestStats
 
     texts = {}
     for device in ("cuda", "cpu"):

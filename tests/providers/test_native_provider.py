@@ -286,7 +286,7 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
     options = engine_options(native_settings(**values), TINY)
     assert {field: getattr(options, field) for field in values} == values
     # what is quantized at load depends on the folder, too: test_native_quantization.py
-    assert set(values) | {"folder", "quantization"} == set(options.__slots__)
+    assert set(values) | {"folder", "quantization", "speculation"} == set(options.__slots__)
     assert all(defaults[field] != value for field, value in values.items())
 
 

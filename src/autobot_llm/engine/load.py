@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,8 @@ from autobot_llm.engine.models.weights import DecoderWeights, load_weights
 from autobot_llm.engine.quantization.online import quantize_online
 from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
+from autobot_llm.engine.speculative.build import SpeculationOptions, Target, build_speculator, make_draft_model
+from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, ModelLoadError
 
@@ -70,6 +72,7 @@ class EngineOptions:
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # on a GPU
     cpu_threads: int | None = None  # measured
     quantization: QuantizationType = QuantizationType.NONE  # of a folder that is not quantized, as it is loaded; a CPU
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,64 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         swap_space=_swap_space(options, executor, device, block_bytes),
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
-    return Engine(config, tokenizer, executor, scheduler, Sampler(config.vocab_size), bytes_per_block=block_bytes)
+    target = _target(config, tokenizer, options, sizes, num_blocks)
+    make_draft = partial(_draft_executor, options, sizes, device)
+    try:
+        speculator, speculation_reason = build_speculator(options.speculation, target, make_draft)
+    except BaseException:
+        executor.close()
+        raise
+    log.info("speculation: %s", speculation_reason)
+    return Engine(
+        config,
+        tokenizer,
+        executor,
+        scheduler,
+        Sampler(config.vocab_size),
+        bytes_per_block=block_bytes,
+        speculator=speculator,
+        speculation_reason=speculation_reason,
+    )
+
+
+def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:
+    """A draft model for the model in `folder`, without that model. Raises what `load_engine` does."""
+    config, device = load_config(folder), _device(options)
+    sizes = _sizes(config, options, device)
+    num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
+    target = _target(config, Tokenizer.from_folder(folder), replace(options, folder=folder), sizes, num_blocks)
+    return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
+
+
+def _target(
+    config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, sizes: _Sizes, num_blocks: int
+) -> Target:
+    return Target(
+        folder=options.folder,
+        is_on_cpu=_device(options).type == "cpu",
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        prefix_caching=options.prefix_caching,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+    )
+
+
+def _draft_executor(
+    options: EngineOptions,
+    sizes: _Sizes,
+    device: torch.device,
+    folder: Path,
+    config: ModelConfig,
+    context: int,
+    num_blocks: int,
+) -> Executor:
+    options, sizes = replace(options, folder=folder), replace(sizes, max_model_len=context)
+    if device.type == "cpu":
+        return _cpu_executor(config, options, sizes, device, num_blocks, None)
+    return _eager_executor(config, options, sizes, device, num_blocks, None, reason="a draft model")
 
 
 def _device(options: EngineOptions) -> torch.device:
@@ -332,6 +392,8 @@ def _use_one_torch_thread_here() -> None:
     calling thread and for the process; a second thread puts the process's back.
     """
     num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        return  # as it is for a draft model, which is loaded on the thread of its target
     torch.set_num_threads(1)
     restorer = threading.Thread(target=torch.set_num_threads, args=(num_threads,))
     restorer.start()

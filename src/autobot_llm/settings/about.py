@@ -229,28 +229,28 @@ ABOUT: dict[str, About] = {
     ),
     # Speculation
     "speculation_enabled": About(
-        "Draft tokens and verify them in one step; the answers stay the same.",
+        "Guess several tokens ahead and verify them in one step; the answers stay the same.",
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_method": About(
-        "Who drafts; auto on vLLM is the draft model where one is named, else nobody.",
+        "Who guesses: ngram (the text itself), draft (a small model), medusa or eagle3 (heads of the model), none; "
+        "auto takes whatever pays by measured acceptance and costs. On vLLM auto is the draft model where one is "
+        "named, else nobody.",
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_draft_model": About(
-        "Model that drafts; unset chooses one that fits.",
+        "Model that drafts: on our own engine a folder, with the model's own vocabulary; unset takes the recommended "
+        "one where it lies beside the model.",
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_num_tokens": About(
-        "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True, later_on=NATIVE
+        "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True
     ),
     "speculation_use_ngram": About(
         "Let earlier text of the request itself serve as a draft; on vLLM only where it is set, because vLLM cannot "
@@ -258,12 +258,12 @@ ABOUT: dict[str, About] = {
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_min_acceptance_rate": About(
         "Share of accepted tokens below which drafting stops; unset decides by measured cost.",
         "engine/speculative",
         NATIVE,
+        now=True,
     ),
     # Quantization
     "quantization_type": About(

@@ -128,7 +128,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Speculation
     speculation_enabled: bool = True
-    speculation_method: Literal["auto", "ngram", "draft_model", "eagle", "medusa"] = "auto"
+    speculation_method: Literal["auto", "ngram", "draft", "medusa", "eagle3", "none"] = "auto"
     speculation_draft_model: Text | None = None
     speculation_num_tokens: Annotated[int, Meta(ge=1, le=64)] = 5
     speculation_use_ngram: bool = True

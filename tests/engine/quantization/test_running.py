@@ -11,7 +11,7 @@ import torch
 from model_folders import TINY
 from quantized_folders import sequences, small_model
 
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kernels.cpu.build import compiler
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.models.config import load_config
@@ -22,6 +22,7 @@ from autobot_llm.engine.quantization.quality import _logits, compare
 from autobot_llm.engine.quantization.quantize import quantize_folder
 from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY, variants_of
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.settings.registry import user_cache_dir

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.load import EngineOptions, load_engine
 from autobot_llm.engine.quantization.calibration import sequences_of
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.sequence import Sequence as EngineSequence
 from autobot_llm.errors import ConfigurationError

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from autobot_llm.engine.quantization.loader import QuantizedModelLoader
     from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY
     from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
+    from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
     from autobot_llm.engine.speculative.medusa import MEDUSA_CHECKPOINTS, MedusaConfig, MedusaDecoder, MedusaHead
+    from autobot_llm.engine.speculative.pairs import DRAFT_MODEL_RECOMMENDATIONS
     from autobot_llm.providers.native.provider import NativeProvider
 
 __all__ = [
     "CACHED_PREFIXES",
+    "DRAFT_MODEL_RECOMMENDATIONS",
     "MEDUSA_CHECKPOINTS",
     "QUANTIZED_MODEL_REGISTRY",
     "BatchingConfig",
@@ -32,6 +35,8 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationType",
     "QuantizedModelLoader",
+    "SpeculativeConfig",
+    "SpeculativeDecoder",
     "get_batching_config",
 ]
 
@@ -50,6 +55,9 @@ _MODULES = {
     "QuantizationConfig": "autobot_llm.engine.quantization.scheme",
     "QuantizationType": "autobot_llm.engine.quantization.scheme",
     "QuantizedModelLoader": "autobot_llm.engine.quantization.loader",
+    "SpeculativeConfig": "autobot_llm.engine.speculative.decoder",
+    "SpeculativeDecoder": "autobot_llm.engine.speculative.decoder",
+    "DRAFT_MODEL_RECOMMENDATIONS": "autobot_llm.engine.speculative.pairs",
 }
 
 

@@ -8,7 +8,7 @@ from autobot_llm.engine.description import DescribedExecutor, TellsQuantization
 from autobot_llm.engine.engine import Engine
 from autobot_llm.report import OptimizationOutcome
 
-_NOT_BUILT = ("speculative_decoding", "medusa_heads")
+_NOT_BUILT = ("medusa_heads",)
 
 
 def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
@@ -48,6 +48,9 @@ def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
         applied=scheme is not None,
         reason=f"{scheme}: {executor.reason}" if scheme else "the weights are not quantized",
         lossy=scheme is not None,
+    )
+    yield OptimizationOutcome(
+        name="speculative_decoding", applied=engine.speculator is not None, reason=engine.speculation_reason
     )
     for name in _NOT_BUILT:
         yield OptimizationOutcome(name=name, applied=False, reason="not built yet")
