@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.load import EngineOptions, load_draft_model, load_engine
+from autobot_llm.engine.load import load_draft_model, load_engine
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.speculative.controller import Always

@@ -35,7 +35,8 @@ from autobot_llm.engine.grammar.compiler import GrammarCompiler
 from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.grammar.spec import GrammarSpec
 from autobot_llm.engine.grammar.vocabulary import Vocabulary
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.tokenizer import Tokenizer

@@ -22,9 +22,10 @@ from random_model import write_random_folder
 from widening import Shape
 
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import load_weights
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.quantization.online import quantize_online
 from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.request import EngineRequest, RequestStats

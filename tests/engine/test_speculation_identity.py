@@ -16,7 +16,8 @@ from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.compiler import GrammarCompiler
 from autobot_llm.engine.grammar.spec import GrammarSpec
 from autobot_llm.engine.kernels.cpu import build
-from autobot_llm.engine.load import EngineOptions, load_draft_model, load_engine
+from autobot_llm.engine.load import load_draft_model, load_engine
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.speculative.controller import Always

@@ -12,7 +12,8 @@ import pytest
 from engines import TINY, tiny_engine
 
 import autobot_llm
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.speculative.build import SpeculationOptions
 from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
 from autobot_llm.engine.speculative.pairs import (

@@ -13,9 +13,10 @@ from quantized_folders import sequences, small_model
 
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kernels.cpu.build import compiler
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import load_weights
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.quantization.loader import LoadedModel, QuantizedModelLoader
 from autobot_llm.engine.quantization.online import quantize_online
 from autobot_llm.engine.quantization.quality import _logits, compare

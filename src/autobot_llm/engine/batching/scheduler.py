@@ -41,7 +41,8 @@ from collections.abc import Sequence as SequenceABC
 
 from autobot_llm.engine.batching.drafts import add_drafts, drop_rejected
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
-from autobot_llm.engine.batching.preemption import SwapSpace
+from autobot_llm.engine.batching.preemption import SwapSpace, count_victims
+from autobot_llm.engine.batching.prefixes import publish_full_blocks, will_publish
 from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits
 from autobot_llm.engine.batching.queue import WaitingQueue
 from autobot_llm.engine.batching.step_cost import StepCost
@@ -123,7 +124,8 @@ class Scheduler:
             )
         assert not self._holds(sequence), f"sequence {sequence.id} was added already"
         sequence.queue_position = self._waiting.num_before(sequence)
-        if sequence.leader is not None and self._is_worth_waiting_for(sequence.leader):
+        leader = sequence.leader
+        if leader is not None and self._holds(leader) and will_publish(leader, self.block_pool):
             self._waiting.hold(sequence)
         else:
             self._waiting.push(sequence)
@@ -199,7 +201,7 @@ class Scheduler:
             if not has_blocks:
                 continue
             if publishes and stop // size > len(sequence.published):
-                self._publish_full_blocks(sequence, stop)
+                publish_full_blocks(sequence, stop, self.block_pool)
                 if num_tokens > 1:
                     self._refused = None
             if stop >= sequence.num_prompt_tokens and self._waiting.has_followers(sequence):
@@ -374,22 +376,16 @@ class Scheduler:
         head = self._waiting.head
         if head is None or head.pending_row != NO_ROW:
             return
-        level_of, pool = self._waiting.level_of, self.block_pool
-        lower = [s for s in reversed(self._running.values()) if level_of(s) > level_of(head)]
-        # as `_admit` will count, after every running sequence has taken its blocks
-        num_lacking = {s.id: self._num_blocks(len(s.token_ids)) - len(s.block_ids) for s in self._running.values()}
-        num_spare = pool.num_free - sum(num_lacking.values()) - self._num_blocks(len(head.token_ids))
-        num_running = len(self._running)
-        for num_victims in range(len(lower) + 1):
-            if num_running < self.max_num_seqs and num_spare >= num_running:
-                for _ in range(num_victims):
-                    self._preempt_last()
-                return
-            if num_victims < len(lower):
-                victim = lower[num_victims]
-                num_own = sum(pool.num_references(block_id) == 1 for block_id in victim.block_ids)
-                num_spare += num_own + num_lacking[victim.id]
-                num_running -= 1
+        num_victims = count_victims(
+            head,
+            list(self._running.values()),
+            self.block_pool,
+            level_of=self._waiting.level_of,
+            num_blocks=self._num_blocks,
+            max_num_seqs=self.max_num_seqs,
+        )
+        for _ in range(num_victims or 0):
+            self._preempt_last()
 
     def _preempt_last(self) -> Sequence:
         _, sequence = self._running.popitem()
@@ -416,22 +412,6 @@ class Scheduler:
             del sequence.token_ids[position:]
         else:
             sequence.token_ids[position] = token
-
-    def _publish_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
-        published, size = sequence.published, self._block_size
-        for i in range(len(published), num_tokens // size):
-            tokens = sequence.token_ids[i * size : (i + 1) * size]
-            parent = published[-1] if published else None
-            published.append(self.block_pool.publish(sequence.block_ids[i], tokens, parent, sequence.salt))
-
-    def _is_worth_waiting_for(self, leader: Sequence) -> bool:
-        """Whether a leader will publish a block for its followers: its prompt is long enough and yet to be computed."""
-        return (
-            self.block_pool.prefix_caching
-            and leader.num_prompt_tokens > self._block_size
-            and leader.num_computed_tokens < leader.num_prompt_tokens
-            and self._holds(leader)
-        )
 
     def _holds(self, sequence: Sequence) -> bool:
         return sequence.id in self._running or sequence in self._waiting

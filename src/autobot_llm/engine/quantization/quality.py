@@ -19,7 +19,8 @@ import torch
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.quantization.calibration import sequences_of
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autobot_llm.engine.load import EngineOptions, load_draft_model
+from autobot_llm.engine.load import load_draft_model
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY

@@ -20,7 +20,8 @@ from autobot_llm.engine.description import DescribedExecutor
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.service import EngineService
 from autobot_llm.engine.speculative.build import SpeculationOptions
