@@ -25,10 +25,11 @@ import torch
 
 from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import SampledRows, SamplingArrays
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import load_config
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.service import EngineService

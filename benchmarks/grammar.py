@@ -30,12 +30,14 @@ import llguidance.numpy
 import numpy as np
 import tokenizers
 
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.compiler import GrammarCompiler
 from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.grammar.spec import GrammarSpec
 from autobot_llm.engine.grammar.vocabulary import Vocabulary
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.tokenizer import Tokenizer
 

@@ -57,7 +57,8 @@ def test_the_gateway_imports_without_the_engine_and_its_libraries(module: str) -
 
 
 def test_importing_the_package_takes_less_than_the_promised_time() -> None:
-    code = "import time; start = time.perf_counter(); import autobot_llm; print(time.perf_counter() - start)"
+    # of the processor, so that a busy machine is not taken for a heavy import
+    code = "import time; start = time.process_time(); import autobot_llm; print(time.process_time() - start)"
     assert min(float(python(code)) for _ in range(3)) < MAX_IMPORT_SECONDS
 
 

@@ -82,6 +82,8 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "speculation_use_ngram": ("false", False, "n"),
     "speculation_min_acceptance_rate": ("0.6", 0.6, "1.01"),
     "quantization_type": ("gptq", "gptq", "int3"),
+    "quantization_calibration": ("/text.txt", Path("/text.txt"), None),
+    "llm_compressor": ("install", "install", "maybe"),
     "use_quantized_models": ("on", True, "y es"),
     "vllm_multi_step": ("4", 4, "0"),
     "vllm_prefix_caching": ("off", False, "-"),

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import ModelConfig, load_config
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.providers.native.provider import engine_options
 from autobot_llm.settings import load_settings

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from gpu.bench import EMBEDDED, Bench, greedy_request, real_texts
 from gpu.report import Clock, Report, Table

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from autobot_llm.engine.engine import Engine, RequestStats
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.request import RequestStats
 from gpu.bench import Bench, greedy_request, random_prompts
 from gpu.latency import ENGINE_SETTINGS, Case, measure
 from gpu.report import Clock, Report

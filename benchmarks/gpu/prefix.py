@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from autobot_llm.engine.engine import Engine, RequestStats
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.request import RequestStats
 from gpu.batching import BATCH_SIZE
 from gpu.bench import Bench, greedy_request, random_prompts, real_texts
 from gpu.report import Clock, Report, Table

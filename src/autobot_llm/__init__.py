@@ -61,13 +61,20 @@ from autobot_llm.types import (
 if TYPE_CHECKING:
     from autobot_llm.cloud.batch_jobs import BatchJobs as BatchJobs
     from autobot_llm.providers.native import CACHED_PREFIXES as CACHED_PREFIXES
+    from autobot_llm.providers.native import DRAFT_MODEL_RECOMMENDATIONS as DRAFT_MODEL_RECOMMENDATIONS
     from autobot_llm.providers.native import MEDUSA_CHECKPOINTS as MEDUSA_CHECKPOINTS
+    from autobot_llm.providers.native import QUANTIZED_MODEL_REGISTRY as QUANTIZED_MODEL_REGISTRY
     from autobot_llm.providers.native import BatchingConfig as BatchingConfig
     from autobot_llm.providers.native import MedusaConfig as MedusaConfig
     from autobot_llm.providers.native import MedusaDecoder as MedusaDecoder
     from autobot_llm.providers.native import MedusaHead as MedusaHead
     from autobot_llm.providers.native import PrefixCacheConfig as PrefixCacheConfig
     from autobot_llm.providers.native import PrefixCacheManager as PrefixCacheManager
+    from autobot_llm.providers.native import QuantizationConfig as QuantizationConfig
+    from autobot_llm.providers.native import QuantizationType as QuantizationType
+    from autobot_llm.providers.native import QuantizedModelLoader as QuantizedModelLoader
+    from autobot_llm.providers.native import SpeculativeConfig as SpeculativeConfig
+    from autobot_llm.providers.native import SpeculativeDecoder as SpeculativeDecoder
     from autobot_llm.providers.native import get_batching_config as get_batching_config
     from autobot_llm.universal.compression import COMPRESSED_SYSTEM_PROMPTS as COMPRESSED_SYSTEM_PROMPTS
     from autobot_llm.universal.compression import CompressionResult as CompressionResult
@@ -126,12 +133,19 @@ _OF_THE_ENGINE = frozenset(
     {
         "CACHED_PREFIXES",
         "MEDUSA_CHECKPOINTS",
+        "QUANTIZED_MODEL_REGISTRY",
         "BatchingConfig",
         "MedusaConfig",
         "MedusaDecoder",
         "MedusaHead",
         "PrefixCacheConfig",
         "PrefixCacheManager",
+        "QuantizationConfig",
+        "QuantizationType",
+        "QuantizedModelLoader",
+        "DRAFT_MODEL_RECOMMENDATIONS",
+        "SpeculativeConfig",
+        "SpeculativeDecoder",
         "get_batching_config",
     }
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from autobot_llm.engine.engine import Engine, EngineRequest, Output, RequestStats
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 
 TINY = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"

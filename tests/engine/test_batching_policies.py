@@ -19,11 +19,12 @@ from autobot_llm.engine.batching.profiles import BatchingConfig, get_batching_co
 from autobot_llm.engine.batching.queue import WaitingQueue
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.batching.step_cost import FEWEST_TOKENS, NUM_SAMPLES, StepCost
-from autobot_llm.engine.engine import Engine, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import SwappingExecutor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.noise import noise_keys
+from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.tokenizer import Tokenizer

@@ -140,7 +140,7 @@ def test_head_sizes(tmp_path: Path) -> None:
         ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["dtype='float8_e4m3fn'", "bfloat16"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "not supported yet"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "bits"]),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, ["layer_types", "num_hidden_layers=4"]),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, ["use_sliding_window"]),
         ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 4}, ["layer_types='linear_attention'"]),

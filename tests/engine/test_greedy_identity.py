@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kernels.cpu import build
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
 
 PROMPTS = Path(__file__).parents[2] / "benchmarks" / "data" / "dev_prompts.jsonl"
 NUM_PROMPTS = 50

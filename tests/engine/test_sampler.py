@@ -241,7 +241,9 @@ def test_a_seed_and_a_position_determine_the_draw() -> None:
 def test_drawing_on_the_device_and_on_the_host_gives_the_same_tokens() -> None:
     logits_RV = logits_of(300, seed=2)
     sequences = [sequence(i, seed=i - 150, temperature=0.5 + i / 100) for i in range(300)]
-    assert draw_from_all(logits_RV, sequences) == draw_from_all_on_device(logits_RV, sequences)
+    params = [s.params for s in sequences]
+    keys_R1 = noise_keys((s.params.seed, len(s.token_ids)) for s in sequences)
+    assert draw_from_all(logits_RV, params, keys_R1) == draw_from_all_on_device(logits_RV, params, keys_R1)
 
 
 def test_the_noise_is_splitmix64_on_the_host_and_on_the_device() -> None:

@@ -14,8 +14,9 @@ import torch
 from engines import Driver, greedy, num_leaked_blocks, request, tiny_engine
 
 from autobot_llm.engine.batching.plan import StepBatch
-from autobot_llm.engine.engine import Engine, Output
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import Executor
+from autobot_llm.engine.request import Output
 from autobot_llm.engine.service import MAX_CONSECUTIVE_FAILURES, EngineService, RequestHandle
 from autobot_llm.errors import EngineError, ModelLoadError, OverloadedError, ProviderUnavailable
 

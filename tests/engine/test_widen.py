@@ -17,9 +17,10 @@ from engines import TINY, Driver, greedy, request
 from model_folders import write_random_model
 from transformers import AutoModelForCausalLM
 
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import expected_shapes, load_weights
+from autobot_llm.engine.options import EngineOptions
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

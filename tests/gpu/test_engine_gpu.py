@@ -11,10 +11,11 @@ import torch
 from autobot_llm.engine.attention.sdpa import SdpaAttention
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
 from autobot_llm.engine.eager import EagerExecutor
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.decoder import Decoder
 from autobot_llm.engine.models.weights import load_weights
+from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 
@@ -59,7 +60,7 @@ def test_a_seed_draws_the_same_tokens_on_both_devices() -> None:
 
 
 def test_the_engine_answers_on_the_gpu(tmp_path: Path) -> None:
-    from autobot_llm.engine.engine import EngineRequest, RequestStats
+    from autobot_llm.engine.request import EngineRequest, RequestStats
 
     texts = {}
     for device in ("cuda", "cpu"):

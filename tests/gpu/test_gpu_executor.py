@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from autobot_llm.engine.embedding import TextEmbedding
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.errors import ConfigurationError
 

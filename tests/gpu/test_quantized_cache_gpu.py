@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.scoring import PromptScoring
 from autobot_llm.engine.sequence import SamplingParams
 

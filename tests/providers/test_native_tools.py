@@ -13,7 +13,7 @@ from family_folders import family_folder
 
 from autobot_llm import LLMInterface, load_settings
 from autobot_llm.collect import collect
-from autobot_llm.engine.engine import Output, RequestStats, TokenInfo
+from autobot_llm.engine.request import Output, RequestStats, TokenInfo
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.engine.tool_calls.formats import HERMES, LLAMA, MISTRAL, CallFormat, Function, call_format
 from autobot_llm.errors import InvalidRequestError, UnsupportedError

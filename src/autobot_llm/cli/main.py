@@ -19,7 +19,9 @@ from autobot_llm.cli.config import config
 from autobot_llm.cli.cost import cost
 from autobot_llm.cli.knobs import knobs
 from autobot_llm.cli.models import models
+from autobot_llm.cli.plan import plan
 from autobot_llm.cli.pull import pull
+from autobot_llm.cli.quantize import quantize
 from autobot_llm.cli.routes import routes
 from autobot_llm.cli.serve import serve
 from autobot_llm.cli.train import train
@@ -45,6 +47,8 @@ Examples:
   autobot-llm cost                             what was spent, by day and model
   autobot-llm train medusa --help              heads that make a model's answers faster
   autobot-llm batch submit requests.jsonl      many requests as one job, at half the price
+  autobot-llm plan DIR --gpu-memory 8GiB       what of a model fits, before it is downloaded
+  autobot-llm quantize DIR --type fp8          a model in fewer bits, and what that costs
 
 Settings come from options, then AUTOBOT_* variables, then .env in the working directory.""",
 )
@@ -53,7 +57,8 @@ def cli() -> None:
     """Run language models behind one fast, honest interface: local engine, OpenAI-compatible server, terminal chat."""
 
 
-for command in (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, batch, train):
+COMMANDS = (serve, chat, config, models, pull, knobs, routes, cache, compress, cost, batch, plan, quantize, train)
+for command in COMMANDS:
     cli.add_command(command)
 
 

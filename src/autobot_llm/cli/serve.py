@@ -30,6 +30,7 @@ Examples:
   autobot-llm serve --model ~/models/Qwen3-0.6B --port 9000
   autobot-llm serve --model ~/models/Mistral-7B --workload interactive --max-model-len 8192
   autobot-llm serve --model ~/models/Mistral-7B --gpu-memory-utilization 0.5 --attention-backend triton
+  autobot-llm serve --speculation ngram
   autobot-llm serve --cached-prefixes '["You are a librarian. Answer in one sentence."]'
   autobot-llm serve --provider vllm --launch --model ~/models/Mistral-7B
   autobot-llm serve --provider vllm --launch --model big/model -- --tensor-parallel-size 4
@@ -57,6 +58,11 @@ Examples:
 @click.option(
     "--attention-backend",
     help="auto, triton, flashinfer, flash_attention or sdpa, instead of AUTOBOT_ATTENTION_BACKEND.",
+)
+@click.option(
+    "--speculation",
+    "speculation_method",
+    help="auto, ngram, draft, medusa, eagle3 or none, instead of AUTOBOT_SPECULATION_METHOD.",
 )
 @click.option("--cuda-graphs", help="auto, on or off, instead of AUTOBOT_CUDA_GRAPHS.")
 @click.option(

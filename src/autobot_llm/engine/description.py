@@ -47,6 +47,16 @@ class GpuDescription:
 
 
 @runtime_checkable
+class TellsQuantization(Protocol):
+    """An executor that knows whether the weights it computes with are quantized."""
+
+    @property
+    def quantization(self) -> str | None:
+        """The scheme in words; None where they are not."""
+        ...
+
+
+@runtime_checkable
 class DescribedExecutor(Protocol):
     """An executor that can say what it runs on; it is asked once the engine is ready."""
 

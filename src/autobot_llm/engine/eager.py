@@ -20,8 +20,11 @@ class EagerExecutor:
 
     name = "eager"
 
-    def __init__(self, decoder: Decoder, attention: SdpaAttention, *, reason: str) -> None:
+    def __init__(
+        self, decoder: Decoder, attention: SdpaAttention, *, reason: str, quantization: str | None = None
+    ) -> None:
         self.reason = reason
+        self.quantization = quantization
         self._decoder = decoder
         self._attention = attention
         self._device = decoder.device

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Literal
 
 from autobot_llm.engine.batching.plan import BatchBuilder, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.detokenizer import Detokenizer
 from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
 from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.request import EndReason, EngineRequest, Output, RequestStats, TokenInfo
 from autobot_llm.engine.sampler import (
     Outcome,
     SampledToken,
@@ -24,69 +24,13 @@ from autobot_llm.engine.sampler import (
     broken_logits,
     needs_host,
 )
-from autobot_llm.engine.sequence import SamplingParams, Sequence
+from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.speculative.acceptance import verify
+from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import EngineError, LLMError
 
 log = logging.getLogger(__name__)
-
-EndReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """One prompt, to be continued once per entry of `params` (the choices; they differ in their seeds only).
-
-    `priority`: lower goes sooner, where the scheduling policy heeds it. `shown_ids` are special tokens that the text
-    is to contain, as markers of tool calls.
-    """
-
-    prompt_ids: list[int]
-    params: tuple[SamplingParams, ...]
-    stop: tuple[str, ...] = ()
-    salt: str = ""
-    priority: int = 0
-    shown_ids: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenInfo:
-    """A sampled token with its log probability and its best alternatives (id, log probability), best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(slots=True)
-class Output:
-    """What one step added to one choice. With `end` or `error` the choice is over and its blocks are free.
-
-    `stop_string` is the one of the request's that ended it, if one did.
-
-    One is made for each token, which is why it is not frozen: that would take three times as long.
-    """
-
-    request_id: int
-    index: int
-    text: str
-    num_tokens: int
-    logprobs: tuple[TokenInfo, ...] = ()
-    end: EndReason | None = None
-    error: LLMError | None = None
-    stop_string: str | None = None
-
-
-@dataclass(slots=True)
-class RequestStats:
-    """What happened to a request on its way, for its report. Times are from time.monotonic()."""
-
-    arrival_time: float = 0.0
-    first_scheduled_time: float | None = None
-    queue_position: int = 0
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    largest_batch: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +67,8 @@ class Engine:
         sampler: Sampler,
         *,
         bytes_per_block: int,
+        speculator: Speculator | None = None,
+        speculation_reason: str = "switched off",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
@@ -133,6 +79,8 @@ class Engine:
         self.num_generated_tokens = 0
         self._clock = clock
         self._sampler = sampler
+        self.speculator = speculator
+        self.speculation_reason = speculation_reason
         self._sampling_arrays = SamplingArraysBuilder(sampler.vocab_size)
         self._batches = BatchBuilder(scheduler.block_pool.block_size)
         self._in_flight: _StepInFlight | None = None
@@ -246,9 +194,30 @@ class Engine:
         return self._accept_all(step.plan, _tokens_of(outcomes), outcomes, seconds)
 
     def _step_on_host(self) -> list[Output]:
+        if self.speculator is not None:
+            return self._step_with_drafts(self.speculator)
+        plan = self.scheduler.plan()
+        return [] if plan is None else self._run_on_host(plan)
+
+    def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
+        begin_time = speculator.clock()
+        speculator.propose(self.scheduler.decoding)
         plan = self.scheduler.plan()
         if plan is None:
             return []
+        if not plan.num_draft_tokens:
+            outputs = self._run_on_host(plan)
+            speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
+            return outputs
+        stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
+        logits_RV = self.executor.execute(self._batches.build(plan))
+        verdict = verify(self._sampler, logits_RV, plan.scheduled)
+        num_accepted = [len(found) - 1 for found in verdict]
+        outputs = self._accept_drafts(plan, verdict, num_accepted)
+        speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
+        return outputs
+
+    def _run_on_host(self, plan: StepPlan) -> list[Output]:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
@@ -269,7 +238,7 @@ class Engine:
         num_scheduled = len(plan.scheduled)
         outputs = []
         row = -1
-        for sequence, start, num_tokens, samples, _epoch in plan.scheduled:
+        for sequence, start, num_tokens, samples, _epoch, _num_draft in plan.scheduled:
             row += samples
             choice = choices.get(sequence.id)
             if choice is None:
@@ -284,13 +253,46 @@ class Engine:
                 if isinstance(outcome, SamplingFailure):
                     outputs.append(self._fail(choice, outcome.error))
                     continue
-                if outcome.logprob is not None:
-                    info = TokenInfo(outcome.token_id, outcome.logprob, outcome.top)
+                info = _info_of(outcome)
             assert token is not None
             choice.num_tokens = start + num_tokens + 1 - sequence.num_prompt_tokens
             self.num_generated_tokens += 1
             outputs.append(self._accept(choice, token, info))
         return outputs
+
+    def _accept_drafts(self, plan: StepPlan, verdict: list[list[Outcome]], num_accepted: list[int]) -> list[Output]:
+        """Resolve a step with drafts. What a choice gets of it is one output; what comes after its end is dropped."""
+        scheduler, choices = self.scheduler, self._choices
+        scheduler.advance(plan)
+        scheduler.resolve(plan, _tokens_of([found[-1] for found in verdict]), num_accepted)
+        self.num_steps += 1
+        outputs = []
+        outcomes = iter(verdict)
+        for item in plan.scheduled:
+            choice = choices[item.sequence.id]
+            choice.stats.largest_batch = max(choice.stats.largest_batch, len(plan.scheduled))
+            if item.samples:
+                num_before = item.start + item.num_tokens - item.num_draft - item.sequence.num_prompt_tokens
+                outputs.append(self._accept_several(choice, next(outcomes), num_before))
+        return outputs
+
+    def _accept_several(self, choice: _Choice, outcomes: list[Outcome], num_before: int) -> Output:
+        """The output of one token after the other, until the choice ends. `num_before`: its tokens so far."""
+        parts: list[Output] = []
+        for num_tokens, outcome in enumerate(outcomes, num_before + 1):
+            if isinstance(outcome, SamplingFailure):
+                parts.append(self._fail(choice, outcome.error))
+                break
+            choice.num_tokens = num_tokens
+            self.num_generated_tokens += 1
+            parts.append(self._accept(choice, outcome.token_id, _info_of(outcome)))
+            if parts[-1].end is not None or parts[-1].error is not None:
+                break
+        whole = parts[-1]
+        if len(parts) > 1:
+            whole.text = "".join(part.text for part in parts)
+            whole.logprobs = tuple(info for part in parts for info in part.logprobs)
+        return whole
 
     def fail_all(self, message: str, cause: BaseException) -> list[Output]:
         """End every request with an error and empty the cache, after a step that raised: its blocks are suspect."""
@@ -308,6 +310,8 @@ class Engine:
     def close(self) -> None:
         """Free the device, once it has finished what it was given."""
         self._abandon_in_flight()
+        if self.speculator is not None:
+            self.speculator.close()
         self.executor.close()
 
     def _take_in_flight(self) -> _StepInFlight:
@@ -375,11 +379,17 @@ class Engine:
             stats.first_scheduled_time = sequence.first_scheduled_time
         del self._choices[sequence.id]
         self._num_host_sampled -= needs_host(sequence.params)
+        if self.speculator is not None:
+            self.speculator.forget(sequence)
         siblings = self._requests[choice.request_id]
         siblings.remove(choice)
         if not siblings:
             del self._requests[choice.request_id]
         self._sampler.forget(sequence)
+
+
+def _info_of(token: SampledToken) -> TokenInfo | None:
+    return None if token.logprob is None else TokenInfo(token.token_id, token.logprob, token.top)
 
 
 def _tokens_of(outcomes: list[Outcome]) -> list[int | None]:

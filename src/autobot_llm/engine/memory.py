@@ -10,7 +10,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from autobot_llm.engine.gpu.graph_sizes import BYTES_PER_GRAPH, decode_graph_sizes, prompt_graph_sizes
 from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.models.shapes import expected_shapes, matrix_names
+from autobot_llm.engine.quantization.scheme import Scheme
 from autobot_llm.errors import ConfigurationError
 
 MIB, GIB = 2**20, 2**30
@@ -127,6 +130,38 @@ def remedies(memory: DeviceMemory, demand: MemoryDemand) -> list[Remedy]:
         if fitting:
             return fitting
     return []
+
+
+def kv_bytes_per_token(config: ModelConfig, num_bytes_each: float) -> int:
+    """Keys and values of one token over all layers."""
+    return int(2 * config.num_layers * config.num_kv_heads * config.head_size * num_bytes_each)
+
+
+def weight_bytes(config: ModelConfig, num_bytes_each: int, scheme: Scheme | None = None) -> int:
+    """All tensors of the model; under a scheme the layers' matrices take what it stores, scales included."""
+    quantized = frozenset() if scheme is None else matrix_names(config)
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if scheme is not None and name in quantized:
+            total += scheme.bytes_of(*shape, scale_bytes=num_bytes_each)
+        else:
+            total += math.prod(shape) * num_bytes_each
+    return total
+
+
+def estimated_graph_bytes(
+    config: ModelConfig, *, max_num_seqs: int, num_batched_tokens: int, num_bytes_each: int
+) -> int:
+    """What the captured graphs of a GPU hold: one set of tensors that all of them share, and their kernels."""
+    sizes = decode_graph_sizes(max_num_seqs)
+    prompt_sizes = prompt_graph_sizes(num_batched_tokens)
+    shared = estimated_activation_bytes(
+        config,
+        num_batched_tokens=max((*sizes, *prompt_sizes)),
+        num_rows=sizes[-1],
+        num_bytes_each=num_bytes_each,
+    )
+    return shared + BYTES_PER_GRAPH * (len(sizes) + len(prompt_sizes))
 
 
 def estimated_activation_bytes(

@@ -29,6 +29,7 @@ from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.errors import EngineError, InvalidRequestError, LLMError
 
 FloatArray = npt.NDArray[np.float32]
+KeyArray = npt.NDArray[np.uint64]
 
 _NUM_CANDIDATES = 64
 """How many of the best tokens are looked at first. torch's partial sort is quick up to a 64th of the vocabulary."""
@@ -62,6 +63,11 @@ def needs_host(params: SamplingParams) -> bool:
     return needs_adjustment(params) or params.num_logprobs is not None or params.grammar is not None
 
 
+def is_stateless(params: SamplingParams) -> bool:
+    """Whether a choice depends on logits and position alone, and not on the tokens before it."""
+    return not needs_adjustment(params) and params.grammar is None
+
+
 class _Row:
     """What the parameters of one sequence mean for the sampler, found out once."""
 
@@ -86,8 +92,13 @@ class Sampler:
         self.vocab_size = vocab_size
         self._rows: dict[int, _Row] = {}
 
-    def sample(self, logits_RV: torch.Tensor, sequences: SequenceABC[Sequence]) -> list[Outcome]:
+    def sample(
+        self, logits_RV: torch.Tensor, sequences: SequenceABC[Sequence], offsets: SequenceABC[int] | None = None
+    ) -> list[Outcome]:
         """Choose one token for each row. `logits_RV` is float32, row r belongs to sequences[r], and is not changed.
+
+        Row r's token is the one after `offsets[r]` more than the sequence has (None: no more), which only sequences may
+        ask for whose choice depends on nothing but logits and position: those that `is_stateless`.
 
         A row that the model filled with NaN or infinity, or whose request excludes every token, gets a
         SamplingFailure.
@@ -106,6 +117,9 @@ class Sampler:
         if masks or any(row.adjuster is not None for row in rows):
             adjusted_RV = _adjust(logits_RV, sequences, rows, masks)
             bests, tokens = _best_of_rows(adjusted_RV)
+        positions = [len(s.token_ids) for s in sequences]
+        if offsets is not None:
+            positions = [position + offset for position, offset in zip(positions, offsets, strict=True)]
         failures = {
             r: broken_logits(model_best)
             if not math.isfinite(model_best)
@@ -119,7 +133,8 @@ class Sampler:
         for is_restricted, draw in ((True, self._draw_restricted), (False, draw_freely)):
             group = [r for r in drawn if rows[r].is_restricted is is_restricted]
             if group:
-                drawn_tokens = draw(_take(adjusted_RV, group), [sequences[r] for r in group])
+                keys_R1 = _keys([(sequences[r], positions[r]) for r in group])
+                drawn_tokens = draw(_take(adjusted_RV, group), [sequences[r].params for r in group], keys_R1)
                 for r, token in zip(group, drawn_tokens, strict=True):
                     tokens[r] = token
         reported = self._report(logits_RV, rows, tokens)
@@ -133,26 +148,27 @@ class Sampler:
         row = self._rows[sequence.id] = _Row(sequence, self.vocab_size, device)
         return row
 
-    def _draw_restricted(self, logits_RV: torch.Tensor, sequences: SequenceABC[Sequence]) -> list[int]:
+    def _draw_restricted(
+        self, logits_RV: torch.Tensor, all_params: SequenceABC[SamplingParams], keys_R1: KeyArray
+    ) -> list[int]:
         """Draw among the best tokens only; look at more of them for rows where those were too few to decide.
 
         The device finds the candidates and the host draws among them: there are few, and a dozen small operations
         cost least there.
         """
-        top_ks = [s.params.top_k for s in sequences if s.params.top_k < self.vocab_size]
+        top_ks = [p.top_k for p in all_params if p.top_k < self.vocab_size]
         num_candidates = max([_NUM_CANDIDATES, *(top_k + 1 for top_k in top_ks)])
-        tokens = [0] * len(sequences)
-        pending = list(range(len(sequences)))
+        tokens = [0] * len(all_params)
+        pending = list(range(len(all_params)))
         while pending:
             num_candidates = min(num_candidates, self.vocab_size)
-            rows_RV, chosen = _take(logits_RV, pending), [sequences[r] for r in pending]
+            rows_RV, params = _take(logits_RV, pending), [all_params[r] for r in pending]
             best_RK = rows_RV.topk(num_candidates)
             logits_RK, ids_RK = best_RK.values.numpy(force=True), best_RK.indices.numpy(force=True)
-            params = [s.params for s in chosen]
             weights_RK = np.exp((logits_RK - logits_RK[:, :1]) / _temperatures(params))
             kept_RK, is_open_R = self._kept(rows_RV, logits_RK, weights_RK, params)
             weights_RK *= kept_RK
-            weights_RK /= exponential_noise(_keys(chosen), ids_RK)
+            weights_RK /= exponential_noise(keys_R1[pending], ids_RK)
             for i, place in enumerate(weights_RK.argmax(-1).tolist()):
                 tokens[pending[i]] = int(ids_RK[i, place])
             if num_candidates == self.vocab_size:
@@ -229,7 +245,7 @@ class SamplingArraysBuilder:
             self._arrays = self._describe(sequences)
         if not self._arrays.any_drawn:
             return _ALL_GREEDY
-        return dataclasses.replace(self._arrays, keys_R=_keys(sequences).ravel())
+        return dataclasses.replace(self._arrays, keys_R=_keys([(s, len(s.token_ids)) for s in sequences]).ravel())
 
     def _describe(self, sequences: SequenceABC[Sequence]) -> SamplingArrays:
         params = [s.params for s in sequences]
@@ -263,28 +279,30 @@ _ALL_GREEDY = SamplingArrays(
 )
 
 
-def draw_from_all(logits_RV: torch.Tensor, sequences: SequenceABC[Sequence]) -> list[int]:
+def draw_from_all(logits_RV: torch.Tensor, params: SequenceABC[SamplingParams], keys_R1: KeyArray) -> list[int]:
     """Draw from the whole vocabulary, on the host."""
     ids_V = np.arange(logits_RV.shape[1])
     num_rows = max(1, _NUM_NOISES_AT_ONCE // len(ids_V))
     tokens: list[int] = []
-    for start in range(0, len(sequences), num_rows):
-        chosen = sequences[start : start + num_rows]
-        logits = logits_RV[start : start + num_rows].numpy()
+    for start in range(0, len(params), num_rows):
+        chosen = slice(start, start + num_rows)
+        logits = logits_RV[chosen].numpy()
         weights_RV = logits - logits.max(-1, keepdims=True)
-        weights_RV /= _temperatures([s.params for s in chosen])
+        weights_RV /= _temperatures(params[chosen])
         np.exp(weights_RV, out=weights_RV)
-        weights_RV /= exponential_noise(_keys(chosen), ids_V)
+        weights_RV /= exponential_noise(keys_R1[chosen], ids_V)
         tokens += weights_RV.argmax(-1).tolist()
     return tokens
 
 
-def draw_from_all_on_device(logits_RV: torch.Tensor, sequences: SequenceABC[Sequence]) -> list[int]:
+def draw_from_all_on_device(
+    logits_RV: torch.Tensor, params: SequenceABC[SamplingParams], keys_R1: KeyArray
+) -> list[int]:
     """The same where the logits are: a vocabulary is too much to copy."""
     device = logits_RV.device
-    keys_R1 = torch.from_numpy(_keys(sequences).view(np.int64)).to(device)
-    noise_RV = exponential_noise_on_device(keys_R1, torch.arange(logits_RV.shape[1], device=device))
-    weights_RV = _weights_on_device(logits_RV, [s.params for s in sequences])
+    keys_on_device = torch.from_numpy(keys_R1.view(np.int64)).to(device)
+    noise_RV = exponential_noise_on_device(keys_on_device, torch.arange(logits_RV.shape[1], device=device))
+    weights_RV = _weights_on_device(logits_RV, params)
     return cast(list[int], weights_RV.div_(noise_RV).argmax(-1).tolist())
 
 
@@ -343,8 +361,8 @@ def _temperatures(params: SequenceABC[SamplingParams]) -> FloatArray:
     return np.array([[max(p.temperature, _LOWEST_TEMPERATURE)] for p in params], np.float32)
 
 
-def _keys(sequences: SequenceABC[Sequence]) -> npt.NDArray[np.uint64]:
-    return noise_keys((s.params.seed, len(s.token_ids)) for s in sequences)
+def _keys(places: SequenceABC[tuple[Sequence, int]]) -> KeyArray:
+    return noise_keys((s.params.seed, position) for s, position in places)
 
 
 def broken_logits(best: float) -> SamplingFailure:

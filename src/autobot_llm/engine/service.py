@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from autobot_llm.engine.engine import Engine, EngineRequest, Output, RequestStats
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.errors import EngineError, LLMError, OverloadedError, ProviderUnavailable
 
 log = logging.getLogger(__name__)

@@ -75,6 +75,11 @@ class Tokenizer:
         """Characters of the longest entry of the vocabulary: no token stands for more text."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
+    @cached_property
+    def vocabulary(self) -> dict[int, str]:
+        """Every token as the vocabulary writes it, by its id."""
+        return {token_id: token for token, token_id in self._backend.get_vocab(with_added_tokens=True).items()}
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the model says how a conversation is written; a base model does not."""

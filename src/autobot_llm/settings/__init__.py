@@ -7,8 +7,8 @@ reads them, `rows` shows them.
 
 from __future__ import annotations
 
-from autobot_llm.settings.about import ProviderName
 from autobot_llm.settings.load import load_settings
+from autobot_llm.settings.meaning import ProviderName
 from autobot_llm.settings.registry import SETTINGS, CloudSettings, Setting, Settings, tenant_of
 from autobot_llm.settings.rows import SettingRow, describe_settings, ineffective_settings, settings_page
 

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-import msgspec
-
-ProviderName = Literal["native", "vllm", "ollama", "openai", "anthropic", "cloud"]
-
-EVERY = frozenset(get_args(ProviderName))
-NATIVE = frozenset({"native"})
-VLLM = frozenset({"vllm"})
-OLLAMA = frozenset({"ollama"})
-OPENAI = frozenset({"openai"})
-ANTHROPIC = frozenset({"anthropic"})
-CLOUD = frozenset({"cloud"})
-ENGINES = NATIVE | VLLM
-LOCAL = ENGINES | OLLAMA
-PAID = OPENAI | ANTHROPIC | CLOUD
-OVER_HTTP = EVERY - NATIVE
-
-
-class About(msgspec.Struct, frozen=True):
-    """One setting in words. `read_by` is the part that acts on it, `on` the providers it can act on.
-
-    `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect. `later_on`
-    are the providers whose reader is still to be built although another one's exists.
-    `shared` is what other programs read too, so that our child processes keep it.
-    `variable` is AUTOBOT_ and the field's name unless it is given.
-    """
-
-    doc: str
-    read_by: str
-    on: frozenset[str] = EVERY
-    now: bool = False
-    later_on: frozenset[str] = frozenset()
-    secret: bool = False
-    shared: bool = False
-    variable: str = ""
-    alias: str | None = None
-
-
-def _proxy(doc: str, *, variable: str, secret: bool = False) -> About:
-    """A setting that other programs share, so that it may be written in lower case too."""
-    alias = variable.lower()
-    return About(
-        doc, "transport/proxy", OVER_HTTP, now=True, secret=secret, shared=True, variable=variable, alias=alias
-    )
-
+from autobot_llm.settings.meaning import (
+    ANTHROPIC,
+    CLOUD,
+    ENGINES,
+    LOCAL,
+    NATIVE,
+    OLLAMA,
+    OPENAI,
+    OVER_HTTP,
+    PAID,
+    VLLM,
+    About,
+    proxy,
+)
 
 ABOUT: dict[str, About] = {
     # Providers and models
@@ -239,28 +207,28 @@ ABOUT: dict[str, About] = {
     ),
     # Speculation
     "speculation_enabled": About(
-        "Draft tokens and verify them in one step; the answers stay the same.",
+        "Guess several tokens ahead and verify them in one step; the answers stay the same.",
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_method": About(
-        "Who drafts; auto on vLLM is the draft model where one is named, else nobody.",
+        "Who guesses: ngram (the text itself), draft (a small model), medusa or eagle3 (heads of the model), none; "
+        "auto takes whatever pays by measured acceptance and costs. On vLLM auto is the draft model where one is "
+        "named, else nobody.",
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_draft_model": About(
-        "Model that drafts; unset chooses one that fits.",
+        "Model that drafts: on our own engine a folder, with the model's own vocabulary; unset takes the recommended "
+        "one where it lies beside the model.",
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_num_tokens": About(
-        "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True, later_on=NATIVE
+        "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True
     ),
     "speculation_use_ngram": About(
         "Let earlier text of the request itself serve as a draft; on vLLM only where it is set, because vLLM cannot "
@@ -268,20 +236,34 @@ ABOUT: dict[str, About] = {
         "engine/speculative, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
     ),
     "speculation_min_acceptance_rate": About(
         "Share of accepted tokens below which drafting stops; unset decides by measured cost.",
         "engine/speculative",
         NATIVE,
+        now=True,
     ),
     # Quantization
     "quantization_type": About(
-        "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only.",
+        "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only. Our engine makes "
+        "int8, int4 and fp8 at load, gptq and awq once, in the cache directory; on a CPU only.",
         "engine/quantization, tuning/knobs",
         ENGINES,
         now=True,
-        later_on=NATIVE,
+    ),
+    "quantization_calibration": About(
+        "A text like those that the model will see: gptq and awq need one, int8 gains from it. It is read once; the "
+        "quantized model is kept in the cache directory.",
+        "providers/native",
+        NATIVE,
+        now=True,
+    ),
+    "llm_compressor": About(
+        "Who quantizes with a calibration text: our own quantizers (off), llm-compressor where its environment was "
+        "made before (installed), or made now (install: 1.5 GB in the cache directory).",
+        "providers/native",
+        NATIVE,
+        now=True,
     ),
     "use_quantized_models": About(
         "Prefer a known quantized variant of a model where there is one (lossy).", "providers/ollama", OLLAMA, now=True
@@ -305,9 +287,9 @@ ABOUT: dict[str, About] = {
         "HTTP over TLS: auto lets the server choose; 2 accepts nothing else.", "transport/dial", OVER_HTTP, now=True
     ),
     "cloud_warm_up": About("Connect to every provider that is set up, at the start.", "cloud/warm_up", PAID, now=True),
-    "https_proxy": _proxy("HTTP proxy for https addresses, loopback excepted.", secret=True, variable="HTTPS_PROXY"),
-    "http_proxy": _proxy("HTTP proxy for http addresses, loopback excepted.", secret=True, variable="HTTP_PROXY"),
-    "no_proxy": _proxy("Domains, addresses and networks reached without a proxy, by commas.", variable="NO_PROXY"),
+    "https_proxy": proxy("HTTP proxy for https addresses, loopback excepted.", secret=True, variable="HTTPS_PROXY"),
+    "http_proxy": proxy("HTTP proxy for http addresses, loopback excepted.", secret=True, variable="HTTP_PROXY"),
+    "no_proxy": proxy("Domains, addresses and networks reached without a proxy, by commas.", variable="NO_PROXY"),
     "cloud_batch_window_ms": About(
         "Milliseconds to wait, while a call is under way, for embeddings that can share the next one.",
         "cloud/request_batching",

@@ -17,7 +17,8 @@ import msgspec
 from msgspec import Meta
 
 from autobot_llm.errors import ConfigurationError
-from autobot_llm.settings.about import ABOUT, About, ProviderName
+from autobot_llm.settings.about import ABOUT
+from autobot_llm.settings.meaning import About, ProviderName
 from autobot_llm.settings.values import (
     BadValue,
     Count,
@@ -129,7 +130,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Speculation
     speculation_enabled: bool = True
-    speculation_method: Literal["auto", "ngram", "draft_model", "eagle", "medusa"] = "auto"
+    speculation_method: Literal["auto", "ngram", "draft", "medusa", "eagle3", "none"] = "auto"
     speculation_draft_model: Text | None = None
     speculation_num_tokens: Annotated[int, Meta(ge=1, le=64)] = 5
     speculation_use_ngram: bool = True
@@ -137,6 +138,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Quantization
     quantization_type: Literal["none", "int8", "int4", "gptq", "awq", "fp8"] = "none"
+    quantization_calibration: Path | None = None
+    llm_compressor: Literal["off", "installed", "install"] = "installed"
     use_quantized_models: bool = False
 
     # vLLM

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from autobot_llm.settings.about import EVERY
+from autobot_llm.settings.meaning import EVERY
 from autobot_llm.settings.registry import MASK, SETTINGS, Setting, Settings
 from autobot_llm.settings.values import HttpUrl, expected, show
 

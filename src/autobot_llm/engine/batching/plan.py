@@ -19,6 +19,7 @@ Int32Array = npt.NDArray[np.int32]
 class ScheduledSequence(NamedTuple):
     """Tokens [start, start + num_tokens) of one sequence. It samples when they reach the sequence's end.
 
+    The last `num_draft` of them are the first of its `draft_ids`: guesses, so it samples after each of them, too.
     `epoch` is the sequence's own at the time of the plan: another one later means that it has lost these blocks.
     """
 
@@ -27,18 +28,21 @@ class ScheduledSequence(NamedTuple):
     num_tokens: int
     samples: bool
     epoch: int = 0
+    num_draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: at least one sequence, each with blocks for all the tokens it is to compute.
 
-    The sequences that decode come first; `num_prompt_tokens` of the `num_tokens` belong to the others.
+    The sequences that decode come first; `num_prompt_tokens` of the `num_tokens` belong to the others, and
+    `num_draft_tokens` are guesses.
     """
 
     scheduled: tuple[ScheduledSequence, ...]
     num_tokens: int
     num_prompt_tokens: int
+    num_draft_tokens: int = 0
 
 
 # T packed tokens, S sequences, B blocks of the longest sequence, R rows whose logits are wanted
@@ -87,9 +91,9 @@ class BatchBuilder:
     def build(self, plan: StepPlan) -> StepBatch:
         """Pack the scheduled tokens of a plan; each plan once, in order."""
         before, self._batch = self._batch, None
-        if plan.num_prompt_tokens:
+        if plan.num_prompt_tokens or plan.num_draft_tokens:
             return build_batch(plan.scheduled, self._block_size)
-        sequences, _starts, _counts, _samples, epochs = zip(*plan.scheduled, strict=True)
+        sequences, _starts, _counts, _samples, epochs, _drafts = zip(*plan.scheduled, strict=True)
         pending_rows = [sequence.pending_row for sequence in sequences]
         if before is None or sequences != self._sequences or epochs != self._epochs:
             self._sequences, self._epochs = sequences, epochs
@@ -134,7 +138,8 @@ class BatchBuilder:
 
 
 def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> StepBatch:
-    """Pack the scheduled tokens of a plan, in plan order; R rows are those of sequences that sample."""
+    """Pack the scheduled tokens of a plan, in plan order; R rows are those of sequences that sample, for each draft
+    token one more."""
     block_tables_SB = _block_tables([item.sequence.block_ids for item in scheduled])
     if all(item.num_tokens == 1 for item in scheduled):
         return _single_token_batch(scheduled, block_tables_SB, block_size)
@@ -144,19 +149,23 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
     slots_T = np.empty(num_tokens, np.int64)
     pending_rows_T = np.full(num_tokens, NO_ROW, np.int32)
     ends = []
+    logit_rows: list[int] = []
     row = 0
-    for s, (sequence, start, num_new_tokens, _samples, _epoch) in enumerate(scheduled):
+    for s, (sequence, start, num_new_tokens, samples, _epoch, num_draft) in enumerate(scheduled):
         end, stop = row + num_new_tokens, start + num_new_tokens
         positions = np.arange(start, stop, dtype=np.int32)
-        ids_T[row:end] = sequence.token_ids[start:stop]
+        ids_T[row : end - num_draft] = sequence.token_ids[start : stop - num_draft]
+        if num_draft:
+            ids_T[end - num_draft : end] = sequence.draft_ids[:num_draft]
         positions_T[row:end] = positions
         blocks = block_tables_SB[s, positions // block_size].astype(np.int64)
         slots_T[row:end] = blocks * block_size + positions % block_size
         if num_new_tokens == 1:  # only a sequence that decodes has a token that is not known yet
             pending_rows_T[row] = sequence.pending_row
         ends.append(end)
+        if samples:
+            logit_rows.extend(range(end - 1 - num_draft, end))
         row = end
-    samples = np.array([item.samples for item in scheduled])
     query_starts = np.array([0, *ends], np.int32)
     return StepBatch(
         ids_T=ids_T,
@@ -165,7 +174,7 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
         query_starts=query_starts,
         context_lens=np.array([item.start + item.num_tokens for item in scheduled], np.int32),
         block_tables_SB=block_tables_SB,
-        logit_rows_R=query_starts[1:][samples].astype(np.int64) - 1,
+        logit_rows_R=np.array(logit_rows, np.int64),
         pending_rows_T=pending_rows_T,
     )
 

@@ -1,4 +1,4 @@
-"""Where a preempted sequence's keys and values go meanwhile. Knows blocks and a byte budget; knows nothing of tensors.
+"""Who is preempted for whom, and where their keys and values go meanwhile. Knows blocks and a byte budget, no tensors.
 
 Swapped blocks come back as they were, for two copies over the bus; without them the sequence is computed again, for
 time of the device. What the budget does not hold is computed again.
@@ -6,9 +6,11 @@ time of the device. What the budget does not hold is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from typing import Protocol
 
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.errors import ConfigurationError
 
@@ -76,3 +78,31 @@ class SwapSpace:
         """Let a sequence's host memory go; no effect where it has none."""
         _, num_blocks = self._swapped.pop(sequence.id, (None, 0))
         self._num_blocks -= num_blocks
+
+
+def count_victims(
+    head: Sequence,
+    running: SequenceABC[Sequence],
+    pool: BlockPool,
+    *,
+    level_of: Callable[[Sequence], int],
+    num_blocks: Callable[[int], int],
+    max_num_seqs: int,
+) -> int | None:
+    """How many of the running, from the tail, have to go so that `head` gets a seat and its blocks; None where those
+    of lower priority do not have enough. `num_blocks` says how many blocks so many tokens take.
+    """
+    lower = [s for s in reversed(running) if level_of(s) > level_of(head)]
+    # as admission will count, after every running sequence has taken its blocks
+    num_lacking = {s.id: num_blocks(len(s.token_ids)) - len(s.block_ids) for s in running}
+    num_spare = pool.num_free - sum(num_lacking.values()) - num_blocks(len(head.token_ids))
+    num_running = len(running)
+    for num_victims in range(len(lower) + 1):
+        if num_running < max_num_seqs and num_spare >= num_running:
+            return num_victims
+        if num_victims < len(lower):
+            victim = lower[num_victims]
+            num_own = sum(pool.num_references(block_id) == 1 for block_id in victim.block_ids)
+            num_spare += num_own + num_lacking[victim.id]
+            num_running -= 1
+    return None

@@ -1,9 +1,12 @@
-"""Settings of the scheduler that fit a kind of traffic. Knows numbers; knows nothing of how they are kept."""
+"""Settings of the scheduler: those that fit a kind of traffic, those that cannot work. Knows numbers alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.errors import ConfigurationError
 
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -33,3 +36,20 @@ BATCHING_PROFILES = {
 def get_batching_config(name: str) -> BatchingConfig:
     """The profile of that name: interactive, batch or mixed; any other name gives mixed."""
     return BATCHING_PROFILES.get(name, BATCHING_PROFILES["mixed"])
+
+
+def check_limits(pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    """Raise ConfigurationError for limits of which some running sequence could not advance."""
+    if max_num_seqs < 1:
+        raise ConfigurationError(f"max_num_seqs={max_num_seqs}: expected at least 1")
+    if max_num_batched_tokens < max_num_seqs:
+        raise ConfigurationError(
+            f"max_num_batched_tokens={max_num_batched_tokens}: expected at least max_num_seqs={max_num_seqs}, "
+            "so that every running sequence gets a token in each step"
+        )
+    num_blocks_needed = -(-max_model_len // pool.block_size)
+    if max_model_len < 1 or num_blocks_needed > pool.num_blocks:
+        raise ConfigurationError(
+            f"max_model_len={max_model_len} needs {num_blocks_needed} KV cache blocks and there are "
+            f"{pool.num_blocks}: expected 1 to {pool.num_blocks * pool.block_size} tokens"
+        )

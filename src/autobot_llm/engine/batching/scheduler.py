@@ -26,6 +26,8 @@ and advanced between the two, so that the host works while the device does: it t
 tokens nobody knows yet. What rests on their values waits for `resolve`: publishing blocks, releasing followers. So
 does letting a preempted sequence back in.
 
+Guesses at the tokens after the last one are computed with it and dropped where they were wrong: drafts.py.
+
 All calls come from one thread, and `abort` between `plan` and `advance` is a programming error. The work of a call
 grows with the sequences of the step and not with those that wait.
 """
@@ -37,9 +39,11 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceABC
 
+from autobot_llm.engine.batching.drafts import add_drafts, drop_rejected
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
-from autobot_llm.engine.batching.preemption import SwapSpace
-from autobot_llm.engine.batching.profiles import SchedulingPolicy
+from autobot_llm.engine.batching.preemption import SwapSpace, count_victims
+from autobot_llm.engine.batching.prefixes import publish_full_blocks, will_publish
+from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits
 from autobot_llm.engine.batching.queue import WaitingQueue
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
@@ -66,19 +70,7 @@ class Scheduler:
         scheduling_policy: SchedulingPolicy = "fcfs",
         swap_space: SwapSpace | None = None,
     ) -> None:
-        if max_num_seqs < 1:
-            raise ConfigurationError(f"max_num_seqs={max_num_seqs}: expected at least 1")
-        if max_num_batched_tokens < max_num_seqs:
-            raise ConfigurationError(
-                f"max_num_batched_tokens={max_num_batched_tokens}: expected at least max_num_seqs={max_num_seqs}, "
-                "so that every running sequence gets a token in each step"
-            )
-        num_blocks_needed = -(-max_model_len // block_pool.block_size)
-        if max_model_len < 1 or num_blocks_needed > block_pool.num_blocks:
-            raise ConfigurationError(
-                f"max_model_len={max_model_len} needs {num_blocks_needed} KV cache blocks and there are "
-                f"{block_pool.num_blocks}: expected 1 to {block_pool.num_blocks * block_pool.block_size} tokens"
-            )
+        check_limits(block_pool, max_num_seqs, max_num_batched_tokens, max_model_len)
         if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
             raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
         if scheduling_policy not in ("fcfs", "priority"):
@@ -98,6 +90,18 @@ class Scheduler:
         # prefix before there are more of them, or another prompt was published.
         self._refused: tuple[int, int] | None = None
         self._longest_chunk = max_num_batched_tokens  # in the step at hand
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        """The running sequences that lack one token, and whose tokens are all known: the next step may draft for them.
+
+        It gets to them in this order as far as blocks last.
+        """
+        return [
+            s
+            for s in self._running.values()
+            if len(s.token_ids) - s.num_computed_tokens == 1 and s.pending_row == NO_ROW
+        ]
 
     @property
     def num_waiting(self) -> int:
@@ -120,7 +124,8 @@ class Scheduler:
             )
         assert not self._holds(sequence), f"sequence {sequence.id} was added already"
         sequence.queue_position = self._waiting.num_before(sequence)
-        if sequence.leader is not None and self._is_worth_waiting_for(sequence.leader):
+        leader = sequence.leader
+        if leader is not None and self._holds(leader) and will_publish(leader, self.block_pool):
             self._waiting.hold(sequence)
         else:
             self._waiting.push(sequence)
@@ -131,7 +136,14 @@ class Scheduler:
             self._preempt_for_the_head()
         scheduled = self._plan_decodes()
         num_decodes = len(scheduled)
-        budget = self._prompt_budget(num_decodes)
+        num_draft_tokens = add_drafts(
+            scheduled,
+            self.block_pool,
+            num_running=len(self._running),
+            budget=self.max_num_batched_tokens - len(self._running),
+            is_contended=num_decodes < len(self._running) or self._waiting.head is not None,
+        )
+        budget = self._prompt_budget(num_decodes + num_draft_tokens)
         num_blocks_lacking = 0
         if num_decodes < len(self._running):
             budget, num_blocks_lacking = self._plan_chunks(scheduled, budget)
@@ -143,38 +155,53 @@ class Scheduler:
             assert not self._running or self._has_ending()
             return None
         num_prompt_tokens = sum(item.num_tokens for item in scheduled[num_decodes:])
-        return StepPlan(tuple(scheduled), num_decodes + num_prompt_tokens, num_prompt_tokens)
+        num_tokens = num_decodes + num_draft_tokens + num_prompt_tokens
+        return StepPlan(tuple(scheduled), num_tokens, num_prompt_tokens, num_draft_tokens)
 
     def advance(self, plan: StepPlan) -> None:
         """Take a plan as computed: its sequences go on, those that sample by a token that is not known yet."""
         row = 0
-        for sequence, start, num_tokens, samples, epoch in plan.scheduled:
+        for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
             assert sequence.epoch == epoch, f"sequence {sequence.id} left between plan and advance"
             assert sequence.num_computed_tokens == start
             sequence.num_computed_tokens = start + num_tokens
             if samples:
+                sequence.token_ids.extend(sequence.draft_ids[:num_draft])
                 sequence.token_ids.append(UNKNOWN_TOKEN)
+                row += num_draft
                 sequence.pending_row = row
                 row += 1
 
-    def resolve(self, plan: StepPlan, tokens: SequenceABC[int | None]) -> None:
+    def resolve(
+        self, plan: StepPlan, tokens: SequenceABC[int | None], num_accepted: SequenceABC[int] | None = None
+    ) -> None:
         """Fill in the tokens of a plan that was computed, publish full blocks, release followers.
 
         `tokens` holds one token for each item of the plan that samples, in the plan's order; None for one whose
         sampling failed, which the caller must abort before the next plan. Those of sequences that left are dropped.
+        `num_accepted` says of as many items how many of its draft tokens were right: `tokens` has the one after them.
+        A plan with drafts is resolved before the next one is made.
         """
+        assert num_accepted is not None or plan.num_draft_tokens == 0, "a plan with drafts needs its verdict"
         sampled = iter(tokens)
+        accepted = iter(num_accepted or ())
         size, publishes = self._block_size, self.block_pool.prefix_caching
-        for sequence, start, num_tokens, samples, epoch in plan.scheduled:
+        for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
             stop = start + num_tokens
             token = next(sampled) if samples else None
             has_blocks = sequence.epoch == epoch
+            if samples and num_accepted is not None:
+                num_rejected = num_draft - next(accepted)
+                if num_draft:
+                    assert has_blocks, "nobody is planned between a draft and its verdict"
+                    drop_rejected(sequence, stop, num_rejected, self.block_pool)
+                    stop -= num_rejected
             if samples and (has_blocks or sequence in self._waiting):
                 self._fill_in(sequence, stop, token)
             if not has_blocks:
                 continue
             if publishes and stop // size > len(sequence.published):
-                self._publish_full_blocks(sequence, stop)
+                publish_full_blocks(sequence, stop, self.block_pool)
                 if num_tokens > 1:
                     self._refused = None
             if stop >= sequence.num_prompt_tokens and self._waiting.has_followers(sequence):
@@ -349,22 +376,16 @@ class Scheduler:
         head = self._waiting.head
         if head is None or head.pending_row != NO_ROW:
             return
-        level_of, pool = self._waiting.level_of, self.block_pool
-        lower = [s for s in reversed(self._running.values()) if level_of(s) > level_of(head)]
-        # as `_admit` will count, after every running sequence has taken its blocks
-        num_lacking = {s.id: self._num_blocks(len(s.token_ids)) - len(s.block_ids) for s in self._running.values()}
-        num_spare = pool.num_free - sum(num_lacking.values()) - self._num_blocks(len(head.token_ids))
-        num_running = len(self._running)
-        for num_victims in range(len(lower) + 1):
-            if num_running < self.max_num_seqs and num_spare >= num_running:
-                for _ in range(num_victims):
-                    self._preempt_last()
-                return
-            if num_victims < len(lower):
-                victim = lower[num_victims]
-                num_own = sum(pool.num_references(block_id) == 1 for block_id in victim.block_ids)
-                num_spare += num_own + num_lacking[victim.id]
-                num_running -= 1
+        num_victims = count_victims(
+            head,
+            list(self._running.values()),
+            self.block_pool,
+            level_of=self._waiting.level_of,
+            num_blocks=self._num_blocks,
+            max_num_seqs=self.max_num_seqs,
+        )
+        for _ in range(num_victims or 0):
+            self._preempt_last()
 
     def _preempt_last(self) -> Sequence:
         _, sequence = self._running.popitem()
@@ -378,6 +399,7 @@ class Scheduler:
         return sequence
 
     def _drop_blocks(self, sequence: Sequence) -> None:
+        sequence.draft_ids = []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
         sequence.published = []
@@ -390,22 +412,6 @@ class Scheduler:
             del sequence.token_ids[position:]
         else:
             sequence.token_ids[position] = token
-
-    def _publish_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
-        published, size = sequence.published, self._block_size
-        for i in range(len(published), num_tokens // size):
-            tokens = sequence.token_ids[i * size : (i + 1) * size]
-            parent = published[-1] if published else None
-            published.append(self.block_pool.publish(sequence.block_ids[i], tokens, parent, sequence.salt))
-
-    def _is_worth_waiting_for(self, leader: Sequence) -> bool:
-        """Whether a leader will publish a block for its followers: its prompt is long enough and yet to be computed."""
-        return (
-            self.block_pool.prefix_caching
-            and leader.num_prompt_tokens > self._block_size
-            and leader.num_computed_tokens < leader.num_prompt_tokens
-            and self._holds(leader)
-        )
 
     def _holds(self, sequence: Sequence) -> bool:
         return sequence.id in self._running or sequence in self._waiting

@@ -19,7 +19,7 @@ from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription, OnProgress
 from autobot_llm.engine.gpu.decoder import FusedDecoder
-from autobot_llm.engine.gpu.executor import GpuExecutor, decode_graph_sizes, prompt_graph_sizes
+from autobot_llm.engine.gpu.executor import GpuExecutor
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
 from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
 from autobot_llm.engine.kernels.gpu.launch import compile_ahead
@@ -29,6 +29,7 @@ from autobot_llm.engine.memory import (
     DeviceMemory,
     MemoryDemand,
     estimated_activation_bytes,
+    estimated_graph_bytes,
     plan_cache,
 )
 from autobot_llm.engine.models.config import ModelConfig
@@ -36,10 +37,6 @@ from autobot_llm.engine.models.weights import DecoderWeights, load_weights, meas
 from autobot_llm.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
-
-# What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
-# docs/log.md.
-BYTES_PER_GRAPH = 16 * 2**20
 
 
 def build_gpu_executor(
@@ -191,15 +188,12 @@ class _Builder:
         )
 
     def _graph_bytes(self) -> int:
-        sizes = decode_graph_sizes(self._limits.max_num_seqs)
-        prompt_sizes = prompt_graph_sizes(self._limits.max_num_batched_tokens)
-        shared = estimated_activation_bytes(
+        return estimated_graph_bytes(
             self._config,
-            num_batched_tokens=max((*sizes, *prompt_sizes)),
-            num_rows=sizes[-1],
+            max_num_seqs=self._limits.max_num_seqs,
+            num_batched_tokens=self._limits.max_num_batched_tokens,
             num_bytes_each=self._dtype.itemsize,
         )
-        return shared + BYTES_PER_GRAPH * (len(sizes) + len(prompt_sizes))
 
 
 def _largest_batch(limits: GpuLimits) -> StepBatch:

@@ -30,7 +30,12 @@ from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
 from autobot_llm.engine.executor import SampledRows, SamplingArrays
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
-from autobot_llm.engine.gpu.graphs import DECODE_SIZES, MAX_PROMPTS, PROMPT_SIZES, CUDAGraphManager, padded_size
+from autobot_llm.engine.gpu.graph_sizes import (
+    decode_graph_sizes,
+    padded_size,
+    prompt_graph_sizes,
+)
+from autobot_llm.engine.gpu.graphs import MAX_PROMPTS, CUDAGraphManager
 from autobot_llm.engine.gpu.options import GpuLimits
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
 from autobot_llm.engine.gpu.swap import BlockSwapper
@@ -348,17 +353,6 @@ class GpuExecutor:
             array[:] = values.view(np.int64) if values.dtype == np.uint64 else values
         self._sampling_staging.upload(layout.num_bytes)
         return SamplingTensors(**layout.on_device(self._sampling_staging.on_device))
-
-
-def decode_graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """The sizes to capture for so many sequences at most: the last one holds them all, up to the largest size."""
-    last = padded_size(max_num_seqs) or DECODE_SIZES[-1]
-    return tuple(size for size in DECODE_SIZES if size <= last)
-
-
-def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """The numbers of tokens to capture a step with prompts for."""
-    return tuple(size for size in PROMPT_SIZES if size <= max_num_batched_tokens)
 
 
 def _eager_layout(limits: GpuLimits) -> Layout:

@@ -7,19 +7,11 @@ grids and scalar arguments. So everything that changes from step to step lives i
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-
-DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
-"""Numbers of sequences with a graph of their own; others are padded to the next."""
-
-PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-"""Numbers of tokens in a step with prompts that has a graph: up to there, it takes about as long to launch as to
-compute."""
 
 MAX_PROMPTS = 64
 """Sequences of such a step at most, those that decode included."""
@@ -104,9 +96,3 @@ class CUDAGraphManager(Generic[Result]):
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return _Captured(graph, input_tensor, result)
-
-
-def padded_size(num_sequences: int, sizes: tuple[int, ...] = DECODE_SIZES) -> int | None:
-    """The smallest of the sizes, which ascend, that holds so many sequences; None where there is none."""
-    place = bisect_left(sizes, num_sequences)
-    return sizes[place] if place < len(sizes) else None

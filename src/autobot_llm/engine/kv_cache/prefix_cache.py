@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar
 
-from autobot_llm.engine.engine import Engine, EngineRequest, RequestStats
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kv_cache.block_pool import PrefixBlock
+from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, InvalidRequestError

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from autobot_llm.engine.memory import kv_bytes_per_token
 from autobot_llm.engine.models.config import ModelConfig
 
 
@@ -53,10 +54,10 @@ SCALE_DTYPE = torch.bfloat16
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Memory that one block takes over all layers, keys and values, in bytes."""
-    bytes_per_position = config.head_size * dtype.itemsize
+    num_bytes = kv_bytes_per_token(config, dtype.itemsize)
     if dtype in QUANTIZED_DTYPES:
-        bytes_per_position += SCALE_DTYPE.itemsize
-    return 2 * config.num_layers * block_size * config.num_kv_heads * bytes_per_position
+        num_bytes += 2 * config.num_layers * config.num_kv_heads * SCALE_DTYPE.itemsize
+    return block_size * num_bytes
 
 
 # L layers, B blocks, K key/value heads, P positions of a block, D head size

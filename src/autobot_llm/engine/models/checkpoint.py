@@ -19,6 +19,8 @@ from autobot_llm.errors import ModelLoadError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# of quantized matrices and what belongs to them
+PACKED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 _LENGTH_BYTES = 8  # a file begins with the length of its header
 
 
@@ -62,12 +64,18 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], *, model_type: str, may_ignore: frozenset[str] = frozenset()
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    model_type: str,
+    may_ignore: frozenset[str] = frozenset(),
+    packed: bool = False,
 ) -> Checkpoint:
     """Read the headers of a folder's safetensors, single or sharded, and find the tensors of `shapes` in them.
 
-    `may_ignore` names tensors that may be stored although the model does not use them. Raises ModelLoadError, naming
-    file and tensor, for what is missing, truncated, of another shape or dtype, or not part of such a model.
+    `may_ignore` names tensors that may be stored although the model does not use them; `packed` accepts the dtypes of
+    quantized folders, too. Raises ModelLoadError, naming file and tensor, for what is missing, truncated, of another
+    shape or dtype, or not part of such a model.
     """
     headers, file_of = _read_headers(folder)
     _refuse_foreign_tensors(folder, set(file_of) - set(shapes) - may_ignore, model_type)
@@ -75,9 +83,15 @@ def open_checkpoint(
     for name, shape in shapes.items():
         if name not in file_of:
             raise ModelLoadError(f"{folder}: tensor {name} is missing from the safetensors files")
-        tensors[name] = headers[file_of[name]].tensor(name, shape)
+        tensors[name] = headers[file_of[name]].tensor(name, shape, STORED_DTYPES | (PACKED_DTYPES if packed else {}))
     identities = {header.path: header.identity for header in headers.values()}
     return Checkpoint(tensors, identities)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that the folder stores, by name. Raises ModelLoadError."""
+    headers, file_of = _read_headers(folder)
+    return {name: headers[file_name].entries[name].shape for name, file_name in file_of.items()}
 
 
 class _Index(msgspec.Struct):
@@ -97,13 +111,13 @@ class _Header:
     data_start: int
     entries: Mapping[str, _Entry]
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    def tensor(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, torch.dtype]) -> StoredTensor:
         entry = self.entries[name]
         if entry.shape != shape:
             raise ModelLoadError(f"{self.path}: tensor {name} has shape {entry.shape}; config.json asks for {shape}")
-        dtype = STORED_DTYPES.get(entry.dtype)
+        dtype = dtypes.get(entry.dtype)
         if dtype is None:
-            accepted = ", ".join(STORED_DTYPES)
+            accepted = ", ".join(dtypes)
             raise ModelLoadError(f"{self.path}: tensor {name} has dtype {entry.dtype}; expected one of {accepted}")
         start, stop = entry.data_offsets
         return StoredTensor(name, self.path, dtype, shape, self.data_start + start, stop - start)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from autobot_llm.engine.quantization.detection import NotSupportedError, StoredQuantization, detect
 from autobot_llm.errors import ModelLoadError
 
 ModelType = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -83,6 +84,7 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     checkpoint_dtype: CheckpointDtype | None
     generation: GenerationDefaults
+    quantization: StoredQuantization | None = None
 
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -160,8 +162,6 @@ def load_config(folder: Path) -> ModelConfig:
     # the family first, so that an unknown one is not reported as a missing field of a known one
     model_type = _choice(path, "model_type", _read(path, _ModelTypeOnly).model_type, MODEL_TYPES)
     raw = _read(path, _ConfigFile)
-    if raw.quantization_config is not None:
-        raise ModelLoadError(f"{path}: quantization_config: quantized checkpoints are not supported yet")
     _choice(path, "hidden_act", raw.hidden_act, HIDDEN_ACTS)
     num_kv_heads = raw.num_key_value_heads or raw.num_attention_heads
     if raw.num_attention_heads % num_kv_heads:
@@ -195,6 +195,7 @@ def load_config(folder: Path) -> ModelConfig:
         eos_token_ids=_token_ids(raw.eos_token_id) | generation_eos,
         checkpoint_dtype=None if dtype_name is None else _choice(path, "dtype", dtype_name, DTYPES),
         generation=generation,
+        quantization=_quantization(path, raw.quantization_config),
     )
 
 
@@ -216,6 +217,15 @@ def _read(path: Path, kind: type[_File]) -> _File:
         raise ModelLoadError(f"{path}: no such file") from exc
     except (OSError, msgspec.DecodeError) as exc:  # a wrong type is reported with its path: `$.hidden_size`
         raise ModelLoadError(f"{path}: {exc}") from exc
+
+
+def _quantization(path: Path, value: Any) -> StoredQuantization | None:
+    if value is None:
+        return None
+    try:
+        return detect(value)
+    except NotSupportedError as exc:
+        raise ModelLoadError(f"{path}: quantization_config: {exc}") from exc
 
 
 def _head_size(path: Path, raw: _ConfigFile) -> int:

@@ -19,6 +19,7 @@ from autobot_llm.engine.attention.backend import AttentionBackend
 from autobot_llm.engine.models.config import ModelConfig, RopeScaling
 from autobot_llm.engine.models.linear import Linear, choose_linear
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
+from autobot_llm.engine.quantization.products import with_quantized
 
 
 # T packed tokens, R rows whose logits are wanted, E hidden size, H query heads, K key/value heads, D head size,
@@ -34,6 +35,8 @@ class Decoder:
         self.device = weights.device
         self._norm = _RMSNorm(config, weights)
         self._linear = choose_linear(weights.dtype, weights.device)
+        if weights.is_quantized:
+            self._linear = with_quantized(self._linear)
         self._embed_VE = weights.embed_VE
         self._norm_E = weights.norm_E
         self._lm_head = self._linear.pack(weights.lm_head_VE)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -24,9 +25,9 @@ class Linear:
     """
 
     name: str
-    pack: Callable[[torch.Tensor], torch.Tensor]
-    apply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-    add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    pack: Callable[[torch.Tensor], Any]
+    apply: Callable[[torch.Tensor, Any, torch.Tensor | None], torch.Tensor]
+    add: Callable[[torch.Tensor, torch.Tensor, Any, torch.Tensor | None], torch.Tensor]
 
 
 def choose_linear(dtype: torch.dtype, device: torch.device) -> Linear:

@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from autobot_llm.engine.models.checkpoint import Checkpoint, open_checkpoint
 from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.models.shapes import expected_shapes
 from autobot_llm.engine.models.transfer import (
     Carrier,
     CudaTransport,
@@ -25,6 +27,8 @@ from autobot_llm.engine.models.transfer import (
     carry,
     plan_spans,
 )
+from autobot_llm.engine.quantization.reading import QuantizedReader
+from autobot_llm.engine.quantization.weight import QuantizedWeight
 
 SPAN_BYTES = 8 * 2**20  # as fast as larger ones, and small enough to share out evenly
 MAX_READERS = 8
@@ -68,10 +72,22 @@ class DecoderWeights:
         return self.embed_VE.device
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether any matrix is a QuantizedWeight."""
+        return self.quantization is not None
+
+    @property
+    def quantization(self) -> str | None:
+        """The scheme of the quantized matrices, in words; None where there are none."""
+        return next((tensor.scheme.name for tensor in self._tensors() if isinstance(tensor, QuantizedWeight)), None)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of memory held, shared tensors counted once."""
         tensors = {id(t): t for t in self._tensors()}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return sum(
+            t.num_bytes if isinstance(t, QuantizedWeight) else t.numel() * t.element_size() for t in tensors.values()
+        )
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.embed_VE, self.norm_E, self.lm_head_VE)
@@ -89,16 +105,21 @@ def load_weights(
     dtype: torch.dtype | None,
     device: torch.device | str,
     on_progress: Callable[[int, int], None] | None = None,
+    keep_quantized: bool = False,
 ) -> DecoderWeights:
     """Load the weights of `folder` onto `device`; peak host memory beside the model is a few small buffers.
 
     `dtype` None keeps the checkpoint's (where a checkpoint mixes dtypes, the narrowest one that holds them all).
     `on_progress(num_bytes_done, num_bytes_total)` counts bytes of the files, on the calling thread; loading ends at
-    once with whatever it raises. Raises ModelLoadError, naming file and tensor, for whatever is missing, truncated, of
-    the wrong shape or dtype, or not part of such a model, and for files that change under the reader's hands.
+    once with whatever it raises. A quantized folder's matrices are dequantized, one after the other; with
+    `keep_quantized`, for a CPU, they stay as they are, as QuantizedWeight.
+    Raises ModelLoadError, naming file and tensor, for whatever is missing, truncated, of the wrong shape or dtype, or
+    not part of such a model, and for files that change under the reader's hands.
     Format: safetensors, single or sharded, with the tensor names of Hugging Face transformers.
     """
     device = torch.device(device)
+    if config.quantization is not None:
+        return _load_quantized(folder, config, dtype, device, on_progress, keep_quantized)
     checkpoint = _open_checkpoint(folder, config)
     allocator = _Allocator(checkpoint, dtype or checkpoint.dtype, device)
     weights = _allocate(allocator, config)
@@ -111,48 +132,61 @@ def load_weights(
 
 def measure_weights(folder: Path, config: ModelConfig, *, dtype: torch.dtype | None) -> int:
     """Bytes that `load_weights` would take up, from the headers alone. Raises what it would raise for them."""
+    if config.quantization is not None:  # they are dequantized
+        itemsize = (dtype or _dense_dtype(config)).itemsize
+        return sum(math.prod(shape) for shape in expected_shapes(config).values()) * itemsize
     checkpoint = _open_checkpoint(folder, config)
     itemsize = (dtype or checkpoint.dtype).itemsize
     return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) * itemsize
 
 
-def _open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
-    # some exports store the tied head a second time
-    may_ignore = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
-    return open_checkpoint(folder, expected_shapes(config), model_type=config.model_type, may_ignore=may_ignore)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors a checkpoint of this configuration must hold, by name."""
-    E, F, D = config.hidden_size, config.intermediate_size, config.head_size
-    q_size, kv_size = config.num_heads * D, config.num_kv_heads * D
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, E),
-        "model.norm.weight": (E,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, E)
-    projections = (
-        ("self_attn.q_proj", q_size, E, config.qkv_bias),
-        ("self_attn.k_proj", kv_size, E, config.qkv_bias),
-        ("self_attn.v_proj", kv_size, E, config.qkv_bias),
-        ("self_attn.o_proj", E, q_size, config.o_bias),
-        ("mlp.gate_proj", F, E, config.mlp_bias),
-        ("mlp.up_proj", F, E, config.mlp_bias),
-        ("mlp.down_proj", E, F, config.mlp_bias),
+def _load_quantized(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None,
+    keep_quantized: bool,
+) -> DecoderWeights:
+    assert config.quantization is not None, "the folder is quantized"
+    reader = QuantizedReader(
+        folder,
+        expected_shapes(config),
+        config.quantization,
+        model_type=config.model_type,
+        may_ignore=_may_ignore(config),
+        dtype=dtype or _dense_dtype(config),
+        device=device,
+        keep_quantized=keep_quantized,
+        on_progress=on_progress,
     )
-    for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (E,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (E,)
-        if config.qk_norm:
-            shapes[f"{layer}.self_attn.q_norm.weight"] = (D,)
-            shapes[f"{layer}.self_attn.k_norm.weight"] = (D,)
-        for name, num_out, num_in, has_bias in projections:
-            shapes[f"{layer}.{name}.weight"] = (num_out, num_in)
-            if has_bias:
-                shapes[f"{layer}.{name}.bias"] = (num_out,)
-    return shapes
+    weights = _allocate(reader, config)
+    reader.checkpoint.refuse_changed_files()
+    return weights
+
+
+def _dense_dtype(config: ModelConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.checkpoint_dtype or "bfloat16")
+    return dtype
+
+
+def _may_ignore(config: ModelConfig) -> frozenset[str]:
+    """Some exports store the tied head a second time."""
+    return frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
+
+
+def _open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
+    return open_checkpoint(
+        folder, expected_shapes(config), model_type=config.model_type, may_ignore=_may_ignore(config)
+    )
+
+
+class _Source(Protocol):
+    """Gives a model's tensors by name."""
+
+    def tensor(self, *names: str) -> torch.Tensor:
+        """The named tensors, one below the other."""
+        ...
 
 
 class _Allocator:
@@ -187,7 +221,7 @@ def _carriers(device: torch.device, *, converts: bool, num_spans: int) -> list[C
     return [InPlace() for _ in range(min(MAX_READERS, num_cores, num_spans))]
 
 
-def _allocate(allocator: _Allocator, config: ModelConfig) -> DecoderWeights:
+def _allocate(allocator: _Source, config: ModelConfig) -> DecoderWeights:
     embed_VE = allocator.tensor("model.embed_tokens.weight")
     return DecoderWeights(
         embed_VE=embed_VE,
@@ -197,7 +231,7 @@ def _allocate(allocator: _Allocator, config: ModelConfig) -> DecoderWeights:
     )
 
 
-def _allocate_layer(allocator: _Allocator, config: ModelConfig, layer: str) -> LayerWeights:
+def _allocate_layer(allocator: _Source, config: ModelConfig, layer: str) -> LayerWeights:
     qkv = tuple(f"{layer}.self_attn.{name}_proj" for name in "qkv")
     gate_up = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
 

@@ -1,1 +1,1 @@
-"""Speculative decoding: several tokens of a sequence are proposed, then verified in one step."""
+"""Guess several tokens ahead, verify them in one step. Lossless: the answers are those of the engine without it."""

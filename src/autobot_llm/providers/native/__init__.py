@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autobot_llm.engine.batching.profiles import BatchingConfig, get_batching_config
     from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
+    from autobot_llm.engine.quantization.loader import QuantizedModelLoader
+    from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY
+    from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
+    from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
     from autobot_llm.engine.speculative.medusa import MEDUSA_CHECKPOINTS, MedusaConfig, MedusaDecoder, MedusaHead
+    from autobot_llm.engine.speculative.pairs import DRAFT_MODEL_RECOMMENDATIONS
     from autobot_llm.providers.native.provider import NativeProvider
 
 __all__ = [
     "CACHED_PREFIXES",
+    "DRAFT_MODEL_RECOMMENDATIONS",
     "MEDUSA_CHECKPOINTS",
+    "QUANTIZED_MODEL_REGISTRY",
     "BatchingConfig",
     "MedusaConfig",
     "MedusaDecoder",
@@ -25,6 +32,11 @@ __all__ = [
     "NativeProvider",
     "PrefixCacheConfig",
     "PrefixCacheManager",
+    "QuantizationConfig",
+    "QuantizationType",
+    "QuantizedModelLoader",
+    "SpeculativeConfig",
+    "SpeculativeDecoder",
     "get_batching_config",
 ]
 
@@ -39,6 +51,13 @@ _MODULES = {
     "MedusaConfig": "autobot_llm.engine.speculative.medusa",
     "MedusaDecoder": "autobot_llm.engine.speculative.medusa",
     "MedusaHead": "autobot_llm.engine.speculative.medusa",
+    "QUANTIZED_MODEL_REGISTRY": "autobot_llm.engine.quantization.registry",
+    "QuantizationConfig": "autobot_llm.engine.quantization.scheme",
+    "QuantizationType": "autobot_llm.engine.quantization.scheme",
+    "QuantizedModelLoader": "autobot_llm.engine.quantization.loader",
+    "SpeculativeConfig": "autobot_llm.engine.speculative.decoder",
+    "SpeculativeDecoder": "autobot_llm.engine.speculative.decoder",
+    "DRAFT_MODEL_RECOMMENDATIONS": "autobot_llm.engine.speculative.pairs",
 }
 
 

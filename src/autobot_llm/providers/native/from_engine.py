@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from autobot_llm.engine.description import DescribedExecutor
-from autobot_llm.engine.engine import Engine, Output, RequestStats
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.request import Output, RequestStats
 from autobot_llm.engine.tool_calls.json_call import CallArguments, Piece, Text
 from autobot_llm.engine.tool_calls.parser import ToolCallParser
 from autobot_llm.providers.native.answer_shape import Tools
@@ -121,6 +122,7 @@ class Answer:
             if others > 0
             else "nobody else was being served",
         )
+        yield self._speculation()
         executor = engine.executor
         yield OptimizationOutcome(name="compiled_step", applied=executor.name == "compiled", reason=executor.reason)
         if isinstance(executor, DescribedExecutor):
@@ -131,6 +133,23 @@ class Answer:
                 applied=gpu.attention != "sdpa",
                 reason=f"{gpu.attention}: {gpu.attention_reason}",
             )
+
+    def _speculation(self) -> OptimizationOutcome:
+        """What drafts did for this answer. The time is an estimate from measured plain steps of as many sequences."""
+        stats, speculator = self._stats, self._engine.speculator
+        proposed, accepted = stats.num_draft_tokens, stats.num_accepted_tokens
+        if speculator is None or not proposed:
+            reason = "no draft was worth its time" if speculator is not None else self._engine.speculation_reason
+            return OptimizationOutcome(name="speculative_decoding", applied=False, reason=reason)
+        num_tokens = sum(self._num_tokens.values())
+        per_step = num_tokens / max(1, num_tokens - accepted)
+        return OptimizationOutcome(
+            name="speculative_decoding",
+            applied=True,
+            reason=f"{accepted} of {proposed} drafted tokens accepted, {per_step:.2f} tokens per step; the time is "
+            "estimated from measured plain steps",
+            milliseconds_saved=round(stats.seconds_saved * 1e3, 3),
+        )
 
 
 def _deltas(pieces: Sequence[Piece], index: int, tools: Tools) -> Iterator[TextDelta | ToolCallDelta]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autobot_llm.engine.description import DescribedExecutor
+from autobot_llm.engine.description import DescribedExecutor, TellsQuantization
 from autobot_llm.engine.engine import Engine
 from autobot_llm.report import OptimizationOutcome
 
-_NOT_BUILT = ("speculative_decoding", "medusa_heads", "quantization")
+_NOT_BUILT = ("medusa_heads",)
 
 
 def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
@@ -42,5 +42,15 @@ def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
     else:
         for name in ("cuda_graphs", "flash_attention", "kv_cache_optimization"):
             yield OptimizationOutcome(name=name, applied=False, reason=f"the engine runs on a CPU: {executor.name}")
+    scheme = executor.quantization if isinstance(executor, TellsQuantization) else None
+    yield OptimizationOutcome(
+        name="quantization",
+        applied=scheme is not None,
+        reason=f"{scheme}: {executor.reason}" if scheme else "the weights are not quantized",
+        lossy=scheme is not None,
+    )
+    yield OptimizationOutcome(
+        name="speculative_decoding", applied=engine.speculator is not None, reason=engine.speculation_reason
+    )
     for name in _NOT_BUILT:
         yield OptimizationOutcome(name=name, applied=False, reason="not built yet")

@@ -10,22 +10,27 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autobot_llm.engine.batching.profiles import get_batching_config
 from autobot_llm.engine.description import DescribedExecutor
-from autobot_llm.engine.engine import Engine, EngineRequest
+from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.matcher import Grammar
 from autobot_llm.engine.kv_cache.prefix_cache import CACHED_PREFIXES, PrefixCacheConfig, PrefixCacheManager
-from autobot_llm.engine.load import EngineOptions, load_engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.service import EngineService
+from autobot_llm.engine.speculative.build import SpeculationOptions
 from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
 from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus, ScoredToken
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.embedding import embed_inputs
 from autobot_llm.providers.native.from_engine import Answer
+from autobot_llm.providers.native.load_or_quantize import quantized_weights
 from autobot_llm.providers.native.optimizations import running_optimizations
 from autobot_llm.providers.native.scoring import score_text
 from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from autobot_llm.engine.grammar.compiler import GrammarCompiler
 
 EMBEDDED_MODEL = "tiny"
+EMBEDDED_DRAFT = "tiny-draft"
 ASSETS = Path(__file__).parents[2] / "assets"
 
 
@@ -109,6 +115,9 @@ class NativeProvider:
         }
         if isinstance(engine.executor, DescribedExecutor):
             details |= engine.executor.description.lines()
+        details["speculation"] = engine.speculation_reason
+        if engine.speculator is not None:
+            details |= engine.speculator.lines()
         prefix_cache = self.get_prefix_cache_config()
         if tenants := {prefix.salt for prefix in prefix_cache.warmed}:
             details["warmed"] = (
@@ -131,6 +140,9 @@ class NativeProvider:
         engines = [service.engine for service in self._services.values() if service.engine is not None]
         schedulers = [engine.scheduler for engine in engines]
         pools = [scheduler.block_pool for scheduler in schedulers]
+        speculators = [engine.speculator for engine in engines if engine.speculator is not None]
+        num_draft_tokens = sum(speculator.num_proposed for speculator in speculators)
+        num_accepted_tokens = sum(speculator.num_accepted for speculator in speculators)
         num_query_tokens = sum(pool.num_query_tokens for pool in pools)
         return {
             "num_running": sum(scheduler.num_running for scheduler in schedulers),
@@ -142,6 +154,9 @@ class NativeProvider:
             "prefix_cache_hit_rate": sum(pool.num_hit_tokens for pool in pools) / max(1, num_query_tokens),
             "num_steps": sum(engine.num_steps for engine in engines),
             "num_generated_tokens": sum(engine.num_generated_tokens for engine in engines),
+            "num_draft_tokens": num_draft_tokens,
+            "num_accepted_tokens": num_accepted_tokens,
+            "speculation_acceptance_rate": num_accepted_tokens / max(1, num_draft_tokens),
         }
 
     def revision(self, model: str | None) -> str:
@@ -243,7 +258,9 @@ class NativeProvider:
     def _build(self, model: str) -> Engine:
         """Load a model and warm its prefixes: on the thread that will own the engine, before it has requests."""
         settings = self._settings
-        engine = load_engine(engine_options(settings, self._folders[model]), self._on_progress)
+        folder, kind = quantized_weights(settings, self._folders[model], self._on_progress)
+        options = replace(engine_options(settings, folder), quantization=kind)
+        engine = load_engine(options, self._on_progress)
         try:
             prefix_cache = PrefixCacheManager(engine, settings.cached_prefixes or CACHED_PREFIXES)
             if settings.warm_prefixes:
@@ -292,4 +309,24 @@ def engine_options(settings: Settings, folder: Path) -> EngineOptions:
         attention_backend=settings.attention_backend,
         cuda_graphs=settings.cuda_graphs,
         cpu_threads=settings.cpu_threads,
+        speculation=speculation_options(settings),
+    )
+
+
+def speculation_options(settings: Settings) -> SpeculationOptions:
+    """Raises ConfigurationError for a draft model that is no folder."""
+    draft_model, draft_folder = settings.speculation_draft_model, None
+    if draft_model is not None:
+        draft_folder = ASSETS / EMBEDDED_DRAFT if draft_model == EMBEDDED_DRAFT else Path(draft_model).expanduser()
+        if not draft_folder.is_dir():
+            raise ConfigurationError(
+                f"AUTOBOT_SPECULATION_DRAFT_MODEL={draft_model!r}: expected {EMBEDDED_DRAFT} (the embedded "
+                "model's), or the path of a Hugging Face folder"
+            )
+    return SpeculationOptions(
+        method=settings.speculation_method if settings.speculation_enabled else "none",
+        draft_model=draft_folder,
+        num_tokens=settings.speculation_num_tokens,
+        use_ngram=settings.speculation_use_ngram,
+        min_acceptance_rate=settings.speculation_min_acceptance_rate,
     )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from autobot_llm.dialects.ollama.models import Shown, Tag
 from autobot_llm.settings import Settings
+from autobot_llm.tuning.gguf import BITS_PER_WEIGHT
 
-# The variants that are offered, the most faithful first, with their bits per weight (GGUF's blocks: q8_0 has 34 bytes
-# for 32 weights; q4_K_M mixes blocks of 4.5 and 6.6 bits, measured on 7B and 8B models).
-BITS_PER_WEIGHT: Mapping[str, float] = {"q8_0": 8.5, "q4_K_M": 4.85}
 FULL_PRECISION = ("F16", "BF16", "F32")
 ROOM = 1.2  # a model's file times this is what it takes with its cache and buffers
 _SUFFIX = re.compile(r"-(?:fp16|bf16|f16|f32|i?q\d\w*)$", re.IGNORECASE)

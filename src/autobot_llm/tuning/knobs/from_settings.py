@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from autobot_llm.settings import SETTINGS, Settings
-from autobot_llm.settings.about import EVERY, NATIVE
+from autobot_llm.settings.meaning import EVERY, NATIVE
 
 GIB = 2**30
 # What a workload asks of an engine's scheduler: the same figures as our own engine's profiles.
@@ -98,10 +98,10 @@ def drafting_method(settings: Settings) -> str | None:
 
     Drafting from the text itself has to be asked for: such an engine goes on with it where it loses.
     """
-    if not settings.speculation_enabled:
+    if not settings.speculation_enabled or settings.speculation_method == "none":
         return None
     if settings.speculation_method != "auto":
-        return settings.speculation_method
+        return "draft_model" if settings.speculation_method == "draft" else settings.speculation_method
     if settings.speculation_draft_model is not None:
         return "draft_model"
     use_ngram = _SETTINGS["speculation_use_ngram"].variable

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from autobot_llm.settings import SETTINGS
-from autobot_llm.settings.about import EVERY
-from autobot_llm.settings.about import NATIVE as ON_NATIVE
+from autobot_llm.settings.meaning import EVERY
+from autobot_llm.settings.meaning import NATIVE as ON_NATIVE
 from autobot_llm.tuning.knobs.facts import Argument, EngineFacts, Instead, Knob, Knobs, Way, table
 from autobot_llm.tuning.knobs.versions import ALWAYS
 
@@ -19,7 +19,7 @@ ARGUMENTS = {field: Argument(place="setting") for field in _OURS} | {
     "preemption": Argument(place="setting", values=dict.fromkeys(("auto", "recompute", "swap"), ALWAYS)),
     "scheduling_policy": Argument(place="setting", values=dict.fromkeys(("fcfs", "priority"), ALWAYS)),
     "speculation_method": Argument(
-        place="setting", values=dict.fromkeys(("auto", "ngram", "draft_model", "eagle", "medusa"), ALWAYS)
+        place="setting", values=dict.fromkeys(("auto", "ngram", "draft", "medusa", "eagle3", "none"), ALWAYS)
     ),
     "attention_backend": Argument(
         place="setting", values=dict.fromkeys(("auto", "triton", "flashinfer", "flash_attention", "sdpa"), ALWAYS)
@@ -38,6 +38,8 @@ def _model_name(value: Any, knobs: Knobs) -> Any:
     return None if str(value).startswith("[") else value
 
 
+_METHODS = {"ngram": "ngram", "draft_model": "draft", "draft": "draft", "medusa": "medusa", "eagle3": "eagle3"}
+
 KNOBS = table(
     *(Knob(field, (Way(field),)) for field in _OURS),
     Knob("num_scheduler_steps", instead=(Instead("nothing: each step is planned while the one before it runs"),)),
@@ -50,7 +52,7 @@ KNOBS = table(
         "speculative_model",
         (Way("speculation_method", {"[ngram]": "ngram"}), Way("speculation_draft_model", convert=_model_name)),
     ),
-    Knob("speculative_method", (Way("speculation_method"),)),
+    Knob("speculative_method", (Way("speculation_method", _METHODS),)),
     Knob("num_speculative_tokens", (Way("speculation_num_tokens"),)),
     Knob("min_acceptance_rate", (Way("speculation_min_acceptance_rate"),)),
     Knob("speculative_draft_tensor_parallel_size", instead=(Instead("nothing: a draft runs on one GPU"),)),

@@ -16,6 +16,7 @@ from autobot_llm.engine.kernels.cpu.build import CannotCompileError
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
+from autobot_llm.engine.quantization.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,12 @@ THREAD_TRIAL_STEPS = 40
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("n", ctypes.c_int64), ("k", ctypes.c_int64))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("n", "k")),
+        *((name, ctypes.c_void_p) for name in ("scale", "offset")),
+        ("group", ctypes.c_int64),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -42,7 +48,7 @@ class _Config(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
-                "num_blocks", "max_tokens", "bf16_weights",
+                "num_blocks", "max_tokens", "bf16_weights", "matrix_bits",
             )
         ),
         ("rms_norm_eps", ctypes.c_double),
@@ -69,9 +75,10 @@ class _Batch(ctypes.Structure):
 class _Packer:
     """Lays weights out for step.cpp, in panels of `width` outputs, and keeps every tensor it hands a pointer of."""
 
-    def __init__(self, dtype: torch.dtype, width: int) -> None:
+    def __init__(self, dtype: torch.dtype, width: int, matrix_bits: int) -> None:
         self.dtype = dtype
         self.width = width
+        self.matrix_bits = matrix_bits
         self._kept: list[torch.Tensor] = []
 
     def pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -81,29 +88,55 @@ class _Packer:
         self._kept.append(kept)
         return kept.data_ptr()
 
-    # N outputs, K inputs, P panels of W outputs
+    # N outputs, K inputs, P panels of W outputs, G groups of inputs
     def linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> _Linear:
-        num_outputs, num_inputs = weight_NK.shape
-        padding = -num_outputs % self.width
-        padded_NK = torch.nn.functional.pad(weight_NK.to(self.dtype), (0, 0, 0, padding))
-        packed_PKW = padded_NK.view(-1, self.width, num_inputs).transpose(1, 2)
-        bias = None if bias_N is None else torch.nn.functional.pad(bias_N.float(), (0, padding))
-        return _Linear(self.pointer(packed_PKW, self.dtype), self.pointer(bias), num_outputs, num_inputs)
+        if isinstance(weight_NK, QuantizedWeight) and self.matrix_bits:
+            return self._quantized(weight_NK, bias_N, weight_NK.shape[0], self._padded)
+        return self._dense(weight_NK, bias_N, weight_NK.shape[0], self._padded)
 
     def gated(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> _Linear:
         """Gates and ups side by side in each panel, so that one thread has both halves of its outputs."""
-        half = self.width // 2
-        size = weight_NK.shape[0] // 2
-        padding = -size % half
+        num_outputs = -(-weight_NK.shape[0] // self.width) * self.width
+        if isinstance(weight_NK, QuantizedWeight) and self.matrix_bits:
+            return self._quantized(weight_NK, bias_N, num_outputs, self._interleaved)
+        return self._dense(weight_NK, bias_N, num_outputs, self._interleaved)
 
-        def interleave(rows: torch.Tensor) -> torch.Tensor:
-            gate, up = (
-                torch.nn.functional.pad(part, (0, 0) * (part.dim() - 1) + (0, padding)).view(-1, half, *part.shape[1:])
-                for part in (rows[:size], rows[size:])
-            )
-            return torch.stack((gate, up), 1).flatten(0, 2)
+    def _dense(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, num_outputs: int, arrange: Arrange
+    ) -> _Linear:
+        weight = self.pointer(self._panels(arrange(weight_NK.to(self.dtype))), self.dtype)
+        bias = self.pointer(None if bias_N is None else arrange(bias_N.float()))
+        return _Linear(weight, bias, num_outputs, weight_NK.shape[1])
 
-        return self.linear(interleave(weight_NK), None if bias_N is None else interleave(bias_N))
+    def _quantized(
+        self, weight: QuantizedWeight, bias_N: torch.Tensor | None, num_outputs: int, arrange: Arrange
+    ) -> _Linear:
+        """int8, or pairs of numbers from 0 to 15; see linear.h."""
+        scales_NG, num_inputs = weight.scales_OG.float(), weight.shape[1]
+        scale = self.pointer(arrange(scales_NG).t())
+        bias = self.pointer(None if bias_N is None else arrange(bias_N.float()))
+        if self.matrix_bits == 8:
+            values = self.pointer(self._panels(arrange(weight.values_OI)), torch.int8)
+            return _Linear(values, bias, num_outputs, num_inputs, scale, None, num_inputs)
+        first, second = self._panels(arrange(weight.values_OI + 8)).to(torch.uint8).chunk(2, dim=-1)
+        values = self.pointer(first | (second << 4), torch.uint8)
+        zeros_NG = torch.zeros_like(scales_NG) if weight.zero_points_OG is None else weight.zero_points_OG.float()
+        offset = self.pointer(arrange(-(8 + zeros_NG) * scales_NG).t())
+        return _Linear(values, bias, num_outputs, num_inputs, scale, offset, weight.scheme.group_size or num_inputs)
+
+    def _panels(self, rows: torch.Tensor) -> torch.Tensor:
+        """panels_PKW of rows that fill them."""
+        return rows.view(-1, self.width, rows.shape[1]).transpose(1, 2)
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        return _with_more_rows(rows, -len(rows) % self.width)
+
+    def _interleaved(self, rows: torch.Tensor) -> torch.Tensor:
+        half, size = self.width // 2, len(rows) // 2
+        gate, up = (
+            _with_more_rows(part, -size % half).view(-1, half, *part.shape[1:]) for part in (rows[:size], rows[size:])
+        )
+        return torch.stack((gate, up), 1).flatten(0, 2)
 
     def layer(self, weights: LayerWeights, window: int) -> _Layer:
         return _Layer(
@@ -119,8 +152,34 @@ class _Packer:
         )
 
 
+Arrange = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _with_more_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, count))
+
+
+def quantized_bits(weights: DecoderWeights) -> int:
+    """8 or 4 where the step can read the layers' matrices as they are; 0: they are to be dequantized.
+
+    It reads int8 with one scale an output, and 4 bits in groups, with zero points or without.
+    """
+    found = set()
+    for layer in weights.layers:
+        for matrix in (layer.qkv_weight, layer.o_weight, layer.gate_up_weight, layer.down_weight):
+            if not isinstance(matrix, QuantizedWeight) or matrix.group_of_input_I is not None:
+                return 0
+            scheme, is_plain = matrix.scheme, matrix.zero_points_OG is None and matrix.scales_OG.shape[1] == 1
+            reads = scheme.kind == "int" and (scheme.num_bits == 4 or is_plain)
+            found.add(scheme.num_bits if reads else 0)
+    return found.pop() if len(found) == 1 else 0
+
+
 class CompiledExecutor:
-    """Runs steps through step.cpp: float32 arithmetic over the checkpoint's bfloat16 or float32 weights.
+    """Runs steps through step.cpp: float32 arithmetic over the checkpoint's bfloat16, float32 or quantized weights.
+
+    Quantized matrices are read as they are where `quantized_bits` says so, and their activations stay float32; others
+    are dequantized.
 
     `library` is the compiled step (build.py). Raises CannotCompileError for a model whose shapes it does not cover.
     `num_threads` None: the quickest count for one-token steps, found by trying. Memory: the packed weights, and
@@ -146,7 +205,8 @@ class CompiledExecutor:
         self._vocab_size = config.vocab_size
         # float16 is widened (exactly): a half's conversion is not as cheap everywhere as a shift.
         keeps_bf16 = weights.embed_VE.dtype == torch.bfloat16
-        packer = _Packer(torch.bfloat16 if keeps_bf16 else torch.float32, self._library.autobot_panel_width())
+        bits = quantized_bits(weights)
+        packer = _Packer(torch.bfloat16 if keeps_bf16 else torch.float32, self._library.autobot_panel_width(), bits)
         layers = (_Layer * config.num_layers)(
             *(packer.layer(*pair) for pair in zip(weights.layers, config.sliding_windows, strict=True))
         )
@@ -165,6 +225,7 @@ class CompiledExecutor:
             num_blocks=num_blocks,
             max_tokens=max_tokens,
             bf16_weights=keeps_bf16,
+            matrix_bits=bits,
             rms_norm_eps=config.rms_norm_eps,
             layers=ctypes.addressof(layers),
             embedding=packer.pointer(weights.embed_VE, packer.dtype),
@@ -178,7 +239,10 @@ class CompiledExecutor:
         self._kept = (layers, packer)
         self.num_threads = num_threads or fastest_num_threads(self._time_with, max_num_threads())
         self._model: int | None = self._create(self.num_threads)
-        self.reason = f"{'bfloat16' if keeps_bf16 else 'float32'} weights, {self.num_threads} threads"
+        self.quantization = weights.quantization
+        kind = f"{bits}-bit" if bits else "bfloat16" if keeps_bf16 else "float32"
+        widened = f" ({weights.quantization}, dequantized)" if weights.is_quantized and not bits else ""
+        self.reason = f"{kind} weights{widened}, {self.num_threads} threads"
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         logits_RV = torch.empty(len(batch.logit_rows_R), self._vocab_size)

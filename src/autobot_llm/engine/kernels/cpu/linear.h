@@ -10,10 +10,14 @@
 #include "vectors.h"
 
 // A weight matrix of n outputs and k inputs: ceil(n / kPanel) panels, each [k][kPanel]; bias may be null.
+// Of int8 weights, scale [padded n] is each output's. Of Nibbles, a weight is number * scale + offset, both of which are
+// [k / group][padded n]; kPanel / 2 pairs of a panel's row hold outputs j and kPanel / 2 + j.
 struct Linear {
     const void* weight;
     const float* bias;
     int64_t n, k;
+    const float *scale, *offset;
+    int64_t group;
 };
 
 inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
@@ -23,19 +27,29 @@ enum class Write { kStore, kAdd, kGate };
 // One tile: MR rows of x times GP adjacent panels. Each output is a single chain over k.
 template <typename W, int MR, int GP, Write mode>
 void tile(const Linear& linear, int64_t panel, const float* x, int64_t ldx, float* y, int64_t ldy) {
-    const int64_t k_size = linear.k, stride = k_size * kPanel;
+    constexpr bool grouped = std::is_same_v<W, Nibbles>;
+    constexpr int64_t row_size = kPanel / kPerElement<W>;
+    const int64_t k_size = linear.k, stride = k_size * row_size;
+    const int64_t group = grouped ? linear.group : k_size;
     const W* w = static_cast<const W*>(linear.weight) + panel * stride;
     Float acc[MR][GP * kVectors] = {};
-    for (int64_t k = 0; k < k_size; ++k, w += kPanel) {
-        Float weights[GP * kVectors];
+    for (int64_t first = 0; first < k_size; first += group) {
+        const int64_t of_group = grouped ? first / group * padded(linear.n) + panel * kPanel : 0;
+        const float *scale = linear.scale + of_group, *offset = linear.offset + of_group;
+        for (int64_t k = first; k < std::min(first + group, k_size); ++k, w += row_size) {
+            Float weights[GP * kVectors];
 #pragma GCC unroll 16
-        for (int v = 0; v < GP * kVectors; ++v)
-            weights[v] = load_weights(w + (v / kVectors) * stride + (v % kVectors) * kLanes);
+            for (int v = 0; v < GP * kVectors; ++v) {
+                weights[v] = load_weights(w + (v / kVectors) * stride, v % kVectors);
+                if constexpr (grouped)
+                    weights[v] = weights[v] * load<Float>(scale + v * kLanes) + load<Float>(offset + v * kLanes);
+            }
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-            const float value = x[m * ldx + k];
+            for (int m = 0; m < MR; ++m) {
+                const float value = x[m * ldx + k];
 #pragma GCC unroll 16
-            for (int v = 0; v < GP * kVectors; ++v) acc[m][v] += weights[v] * value;
+                for (int v = 0; v < GP * kVectors; ++v) acc[m][v] += weights[v] * value;
+            }
         }
     }
     for (int g = 0; g < GP; ++g) {
@@ -43,6 +57,8 @@ void tile(const Linear& linear, int64_t panel, const float* x, int64_t ldx, floa
         for (int m = 0; m < MR; ++m) {
             float out[kPanel];
             for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, acc[m][g * kVectors + v]);
+            if constexpr (std::is_same_v<W, int8_t>)
+                for (int i = 0; i < kPanel; ++i) out[i] *= linear.scale[column + i];
             if (linear.bias)
                 for (int i = 0; i < kPanel; ++i) out[i] += linear.bias[column + i];
             float* row = y + m * ldy;

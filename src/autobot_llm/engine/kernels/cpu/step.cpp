@@ -33,7 +33,8 @@ struct Layer {
 struct Config {
     int64_t hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size, num_blocks;
     int64_t max_tokens;  // in one step
-    int64_t bf16_weights;
+    int64_t bf16_weights;  // of the embedding and the head
+    int64_t matrix_bits;   // of the layers' matrices: 8 (int8), 4 (Nibbles), else they are as the embedding is
     double rms_norm_eps;
     const Layer* layers;
     const void* embedding;  // [vocabulary][hidden], of the weights' type
@@ -148,9 +149,19 @@ class Model {
 
     void forward(int thread) {
         if (c_.bf16_weights)
-            forward_as<uint16_t>(thread);
+            forward_with<uint16_t>(thread);
         else
-            forward_as<float>(thread);
+            forward_with<float>(thread);
+    }
+
+    template <typename E>
+    void forward_with(int thread) {
+        if (c_.matrix_bits == 8)
+            forward_as<E, int8_t>(thread);
+        else if (c_.matrix_bits == 4)
+            forward_as<E, Nibbles>(thread);
+        else
+            forward_as<E, E>(thread);
     }
 
     // The rows' norms: for a few rows every thread computes its own copy, which is cheaper than waiting for another's.
@@ -164,10 +175,11 @@ class Model {
         return out;
     }
 
-    template <typename W>
+    // E is the type of the embedding and the head, W that of the layers' matrices.
+    template <typename E, typename W>
     void forward_as(int thread) {
         const int64_t rows = batch_.num_tokens, width = c_.hidden_size;
-        const W* embedding = static_cast<const W*>(c_.embedding);
+        const E* embedding = static_cast<const E*>(c_.embedding);
         Range tokens(rows, thread, num_threads_);
         for (int64_t t = tokens.begin; t < tokens.end; ++t) embed(embedding + batch_.ids[t] * width, &hidden_[t * width]);
         barrier_.wait();
@@ -195,7 +207,7 @@ class Model {
             rms_norm(&hidden_[batch_.logit_rows[r] * width], c_.norm, width, c_.rms_norm_eps, normed + r * width);
         barrier_.wait();
         if (!batch_.hidden)
-            linear_rows<W, Write::kStore>(c_.lm_head, normed, width, num_logits, batch_.logits, c_.lm_head.n, thread,
+            linear_rows<E, Write::kStore>(c_.lm_head, normed, width, num_logits, batch_.logits, c_.lm_head.n, thread,
                                           num_threads_);
         barrier_.wait();
     }

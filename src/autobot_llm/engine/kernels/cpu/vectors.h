@@ -16,6 +16,10 @@ constexpr int kPanel = kLanes * kVectors;
 typedef float Float __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
 typedef uint32_t Word __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Integer __attribute__((vector_size(kLanes * 4)));
+typedef int16_t Short __attribute__((vector_size(kLanes * 2)));
+typedef int8_t Byte __attribute__((vector_size(kLanes)));
+typedef uint8_t Pairs __attribute__((vector_size(kLanes)));
 typedef float Float16 __attribute__((vector_size(64)));
 typedef int32_t Int16 __attribute__((vector_size(64)));
 
@@ -38,6 +42,39 @@ inline Float load_weights(const uint16_t* p) {
     Float v;
     std::memcpy(&v, &bits, sizeof v);
     return v;
+}
+
+// Two whole numbers from 0 to 15: of one output in the first half of a panel, and of one in the second half.
+struct Nibbles {
+    uint8_t pair;
+};
+
+// How many outputs' weights one W holds.
+template <typename W>
+constexpr int kPerElement = 1;
+template <>
+constexpr int kPerElement<Nibbles> = 2;
+
+// The weights of the `v`th kLanes outputs of a panel, whose weights for one input begin at `row`.
+template <typename W>
+inline Float load_weights(const W* row, int v) {
+    return load_weights(row + v * kLanes);
+}
+
+// By way of 16 bits: GCC makes one instruction of each of these steps, and a dozen of both at once.
+template <typename V>
+inline Integer widen(const V& bytes) {
+    return __builtin_convertvector(__builtin_convertvector(bytes, Short), Integer);
+}
+
+inline Float load_weights(const int8_t* row, int v) {
+    return __builtin_convertvector(widen(load<Byte>(row + v * kLanes)), Float);
+}
+
+inline Float load_weights(const Nibbles* row, int v) {
+    constexpr int half = kVectors / 2;
+    const Integer pairs = widen(load<Pairs>(row + v % half * kLanes));
+    return __builtin_convertvector(v < half ? pairs & 15 : pairs >> 4, Float);
 }
 
 // e^x to about 1 unit in the last place (Cody-Waite reduction, degree-6 polynomial); 0 below -87.

@@ -1,0 +1,56 @@
+"""Make room for guesses in a step, and take back what was wrong. Knows sequences and blocks, and not who guessed.
+
+A sequence that decodes may have guesses at its next tokens (`draft_ids`). A step computes them with its one token, as
+far as the budget, the free blocks and the answer's limit allow. Nothing is copied where one was wrong: its place in the
+cache is overwritten by the token that comes there. A draft preempts nobody, and while somebody waits drafts take no
+more than half of what a step has left.
+"""
+
+from __future__ import annotations
+
+from autobot_llm.engine.batching.plan import ScheduledSequence
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.sequence import Sequence
+
+
+def add_drafts(
+    scheduled: list[ScheduledSequence], pool: BlockPool, *, num_running: int, budget: int, is_contended: bool
+) -> int:
+    """Extend the items of sequences that decode by as much of their drafts as there is room for, and take the blocks.
+
+    Returns the number of tokens added, at most `budget`.
+    """
+    if not any(item.sequence.draft_ids for item in scheduled):
+        return 0
+    if is_contended:
+        budget //= 2
+    num_added = 0
+    for i, item in enumerate(scheduled):
+        sequence, start = item.sequence, item.start
+        most = sequence.max_num_tokens - len(sequence.token_ids) - 1
+        num_draft = max(0, min(len(sequence.draft_ids), most, budget - num_added))
+        num_blocks = -(-(start + 1 + num_draft) // pool.block_size) - len(sequence.block_ids)
+        if num_blocks > 0:
+            # One block for every running sequence stays: whoever needs it next is not preempted for a guess.
+            block_ids = pool.allocate(num_blocks) if pool.num_free - num_blocks >= num_running else None
+            if block_ids is None:
+                num_draft = len(sequence.block_ids) * pool.block_size - start - 1
+            else:
+                sequence.block_ids.extend(block_ids)
+        if num_draft:
+            scheduled[i] = item._replace(num_tokens=1 + num_draft, num_draft=num_draft)
+            num_added += num_draft
+    return num_added
+
+
+def drop_rejected(sequence: Sequence, stop: int, num_rejected: int, pool: BlockPool) -> None:
+    """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need."""
+    sequence.draft_ids = []
+    if not num_rejected:
+        return
+    del sequence.token_ids[stop - num_rejected : stop]
+    sequence.num_computed_tokens = stop - num_rejected
+    num_blocks = -(-sequence.num_computed_tokens // pool.block_size)
+    if num_blocks < len(sequence.block_ids):
+        pool.free(sequence.block_ids[num_blocks:])
+        del sequence.block_ids[num_blocks:]

@@ -1,0 +1,33 @@
+"""Which steps are captured as CUDA graphs, by their size. Knows numbers; knows no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
+"""Numbers of sequences with a graph of their own; others are padded to the next."""
+
+PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+"""Numbers of tokens in a step with prompts that has a graph: up to there, it takes about as long to launch as to
+compute."""
+
+BYTES_PER_GRAPH = 16 * 2**20
+"""What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
+docs/log.md."""
+
+
+def padded_size(num_sequences: int, sizes: tuple[int, ...] = DECODE_SIZES) -> int | None:
+    """The smallest of the sizes, which ascend, that holds so many sequences; None where there is none."""
+    place = bisect_left(sizes, num_sequences)
+    return sizes[place] if place < len(sizes) else None
+
+
+def decode_graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """The sizes to capture for so many sequences at most: the last one holds them all, up to the largest size."""
+    last = padded_size(max_num_seqs) or DECODE_SIZES[-1]
+    return tuple(size for size in DECODE_SIZES if size <= last)
+
+
+def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """The numbers of tokens to capture a step with prompts for."""
+    return tuple(size for size in PROMPT_SIZES if size <= max_num_batched_tokens)

@@ -1,0 +1,162 @@
+"""Drafts from a small model of the same vocabulary. Knows an executor of its own, with a KV cache of its own; knows
+nothing of the target.
+
+It draws with the target's noise (seed, position, token id) and the request's temperature and limits, so that both
+choose the same token wherever their distributions allow: see acceptance.py. Penalties, bias and grammars are left to
+the target.
+
+The cache is a pool apart from the target's: blocks of both would have to be of one size, and the target's scheduler
+would have to preempt for guesses. It is paged and finds prefixes in the same way. Where it is full, the sequences that
+were not drafted for lately give their blocks up; what is missing is computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceABC
+
+from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
+from autobot_llm.engine.executor import Executor
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.sampler import Sampler, SamplingFailure
+from autobot_llm.engine.sequence import SamplingParams, Sequence
+
+
+class DraftModel:
+    """CostlyProposer over an executor that nobody else uses. `vocab_size` is the target's, which the executor's logits
+    are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
+
+    name = "draft"
+
+    def __init__(
+        self, executor: Executor, pool: BlockPool, *, vocab_size: int, max_tokens: int, max_model_len: int
+    ) -> None:
+        self.executor = executor
+        self.pool = pool
+        self._vocab_size = vocab_size
+        self._sampler = Sampler(vocab_size)
+        self._max_tokens = max_tokens
+        self._max_model_len = max_model_len
+        self._shadows: OrderedDict[int, Sequence] = OrderedDict()  # least recently drafted for first
+
+    def lag(self, sequence: Sequence) -> int:
+        shadow = self._shadows.get(sequence.id)
+        if shadow is None:
+            return len(sequence.token_ids)
+        self._follow(shadow, sequence)
+        return len(shadow.token_ids) - shadow.num_computed_tokens
+
+    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[list[int]]:
+        """One pass over what is missing of every sequence, then one for each further token."""
+        for sequence in sequences:
+            if (shadow := self._shadows.get(sequence.id)) is not None:
+                self._follow(shadow, sequence)
+                self._shadows.move_to_end(sequence.id)
+            else:
+                self._shadows[sequence.id] = self._shadow(sequence)
+        wanted = {s.id for s in sequences}
+        drafting = [s.id for s in sequences if self._make_room(self._shadows[s.id], num_tokens, wanted)]
+        for _ in range(num_tokens):
+            drafting = self._pass(drafting)
+        return [self._shadows[s.id].token_ids[len(s.token_ids) :] for s in sequences]
+
+    def forget(self, sequence: Sequence) -> None:
+        shadow = self._shadows.pop(sequence.id, None)
+        if shadow is not None:
+            self.pool.free(shadow.block_ids)
+            self._sampler.forget(shadow)
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def _shadow(self, sequence: Sequence) -> Sequence:
+        shadow = Sequence(sequence.id, sequence.token_ids, _plain(sequence.params), salt=sequence.salt)
+        shadow.published = self.pool.match(shadow.token_ids, shadow.salt, len(shadow.token_ids) - 1)
+        shadow.block_ids = array("i", (entry.block_id for entry in shadow.published))
+        shadow.num_computed_tokens = len(shadow.block_ids) * self.pool.block_size
+        return shadow
+
+    def _follow(self, shadow: Sequence, sequence: Sequence) -> None:
+        """Take over what the target has made of the drafts: the cache is right as far as they were."""
+        ours, theirs = shadow.token_ids, sequence.token_ids
+        same = shadow.num_prompt_tokens  # the tokens that were known when this was done last
+        while same < len(ours) and same < len(theirs) and ours[same] == theirs[same]:
+            same += 1
+        ours[same:] = theirs[same:]
+        shadow.num_computed_tokens = min(shadow.num_computed_tokens, same, len(theirs) - 1)
+        shadow.num_prompt_tokens = len(theirs)
+        size = self.pool.block_size
+        if self.pool.prefix_caching:
+            for i in range(len(shadow.published), shadow.num_computed_tokens // size):
+                parent = shadow.published[-1] if shadow.published else None
+                tokens = ours[i * size : (i + 1) * size]
+                shadow.published.append(self.pool.publish(shadow.block_ids[i], tokens, parent, shadow.salt))
+
+    def _make_room(self, shadow: Sequence, num_tokens: int, wanted: set[int]) -> bool:
+        """Take blocks for the tokens of a draft, from sequences that get none now if need be."""
+        num_needed = len(shadow.token_ids) + num_tokens - 1
+        if num_needed > self._max_model_len:
+            return False
+        num_blocks = -(-num_needed // self.pool.block_size) - len(shadow.block_ids)
+        if num_blocks <= 0:
+            return True
+        while (block_ids := self.pool.allocate(num_blocks)) is None:
+            idle = next((i for i, other in self._shadows.items() if i not in wanted and other.block_ids), None)
+            if idle is None:
+                return False
+            self._give_up(self._shadows[idle])
+        shadow.block_ids.extend(block_ids)
+        return True
+
+    def _give_up(self, shadow: Sequence) -> None:
+        self.pool.free(shadow.block_ids)
+        shadow.block_ids = array("i")
+        shadow.published = []
+        shadow.num_computed_tokens = 0
+
+    def _pass(self, drafting: list[int]) -> list[int]:
+        """Compute what is missing, and draw one more token for each; returns whose logits were good."""
+        parts: list[ScheduledSequence] = []
+        budget = self._max_tokens
+        going_on: list[int] = []
+        for sequence_id in drafting:
+            shadow = self._shadows[sequence_id]
+            while (missing := len(shadow.token_ids) - shadow.num_computed_tokens) > 0:
+                number = min(missing, budget)
+                parts.append(ScheduledSequence(shadow, shadow.num_computed_tokens, number, number == missing))
+                shadow.num_computed_tokens += number
+                budget -= number
+                if budget == 0:
+                    going_on += self._run(parts)
+                    parts, budget = [], self._max_tokens
+        if parts:
+            going_on += self._run(parts)
+        return going_on
+
+    def _run(self, parts: list[ScheduledSequence]) -> list[int]:
+        logits_RV = self.executor.execute(build_batch(parts, self.pool.block_size))[:, : self._vocab_size]
+        sampling = [part.sequence for part in parts if part.samples]
+        if not sampling:
+            return []
+        good = []
+        for shadow, outcome in zip(sampling, self._sampler.sample(logits_RV, sampling), strict=True):
+            if not isinstance(outcome, SamplingFailure):
+                shadow.token_ids.append(outcome.token_id)
+                good.append(shadow.id)
+        return good
+
+
+def _plain(params: SamplingParams) -> SamplingParams:
+    """What a draft is drawn with: the same noise and limits, and nothing that looks at the tokens before."""
+    return dataclasses.replace(
+        params,
+        min_tokens=0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        logit_bias={},
+        num_logprobs=None,
+        grammar=None,
+    )

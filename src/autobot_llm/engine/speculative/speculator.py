@@ -1,0 +1,215 @@
+"""Drafts for the engine's next step, and what came of them. Knows proposers, the controller and sequences; knows
+nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+
+from autobot_llm.engine.batching.plan import StepPlan
+from autobot_llm.engine.batching.step_cost import StepCost
+from autobot_llm.engine.request import RequestStats
+from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
+from autobot_llm.engine.speculative.measurements import AcceptanceHistory
+from autobot_llm.engine.speculative.ngram import Observer
+from autobot_llm.engine.speculative.proposer import CostlyProposer, Draft, FreeProposer
+
+
+@dataclass(slots=True)
+class MethodFigures:
+    """What a method's drafts came to since the start: tokens verified, tokens accepted, drafts, and by position how
+    many were looked at and how many were right."""
+
+    num_proposed: int = 0
+    num_accepted: int = 0
+    num_drafts: int = 0
+    tried: list[int] = field(default_factory=list)
+    passed: list[int] = field(default_factory=list)
+
+    def record(self, num_proposed: int, num_accepted: int) -> None:
+        self.num_drafts += 1
+        self.num_proposed += num_proposed
+        self.num_accepted += num_accepted
+        missing = num_proposed - len(self.tried)
+        if missing > 0:
+            self.tried += [0] * missing
+            self.passed += [0] * missing
+        for position in range(min(num_proposed, num_accepted + 1)):
+            self.tried[position] += 1
+        for position in range(num_accepted):
+            self.passed[position] += 1
+
+    @property
+    def by_position(self) -> list[float]:
+        """Share of right tokens at each position, among drafts that were right before it."""
+        return [passed / tried for passed, tried in zip(self.passed, self.tried, strict=True) if tried]
+
+
+class Speculator:
+    """Sets the drafts of sequences that decode. `max_tokens` bounds each of them.
+
+    `policy` None: by measured costs (`controller`). The free and the costly method are made by the caller; either may
+    be None. `clock` is what costs are measured by: the time that the engine's thread computes, which leaves out the
+    turns of other programs on its core. `num_steps` counts the steps that verified something.
+    """
+
+    def __init__(
+        self,
+        max_tokens: int,
+        *,
+        make_free: Callable[[Observer], FreeProposer] | None = None,
+        costly: CostlyProposer | None = None,
+        policy: DraftPolicy | None = None,
+        floor: float | None = None,
+        clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        assert make_free is not None or costly is not None, "without a method there is nothing to do"
+        self.max_tokens = max_tokens
+        self.controller = Controller(max_tokens, floor)
+        self.figures: dict[str, MethodFigures] = {}
+        self.histories: dict[tuple[str, str], AcceptanceHistory] = {}
+        self.num_steps = 0
+        self.drafting_seconds = 0.0
+        """What the costly method took in the step at hand."""
+        self._policy: DraftPolicy = self.controller if policy is None else policy
+        self._free = None if make_free is None else make_free(self._observe_free)
+        self._costly = costly
+        self.clock = clock
+        self._drafted_by: dict[int, tuple[str, str]] = {}  # by sequence id: method and kind, of the step at hand
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(method.name for method in (self._free, self._costly) if method is not None)
+
+    @property
+    def num_proposed(self) -> int:
+        return sum(figures.num_proposed for figures in self.figures.values())
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(figures.num_accepted for figures in self.figures.values())
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of verified draft tokens that were accepted, since the start; 0 where none was verified."""
+        return self.num_accepted / max(1, self.num_proposed)
+
+    def lines(self) -> dict[str, str]:
+        """Each method's figures in words: `{"acceptance of ngram": "83% of 1,204 tokens; by position 90% 80%"}`."""
+        return {
+            f"acceptance of {method}": f"{figures.num_accepted / max(1, figures.num_proposed):.0%} of "
+            f"{figures.num_proposed:,} tokens; by position {' '.join(f'{rate:.0%}' for rate in figures.by_position)}"
+            for method, figures in self.figures.items()
+        }
+
+    def propose(self, sequences: list[Sequence]) -> None:
+        """Set the drafts of the sequences that the next step may decode."""
+        self.drafting_seconds = 0.0
+        if not sequences:
+            return
+        free, costly = self._free, self._costly
+        drafts: list[Draft | None] = [None] * len(sequences)
+        histories: list[AcceptanceHistory | None] = [None] * len(sequences)
+        for i, sequence in enumerate(sequences):
+            sequence.draft_ids = []
+            if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
+                drafts[i] = draft
+                histories[i] = self._usable(free.name, draft.kind)
+        offer = None
+        if costly is not None and self._policy.wants_offer():
+            offer = CostlyOffer(
+                [self._usable(costly.name, _kind(s)) for s in sequences], [costly.lag(s) for s in sequences]
+            )
+        decision = self._policy.decide(histories, offer)
+        if decision is None:
+            return
+        self._drafted_by.clear()
+        for sequence, draft, number in zip(sequences, drafts, decision.num_free, strict=True):
+            if number and draft is not None and free is not None:
+                self._give(sequence, draft.token_ids[:number], free.name, draft.kind)
+        if costly is not None and decision.num_costly:
+            self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly)
+
+    def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
+        """Learn from a step without drafts, which took so long, in vain drafting included."""
+        if plan.num_prompt_tokens:
+            self.controller.costs.learn_prompt_token(step_cost.seconds_per_prompt_token)
+        else:
+            self.controller.record_step(len(plan.scheduled), 0, seconds - self.drafting_seconds)
+
+    def record(
+        self, plan: StepPlan, num_accepted: SequenceABC[int], seconds: float, stats: SequenceABC[RequestStats]
+    ) -> None:
+        """Learn from a step with drafts that took so long, drafting included. `num_accepted` and `stats` are of the
+        items that sample, in the plan's order."""
+        self.num_steps += 1
+        num_scheduled = len(plan.scheduled)
+        plain = self.controller.costs.plain(num_scheduled) if plan.num_prompt_tokens == 0 else None
+        sampling = (item for item in plan.scheduled if item.samples)
+        for item, number, figures in zip(sampling, num_accepted, stats, strict=True):
+            figures.num_draft_tokens += item.num_draft
+            figures.num_accepted_tokens += number
+            if plain is not None:
+                figures.seconds_saved += (1 + number) * plain - seconds
+            if item.num_draft:
+                method, kind = self._drafted_by[item.sequence.id]
+                self.figures.setdefault(method, MethodFigures()).record(item.num_draft, number)
+                if self._free is None or method != self._free.name:  # a free method is observed whatever is verified
+                    self._history(method, kind).record(min(item.num_draft, number + 1), number)
+        if plan.num_prompt_tokens == 0:
+            self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
+
+    def forget(self, sequence: Sequence) -> None:
+        if self._free is not None:
+            self._free.forget(sequence)
+        if self._costly is not None:
+            self._costly.forget(sequence)
+
+    def close(self) -> None:
+        if self._costly is not None:
+            self._costly.close()
+
+    def _run_costly(self, costly: CostlyProposer, sequences: list[Sequence], num_tokens: int) -> None:
+        num_behind = sum(costly.lag(s) - 1 for s in sequences)
+        start = self.clock()
+        drafts = costly.propose(sequences, num_tokens)
+        self.drafting_seconds = self.clock() - start
+        self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
+        for sequence, token_ids in zip(sequences, drafts, strict=True):
+            if token_ids:
+                self._give(sequence, token_ids, costly.name, _kind(sequence))
+
+    def _give(self, sequence: Sequence, token_ids: list[int], method: str, kind: str) -> None:
+        """Cut a draft where the answer would end or its grammar forbids it."""
+        stop_ids = sequence.params.stop_token_ids
+        for i, token_id in enumerate(token_ids):
+            if token_id in stop_ids:
+                token_ids = token_ids[: i + 1]
+                break
+        if sequence.matcher is not None:
+            token_ids = token_ids[: sequence.matcher.num_allowed(token_ids)]
+        sequence.draft_ids = token_ids
+        self._drafted_by[sequence.id] = method, kind
+
+    def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
+        history = self._history(method, kind)
+        return history if self.controller.is_allowed(history) else None
+
+    def _history(self, method: str, kind: str) -> AcceptanceHistory:
+        history = self.histories.get((method, kind))
+        if history is None:
+            history = self.histories[method, kind] = AcceptanceHistory(self.max_tokens + 1)
+        return history
+
+    def _observe_free(self, kind: str, tried: int, passed: int) -> None:
+        assert self._free is not None
+        self._history(self._free.name, kind).record(tried, passed)
+
+
+def _kind(sequence: Sequence) -> str:
+    """A model agrees with another's best token more often than with a drawn one."""
+    return "greedy" if sequence.params.is_greedy else "sampled"

@@ -1,0 +1,244 @@
+"""The controller drafts where measured chances and seconds say that it pays, and only there."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
+from autobot_llm.engine.batching.step_cost import StepCost
+from autobot_llm.engine.request import RequestStats
+from autobot_llm.engine.sequence import SamplingParams, Sequence
+from autobot_llm.engine.speculative.controller import MARGIN, REFRESH, RETRY, Controller, CostlyOffer
+from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY, AcceptanceHistory, StepCosts
+from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.speculator import Speculator
+
+PLAIN, EXTRA = 1.2e-3, 0.3e-3
+
+
+def history(passed: int, tried: int, number: int = HISTORY) -> AcceptanceHistory:
+    made = AcceptanceHistory(6)
+    for _ in range(number):
+        made.record(tried, passed)
+    return made
+
+
+def measured(num_sequences: int = 1, extra: float = EXTRA, floor: float | None = None) -> Controller:
+    """A controller that knows what steps cost."""
+    controller = Controller(5, floor)
+    for _ in range(9):
+        controller.record_step(num_sequences, 0, PLAIN)
+    for _ in range(9):
+        for number in (1, 2, 4, 8, 16):
+            controller.record_step(num_sequences, number, PLAIN + number * extra)
+    controller.record_step(num_sequences, 0, PLAIN)
+    return controller
+
+
+def test_nothing_is_drafted_before_a_plain_step_was_measured() -> None:
+    assert Controller(5).decide([history(5, 5)], None) is None
+
+
+def test_a_sure_draft_is_used_whole_and_a_hopeless_one_not_at_all() -> None:
+    decision = measured().decide([history(6, 6)], None)
+    assert decision is not None and decision.num_free == [5]
+    assert measured().decide([history(0, 1)], None) is None
+    assert measured().decide([None], None) is None
+
+
+def test_a_draft_goes_as_far_as_its_positions_are_worth_their_time() -> None:
+    made = AcceptanceHistory(6)
+    for i in range(HISTORY):
+        made.record(*((3, 2) if i % 10 else (1, 0)))  # the first two tokens nearly always, the third never
+    decision = measured().decide([made], None)
+    assert decision is not None and decision.num_free == [2]
+
+
+def test_where_a_token_costs_as_much_as_a_step_a_likely_one_is_not_worth_it() -> None:
+    likely = history(1, 2)
+    assert measured(extra=PLAIN).decide([likely], None) is None
+    assert measured(extra=PLAIN / 10).decide([likely], None) is not None
+
+
+def seconds_of(lengths: tuple[int, ...], histories: list[AcceptanceHistory | None], own: float, extra: float) -> float:
+    """Until every sequence has come as far as a plain step brings it: the controller's docstring, written out."""
+    tokens = [
+        1.0 if made is None else 1.0 + sum(made.survival()[:k]) for made, k in zip(histories, lengths, strict=True)
+    ]
+    shared = PLAIN - own * len(lengths)
+    return shared / min(tokens) + sum((own + extra * k) / t for k, t in zip(lengths, tokens, strict=True))
+
+
+@given(
+    rates=st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=1, max_size=3),
+    extra=st.floats(1e-5, 2e-3),
+    share=st.floats(0, 1),
+)
+def test_no_choice_of_lengths_is_much_quicker_and_none_is_slower_than_a_plain_step(
+    rates: list[int | None], extra: float, share: float
+) -> None:
+    """Against every combination of lengths, by the same measured figures."""
+    size = len(rates)
+    own = PLAIN if size == 1 else share * PLAIN / size
+    controller = measured(size, extra)
+    if size > 1:
+        controller.costs.record(size - 1, 0, PLAIN - own)
+    histories = [None if rate is None else history(rate, min(6, rate + 1)) for rate in rates]
+    decision = controller.decide(histories, None)
+    possible = itertools.product(*((range(6) if made is not None else (0,)) for made in histories))
+    best = min(seconds_of(lengths, histories, own, extra) for lengths in possible)
+    chosen = seconds_of(tuple(decision.num_free) if decision else (0,) * size, histories, own, extra)
+    assert chosen <= PLAIN * 1.0001
+    assert chosen <= best * MARGIN * (1.0001 if size == 1 else 1.15)
+
+
+def test_a_draft_for_one_of_many_must_be_worth_its_own_time() -> None:
+    """Else its owner would be served at the expense of the others; where everybody gets ahead the shared part pays."""
+    sure = history(6, 6)
+    controller = measured(4, EXTRA / 2)
+    controller.costs.record(3, 0, PLAIN - EXTRA / 4)  # a sequence adds half of what a draft token does
+    assert controller.decide([sure, None, None, None], None) is None
+    everybody = controller.decide([sure] * 4, None)
+    assert everybody is not None and min(everybody.num_free) > 0
+
+
+def test_a_plain_step_is_measured_again_after_many_with_drafts() -> None:
+    controller = measured()
+    made = history(6, 6)
+    for _ in range(REFRESH):
+        assert controller.decide([made], None) is not None
+        controller.record_step(1, 5, PLAIN + 5 * EXTRA)
+    assert controller.decide([made], None) is None
+    controller.record_step(1, 0, PLAIN)
+    assert controller.decide([made], None) is not None
+
+
+def test_the_floor_binds_once_there_are_enough_measurements() -> None:
+    controller = measured(floor=0.6)
+    assert controller.is_allowed(history(1, 2, ENOUGH - 1))
+    assert not controller.is_allowed(history(1, 2, ENOUGH))
+    assert controller.is_allowed(history(2, 3, ENOUGH))
+
+
+def test_a_costly_method_is_tried_within_its_allowance_and_used_where_it_pays() -> None:
+    controller = measured()
+    unknown = CostlyOffer([AcceptanceHistory(6)], [1])
+    probe = controller.decide([None], unknown)
+    assert probe is not None and probe.num_costly == 2 and probe.costly_for == [0]
+    for _ in range(ENOUGH):
+        controller.costly_costs.record(1, 2, 0, 2 * PLAIN / 10)
+    good = controller.decide([None], CostlyOffer([history(6, 6)], [1]))
+    assert good is not None and good.num_costly == 5
+    assert controller.wants_offer(), "what is in use is asked at every step"
+
+
+def test_a_costly_method_that_loses_is_paid_from_a_small_share_of_the_time() -> None:
+    controller = measured()
+    for _ in range(ENOUGH):
+        controller.costly_costs.record(1, 2, 0, 2 * PLAIN)
+    bad = CostlyOffer([history(0, 1)], [1])
+    spent = total = 0.0
+    for _ in range(20_000):
+        total += PLAIN
+        decision = controller.decide([None], bad) if controller.wants_offer() else None
+        if decision is not None:
+            spent += decision.num_costly * (PLAIN + EXTRA)
+        controller.record_step(1, 0, PLAIN)
+    assert 0 < spent < 0.006 * total + 0.06, "half a percent, and what was granted once"
+
+
+@given(drafts=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=250))
+def test_a_history_counts_its_last_hundred_drafts(drafts: list[tuple[int, int]]) -> None:
+    made = AcceptanceHistory(6)
+    for tried, passed in drafts:
+        made.record(tried, passed)
+    last = [(tried, min(tried, passed)) for tried, passed in drafts[-HISTORY:]]
+    assert len(made) == len(last)
+    for position, rate in enumerate(made.by_position):
+        tried = sum(tried > position for tried, _ in last)
+        assert rate == (sum(passed > position for _, passed in last) / tried if tried else None)
+    assert made.survival()[0] == made.first_chance
+    assert made.survival() == sorted(made.survival(), reverse=True)
+
+
+def test_what_a_draft_token_adds_is_a_prompts_until_it_was_measured() -> None:
+    costs = StepCosts()
+    costs.record(4, 0, 4e-3)
+    assert costs.added(4, 2) == pytest.approx([0, 0.25e-3, 0.5e-3]), "else a quarter of a sequence's share of a step"
+    costs.learn_prompt_token(5e-4)
+    assert costs.added(4, 2) == pytest.approx([0, 5e-4, 1e-3])
+    costs.record(4, 2, 9e-3)
+    assert costs.added(4, 2) == pytest.approx([0, 5e-4, 1e-3]), "one bad moment does not decide"
+    for _ in range(6):
+        costs.record(4, 2, 4.4e-3)
+    assert costs.added(4, 2) == pytest.approx([0, 2e-4, 4e-4])
+
+
+def test_costs_that_speak_against_drafts_are_measured_again() -> None:
+    controller = measured(extra=10 * PLAIN)
+    likely = history(2, 2)
+    decisions = [_after_plain_step(controller, likely) for _ in range(2 * RETRY)]
+    tried = [decision for decision in decisions if decision is not None]
+    assert RETRY <= len(tried) <= RETRY + 2, "it is tried until a step with drafts is measured"
+    controller.record_step(1, 2, PLAIN)
+    assert controller.decide([likely], None) is None
+
+
+def _after_plain_step(controller: Controller, made: AcceptanceHistory) -> object:
+    controller.record_step(1, 0, PLAIN)
+    return controller.decide([made], None)
+
+
+def simulated(text: list[int], num_known: int, extra: float) -> tuple[float, float, int]:
+    """Seconds that a sequence takes to become `text` with drafts from its own tokens, seconds without, and the draft
+    tokens that were verified: every step costs what `measured` says."""
+    sequence = Sequence(0, text[:num_known], SamplingParams(max_tokens=len(text)))
+    speculator = Speculator(5, make_free=NgramProposer)
+    step_cost, seconds, num_drafted = StepCost(), 0.0, 0
+    while len(sequence.token_ids) < len(text):
+        speculator.propose([sequence])
+        start, draft_ids = len(sequence.token_ids), sequence.draft_ids
+        came = text[start : start + len(draft_ids)]
+        accepted = 0
+        while accepted < len(came) and came[accepted] == draft_ids[accepted]:
+            accepted += 1
+        took = PLAIN + extra * len(draft_ids)
+        item = ScheduledSequence(sequence, start - 1, 1 + len(draft_ids), True, 0, len(draft_ids))
+        plan = StepPlan((item,), item.num_tokens, 0, len(draft_ids))
+        if draft_ids:
+            speculator.record(plan, [accepted], took, [RequestStats()])
+        else:
+            speculator.record_plain(plan, took, step_cost)
+        sequence.token_ids = text[: start + accepted + 1]
+        seconds += took
+        num_drafted += len(draft_ids)
+    return seconds, PLAIN * (len(text) - num_known), num_drafted
+
+
+@pytest.mark.parametrize("num_different", [2, 3, 8, 30, 500])
+@pytest.mark.parametrize("extra", [EXTRA, PLAIN])
+def test_a_text_whose_guesses_are_chance_loses_next_to_nothing(num_different: int, extra: float) -> None:
+    """Every latest token has occurred before, so there is always a guess."""
+    rng = random.Random(1)
+    text = [rng.randrange(num_different) for _ in range(4000)]
+    seconds, plain, _ = simulated(text, 200, extra)
+    assert seconds <= 1.03 * plain
+
+
+def test_an_acceptance_that_collapses_in_the_middle_of_an_answer_loses_at_most_three_percent() -> None:
+    """Copying that ends, begins again and ends: what is lost after it is less than 3 % of the time there."""
+    rng = random.Random(2)
+    source = [rng.randrange(1000) for _ in range(300)]
+    for num_different in (3, 8, 30, 1000):
+        copied = source + source
+        noise = [rng.randrange(num_different) for _ in range(600)]
+        seconds, plain, num_drafted = simulated(copied + noise, len(source), EXTRA)
+        only_copied, plain_copied, _ = simulated(copied, len(source), EXTRA)
+        assert only_copied < plain_copied / 1.8, "copying gains"
+        assert num_drafted > 200
+        assert seconds - only_copied <= 1.03 * (plain - plain_copied)
