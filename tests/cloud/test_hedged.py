@@ -140,6 +140,16 @@ async def one_slow(llm: LLMInterface, upstream: SlowTail, **options: Any) -> LLM
     return (await ask(llm, **options))[0]
 
 
+async def one_hedged(llm: LLMInterface, upstream: SlowTail, **options: Any) -> LLMResponse | None:
+    """The answer to a slow call that got a second one. A busy machine may spend what is allowed on a call that was
+    late by itself: then the next slow one has to do."""
+    for _ in range(5):
+        response = await one_slow(llm, upstream, **options)
+        if line_of(response).applied:
+            return response
+    return None
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [({"temperature": 1}, "drawn at random"), ({"service_options": {"store": True}}, "side effects")],
@@ -158,7 +168,7 @@ async def test_drawn_answers_too_where_the_settings_say_all() -> None:
     upstream = SlowTail()
     async with in_front_of(upstream, cloud_hedging="all") as (llm, _):
         await learned(llm, temperature=1)
-        assert line_of(await one_slow(llm, upstream, temperature=1)).applied
+        assert await one_hedged(llm, upstream, temperature=1)
 
 
 async def test_no_second_call_while_the_rate_limit_makes_others_wait() -> None:
@@ -174,15 +184,13 @@ async def test_no_second_call_while_the_rate_limit_makes_others_wait() -> None:
         assert upstream.num_calls % EVERY == 0
 
 
-async def test_where_the_second_call_fails_the_first_one_still_answers() -> None:
-    upstream = SlowTail(every=1, fails_when_slow=True)
-    upstream._every = EVERY
+async def test_where_the_slow_call_would_fail_the_second_one_answers() -> None:
+    upstream = SlowTail(fails_when_slow=True)
     async with in_front_of(upstream) as (llm, _):
         await learned(llm)
-        upstream.num_calls = EVERY - 1
-        upstream._every = EVERY
-        response, _ = await ask(llm)
-        assert line_of(response).applied
+        upstream.num_calls = 0
+        response = await one_hedged(llm, upstream)
+        assert response is not None and len(set(response.content.split())) == 1
 
 
 async def test_leaving_gives_both_calls_up() -> None:
