@@ -280,6 +280,7 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "compiled_step": "off",
         "max_model_len": 100,
         "cpu_threads": 1,
+        "kv_cache_dtype": "int8",
         "cache_dir": Path("/cache"),
     }
     defaults = {setting.field: setting.default for setting in SETTINGS}
