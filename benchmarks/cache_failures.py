@@ -40,7 +40,7 @@ from autobot_llm.providers.scripted import ScriptedProvider
 from autobot_llm.settings import Settings
 from autobot_llm.types import LLMRequest
 from autobot_llm.universal.stores.choice import store_path
-from autobot_llm.universal.stores.redis import PREFIX
+from autobot_llm.universal.stores.redis import ANSWERS
 
 BAR_MS = 5.0
 NUM_BATCHES = 5
@@ -201,7 +201,7 @@ async def redis_of_wrong_types(folder: Path) -> AsyncIterator[Fault]:
 
         async def spoil() -> None:
             while True:
-                names = [name async for name in client.scan_iter(PREFIX + b"*", count=1000)]
+                names = [name async for name in client.scan_iter(ANSWERS + b"*", count=1000)]
                 for name in names:
                     if await client.type(name) == b"string":
                         await client.delete(name)

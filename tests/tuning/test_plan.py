@@ -54,7 +54,9 @@ from autobot_llm.engine.quantization.rounding import round_to_nearest
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType, scheme_of
 
 def resident():
-    import psutil
+    import ctypes, gc, psutil
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what rounding needed meanwhile goes back to the system
     return psutil.Process().memory_info().rss
 
 folder, kind, num_blocks = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
