@@ -43,7 +43,7 @@ def config(**changes: Any) -> MedusaConfig:
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("shared", [False, True])
 def test_stacked_heads_equal_the_heads_one_by_one(num_layers: int, shared: bool) -> None:
-    lm_head_VE = torch.randn(97, 48) if shared else None
+    lm_head_VE = torch.randn(97, 48, dtype=torch.float64) if shared else None
     heads = random_heads(num_layers=num_layers, lm_head_VE=lm_head_VE).double()  # sums in another order, not near ties
     hidden_RE = torch.randn(5, 48, dtype=torch.float64)
     expected_KRV = heads(hidden_RE).detach()
