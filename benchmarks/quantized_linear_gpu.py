@@ -24,7 +24,7 @@ import torch
 from linear_gpu import CHAIN_SECONDS, DTYPE, EPS, MIN_CHAIN_BYTES, SHAPES, Shape, graph_seconds, reference, tile_source
 
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
-from autobot_llm.engine.kernels.gpu.quantized import QuantizedWeight, multiply_quantized
+from autobot_llm.engine.kernels.gpu.quantized import PackedWeight, multiply_quantized
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
 
 FORMATS = ("int8", "fp8", "int4")
@@ -59,16 +59,16 @@ def candidates(fmt: str, num_rows: int) -> list[RowsTile]:
     return tiles
 
 
-def random_weight(fmt: str, shape: Shape, device: torch.device) -> QuantizedWeight:
+def random_weight(fmt: str, shape: Shape, device: torch.device) -> PackedWeight:
     """Numbers of the format whose products are of about 1."""
     num_outputs, num_inputs = shape.weight_shape
     if fmt == "int4":
         values = torch.randint(-128, 128, (num_outputs, num_inputs // 2), dtype=torch.int8, device=device)
         scales = torch.full((num_inputs // GROUP, num_outputs), num_inputs**-0.5 / 4.6, dtype=DTYPE, device=device)
-        return QuantizedWeight(values, scales, num_inputs, GROUP)
+        return PackedWeight(values, scales, num_inputs, GROUP)
     values = torch.randint(-127, 128, (num_outputs, num_inputs), dtype=torch.int8, device=device)
     scales = torch.full((num_outputs,), num_inputs**-0.5 / 73, device=device)
-    return QuantizedWeight(values if fmt == "int8" else values.float().to(torch.float8_e4m3fn), scales, num_inputs)
+    return PackedWeight(values if fmt == "int8" else values.float().to(torch.float8_e4m3fn), scales, num_inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Timing:
     fault: str = ""
 
 
-def run(tile: RowsTile, shape: Shape, x: torch.Tensor, norm: torch.Tensor, weight: QuantizedWeight, out: torch.Tensor,
+def run(tile: RowsTile, shape: Shape, x: torch.Tensor, norm: torch.Tensor, weight: PackedWeight, out: torch.Tensor,
         residual: torch.Tensor) -> None:  # fmt: skip
     has_norm = shape.kind is not Kind.PLAIN
     if has_norm and not tile.fold_norm:

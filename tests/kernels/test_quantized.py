@@ -13,7 +13,7 @@ from autobot_llm.engine.kernels.gpu.linear import (
     norm_linear_gated_reference,
     norm_linear_reference,
 )
-from autobot_llm.engine.kernels.gpu.quantized import QuantizedWeight, multiply_quantized, pack_4_bits
+from autobot_llm.engine.kernels.gpu.quantized import PackedWeight, multiply_quantized, pack_4_bits
 from autobot_llm.engine.kernels.gpu.tiles import RowsTile
 
 EPS = 1e-5
@@ -31,7 +31,7 @@ TILES = [
 
 def random_weight(
     kind: str, num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device, *, group: int = 128
-) -> QuantizedWeight:
+) -> PackedWeight:
     """Numbers of the format whose products have outputs of about 1."""
     generator = torch.Generator().manual_seed(num_outputs * 1009 + num_inputs)
 
@@ -43,7 +43,7 @@ def random_weight(
         values = random(num_outputs, num_inputs) * 254 - 127
         stored = values.round().to(torch.int8) if kind == "int8" else (values * 3).to(torch.float8_e4m3fn)
         scales = (0.5 + random(num_outputs)) * scale / (73 if kind == "int8" else 220)
-        return QuantizedWeight(stored.to(device), scales.to(device), num_inputs)
+        return PackedWeight(stored.to(device), scales.to(device), num_inputs)
     num_groups = math.ceil(num_inputs / group)
     values = (random(num_outputs, num_inputs) * 16).to(torch.uint8)
     scales = ((0.5 + random(num_outputs, num_groups)) * scale / 4.6).to(dtype)
@@ -53,10 +53,10 @@ def random_weight(
     expected *= scales.double().repeat_interleave(group, 1)[:, :num_inputs]
     torch.testing.assert_close(packed.dequantized(torch.float32).double(), expected, rtol=1e-6, atol=0)
     offsets = None if packed.offsets is None else packed.offsets.to(device)
-    return QuantizedWeight(packed.values.to(device), packed.scales.to(device), num_inputs, group, offsets)
+    return PackedWeight(packed.values.to(device), packed.scales.to(device), num_inputs, group, offsets)
 
 
-def check(tile: RowsTile, weight: QuantizedWeight, rows: int, dtype: torch.dtype, *, what: str, bias: bool) -> None:
+def check(tile: RowsTile, weight: PackedWeight, rows: int, dtype: torch.dtype, *, what: str, bias: bool) -> None:
     device, num_inputs, gated = weight.device, weight.num_inputs, what == "gated"
     num_outputs = weight.num_outputs // (2 if gated else 1)
     generator = torch.Generator().manual_seed(rows)

@@ -7,6 +7,7 @@ promise to a reader is written here once, so that providers cannot tell them apa
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -64,7 +65,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
         return body.num_bytes if isinstance(body, FileBody) else None if body is None else len(body)
 
 
-class Exchange:
+class Exchange(ABC):
     """`send`, `send_pieces` where the body is a file, `head`, then `read` until it returns b"".
 
     `status` and `headers` are there after `head`. Another task may end the exchange at any time; every wait then raises
@@ -95,13 +96,13 @@ class Exchange:
         self._parts: list[bytes] = []
         self._num_waiting = 0  # bytes in `_parts`
 
+    @abstractmethod
     def send(self, request: Request, patience: float | None) -> None:
         """Send a request, but of one whose body is a file the head only: `send_pieces` has to follow.
 
         Silence of more than `patience` seconds from now on ends the exchange. Raises BrokenConnection, and OSError for
         a file that is not there.
         """
-        raise NotImplementedError
 
     async def send_pieces(self, pieces: AsyncIterator[bytes], patience: float | None) -> None:
         """Send a body no faster than the server takes it; `patience` bounds its silence while it takes nothing.
@@ -127,13 +128,13 @@ class Exchange:
             await self._wait()
         self.set_patience(None)  # what the disk takes is not the server's silence
 
+    @abstractmethod
     def _write(self, piece: bytes) -> None:
         """Send more of the body; `_is_full` is then True until the server has taken enough of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end_body(self, *, is_whole: bool) -> None:
         """Nothing more of the body follows, whether all of it was written or not."""
-        raise NotImplementedError
 
     def set_patience(self, seconds: float | None) -> None:
         """How long the server may be silent, counted from the last time that it was not, or from now."""
@@ -169,9 +170,9 @@ class Exchange:
             self._resume()
         return data
 
+    @abstractmethod
     def _resume(self) -> None:
         """Let a server go on that was held back."""
-        raise NotImplementedError
 
     def _end(self) -> None:
         self._is_idle = True
@@ -198,9 +199,9 @@ class Exchange:
         self._wake()
         self._give_up()
 
+    @abstractmethod
     def _give_up(self) -> None:
         """Tell the server to stop."""
-        raise NotImplementedError
 
     def _check_patience(self) -> None:
         self._timer = None

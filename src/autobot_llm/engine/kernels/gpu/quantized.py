@@ -1,7 +1,7 @@
 """Quantized weights on a GPU, and their products with few rows. Knows formats and operators; knows nothing of layers,
 of checkpoints, or of how the numbers were chosen.
 
-`QuantizedWeight` is the layout that quantized_rows.py reads. Its twin is `dequantized()`: the same numbers, one tensor.
+`PackedWeight` is the layout that quantized_rows.py reads. Its twin is `dequantized()`: the same numbers, one tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MIN_PADDED_ROWS = 8
 
 # T rows, O outputs, I inputs, G groups of inputs
 @dataclass(frozen=True, slots=True)
-class QuantizedWeight:
+class PackedWeight:
     """W, [O, I], as `values` times `scales`.
 
     With `group` 0, `values` is int8 or float8_e4m3fn [O, I], and `scales` float32 [O]. Otherwise `group` inputs share a
@@ -68,7 +68,7 @@ class QuantizedWeight:
 
 def pack_4_bits(
     values_OI: torch.Tensor, scales_OG: torch.Tensor, zeros_OG: torch.Tensor | None = None, *, group: int
-) -> QuantizedWeight:
+) -> PackedWeight:
     """From whole numbers 0 to 15, and for each group of inputs its scale and its zero (8 where None)."""
     num_outputs, num_inputs = values_OI.shape
     missing = -num_inputs % (2 * group)
@@ -81,13 +81,13 @@ def pack_4_bits(
         return torch.nn.functional.pad(of_groups, (0, missing_groups)).t().contiguous().to(scales_OG.dtype)
 
     offsets = None if zeros_OG is None else by_group(ZERO_OF_4_BITS - zeros_OG.to(torch.int16))
-    return QuantizedWeight(values, by_group(scales_OG), num_inputs, group, offsets)
+    return PackedWeight(values, by_group(scales_OG), num_inputs, group, offsets)
 
 
 def multiply_quantized(
     tile: RowsTile,
     x_TI: torch.Tensor,
-    weight: QuantizedWeight,
+    weight: PackedWeight,
     out: torch.Tensor,
     *,
     norm: torch.Tensor | None = None,
