@@ -207,13 +207,15 @@ class Engine:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
+            speculator.observe(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
         stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
-        logits_RV = self.executor.execute(self._batches.build(plan))
+        logits_RV = speculator.execute(self.executor, self._batches.build(plan))
         verdict = verify(self._sampler, logits_RV, plan.scheduled)
         num_accepted = [len(found) - 1 for found in verdict]
         outputs = self._accept_drafts(plan, verdict, num_accepted)
+        speculator.observe(plan, num_accepted)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
         return outputs
 
@@ -221,7 +223,8 @@ class Engine:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        logits_RV = self.executor.execute(batch)
+        speculator = self.speculator
+        logits_RV = self.executor.execute(batch) if speculator is None else speculator.execute(self.executor, batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)

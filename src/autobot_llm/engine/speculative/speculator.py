@@ -1,22 +1,25 @@
-"""Drafts for the engine's next step, and what came of them. Knows proposers, the controller and sequences; knows
-nothing of tensors.
+"""Drafts for the engine's next step, and what came of them. Knows proposers, the controller and sequences; tensors it
+hands on, and knows nothing of what is in them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
-from autobot_llm.engine.batching.plan import StepPlan
+import torch
+
+from autobot_llm.engine.batching.plan import StepBatch, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
+from autobot_llm.engine.executor import Executor, FeatureExecutor, Features
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
 from autobot_llm.engine.speculative.measurements import AcceptanceHistory
 from autobot_llm.engine.speculative.ngram import Observer
-from autobot_llm.engine.speculative.proposer import CostlyProposer, Draft, FreeProposer
+from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer, Draft, FreeProposer
 
 
 @dataclass(slots=True)
@@ -78,6 +81,8 @@ class Speculator:
         self._policy: DraftPolicy = self.controller if policy is None else policy
         self._free = None if make_free is None else make_free(self._observe_free)
         self._costly = costly
+        self._wanted = None if costly is None else costly.wanted
+        self._features = Features()  # of the step at hand
         self.clock = clock
         self._drafted_by: dict[int, tuple[str, str]] = {}  # by sequence id: method and kind, of the step at hand
 
@@ -133,6 +138,22 @@ class Speculator:
                 self._give(sequence, draft.token_ids[:number], free.name, draft.kind)
         if costly is not None and decision.num_costly:
             self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly)
+
+    def execute(self, executor: Executor, batch: StepBatch) -> torch.Tensor:
+        """Run a step of the target; returns logits_RV. What the costly method wants of it is kept for `observe`."""
+        if self._wanted is None:
+            return executor.execute(batch)
+        assert isinstance(executor, FeatureExecutor), "who makes a method has looked"
+        logits_RV, self._features = executor.execute_with_features(batch, self._wanted)
+        return logits_RV
+
+    def observe(self, plan: StepPlan, num_accepted: SequenceABC[int] = ()) -> None:
+        """Let the costly method see the step that was executed and resolved. `num_accepted` as for `record`; empty:
+        there were no drafts."""
+        if self._costly is None or self._wanted is None:
+            return
+        features, self._features = self._features, Features()
+        self._costly.observe(list(_computed(plan, num_accepted)), features)
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
@@ -208,6 +229,19 @@ class Speculator:
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
         assert self._free is not None
         self._history(self._free.name, kind).record(tried, passed)
+
+
+def _computed(plan: StepPlan, num_accepted: SequenceABC[int]) -> Iterator[Computed]:
+    """What a step settled of each sequence that has its blocks still, which who left it has not."""
+    token_row = logit_row = 0
+    accepted = iter(num_accepted)
+    for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
+        number = next(accepted, 0) if samples else 0
+        if sequence.epoch == epoch:
+            rows = range(token_row, token_row + num_tokens - num_draft + number)
+            yield Computed(sequence, start, rows, logit_row + number if samples else None)
+        token_row += num_tokens
+        logit_row += 1 + num_draft if samples else 0
 
 
 def _kind(sequence: Sequence) -> str:
