@@ -9,10 +9,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
+from autobot_llm.engine.batching.drafts import straighten
 from autobot_llm.engine.batching.plan import BatchBuilder, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
+from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.request import EndReason, EngineRequest, Output, RequestStats, TokenInfo
 from autobot_llm.engine.sampler import (
@@ -100,6 +101,7 @@ class Engine:
         assert self._in_flight is None, "a step is under way on the executor that there was"
         self._executor = executor
         self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
+        self._mover = executor if isinstance(executor, TreeExecutor) else None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -201,7 +203,7 @@ class Engine:
 
     def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
         begin_time = speculator.clock()
-        speculator.propose(self.scheduler.decoding)
+        speculator.propose(self.scheduler.decoding, takes_trees=self._mover is not None)
         plan = self.scheduler.plan()
         if plan is None:
             return []
@@ -211,11 +213,13 @@ class Engine:
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
         stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
-        logits_RV = speculator.execute(self.executor, self._batches.build(plan))
-        verdict = verify(self._sampler, logits_RV, plan.scheduled)
-        num_accepted = [len(found) - 1 for found in verdict]
-        outputs = self._accept_drafts(plan, verdict, num_accepted)
-        speculator.observe(plan, num_accepted)
+        batch = self._batches.build(plan)
+        verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
+        if batch.tree_masks_T is not None and self._mover is not None:
+            self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
+        num_accepted = [verdict.num_accepted for verdict in verdicts]
+        outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
+        speculator.observe(plan, verdicts)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
         return outputs
 

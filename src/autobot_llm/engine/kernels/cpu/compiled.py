@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError
 from autobot_llm.engine.models.config import ModelConfig
@@ -70,6 +70,7 @@ class _Batch(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_sequences", "max_blocks", "num_logit_rows")),
         *((name, ctypes.c_void_p) for name in ("logits", "hidden", "streams", "stream_layers")),
         ("num_stream_layers", ctypes.c_int64),
+        ("tree_masks", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -267,6 +268,9 @@ class CompiledExecutor:
     def discard(self, block_ids: list[int]) -> None:
         """Nothing to do: step.cpp never reads a position beyond a sequence's own."""
 
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        self._library.autobot_move(self._model, slots_from_M.ctypes.data, slots_to_M.ctypes.data, len(slots_from_M))
+
     def close(self) -> None:
         if self._model:
             self._library.autobot_destroy(self._model)
@@ -307,6 +311,7 @@ class CompiledExecutor:
             None if streams_TF is None else streams_TF.data_ptr(),
             ctypes.addressof(stream_layers),
             len(layers),
+            None if batch.tree_masks_T is None else batch.tree_masks_T.ctypes.data,
         )
         if self._library.autobot_run(model, ctypes.byref(arguments)) != 0:
             raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")

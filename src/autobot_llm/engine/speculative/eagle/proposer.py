@@ -21,7 +21,7 @@ from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.eagle.cache import DraftCache, Part, run_layer
 from autobot_llm.engine.speculative.eagle.model import EagleDraft, draft_rope
 from autobot_llm.engine.speculative.guesses import rank_guesses
-from autobot_llm.engine.speculative.proposer import Computed
+from autobot_llm.engine.speculative.proposer import Computed, Draft
 
 MAX_BYTES = 256 * 2**20
 """Of all windows together: keys and values, and features that the layer has not taken in."""
@@ -85,7 +85,7 @@ class EagleProposer:
                 window = self._windows[sequence.id] = _Window(DraftCache(self._draft.config.layer, start))
             num_known = window.end - start  # computed once more, after a preemption
             if num_known < len(token_rows):
-                streams_TF = features.streams_TF[list(token_rows[num_known:])]  # a copy
+                streams_TF = features.streams_TF[token_rows[num_known:]]  # a copy
                 window.waiting.append((streams_TF, sequence.token_ids[start + num_known + 1 : end + 1]))
                 window.num_waiting += len(streams_TF)
                 self._count(window)
@@ -95,13 +95,13 @@ class EagleProposer:
         window = self._windows.get(sequence.id)
         return 1 if window is None else max(1, window.num_waiting)
 
-    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[list[int]]:
+    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what waits of every sequence, then one for each further token. Nothing for a sequence that
         was not seen, and nothing beyond the context."""
-        drafts: list[list[int]] = [[] for _ in sequences]
+        drafts = [list[int]() for _ in sequences]
         drafting = [i for i, sequence in enumerate(sequences) if self._is_known(sequence, num_tokens)]
         if not drafting:
-            return drafts
+            return [None] * len(sequences)
         windows = [self._windows[sequences[i].id] for i in drafting]
         for i in drafting:
             self._windows.move_to_end(sequences[i].id)
@@ -121,7 +121,7 @@ class EagleProposer:
         for window in windows:
             self._count(window)
         self._make_room()
-        return drafts
+        return [Draft(token_ids) if token_ids else None for token_ids in drafts]
 
     def forget(self, sequence: Sequence) -> None:
         self._drop(sequence.id)

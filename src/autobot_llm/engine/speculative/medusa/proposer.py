@@ -12,7 +12,7 @@ from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.guesses import rank_guesses
 from autobot_llm.engine.speculative.medusa.heads import StackedHeads
-from autobot_llm.engine.speculative.proposer import Computed
+from autobot_llm.engine.speculative.proposer import Computed, Draft
 
 
 # S sequences, K heads, E hidden size, V vocabulary, N ranks
@@ -35,11 +35,11 @@ class MedusaProposer:
     def lag(self, sequence: Sequence) -> int:
         return 1
 
-    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[list[int]]:
+    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass of the heads for all; nothing for a sequence whose last token was not seen to be chosen."""
         num_tokens = min(num_tokens, self._heads.num_heads)
         ready = [i for i, sequence in enumerate(sequences) if self._is_known(sequence)]
-        drafts: list[list[int]] = [[] for _ in sequences]
+        drafts: list[Draft | None] = [None] * len(sequences)
         if not ready:
             return drafts
         hidden_SE = torch.stack([self._hidden[sequences[i].id][1] for i in ready])
@@ -51,7 +51,7 @@ class MedusaProposer:
             1,
         )
         for i, ids_K in zip(ready, ids_RN.reshape(num_tokens, len(ready)).T.tolist(), strict=True):
-            drafts[i] = ids_K
+            drafts[i] = Draft(ids_K)
         return drafts
 
     def forget(self, sequence: Sequence) -> None:
