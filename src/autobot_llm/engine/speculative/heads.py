@@ -16,6 +16,7 @@ from autobot_llm.engine.speculative.eagle.config import default_feature_layers
 from autobot_llm.engine.speculative.eagle.proposer import EagleProposer
 from autobot_llm.engine.speculative.medusa.checkpoint import load_medusa_heads
 from autobot_llm.engine.speculative.medusa.config import MEDUSA_CHECKPOINTS
+from autobot_llm.engine.speculative.medusa.decoder import assumed_accuracies
 from autobot_llm.engine.speculative.medusa.heads import StackedHeads
 from autobot_llm.engine.speculative.medusa.proposer import MedusaProposer
 from autobot_llm.errors import ModelLoadError
@@ -38,13 +39,15 @@ def find_heads(folder: Path, method: HeadsMethod) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def make_medusa(heads_folder: Path, folder: Path, config: ModelConfig) -> MedusaProposer:
-    """The heads of `heads_folder` for the model in `folder`. Raises ModelLoadError where they do not fit."""
+def make_medusa(heads_folder: Path, folder: Path, config: ModelConfig, *, breadth: int = 1) -> MedusaProposer:
+    """The heads of `heads_folder` for the model in `folder`; `breadth` of their trees as of MedusaProposer. Raises
+    ModelLoadError where they do not fit."""
     lm_head_VE = load_embeddings(folder, config).lm_head_VE.float()
     loaded = load_medusa_heads(
         heads_folder, hidden_size=config.hidden_size, vocab_size=config.vocab_size, lm_head_VE=lm_head_VE
     )
-    return MedusaProposer(StackedHeads(loaded.heads))
+    accuracies = loaded.about.medusa_head_accuracies or assumed_accuracies(len(loaded.heads))
+    return MedusaProposer(StackedHeads(loaded.heads), accuracies, breadth=breadth)
 
 
 def make_eagle(heads_folder: Path, folder: Path, config: ModelConfig, max_model_len: int) -> EagleProposer:

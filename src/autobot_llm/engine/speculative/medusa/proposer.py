@@ -5,25 +5,64 @@ caches: what it needs of a step is one row, so a prefix that was found, a chunk 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
+from typing import NamedTuple
 
 import torch
 
 from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.guesses import rank_guesses
+from autobot_llm.engine.speculative.medusa.config import TREE_CANDIDATES
 from autobot_llm.engine.speculative.medusa.heads import StackedHeads
+from autobot_llm.engine.speculative.medusa.tree import CandidateTree, choose_tree
 from autobot_llm.engine.speculative.proposer import Computed, Draft
+
+
+class _Shape(NamedTuple):
+    """A tree as a draft's: for each token its parent, and whose candidate of which rank it is."""
+
+    parents: list[int]
+    heads: list[int]
+    ranks: list[int]
+    num_heads: int
+    num_ranks: int
+
+    @classmethod
+    def of(cls, tree: CandidateTree) -> _Shape:
+        return cls(
+            parents=[parent - 1 for parent in tree.parents[1:]],
+            heads=[depth - 1 for depth in tree.depths[1:]],
+            ranks=list(tree.ranks[1:]),
+            num_heads=tree.max_depth,
+            num_ranks=tree.max_rank + 1,
+        )
 
 
 # S sequences, K heads, E hidden size, V vocabulary, N ranks
 class MedusaProposer:
-    """CostlyProposer of the best token of each head, one after the other."""
+    """CostlyProposer of trees of the heads' best tokens.
+
+    `accuracies[k][r]`: how often the r-th candidate of head k is right, which the trees are chosen by. A draft that is
+    asked to be d tokens deep has at most `breadth` * d of them, and no more than `tree_candidates` with its root: where
+    a token to verify has its price, as on a CPU, a `breadth` of 1 spends no more on a tree than on a line.
+    """
 
     name = "medusa"
     wanted: FeatureKinds | None = FeatureKinds(hidden=True)
 
-    def __init__(self, heads: StackedHeads) -> None:
+    def __init__(
+        self,
+        heads: StackedHeads,
+        accuracies: SequenceABC[SequenceABC[float]],
+        *,
+        breadth: int = 1,
+        tree_candidates: int = TREE_CANDIDATES,
+    ) -> None:
         self._heads = heads
+        self._trees = [
+            _Shape.of(choose_tree(accuracies[:depth], min(1 + breadth * depth, tree_candidates)))
+            for depth in range(1, heads.num_heads + 1)
+        ]
         self._hidden: dict[int, tuple[int, torch.Tensor]] = {}  # by sequence id: its tokens then, and its state E
 
     def observe(self, computed: SequenceABC[Computed], features: Features) -> None:
@@ -37,21 +76,22 @@ class MedusaProposer:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass of the heads for all; nothing for a sequence whose last token was not seen to be chosen."""
-        num_tokens = min(num_tokens, self._heads.num_heads)
-        ready = [i for i, sequence in enumerate(sequences) if self._is_known(sequence)]
         drafts: list[Draft | None] = [None] * len(sequences)
+        ready = [i for i, sequence in enumerate(sequences) if self._is_known(sequence)]
         if not ready:
             return drafts
+        shape = self._trees[min(num_tokens, len(self._trees)) - 1]
         hidden_SE = torch.stack([self._hidden[sequences[i].id][1] for i in ready])
-        logits_KSV = self._heads.logits(hidden_SE, num_tokens)
+        logits_KSV = self._heads.logits(hidden_SE, shape.num_heads)
         ids_RN = rank_guesses(
             logits_KSV.flatten(0, 1),
-            [sequences[i].params for i in ready] * num_tokens,
-            [len(sequences[i].token_ids) + head for head in range(num_tokens) for i in ready],
-            1,
+            [sequences[i].params for i in ready] * shape.num_heads,
+            [len(sequences[i].token_ids) + head for head in range(shape.num_heads) for i in ready],
+            shape.num_ranks,
         )
-        for i, ids_K in zip(ready, ids_RN.reshape(num_tokens, len(ready)).T.tolist(), strict=True):
-            drafts[i] = Draft(ids_K)
+        ids_KSN = ids_RN.reshape(shape.num_heads, len(ready), -1)
+        for place, i in enumerate(ready):
+            drafts[i] = Draft(ids_KSN[shape.heads, place, shape.ranks].tolist(), parents=shape.parents)
         return drafts
 
     def forget(self, sequence: Sequence) -> None:
