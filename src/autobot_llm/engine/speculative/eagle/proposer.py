@@ -62,8 +62,8 @@ class EagleProposer:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.wanted: FeatureKinds | None = FeatureKinds(layers=feature_layers)
-        self._draft = draft
-        self._embed_VE = embed_VE
+        self.draft = draft
+        self.embed_VE = embed_VE
         self._target_ids_W = draft.target_ids.numpy()
         self._max_model_len = max_model_len
         self._rope_PD = draft_rope(draft.config, max_model_len, torch.float32, "cpu")
@@ -82,7 +82,7 @@ class EagleProposer:
             window, end = self._windows.get(sequence.id), start + len(token_rows)
             if window is None or not window.cache.first_position <= start <= window.end:
                 self.forget(sequence)
-                window = self._windows[sequence.id] = _Window(DraftCache(self._draft.config.layer, start))
+                window = self._windows[sequence.id] = _Window(DraftCache(self.draft.config.layer, start))
             num_known = window.end - start  # computed once more, after a preemption
             if num_known < len(token_rows):
                 streams_TF = features.streams_TF[token_rows[num_known:]]  # a copy
@@ -113,7 +113,7 @@ class EagleProposer:
                     Part(window.cache, window.num_rows + depth - 1, drafts[i][-1:])
                     for i, window in zip(drafting, windows, strict=True)
                 ]
-                features_SE = run_layer(self._draft, self._embed_VE, self._rope_PD, parts, features_SE)
+                features_SE = run_layer(self.draft, self.embed_VE, self._rope_PD, parts, features_SE)
             for i, token_id in zip(
                 drafting, self._choose([sequences[i] for i in drafting], features_SE, depth), strict=True
             ):
@@ -144,8 +144,8 @@ class EagleProposer:
             for window in windows
         ]
         streams_TF = torch.cat([streams_TF for window in windows for streams_TF, _ in window.waiting])
-        features_TE = self._draft.fuse(streams_TF)
-        returned_TE = run_layer(self._draft, self._embed_VE, self._rope_PD, parts, features_TE)
+        features_TE = self.draft.fuse(streams_TF)
+        returned_TE = run_layer(self.draft, self.embed_VE, self._rope_PD, parts, features_TE)
         end = 0
         for window in windows:
             end += window.num_waiting
@@ -157,7 +157,7 @@ class EagleProposer:
     @torch.inference_mode()
     def _choose(self, sequences: list[Sequence], features_SE: torch.Tensor, depth: int) -> list[int]:
         ids_S1 = rank_guesses(
-            self._draft.logits(features_SE),
+            self.draft.logits(features_SE),
             [sequence.params for sequence in sequences],
             [len(sequence.token_ids) + depth for sequence in sequences],
             1,

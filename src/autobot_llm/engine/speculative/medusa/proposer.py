@@ -5,7 +5,6 @@ caches: what it needs of a step is one row, so a prefix that was found, a chunk 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from typing import NamedTuple
 
 import torch
 
@@ -14,28 +13,8 @@ from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.guesses import rank_guesses
 from autobot_llm.engine.speculative.medusa.config import TREE_CANDIDATES
 from autobot_llm.engine.speculative.medusa.heads import StackedHeads
-from autobot_llm.engine.speculative.medusa.tree import CandidateTree, choose_tree
+from autobot_llm.engine.speculative.medusa.tree import choose_tree
 from autobot_llm.engine.speculative.proposer import Computed, Draft
-
-
-class _Shape(NamedTuple):
-    """A tree as a draft's: for each token its parent, and whose candidate of which rank it is."""
-
-    parents: list[int]
-    heads: list[int]
-    ranks: list[int]
-    num_heads: int
-    num_ranks: int
-
-    @classmethod
-    def of(cls, tree: CandidateTree) -> _Shape:
-        return cls(
-            parents=[parent - 1 for parent in tree.parents[1:]],
-            heads=[depth - 1 for depth in tree.depths[1:]],
-            ranks=list(tree.ranks[1:]),
-            num_heads=tree.max_depth,
-            num_ranks=tree.max_rank + 1,
-        )
 
 
 # S sequences, K heads, E hidden size, V vocabulary, N ranks
@@ -58,9 +37,9 @@ class MedusaProposer:
         breadth: int = 1,
         tree_candidates: int = TREE_CANDIDATES,
     ) -> None:
-        self._heads = heads
-        self._trees = [
-            _Shape.of(choose_tree(accuracies[:depth], min(1 + breadth * depth, tree_candidates)))
+        self.heads = heads
+        self.trees = [
+            choose_tree(accuracies[:depth], min(1 + breadth * depth, tree_candidates))
             for depth in range(1, heads.num_heads + 1)
         ]
         self._hidden: dict[int, tuple[int, torch.Tensor]] = {}  # by sequence id: its tokens then, and its state E
@@ -80,18 +59,20 @@ class MedusaProposer:
         ready = [i for i, sequence in enumerate(sequences) if self._is_known(sequence)]
         if not ready:
             return drafts
-        shape = self._trees[min(num_tokens, len(self._trees)) - 1]
+        tree = self.trees[min(num_tokens, len(self.trees)) - 1]
+        num_heads, num_ready = tree.max_depth, len(ready)
         hidden_SE = torch.stack([self._hidden[sequences[i].id][1] for i in ready])
-        logits_KSV = self._heads.logits(hidden_SE, shape.num_heads)
         ids_RN = rank_guesses(
-            logits_KSV.flatten(0, 1),
-            [sequences[i].params for i in ready] * shape.num_heads,
-            [len(sequences[i].token_ids) + head for head in range(shape.num_heads) for i in ready],
-            shape.num_ranks,
+            self.heads.logits(hidden_SE, num_heads).flatten(0, 1),
+            [sequences[i].params for i in ready] * num_heads,
+            [len(sequences[i].token_ids) + head for head in range(num_heads) for i in ready],
+            tree.max_rank + 1,
         )
-        ids_KSN = ids_RN.reshape(shape.num_heads, len(ready), -1)
+        ids_KSN = ids_RN.reshape(num_heads, num_ready, -1)
+        heads, ranks = [depth - 1 for depth in tree.depths[1:]], list(tree.ranks[1:])
+        parents = [parent - 1 for parent in tree.parents[1:]]  # a draft's tokens are counted without the root
         for place, i in enumerate(ready):
-            drafts[i] = Draft(ids_KSN[shape.heads, place, shape.ranks].tolist(), parents=shape.parents)
+            drafts[i] = Draft(ids_KSN[heads, place, ranks].tolist(), parents=parents)
         return drafts
 
     def forget(self, sequence: Sequence) -> None:
