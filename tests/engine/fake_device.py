@@ -100,7 +100,6 @@ class FakeDevice:
                 logits_TV[t] = logits_of(tuple(context[i] for i in seen))
         return np.array([logits_TV[row] for row in batch.logit_rows_R.tolist()], np.float32).reshape(-1, VOCAB_SIZE)
 
-
     def seen_by(self, batch: StepBatch, token: int, first: int, num_before: int) -> Sequence[int]:
         """Which of its sequence's cached tokens a token of the step sees; `num_before` of them lie before `first`."""
         assert batch.tree_masks_T is None, "a tree for a device that knows none"
@@ -191,6 +190,9 @@ class FakePipelinedDevice(FakeDevice):
         self.do(self._run, step, batch, sampling, self.num_launched)
         self.num_launched += 1
         return step
+
+    def room_for_drafts(self, num_sequences: int) -> int:
+        return max(0, 12 - num_sequences)
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         assert self.num_unwaited == 0, "logits are asked for while a step is under way"
