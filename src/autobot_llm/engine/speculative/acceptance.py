@@ -22,6 +22,7 @@ what the difference is worth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 from typing import NamedTuple
@@ -30,7 +31,8 @@ import torch
 
 from autobot_llm.engine.batching.draft_tree import ROOT, depths
 from autobot_llm.engine.batching.plan import ScheduledSequence
-from autobot_llm.engine.sampler import Outcome, Sampler, SamplingFailure, is_stateless
+from autobot_llm.engine.executor import SampledRows
+from autobot_llm.engine.sampler import Outcome, SampledToken, Sampler, SamplingFailure, broken_logits, is_stateless
 from autobot_llm.engine.sequence import Sequence
 
 
@@ -95,6 +97,19 @@ def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[Sch
             start += one.num_rows
     if len(free) < len(drafted):
         _walk(sampler, logits_RV, [one for one in drafted if not is_stateless(one.sequence.params)], verdicts)
+    return verdicts
+
+
+def verify_sampled(sampled: SampledRows, scheduled: SequenceABC[ScheduledSequence]) -> list[Verdict]:
+    """The same where a device has sampled each row with the noise of its position."""
+    outcomes: list[Outcome] = [
+        SampledToken(token) if math.isfinite(best) else broken_logits(best)
+        for token, best in zip(sampled.tokens, sampled.best_logits, strict=True)
+    ]
+    verdicts = []
+    for one in _drafted(scheduled):
+        verdicts.append(Verdict([], []))
+        _follow(one, outcomes[one.row : one.row + one.num_rows], verdicts[-1])
     return verdicts
 
 
