@@ -15,6 +15,7 @@ from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.heads import HeadsMethod, find_heads, make_eagle, make_medusa
+from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
 from autobot_llm.engine.speculative.ngram import LOOKUP_MAX, NgramProposer
 from autobot_llm.engine.speculative.pairs import check_draft, find_draft
 from autobot_llm.engine.speculative.proposer import CostlyProposer
@@ -79,6 +80,7 @@ def build_speculator(
         floor=options.min_acceptance_rate,
         # On a CPU what counts is what the engine's thread computes; it only waits for a GPU.
         clock=time.thread_time if target.is_on_cpu else time.perf_counter,
+        priors=ON_CPU if target.is_on_cpu else ON_GPU,
     )
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 

@@ -19,7 +19,7 @@ from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
-from autobot_llm.engine.speculative.measurements import AcceptanceHistory
+from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.possible import possible
 from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer, Draft, FreeProposer
@@ -72,11 +72,12 @@ class Speculator:
         costly: CostlyProposer | None = None,
         policy: DraftPolicy | None = None,
         floor: float | None = None,
+        priors: Priors = ON_CPU,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
         assert make_free is not None or costly is not None, "without a method there is nothing to do"
         self.max_tokens = max_tokens
-        self.controller = Controller(max_tokens, floor)
+        self.controller = Controller(max_tokens, floor, priors)
         self.figures: dict[str, MethodFigures] = {}
         self.histories: dict[tuple[str, str], AcceptanceHistory] = {}
         self.num_steps = 0
