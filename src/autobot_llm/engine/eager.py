@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from autobot_llm.engine.attention.sdpa import HostBlocks, SdpaAttention
-from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.batching.preemption import SwappedBlocks
 from autobot_llm.engine.models.decoder import Decoder
 
 
 class EagerExecutor:
-    """SwappingExecutor over a decoder and attention on the same device. `reason` says why it was chosen."""
+    """SwappingExecutor and TreeExecutor over a decoder and attention on the same device. `reason` says why it was
+    chosen."""
 
     name = "eager"
 
@@ -49,6 +50,9 @@ class EagerExecutor:
 
     def discard(self, block_ids: list[int]) -> None:
         self._attention.discard(block_ids)
+
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        self._attention.move(slots_from_M, slots_to_M)
 
     def copy_out(self, block_ids: Sequence[int]) -> SwappedBlocks:
         return self._attention.copy_out(block_ids)

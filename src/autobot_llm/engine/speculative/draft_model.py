@@ -24,6 +24,7 @@ from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecuto
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.speculative.proposer import Draft
 
 
 class DraftModel:
@@ -52,7 +53,7 @@ class DraftModel:
         self._follow(shadow, sequence)
         return len(shadow.token_ids) - shadow.num_computed_tokens
 
-    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[list[int]]:
+    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what is missing of every sequence, then one for each further token."""
         for sequence in sequences:
             if (shadow := self._shadows.get(sequence.id)) is not None:
@@ -67,7 +68,8 @@ class DraftModel:
         else:
             for _ in range(num_tokens):
                 drafting = self._pass(drafting)
-        return [_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences]
+        drafts = (_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
+        return [Draft(token_ids) if token_ids else None for token_ids in drafts]
 
     def forget(self, sequence: Sequence) -> None:
         shadow = self._shadows.pop(sequence.id, None)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
@@ -69,6 +69,7 @@ class _Batch(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_sequences", "max_blocks", "num_logit_rows")),
         ("logits", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
+        ("tree_masks", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -257,6 +258,9 @@ class CompiledExecutor:
     def discard(self, block_ids: list[int]) -> None:
         """Nothing to do: step.cpp never reads a position beyond a sequence's own."""
 
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        self._library.autobot_move(self._model, slots_from_M.ctypes.data, slots_to_M.ctypes.data, len(slots_from_M))
+
     def close(self) -> None:
         if self._model:
             self._library.autobot_destroy(self._model)
@@ -291,6 +295,7 @@ class CompiledExecutor:
             len(batch.logit_rows_R),
             None if logits_RV is None else logits_RV.data_ptr(),
             None if hidden_RE is None else hidden_RE.data_ptr(),
+            None if batch.tree_masks_T is None else batch.tree_masks_T.ctypes.data,
         )
         if self._library.autobot_run(model, ctypes.byref(arguments)) != 0:
             raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")
