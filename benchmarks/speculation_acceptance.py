@@ -40,6 +40,7 @@ def methods(engine: Engine, options: EngineOptions, number: int, draft: Path | N
         f"medusa, {number} tokens": make_medusa(medusa, MODEL, config),
         "medusa, 63 tokens": make_medusa(medusa, MODEL, config, breadth=IN_BREADTH),
         f"eagle3, {number} tokens": make_eagle(eagle, MODEL, config, context),
+        "eagle3, 63 tokens": make_eagle(eagle, MODEL, config, context, breadth=IN_BREADTH),
     }
     if draft is not None:
         costly[f"draft ({draft.name})"] = load_draft_model(MODEL, draft, options)

@@ -10,6 +10,7 @@ and grammars are left to the target.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,14 @@ NUM_CANDIDATES = 64
 _NEVER = np.float32(-1e30)
 
 
+class Ranked(NamedTuple):
+    """The target's ids_RN, best guess first, and the logarithms of the chances that they are right, in float32: what
+    the guesser takes them for, given the noise where they are drawn."""
+
+    ids_RN: npt.NDArray[np.int64]
+    log_chances_RN: npt.NDArray[np.float32]
+
+
 # R rows, V the guesser's vocabulary, N ranks, C candidates
 def rank_guesses(
     logits_RV: torch.Tensor,
@@ -32,25 +41,25 @@ def rank_guesses(
     num_ranks: int,
     *,
     ids_V: npt.NDArray[np.int64] | None = None,
-) -> npt.NDArray[np.int64]:
-    """The target's ids_RN, best guess first. Row r is for a request with params[r], at the index positions[r] of its
-    sequence. `ids_V` are the target's ids of the guesser's tokens; None: they are the same."""
-    is_greedy = [each.is_greedy for each in params]
-    num_best = num_ranks if all(is_greedy) else max(num_ranks, NUM_CANDIDATES)
-    num_best = min(num_best, logits_RV.shape[1])
+) -> Ranked:
+    """The best guesses. Row r is for a request with params[r], at the index positions[r] of its sequence. `ids_V` are
+    the target's ids of the guesser's tokens; None: they are the same."""
+    drawn = [r for r, each in enumerate(params) if not each.is_greedy]
+    num_best = min(max(num_ranks, NUM_CANDIDATES) if drawn else num_ranks, logits_RV.shape[1])
+    logits_RV = logits_RV.float()
     best = logits_RV.topk(num_best, dim=-1)
     ids_RC: npt.NDArray[np.int64] = best.indices.cpu().numpy()
     if ids_V is not None:
         ids_RC = ids_V[ids_RC]
-    if all(is_greedy):
-        return ids_RC
-    scores_RC = best.values.float().cpu().numpy()
-    order_RC = np.tile(np.arange(num_best), (len(params), 1))
-    for r, each in enumerate(params):
-        if not each.is_greedy:
-            order_RC[r] = np.argsort(-_drawn(scores_RC[r], ids_RC[r], each, positions[r]), kind="stable")
-    ranked: npt.NDArray[np.int64] = np.take_along_axis(ids_RC, order_RC[:, :num_ranks], axis=1)
-    return ranked
+    logits_RC = best.values.cpu().numpy()
+    log_chances_RC = (best.values - logits_RV.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
+    for r in drawn:
+        scores_C = _drawn(logits_RC[r], ids_RC[r], params[r], positions[r])
+        order_C = np.argsort(-scores_C, kind="stable")
+        ids_RC[r] = ids_RC[r][order_C]
+        scores_C = scores_C[order_C] - scores_C[order_C[0]]
+        log_chances_RC[r] = scores_C - np.log(np.exp(scores_C).sum())
+    return Ranked(ids_RC[:, :num_ranks], log_chances_RC[:, :num_ranks])
 
 
 def _drawn(

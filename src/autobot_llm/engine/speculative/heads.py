@@ -50,8 +50,11 @@ def make_medusa(heads_folder: Path, folder: Path, config: ModelConfig, *, breadt
     return MedusaProposer(StackedHeads(loaded.heads), accuracies, breadth=breadth)
 
 
-def make_eagle(heads_folder: Path, folder: Path, config: ModelConfig, max_model_len: int) -> EagleProposer:
-    """The EAGLE-3 draft of `heads_folder` for the model in `folder`. Raises ModelLoadError where it does not fit."""
+def make_eagle(
+    heads_folder: Path, folder: Path, config: ModelConfig, max_model_len: int, *, breadth: int = 1
+) -> EagleProposer:
+    """The EAGLE-3 draft of `heads_folder` for the model in `folder`; `breadth` of its trees as of EagleProposer. Raises
+    ModelLoadError where it does not fit."""
     embeddings = load_embeddings(folder, config)
     draft = load_eagle(
         heads_folder,
@@ -72,4 +75,4 @@ def make_eagle(heads_folder: Path, folder: Path, config: ModelConfig, max_model_
         raise ModelLoadError(
             f"{heads_folder}: eagle_aux_hidden_state_layer_ids={list(layers)}: the model has {config.num_layers} layers"
         )
-    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len)
+    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len, breadth=breadth)

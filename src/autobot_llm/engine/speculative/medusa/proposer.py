@@ -62,7 +62,7 @@ class MedusaProposer:
         tree = self.trees[min(num_tokens, len(self.trees)) - 1]
         num_heads, num_ready = tree.max_depth, len(ready)
         hidden_SE = torch.stack([self._hidden[sequences[i].id][1] for i in ready])
-        ids_RN = rank_guesses(
+        ids_RN, _ = rank_guesses(
             self.heads.logits(hidden_SE, num_heads).flatten(0, 1),
             [sequences[i].params for i in ready] * num_heads,
             [len(sequences[i].token_ids) + head for head in range(num_heads) for i in ready],
