@@ -245,6 +245,9 @@ class Watched:
                 self.drafts.append((list(sequence.token_ids), draft.token_ids))
         return drafts
 
+    def num_passes(self, num_tokens: int) -> int:
+        return self._costly.num_passes(num_tokens)
+
     def forget(self, sequence: Sequence) -> None:
         self._costly.forget(sequence)
 

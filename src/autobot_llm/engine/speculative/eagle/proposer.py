@@ -137,6 +137,9 @@ class EagleProposer:
         self._make_room()
         return drafts
 
+    def num_passes(self, num_tokens: int) -> int:
+        return num_tokens
+
     def forget(self, sequence: Sequence) -> None:
         self._drop(sequence.id)
 

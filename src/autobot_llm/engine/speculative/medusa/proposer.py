@@ -75,6 +75,9 @@ class MedusaProposer:
             drafts[i] = Draft(ids_KSN[heads, place, ranks].tolist(), parents=parents)
         return drafts
 
+    def num_passes(self, num_tokens: int) -> int:
+        return 1
+
     def forget(self, sequence: Sequence) -> None:
         self._hidden.pop(sequence.id, None)
 
