@@ -182,13 +182,14 @@ def test_the_answers_are_those_without_heads_alone_together_and_after_prefix_hit
     asked = asked_of([*prompts, prompts[0]], engine)
     engine.speculator = None
     expected = answers(engine, asked)
-    for method, costly in heads.items():
+    for method in ("medusa in breadth", "eagle3 in breadth"):
+        costly = heads[method]
         engine.scheduler.block_pool.reset()
         engine.speculator = always(costly)
         assert answers(engine, asked) == expected, method
         assert engine.speculator.num_accepted > 0
         num_hits = engine.scheduler.block_pool.num_hit_tokens
-        assert answers(engine, asked[:3], together=False) == expected[:3], method
+        assert answers(engine, asked[:2], together=False) == expected[:2], method
         assert engine.scheduler.block_pool.num_hit_tokens > num_hits, "every prompt is found in the cache"
     engine.speculator = Speculator(4, make_free=NgramProposer, costly=heads["eagle3"])
     assert answers(engine, asked[:4]) == expected[:4], "with prompt lookup, by measured costs"
@@ -200,7 +201,7 @@ def test_a_cache_that_is_too_small_preempts_and_the_answers_stay(
     cache_dir: Path, engine: Engine, heads: dict[str, CostlyProposer], prompts: list[list[int]]
 ) -> None:
     params = SamplingParams(max_tokens=48, temperature=0.8, seed=1)
-    asked = [EngineRequest(ids[-30:], (params,)) for ids in prompts]
+    asked = [EngineRequest(ids[-30:], (params,)) for ids in prompts[1:]]
     engine.speculator = None
     expected = answers(engine, asked)
     crowded = make_engine(cache_dir, max_model_len=320, kv_cache_memory=20 * BLOCK_BYTES, prefix_caching=False)
@@ -212,14 +213,29 @@ def test_a_cache_that_is_too_small_preempts_and_the_answers_stay(
     crowded.close()
 
 
+@pytest.fixture(scope="module")
+def greedy_requests(engine: Engine, prompts: list[list[int]]) -> list[EngineRequest]:
+    return [EngineRequest(ids, (greedy(32, stop_token_ids=engine.config.eos_token_ids),)) for ids in prompts]
+
+
+@pytest.fixture(scope="module")
+def greedy_answers(engine: Engine, greedy_requests: list[EngineRequest]) -> list[tuple[str, int, str | None]]:
+    engine.speculator = None
+    return answers(engine, greedy_requests)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_enough_guesses_are_right(
-    method: str, engine: Engine, heads: dict[str, CostlyProposer], prompts: list[list[int]]
+    method: str,
+    engine: Engine,
+    heads: dict[str, CostlyProposer],
+    greedy_requests: list[EngineRequest],
+    greedy_answers: list[tuple[str, int, str | None]],
 ) -> None:
-    """Tokens of a verification over all categories, greedy. A position that is off by one would leave next to none."""
+    """Tokens of a verification over all categories. A position that is off by one would leave next to none."""
     engine.scheduler.block_pool.reset()
     engine.speculator = always(heads[method])
-    answers(engine, [EngineRequest(ids, (greedy(40, stop_token_ids=engine.config.eos_token_ids),)) for ids in prompts])
+    assert answers(engine, greedy_requests) == greedy_answers
     figures = engine.speculator.figures[method.split()[0]]
     assert 1 + figures.num_accepted / figures.num_drafts > LEAST_TOKENS_PER_STEP[method]
 
