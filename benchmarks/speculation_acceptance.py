@@ -28,6 +28,7 @@ from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.speculator import Speculator
 
 CATEGORIES = ("story", "chat", "copy", "code", "long_prefix")
+MODES = ("greedy", "sampled")
 IN_BREADTH = 13  # a tree of 5 * 13 tokens, cut to 64 with its root
 
 
@@ -56,11 +57,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         compiled_step="on",
         cpu_threads=arguments.threads,
         prefix_caching=False,
+        max_num_batched_tokens=64 * arguments.prompts,  # room for the largest trees of all
     )
     engine = load_engine(options)
     every = methods(engine, options, arguments.num_tokens, arguments.draft)
     result: dict[str, Any] = {}
-    for mode in ("greedy", "sampled"):
+    for mode in arguments.modes:
         params = SamplingParams(
             max_tokens=arguments.new_tokens, temperature=0.0, seed=1, stop_token_ids=engine.config.eos_token_ids
         )
@@ -116,9 +118,10 @@ def report(mode: str, found: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="prompts of each category (16)")
-    parser.add_argument("--new-tokens", type=int, default=96, help="most tokens of an answer (96)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of each category, all at once (8)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="most tokens of an answer (64)")
     parser.add_argument("--num-tokens", type=int, default=5, help="most tokens of a line (5)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="how tokens are chosen (both)")
     parser.add_argument("--threads", type=int, default=None, help="the engine's threads (measured)")
     parser.add_argument("--draft", type=Path, default=None, help="the folder of another draft model")
     arguments = parser.parse_args()
