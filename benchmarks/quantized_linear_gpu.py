@@ -24,8 +24,9 @@ import torch
 from linear_gpu import CHAIN_SECONDS, DTYPE, EPS, MIN_CHAIN_BYTES, SHAPES, Shape, graph_seconds, reference, tile_source
 
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
-from autobot_llm.engine.kernels.gpu.quantized import PackedWeight, multiply_quantized
+from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
+from autobot_llm.engine.quantization.packed import PackedWeight
 
 FORMATS = ("int8", "fp8", "int4")
 ROWS = (1, 32, 128)

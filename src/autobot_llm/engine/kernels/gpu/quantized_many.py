@@ -114,5 +114,7 @@ def dequantize(weight: PackedWeight, start: int, out: torch.Tensor) -> torch.Ten
 def workspace(device: torch.device) -> torch.Tensor:
     """Bytes that never move, because captured graphs hold their address."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the memory for weights in numbers would belong to a CUDA graph: run a step before capturing")
+        raise RuntimeError(
+            "the memory for weights in numbers would belong to a CUDA graph: run a step before capturing"
+        )
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
