@@ -184,6 +184,7 @@ class _Builder:
             capture_seconds=time.perf_counter() - start,
             had_compiled_kernels=num_compiled_kernels() == self._num_compiled_kernels,
             weights=None if self._packer is None else self._packer.text,
+            weight_bytes=weights.num_bytes,
         )
         return executor
 
