@@ -14,7 +14,7 @@ from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import Executor, SwappingExecutor
-from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_eager_executor, make_executor
+from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.kv_cache.storage import bytes_per_block
@@ -26,6 +26,7 @@ from autobot_llm.engine.options import (
     choose_device,
     choose_sizes,
 )
+from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.speculative.build import Target, build_speculator, make_draft_model
 from autobot_llm.engine.speculative.draft_model import DraftModel
@@ -115,11 +116,15 @@ def _draft_executor(
     config: ModelConfig,
     context: int,
     num_blocks: int,
-) -> Executor:
+) -> tuple[Executor, int]:
     options, sizes = replace(options, folder=folder), replace(sizes, max_model_len=context)
     if device.type == "cpu":
-        return make_cpu_executor(config, options, sizes, device, num_blocks, None)
-    return make_eager_executor(config, options, sizes, device, num_blocks, None, reason="a draft model")
+        return make_cpu_executor(config, options, sizes, device, num_blocks, None), num_blocks
+    dtype = getattr(torch, config.checkpoint_dtype or "float32")
+    block_bytes = bytes_per_block(config, BLOCK_SIZE, dtype)
+    room = torch.cuda.mem_get_info(device)[0] // 4  # of what the target has left
+    options = replace(options, kv_cache_memory=min(num_blocks * block_bytes, room), quantization=QuantizationType.NONE)
+    return make_executor(config, options, sizes, device, dtype, dtype, block_bytes, None)
 
 
 def _swap_space(options: EngineOptions, executor: Executor, device: torch.device, block_bytes: int) -> SwapSpace | None:

@@ -14,7 +14,7 @@ from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
-from autobot_llm.engine.speculative.measurements import AcceptanceHistory
+from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.proposer import CostlyProposer, Draft, FreeProposer
 
@@ -65,11 +65,12 @@ class Speculator:
         costly: CostlyProposer | None = None,
         policy: DraftPolicy | None = None,
         floor: float | None = None,
+        priors: Priors = ON_CPU,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
         assert make_free is not None or costly is not None, "without a method there is nothing to do"
         self.max_tokens = max_tokens
-        self.controller = Controller(max_tokens, floor)
+        self.controller = Controller(max_tokens, floor, priors)
         self.figures: dict[str, MethodFigures] = {}
         self.histories: dict[tuple[str, str], AcceptanceHistory] = {}
         self.num_steps = 0
@@ -133,6 +134,18 @@ class Speculator:
                 self._give(sequence, draft.token_ids[:number], free.name, draft.kind)
         if costly is not None and decision.num_costly:
             self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly)
+
+    def is_promising(self, sequences: list[Sequence]) -> bool:
+        """Whether drafts after tokens that a step under way samples may be worth waiting for these. The sequences'
+        other tokens are known."""
+        free = self._free
+        if self._costly is not None and self._policy.wants_offer():
+            return True
+        if free is None:
+            return False
+        drafts = [free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
+        histories = [None if draft is None else self._usable(free.name, draft.kind) for draft in drafts]
+        return any(history is not None for history in histories) and self._policy.may_pay(histories)
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
