@@ -236,7 +236,8 @@ def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: Weight) -> Tile | None:
     halves = 2 if kind is Kind.GATED else 1
     if isinstance(weight, PackedWeight):
         num_outputs, num_bits = weight.num_outputs // halves, 4 if weight.group else 8
-        return choose_quantized_tile(kind, x_TI.shape[0], num_outputs, weight.num_inputs, num_bits)
+        may_round = weight.activations is not None
+        return choose_quantized_tile(kind, x_TI.shape[0], num_outputs, weight.num_inputs, num_bits, may_round=may_round)
     num_outputs, num_inputs = weight.shape
     possible = (
         weight.dtype in (torch.bfloat16, torch.float16)

@@ -12,6 +12,10 @@ from typing import TypeAlias
 
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile, nearest
 
+MAX_EXACT_ROWS = 32
+"""Up to so many rows activations are kept as they are, even where the scheme rounds them: it is as fast, and closer
+to the unrounded model."""
+
 # For each kind: (outputs, inputs) to tile. The outputs of a gated product are those of one half of its weight.
 Shapes: TypeAlias = Mapping[Kind, Mapping[tuple[int, int], RowsTile]]
 _QKV, _O, _GATE_UP, _DOWN = (6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336)
@@ -43,9 +47,11 @@ TABLES: Mapping[int, tuple[tuple[int, Shapes], ...]] = {
 
 
 def choose_quantized_tile(
-    kind: Kind, num_rows: int, num_outputs: int, num_inputs: int, num_bits: int
+    kind: Kind, num_rows: int, num_outputs: int, num_inputs: int, num_bits: int, *, may_round: bool = False
 ) -> RowsTile | None:
-    """The tile for this product; None for more rows than one is made for."""
+    """The tile for this product; None for more rows than one is made for, or where rounding activations is quicker."""
+    if may_round and num_rows > MAX_EXACT_ROWS:
+        return None
     for most_rows, shapes in TABLES[num_bits]:
         if num_rows <= most_rows:
             return nearest(shapes[kind], (num_outputs, num_inputs))
