@@ -48,7 +48,9 @@ def numbers_of_words(words, like, HIGH: tl.constexpr, FLOAT8: tl.constexpr, FAST
     if FAST and like.dtype == tl.bfloat16:
         if FLOAT8:
             place: tl.constexpr = (
-                "and.b32 a, $1, none; shr.u32 b, $1, 4;" if HIGH else "shl.b32 a, $1, 8; and.b32 a, a, none; shl.b32 b, $1, 4;"
+                "and.b32 a, $1, none; shr.u32 b, $1, 4;"
+                if HIGH
+                else "shl.b32 a, $1, 8; and.b32 a, a, none; shl.b32 b, $1, 4;"
             )
             asm: tl.constexpr = (
                 "{ .reg .b32 a, b, large, none; mov.b32 large, 0x7b807b80; mov.b32 none, 0x80008000; "
