@@ -225,12 +225,11 @@ def _decode(  # type: ignore[no-untyped-def]
         key_scales_N, value_scales_N = _scales(
             key_scales_ptr, value_scales_ptr, blocks_N, n, n < stop, head, PAGE, K, D
         )
-        ROW: tl.constexpr = PAGE * (D + 2) // 2  # words of a head's block
     else:
         c = tl.arange(0, D)
         q_MC = tl.load(q_ptrs_M[:, None] + c[None, :], mask=is_row_M[:, None], other=0.0)
-        ROW: tl.constexpr = PAGE * D
     C: tl.constexpr = c.shape[0]
+    ROW: tl.constexpr = PAGE * D if key_scales_ptr is None else PAGE * (D + 2) // 2  # of a head's block
     acc_MC = tl.zeros((M, C), tl.float32)
     first_new = context - num_queries
     if trees_ptr is not None:

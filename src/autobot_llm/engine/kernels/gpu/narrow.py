@@ -1,4 +1,4 @@
-"""Numbers of one byte become numbers of the activations' dtype, in registers. Knows bits; knows nothing of who stores them.
+"""Numbers of one byte become numbers of the activations' dtype, in registers. Knows bits, and nothing of who has them.
 
 bfloat16 is made of the bits themselves, two numbers in each instruction: a conversion of float8 is a quarter as fast
 as other instructions on Hopper, and there is one for each number. `FAST` (which launch.py's PDL stands for) means a
@@ -47,25 +47,19 @@ def numbers_of_words(words, like, HIGH: tl.constexpr, FLOAT8: tl.constexpr, FAST
     """
     if FAST and like.dtype == tl.bfloat16:
         if FLOAT8:
-            place: tl.constexpr = (
-                "and.b32 a, $1, none; shr.u32 b, $1, 4;"
-                if HIGH
-                else "shl.b32 a, $1, 8; and.b32 a, a, none; shl.b32 b, $1, 4;"
-            )
             asm: tl.constexpr = (
                 "{ .reg .b32 a, b, large, none; mov.b32 large, 0x7b807b80; mov.b32 none, 0x80008000; "
-                + place
-                + " lop3.b32 a, b, 0x07f007f0, a, 0xea; fma.rn.bf16x2 $0, a, large, none; }"
+                + ("mov.b32 a, $1; shr.u32 b, $1, 4;" if HIGH else "shl.b32 a, $1, 8; shl.b32 b, $1, 4;")
+                + " and.b32 a, a, none; lop3.b32 a, b, 0x07f007f0, a, 0xea; fma.rn.bf16x2 $0, a, large, none; }"
             )
-        else:
-            place: tl.constexpr = "shr.u32 w, $1, 8;" if HIGH else "mov.b32 w, $1;"
-            asm: tl.constexpr = (
-                "{ .reg .b32 a, b, w, less; mov.b32 less, 0xbf80bf80; "
-                + place
-                + " lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, w, 0x00800080, 0x43004300, 0xea;"
-                + " fma.rn.bf16x2 $0, b, less, a; }"
-            )
-        return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        of_integers: tl.constexpr = (
+            "{ .reg .b32 a, b, w, less; mov.b32 less, 0xbf80bf80; "
+            + ("shr.u32 w, $1, 8;" if HIGH else "mov.b32 w, $1;")
+            + " lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, w, 0x00800080, 0x43004300, 0xea;"
+            + " fma.rn.bf16x2 $0, b, less, a; }"
+        )
+        return tl.inline_asm_elementwise(of_integers, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
     half = (words >> 8 if HIGH else words).to(tl.int8)
     if FLOAT8:
         half = half.to(tl.float8e4nv, bitcast=True)

@@ -17,11 +17,11 @@ import triton
 
 from autobot_llm.engine.kernels.gpu.activation import silu_mul
 from autobot_llm.engine.kernels.gpu.launch import launch_options
-from autobot_llm.engine.kernels.gpu.linear import ALIGNMENT, prefetchable, split_inputs
-from autobot_llm.engine.kernels.gpu.linear import workspace as split_sums
 from autobot_llm.engine.kernels.gpu.many_kernels import dequantize_kernel, many_rows_kernel, round_rows_kernel
 from autobot_llm.engine.kernels.gpu.many_tiles import Library, ManyTile, Way, choose_way
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
+from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of, prefetchable, split_inputs
+from autobot_llm.engine.kernels.gpu.row_launch import workspace as split_sums
 
 if TYPE_CHECKING:
     from autobot_llm.engine.kernels.gpu.quantized import PackedWeight
@@ -34,7 +34,6 @@ cache."""
 
 _ROWS_IN_TURN = 2048  # that share a tile of W in the second-level cache, and stay there themselves
 _CONTIGUOUS = torch.contiguous_format
-_HOPPER = (9, 0)
 
 
 def multiply_many(
@@ -57,7 +56,7 @@ def multiply_many(
     """
     rounded = round_activations
     num_outputs = out.shape[1]
-    way = choose_way(format_of(weight), rounded, x_TI.shape[0], num_outputs, gated, _capability(x_TI.device))
+    way = choose_way(format_of(weight), rounded, x_TI.shape[0], num_outputs, gated, capability_of(x_TI.device))
     return multiply_by(
         way, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, rounded=rounded
     )
@@ -269,12 +268,6 @@ def dequantize(weight: PackedWeight, start: int, out: torch.Tensor) -> torch.Ten
         **launch_options(out.device),
     )
     return out
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """The interpreter on the CPU plays the device that the table is for."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _HOPPER
 
 
 @lru_cache
