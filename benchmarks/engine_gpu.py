@@ -126,7 +126,8 @@ def section_names(text: str) -> list[str]:
     wanted = [name for name in text.split(",") if name]
     unknown = [name for name in wanted if name not in ALL_SECTIONS]
     if unknown or not wanted:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one or more of {', '.join(ALL_SECTIONS)}, with commas")
+        accepted = ", ".join((*SECTIONS, *QUANTIZED_SECTIONS))
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one or more of {accepted}, with commas")
     return [name for name in ALL_SECTIONS if name in wanted]
 
 
@@ -151,7 +152,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=model_folder, metavar="DIR", help="one folder for both")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--sections", type=section_names, default=list(SECTIONS), help=f"with commas, of {','.join(ALL_SECTIONS)}"
+        "--sections",
+        type=section_names,
+        default=list(SECTIONS),
+        help=f"with commas: {','.join(SECTIONS)}; {','.join(QUANTIZED_SECTIONS)}",
     )
     parser.add_argument(
         "--quantizations",
