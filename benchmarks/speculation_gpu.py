@@ -189,7 +189,7 @@ def about(every: dict[str, Speculator | None]) -> dict[str, Any]:
 
 
 def step_costs(engine: Engine) -> dict[str, Any]:
-    """Milliseconds from a launch to its tokens, of steps of so many sequences of 512 tokens with so many drafts each."""
+    """Milliseconds from a launch to its tokens: so many sequences of 512 tokens, with so many drafts each."""
     executor, pool = engine.executor, BlockPool(4096, 16, prefix_caching=False, scattered=True)
     assert isinstance(executor, PipelinedExecutor)
     told: dict[str, Any] = {}
@@ -201,7 +201,7 @@ def step_costs(engine: Engine) -> dict[str, Any]:
                 break
             scheduled = []
             for i in range(batch):
-                sequence = Sequence(i, [1] * 512, SamplingParams(max_tokens=64))
+                sequence = Sequence(i, [1] * 512, SamplingParams(max_tokens=64, temperature=0.0))
                 sequence.block_ids.extend(pool.allocate(34) or ())
                 sequence.draft_ids = [1] * number
                 scheduled.append(ScheduledSequence(sequence, 511, 1 + number, True, 0, number))

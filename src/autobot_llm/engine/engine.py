@@ -9,10 +9,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
-from autobot_llm.engine.batching.plan import BatchBuilder, StepPlan
+from autobot_llm.engine.batching.drafts import straighten
+from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
+from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.request import EndReason, EngineRequest, Output, RequestStats, TokenInfo
 from autobot_llm.engine.sampler import (
@@ -25,7 +26,7 @@ from autobot_llm.engine.sampler import (
     needs_host,
 )
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.acceptance import verify, verify_sampled
+from autobot_llm.engine.speculative.acceptance import Verdict, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import EngineError, LLMError
@@ -100,6 +101,7 @@ class Engine:
         assert self._in_flight is None, "a step is under way on the executor that there was"
         self._executor = executor
         self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
+        self._mover = executor if isinstance(executor, TreeExecutor) else None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -197,8 +199,9 @@ class Engine:
         scheduled = plan.scheduled
         rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in range(item.num_draft + 1)]
         sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
-        sampled = executor.launch(self._batches.build(plan), sampling).wait()
-        return outputs + self._take_verdict(speculator, plan, verify_sampled(sampled, scheduled), begin_time)
+        batch = self._batches.build(plan)
+        verdicts = verify_sampled(executor.launch(batch, sampling).wait(), scheduled)
+        return outputs + self._take_verdict(speculator, plan, batch, verdicts, begin_time)
 
     def _room_for_drafts(self, num_sequences: int) -> int:
         """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
@@ -211,7 +214,7 @@ class Engine:
     def _plan_with_drafts(self, speculator: Speculator) -> StepPlan | None:
         decoding = self.scheduler.decoding
         room = self._room_for_drafts(len(decoding))
-        speculator.propose(decoding if room else [])
+        speculator.propose(decoding if room else [], takes_trees=self._mover is not None)
         return self.scheduler.plan(max_draft_tokens=room)
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
@@ -250,17 +253,22 @@ class Engine:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
+            speculator.observe(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
-        logits_RV = self.executor.execute(self._batches.build(plan))
-        return self._take_verdict(speculator, plan, verify(self._sampler, logits_RV, plan.scheduled), begin_time)
+        batch = self._batches.build(plan)
+        verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
+        return self._take_verdict(speculator, plan, batch, verdicts, begin_time)
 
     def _take_verdict(
-        self, speculator: Speculator, plan: StepPlan, verdict: list[list[Outcome]], begin_time: float
+        self, speculator: Speculator, plan: StepPlan, batch: StepBatch, verdicts: list[Verdict], begin_time: float
     ) -> list[Output]:
         stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
-        num_accepted = [len(found) - 1 for found in verdict]
-        outputs = self._accept_drafts(plan, verdict, num_accepted)
+        if batch.tree_masks_T is not None and self._mover is not None:
+            self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
+        num_accepted = [verdict.num_accepted for verdict in verdicts]
+        outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
+        speculator.observe(plan, verdicts)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
         self._last_end_time = self._clock()
         return outputs
@@ -269,7 +277,8 @@ class Engine:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        logits_RV = self.executor.execute(batch)
+        speculator = self.speculator
+        logits_RV = self.executor.execute(batch) if speculator is None else speculator.execute(self.executor, batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)
