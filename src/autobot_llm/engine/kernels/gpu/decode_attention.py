@@ -75,9 +75,9 @@ def rows_of(max_queries: int, group_size: int) -> int:
     return max(16, 1 << (max_queries * group_size - 1).bit_length())
 
 
-def choose_decode_tile(num_rows: int, num_items: int) -> DecodeTile:
+def choose_decode_tile(num_rows: int, num_items: int, *, rounded: bool = False) -> DecodeTile:
     """The best measured for M rows, and so many work items: many small programs keep a full device busiest."""
-    for most_rows, few_items, tile in _TILES:
+    for most_rows, few_items, tile in _ROUNDED_TILES if rounded else _TILES:
         if num_rows <= most_rows and num_items <= few_items:
             return tile
     raise ValueError(f"{num_rows} query rows for one key/value head: expected at most {MAX_ROWS}")
@@ -94,6 +94,13 @@ _TILES = (
     (32, _ANY, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
     (64, _ANY, DecodeTile(block_n=32, num_warps=4, num_stages=3)),
     (MAX_ROWS, _ANY, DecodeTile(block_n=32, num_warps=8, num_stages=3)),
+)
+
+# The same over keys and values of one byte, by judgement: large tiles in few warps share what each position costs.
+_ROUNDED_TILES = (
+    (16, 100, DecodeTile(block_n=128, num_warps=4, num_stages=3)),
+    (16, _ANY, DecodeTile(block_n=64, num_warps=2, num_stages=3)),
+    *_TILES[3:],
 )
 
 
@@ -118,8 +125,7 @@ def paged_decode(
     group_size = q_QHD.shape[1] // num_kv_heads
     num_rows = rows_of(batch.max_queries, group_size)
     num_items = batch.items_I8.shape[0]
-    tile = tile or choose_decode_tile(num_rows, num_items)
-    float8 = keys.dtype == torch.float8_e4m3fn
+    tile = tile or choose_decode_tile(num_rows, num_items, rounded=keys.dtype in QUANTIZED_DTYPES)
     _decode[(num_kv_heads, num_items)](
         q_QHD,
         _words(keys),
@@ -145,7 +151,7 @@ def paged_decode(
         M=num_rows,
         N=tile.block_n,
         UNROLL=max(1, 64 // num_rows),
-        FLOAT8=float8,
+        FLOAT8=keys.dtype == torch.float8_e4m3fn,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q_QHD.device),

@@ -101,7 +101,7 @@ def multiply_by(
         return out
     product = torch.empty((num_rows, weight.num_outputs), dtype=out.dtype, device=out.device) if gated else out
     if scales_T is None:
-        _by_parts(x_TI, weight, product, bias, residual)
+        multiply_in_parts(x_TI, weight, product, bias, residual, workspace(out.device))
     else:
         _by_scaled_mm(x_TI, scales_T, weight, product, bias, residual)
     return silu_mul(product, out) if gated else out
@@ -217,15 +217,15 @@ def _by_scaled_mm(
         out.copy_(product)
 
 
-def _by_parts(
+def multiply_in_parts(
     x_TI: torch.Tensor,
     weight: PackedWeight,
     out: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    space: torch.Tensor,
 ) -> None:
-    """Some outputs after the other: their weights in numbers, then torch's product."""
-    space = workspace(x_TI.device)
+    """Some outputs after the other: their weights in numbers, as many as fit the bytes of `space`, then torch's."""
     most = space.numel() // (weight.num_inputs * x_TI.element_size())
     assert most > 0, f"{weight.num_inputs} inputs do not fit the workspace"
     for start in range(0, weight.num_outputs, most):
