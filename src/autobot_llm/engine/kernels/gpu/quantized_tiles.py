@@ -2,7 +2,8 @@
 
 As in tiles.py the table's shapes are those of a 7B model, and another shape takes the tile of the nearest one. No tile
 means that products of so many rows are computed otherwise (quantized.py). Reading the weights is what few rows cost,
-whatever the device, so the tables serve all that can run them.
+whatever the device, so the tables serve all that can run them. By judgement, from the tiles that were fastest for
+bfloat16 weights, until `benchmarks/quantized_linear_gpu.py` says better.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def _tile(block_o: int, num_warps: int, num_stages: int, num_splits: int) -> Row
 # For each width in bits: the most rows of a table, ascending, and the table.
 TABLES: Mapping[int, tuple[tuple[int, Shapes], ...]] = {
     8: (
-        (8, _shapes(_tile(64, 4, 6, 4), _tile(64, 4, 6, 4), _tile(64, 4, 6, 2), _tile(64, 4, 6, 8))),
+        (8, _shapes(_tile(64, 4, 6, 2), _tile(64, 4, 6, 4), _tile(64, 4, 6, 1), _tile(64, 4, 6, 4))),
         (32, _shapes(_tile(64, 2, 4, 4), _tile(64, 2, 4, 4), _tile(64, 2, 4, 2), _tile(64, 2, 4, 8))),
         (128, _shapes(_tile(64, 4, 2, 2), _tile(64, 4, 2, 2), _tile(128, 8, 3, 1), _tile(128, 8, 3, 4))),
     ),
     4: (
-        (8, _shapes(_tile(64, 4, 6, 4), _tile(64, 4, 6, 4), _tile(64, 4, 6, 2), _tile(64, 4, 6, 8))),
+        (8, _shapes(_tile(64, 4, 6, 2), _tile(64, 4, 6, 2), _tile(64, 4, 6, 1), _tile(64, 4, 6, 4))),
         (32, _shapes(_tile(64, 2, 4, 4), _tile(64, 2, 4, 4), _tile(64, 2, 4, 2), _tile(64, 2, 4, 8))),
         (64, _shapes(_tile(64, 4, 2, 2), _tile(64, 4, 2, 2), _tile(128, 8, 2, 1), _tile(128, 8, 2, 4))),
     ),
