@@ -43,14 +43,19 @@ REPEATS = 5
 Candidate: TypeAlias = RowsTile | Way
 
 
-def candidates(fmt: str, num_rows: int) -> list[Candidate]:
-    """What is worth a try."""
+def candidates(fmt: str, num_rows: int, kind: Kind) -> list[Candidate]:
+    """What is worth a try: no more sums than half of a thread's registers."""
     tiles: list[Candidate] = []
     if not fmt.endswith("a8"):
         tiles += row_candidates(fmt, num_rows)
     if num_rows >= 32:
         tiles += rounded_candidates(fmt, num_rows) if fmt.endswith("a8") else many_candidates(fmt, num_rows)
-    return tiles
+    halves = 2 if kind is Kind.GATED else 1
+    return [
+        tile
+        for tile in tiles
+        if not isinstance(tile, ManyTile) or halves * tile.block_t * tile.block_o <= 128 * 32 * tile.num_warps
+    ]
 
 
 def row_candidates(fmt: str, num_rows: int) -> list[Candidate]:
@@ -198,7 +203,7 @@ def measure(fmt: str, shape: Shape, num_rows: int) -> list[Timing]:
         length = max(length, math.ceil(CHAIN_SECONDS * READ_BANDWIDTH / weights[0].num_bytes))
     chain = [weights[i % len(weights)] for i in range(length)]
     timings = []
-    for way in candidates(fmt, num_rows):
+    for way in candidates(fmt, num_rows, shape.kind):
 
         def launches(way: Candidate = way) -> None:
             for weight in chain:
@@ -254,7 +259,7 @@ def jobs_of(formats: list[str], rows: list[int]) -> list[Job]:
     for fmt in formats:
         for num_rows in rows:
             for shape in LAYER_SHAPES:
-                for way in candidates(fmt, num_rows):
+                for way in candidates(fmt, num_rows, shape.kind):
                     padded = num_rows if isinstance(way, RowsTile) else 0
                     if not isinstance(way, Library):
                         jobs.setdefault((fmt, shape.kind, padded, way), (fmt, shape, num_rows, way))
@@ -319,7 +324,7 @@ def main() -> None:
     all_timings = []
     for fmt in formats:
         for num_rows in rows:
-            if not candidates(fmt, num_rows):
+            if not candidates(fmt, num_rows, Kind.PLAIN):
                 continue
             winners: dict[Shape, Candidate] = {}
             for shape in LAYER_SHAPES:
