@@ -88,6 +88,7 @@ def many_candidates(fmt: str, num_rows: int) -> list[Candidate]:
         return [
             *(ManyTile(128, 64, 64, 4, 3, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
             *(ManyTile(128, 128, 64, 8, 3, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
+            *(ManyTile(128, 128, 64, 8, 2, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
             ManyTile(64, 128, 64, 4, 3, num_splits=2),
             ManyTile(128, 128, 32, 8, 4, num_splits=4),
         ]
