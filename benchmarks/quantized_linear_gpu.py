@@ -65,6 +65,8 @@ def row_candidates(fmt: str, num_rows: int) -> list[Candidate]:
     if num_rows <= 8:  # the older matrix instructions, whatever the warps
         tiles += [RowsTile(64, 128, 4, 6, num_splits=n, **options) for n in (1, 2, 4, 8)]
         tiles += [RowsTile(32, 128, 2, 6, num_splits=n, **options) for n in (2, 4)]
+        farther = options | {"prefetch_bytes": 1024}
+        tiles += [RowsTile(64, 128, 4, 6, num_splits=n, **farther) for n in (2, 4)]
         tiles += [RowsTile(16, 128, 1, 6, num_splits=n, **options) for n in (1, 2)]
         tiles += [RowsTile(64, 256, 4, 4, num_splits=n, **options) for n in (1, 2, 4)] if fmt != "int4" else []
     elif num_rows <= 32:
@@ -334,6 +336,7 @@ def main() -> None:
                 print(line(fmt, num_rows, timings), flush=True)
                 if not math.isinf(timings[0].seconds):
                     winners[shape] = timings[0].candidate
+            print(one_for_all([t for f, n, t in all_timings if (f, n) == (fmt, num_rows)]), flush=True)
             if len(winners) == len(LAYER_SHAPES):
                 steps.setdefault(fmt, {})[num_rows] = round(step_seconds(fmt, num_rows, winners) * 1e3, 3)
     print("\nproducts of a step, ms: " + "  ".join(f"{n:>7}" for n in rows))
@@ -348,6 +351,21 @@ def main() -> None:
         ]  # fmt: skip
         args.out.write_text(json.dumps({**result, "candidates": rows_out}, indent=1))
     print(json.dumps(result))
+
+
+def one_for_all(timings: list[Timing]) -> str:
+    """The kernel of many rows that is best over all products without a gate, and what that costs beside the best of
+    each: the table has one for all."""
+    shapes = [shape for shape in LAYER_SHAPES if shape.kind is not Kind.GATED]
+    seconds: dict[Candidate, float] = {}
+    for t in timings:
+        if t.shape in shapes and not isinstance(t.candidate, RowsTile):
+            seconds[t.candidate] = seconds.get(t.candidate, 0.0) + t.seconds
+    if not seconds:
+        return "    no kernel of many rows"
+    best = min(seconds, key=lambda candidate: seconds[candidate])
+    apart = sum(min(t.seconds for t in timings if t.shape == shape) for shape in shapes)
+    return f"    without a gate, one for all: {source(best)}, {seconds[best] / apart - 1:.1%} over the best of each"
 
 
 def line(fmt: str, num_rows: int, timings: list[Timing]) -> str:
