@@ -28,9 +28,10 @@ from linear_gpu import CHAIN_SECONDS, DTYPE, EPS, MIN_CHAIN_BYTES, SHAPES, Shape
 from autobot_llm.engine.kernels.gpu.linear import product
 from autobot_llm.engine.kernels.gpu.many_tiles import Library, ManyTile, Way
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
-from autobot_llm.engine.kernels.gpu.quantized import PackedWeight, multiply_quantized
+from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
 from autobot_llm.engine.kernels.gpu.quantized_many import multiply_by
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
+from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
 
 FORMATS = ("int8", "fp8", "int4", "int8a8", "fp8a8")

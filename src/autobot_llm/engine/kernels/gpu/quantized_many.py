@@ -10,7 +10,6 @@ the numbers that the weights stand for with the activations as they are.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,9 +21,7 @@ from autobot_llm.engine.kernels.gpu.many_tiles import Library, ManyTile, Way, ch
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of, prefetchable, split_inputs
 from autobot_llm.engine.kernels.gpu.row_launch import workspace as split_sums
-
-if TYPE_CHECKING:
-    from autobot_llm.engine.kernels.gpu.quantized import PackedWeight
+from autobot_llm.engine.quantization.packed import PackedWeight
 
 # T rows, O outputs, I inputs
 
@@ -57,6 +54,8 @@ def multiply_many(
     rounded = round_activations
     num_outputs = out.shape[1]
     way = choose_way(format_of(weight), rounded, x_TI.shape[0], num_outputs, gated, capability_of(x_TI.device))
+    if weight.group and isinstance(way, ManyTile) and weight.group % way.block_i:
+        way = Library.PARTS  # a step of the kernel lies in one group
     return multiply_by(
         way, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, rounded=rounded
     )
