@@ -87,9 +87,11 @@ async def test_heads_that_lie_nowhere_are_asked_for_by_name(tmp_path: Path) -> N
         await named.initialize()
     await named.aclose()
     (tmp_path / "model-medusa").symlink_to(ASSETS / "tiny-medusa")
-    async with LLMInterface(settings(tmp_path, default_model=str(model))) as llm:
-        await answer(llm, temperature=0.0)
-        assert "ngram and medusa" in llm.get_all_provider_status()["native"].details["speculation"]
+    for overrides, method in (({}, "medusa"), ({"speculation_heads": str(ASSETS / "tiny-eagle3")}, "eagle3")):
+        async with LLMInterface(settings(tmp_path, default_model=str(model), **overrides)) as llm:
+            await answer(llm, temperature=0.0)
+            details = llm.get_all_provider_status()["native"].details
+            assert f"ngram and {method}" in details["speculation"]
 
 
 def test_every_setting_of_speculation_reaches_the_engine(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from autobot_llm.engine.executor import Executor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.speculative.draft_model import DraftModel
-from autobot_llm.engine.speculative.heads import HeadsMethod, find_heads, make_eagle, make_medusa
+from autobot_llm.engine.speculative.heads import HeadsMethod, find_heads, make_eagle, make_medusa, method_of
 from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
 from autobot_llm.engine.speculative.ngram import LOOKUP_MAX, NgramProposer
 from autobot_llm.engine.speculative.pairs import check_draft, find_draft
@@ -86,7 +86,10 @@ def build_speculator(
 
 
 def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> CostlyProposer | None:
-    """The method that is asked for; for auto a draft model, else EAGLE-3, else Medusa, whatever there is."""
+    """The method that is asked for; for auto the heads that are named, else a draft model, EAGLE-3 or Medusa, the
+    first that is there."""
+    if options.method == "auto" and options.heads is not None:
+        return _heads(method_of(options.heads), options, target)
     if options.method == "medusa" or options.method == "eagle3":
         return _heads(options.method, options, target)
     if options.method not in ("auto", "draft"):
@@ -99,10 +102,10 @@ def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExec
 
 def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> CostlyProposer | None:
     """Raises ConfigurationError where the method is asked for by name and cannot be had."""
-    is_asked_for = options.method == method
-    named = options.heads if is_asked_for else None
+    named = options.heads
+    is_asked_for = options.method == method or named is not None
     folder = named or find_heads(target.folder, method)
-    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}"
+    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}" if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
     if folder is None or not target.gives_features:
         if not is_asked_for:
             return None
@@ -121,8 +124,7 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
         if not is_asked_for:
             log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
             return None
-        where = setting if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
-        raise ConfigurationError(f"{where}: {error}") from error
+        raise ConfigurationError(f"{setting}: {error}") from error
 
 
 def _draft_model(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> DraftModel | None:

@@ -39,6 +39,11 @@ def find_heads(folder: Path, method: HeadsMethod) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
+def method_of(heads_folder: Path) -> HeadsMethod:
+    """What the heads in a folder are for, by the names of its files."""
+    return "medusa" if any(heads_folder.glob("medusa_lm_head.*")) else "eagle3"
+
+
 def make_medusa(heads_folder: Path, folder: Path, config: ModelConfig, *, breadth: int = 1) -> MedusaProposer:
     """The heads of `heads_folder` for the model in `folder`; `breadth` of their trees as of MedusaProposer. Raises
     ModelLoadError where they do not fit."""
