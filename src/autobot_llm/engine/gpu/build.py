@@ -175,7 +175,10 @@ class _Builder:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-        decoder = FusedDecoder(config, weights, storage, attention, max_context=limits.max_model_len)
+        features = self._options.features
+        decoder = FusedDecoder(
+            config, weights, storage, attention, max_context=limits.max_model_len, feature_layers=features.layers
+        )
         return GpuExecutor(
             decoder,
             storage,
@@ -185,6 +188,7 @@ class _Builder:
             widest_window=self._shape.widest_window,
             uses_graphs=self._uses_graphs,
             reason=f"fused kernels, attention by {attention.name}",
+            features=features,
         )
 
     def _graph_bytes(self) -> int:

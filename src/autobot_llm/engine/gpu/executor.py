@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ from autobot_llm.engine.attention.paged import (
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
-from autobot_llm.engine.executor import SampledRows, SamplingArrays
+from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds, Features, SampledRows, SamplingArrays
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
+from autobot_llm.engine.gpu.features import copy_of, first_of, room_for
 from autobot_llm.engine.gpu.graph_sizes import (
     MAX_PROMPTS,
     MAX_ROWS,
@@ -76,7 +78,8 @@ class _StepGraph:
 class _Launched:
     """A queued step. `wait` reads its tokens from the page-locked rows that the device copies them to."""
 
-    def __init__(self, executor: GpuExecutor, rows: _ResultRows, num_rows: int) -> None:
+    def __init__(self, executor: GpuExecutor, rows: _ResultRows, num_rows: int, features: Features) -> None:
+        self.features = features
         self._executor = executor
         self._rows = rows
         self._num_rows = num_rows
@@ -111,8 +114,10 @@ class _ResultRing:
 class GpuExecutor:
     """PipelinedExecutor and BlockCopier on one CUDA device. `reason` says why it was chosen.
 
-    `device_wait_seconds` adds up the time that the host has waited for the device. Before `capture`, and with
-    `uses_graphs` false, every step is launched kernel by kernel.
+    Steps keep the `features` that were asked for when this was made; their tensors belong to `stream`, the one that
+    runs the steps: who works on them there has nothing to wait for. `device_wait_seconds` adds up the time that the
+    host has waited for the device. Before `capture`, and with `uses_graphs` false, every step is launched kernel by
+    kernel.
     """
 
     name = "gpu"
@@ -129,7 +134,9 @@ class GpuExecutor:
         widest_window: int,
         uses_graphs: bool,
         reason: str,
+        features: FeatureKinds = NO_FEATURES,
     ) -> None:
+        self.feature_kinds = features
         self.reason = reason
         self._is_closed = False
         self.device_wait_seconds = 0.0
@@ -142,8 +149,8 @@ class GpuExecutor:
         self._widest_window = widest_window
         self._table_width = -(-limits.max_model_len // storage.block_size)
         # A stream of our own: on the default one, whatever else the program does would wait for our steps.
-        self._stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(self._stream):
+        self.stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self.stream):
             max_rows = max(_most_rows(limits), *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
             self._sampler = DeviceSampler(vocab_size, max_rows, self._device)
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
@@ -156,6 +163,11 @@ class GpuExecutor:
             )
             self._sampling_staging = Staging(_sampling_layout(_most_rows(limits)).num_bytes, self._device)
             self._graphs = {key: self._graph(key, layout) for key, layout in layouts.items()}
+            # where captured steps keep features: each overwrites those of the one before
+            self._kept = self._room_for_features(
+                max((graph.num_tokens for graph in self._graphs.values()), default=0),
+                max((graph.num_rows for graph in self._graphs.values()), default=0),
+            )
         self._most_tokens = limits.max_num_batched_tokens
         self._decode_sizes: tuple[int, ...] = ()  # those that are captured
         self._prompt_sizes: tuple[int, ...] = ()
@@ -163,7 +175,7 @@ class GpuExecutor:
         # What a graph sends goes to the slot that the device counts, so launched steps have slots of their own.
         self._graph_results, self._results = _ResultRing(max_rows), _ResultRing(max_rows)
         self._turn = 0
-        self._swapper = BlockSwapper(storage, self._stream)
+        self._swapper = BlockSwapper(storage, self.stream)
         self.copy_out = self._swapper.copy_out
         self.copy_in = self._swapper.copy_in
 
@@ -172,11 +184,11 @@ class GpuExecutor:
 
         Largest first, because the smaller ones then fit into the memory that it left in the pool.
         """
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        with torch.cuda.stream(self.stream), torch.no_grad():
             graphs = sorted(self._graphs.values(), key=lambda graph: graph.num_tokens, reverse=True)
             for i, graph in enumerate(graphs):
                 self._replay(graph, self._fill_with_padding(graph))
-                self._stream.synchronize()
+                self.stream.synchronize()
                 on_progress(i + 1, len(graphs))
             if graphs:
                 self._graph_staging.resume()
@@ -185,20 +197,20 @@ class GpuExecutor:
 
     def rehearse(self) -> None:
         """Launch what `capture` would record, so that its kernels are met."""
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        with torch.cuda.stream(self.stream), torch.no_grad():
             for graph in self._graphs.values():
                 self._recorded_step(graph, self._fill_with_padding(graph))(self._graph_staging.on_device)
-            self._stream.synchronize()
+            self.stream.synchronize()
 
     def launch(self, batch: StepBatch, sampling: SamplingArrays) -> _Launched:
         """Queue a step and its sampling, and return at once."""
         num_rows = len(batch.logit_rows_R)
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            logits_RV, rows = self._forward(batch)
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            logits_RV, rows, features = self._forward(batch)
             if rows is None or sampling.any_drawn:
                 rows = self._sample(logits_RV, sampling, num_rows)
-            rows.arrived.record(self._stream)
-        return _Launched(self, rows, num_rows)
+            rows.arrived.record(self.stream)
+            return _Launched(self, rows, num_rows, features)
 
     def room_for_drafts(self, num_sequences: int) -> int:
         """As many as a captured step has: launching one kernel by kernel takes longer than drafts save."""
@@ -209,21 +221,26 @@ class GpuExecutor:
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         """Run one step. Returns float32 logits_RV on the device, valid until the next step."""
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            logits_RV, _ = self._forward(batch)
+        return self.execute_with_features(batch, NO_FEATURES)[0]
+
+    def execute_with_features(self, batch: StepBatch, wanted: FeatureKinds) -> tuple[torch.Tensor, Features]:
+        """The same with the features, which must be those that are kept or none."""
+        assert wanted in (self.feature_kinds, NO_FEATURES), f"{wanted} of an executor that keeps {self.feature_kinds}"
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            logits_RV, _, features = self._forward(batch, copies_features=wanted == self.feature_kinds)
         # the caller works on its own stream
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return logits_RV
+        torch.cuda.current_stream(self._device).wait_stream(self.stream)
+        return logits_RV, features
 
     def hidden(self, batch: StepBatch) -> torch.Tensor:
         """Run one step, not from a graph. Returns float32 hidden_RE on the device, valid until the next step."""
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        with torch.cuda.stream(self.stream), torch.no_grad():
             hidden_RE = self._run_eagerly(batch, self._decoder.hidden)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self.stream)
         return hidden_RE
 
     def discard(self, block_ids: list[int]) -> None:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             blocks = torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
             self._storage.cache_L2BK.index_fill_(2, blocks, 0)
 
@@ -232,9 +249,10 @@ class GpuExecutor:
         if self._is_closed:
             return
         self._is_closed = True
-        self._stream.synchronize()
+        self.stream.synchronize()
         self.graphs.clear()
-        del self._decoder, self._storage, self._graphs, self._swapper, self.attention, self.copy_out, self.copy_in
+        del self._decoder, self._storage, self._graphs, self._kept, self._swapper, self.attention
+        del self.copy_out, self.copy_in
 
     def _sample(self, logits_RV: torch.Tensor, sampling: SamplingArrays, num_rows: int) -> _ResultRows:
         """Queue the sampling of a launched step, or of one that is to be drawn from."""
@@ -248,11 +266,15 @@ class GpuExecutor:
             send(self._sampler.tokens_R, self._sampler.bests_R, rows.tokens_pinned, rows.bests_pinned, num_rows)
         return rows
 
-    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, _ResultRows | None]:
-        """Logits_RV, and where a graph sends each row's best token."""
+    def _forward(
+        self, batch: StepBatch, *, copies_features: bool = True
+    ) -> tuple[torch.Tensor, _ResultRows | None, Features]:
+        """Logits_RV, where a graph sends each row's best token, and features."""
         graph = self._graph_for(batch)
+        num_tokens, num_rows = batch.num_tokens, len(batch.logit_rows_R)
         if graph is None:
-            return self._run_eagerly(batch, self._decoder.forward), None
+            features = self._room_for_features(num_tokens, num_rows)
+            return self._run_eagerly(batch, partial(self._decoder.forward, kept=features)), None, features
         slot = self._graph_staging.next_slot()
         host = graph.slots[slot]
         if graph.batch is not None:
@@ -260,12 +282,13 @@ class GpuExecutor:
         else:
             assert isinstance(self.attention, TritonPagedAttention)
             self.attention.fill_prompt_arrays(host, batch)
-            host["logit_rows"][: len(batch.logit_rows_R)] = batch.logit_rows_R
-            host["logit_rows"][len(batch.logit_rows_R) :] = 0
+            host["logit_rows"][:num_rows] = batch.logit_rows_R
+            host["logit_rows"][num_rows:] = 0
         _fill_tokens(host, batch)
         logits_RV = self._replay(graph, host)
         self._graph_staging.mark_queued()
-        return logits_RV[: len(batch.logit_rows_R)], self._graph_results.slots[slot]
+        features = copy_of(first_of(self._kept, num_tokens, num_rows)) if copies_features else Features()
+        return logits_RV[:num_rows], self._graph_results.slots[slot], features
 
     def _graph_for(self, batch: StepBatch) -> _StepGraph | None:
         num_rows = len(batch.logit_rows_R)
@@ -282,10 +305,11 @@ class GpuExecutor:
 
     def _recorded_step(self, graph: _StepGraph, host: Arrays) -> Callable[[torch.Tensor], torch.Tensor]:
         metadata = graph.prompts if graph.batch is None else self.attention.prepare_captured(graph.batch, host)
+        kept = first_of(self._kept, graph.num_tokens, graph.num_rows)
 
         def step(_buffer: torch.Tensor) -> torch.Tensor:
             self._graph_staging.fetch(graph.layout.num_bytes)
-            logits_RV = self._decoder.forward(graph.inputs, metadata)
+            logits_RV = self._decoder.forward(graph.inputs, metadata, kept)
             tokens_R, bests_R = self._sampler.sample(logits_RV)
             ring, turn = self._graph_results, self._graph_staging.device_turn
             send(tokens_R, bests_R, ring.tokens_pinned, ring.bests_pinned, graph.num_rows, turn=turn)
@@ -315,6 +339,10 @@ class GpuExecutor:
         self._staging.upload(layout.num_bytes)
         inputs = self._inputs(layout.on_device(self._staging.on_device))
         return compute(inputs, self.attention.prepare(batch))
+
+    def _room_for_features(self, num_tokens: int, num_rows: int) -> Features:
+        decoder = self._decoder
+        return room_for(self.feature_kinds, num_tokens, num_rows, decoder.hidden_size, decoder.dtype, self._device)
 
     def _inputs(self, tensors: Mapping[str, torch.Tensor]) -> DecoderInputs:
         return DecoderInputs(

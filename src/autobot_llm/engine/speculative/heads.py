@@ -9,16 +9,17 @@ from typing import Literal
 
 import torch
 
+from autobot_llm.engine.executor import FeatureKinds
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.embeddings import load_embeddings
 from autobot_llm.engine.speculative.eagle.checkpoint import load_eagle
-from autobot_llm.engine.speculative.eagle.config import default_feature_layers
+from autobot_llm.engine.speculative.eagle.config import default_feature_layers, load_eagle_config
 from autobot_llm.engine.speculative.eagle.proposer import EagleProposer
 from autobot_llm.engine.speculative.medusa.checkpoint import load_medusa_heads
 from autobot_llm.engine.speculative.medusa.config import MEDUSA_CHECKPOINTS
 from autobot_llm.engine.speculative.medusa.decoder import assumed_accuracies
 from autobot_llm.engine.speculative.medusa.heads import StackedHeads
-from autobot_llm.engine.speculative.medusa.proposer import MedusaProposer
+from autobot_llm.engine.speculative.medusa.proposer import WANTED, MedusaProposer
 from autobot_llm.errors import ModelLoadError
 
 HeadsMethod = Literal["medusa", "eagle3"]
@@ -37,6 +38,14 @@ def find_heads(folder: Path, method: HeadsMethod) -> Path | None:
                 folder.with_name(f"{owner}--{name}"),
             ]
     return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def features_of(method: HeadsMethod, heads_folder: Path, config: ModelConfig) -> FeatureKinds:
+    """What a method reads of the model's steps. Raises ModelLoadError for what its files say of that."""
+    if method == "medusa":
+        return WANTED
+    layers = load_eagle_config(heads_folder).feature_layers or default_feature_layers(config.num_layers)
+    return FeatureKinds(layers=layers)
 
 
 def make_medusa(heads_folder: Path, folder: Path, config: ModelConfig, *, breadth: int = 1) -> MedusaProposer:

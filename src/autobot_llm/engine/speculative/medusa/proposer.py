@@ -16,6 +16,8 @@ from autobot_llm.engine.speculative.medusa.heads import StackedHeads
 from autobot_llm.engine.speculative.medusa.tree import choose_tree
 from autobot_llm.engine.speculative.proposer import Computed, Draft
 
+WANTED = FeatureKinds(hidden=True)
+
 
 # S sequences, K heads, E hidden size, V vocabulary, N ranks
 class MedusaProposer:
@@ -27,7 +29,7 @@ class MedusaProposer:
     """
 
     name = "medusa"
-    wanted: FeatureKinds | None = FeatureKinds(hidden=True)
+    wanted: FeatureKinds | None = WANTED
 
     def __init__(
         self,
