@@ -82,6 +82,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         sizes,
         num_blocks,
         features=_features_of(executor, kinds, device),
+        stream=getattr(executor, "stream", None),
     )
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
@@ -127,6 +128,7 @@ def _target(
     num_blocks: int,
     *,
     features: FeatureKinds | None,
+    stream: torch.cuda.Stream | None = None,
 ) -> Target:
     return Target(
         folder=options.folder,
@@ -134,6 +136,7 @@ def _target(
         tokenizer=tokenizer,
         config=config,
         features=features,
+        stream=stream,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         prefix_caching=options.prefix_caching,

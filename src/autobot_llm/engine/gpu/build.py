@@ -18,6 +18,7 @@ from autobot_llm.engine.attention.choice import make_attention
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription, OnProgress
+from autobot_llm.engine.executor import NO_FEATURES
 from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.gpu.executor import GpuExecutor
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
@@ -197,6 +198,7 @@ class _Builder:
             max_num_seqs=self._limits.max_num_seqs,
             num_batched_tokens=self._limits.max_num_batched_tokens,
             num_bytes_each=self._dtype.itemsize,
+            takes_trees=self._options.features != NO_FEATURES,
         )
 
 

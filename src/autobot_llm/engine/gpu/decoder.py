@@ -60,6 +60,7 @@ class FusedDecoder:
         self.device = weights.device
         self.dtype = weights.dtype
         self.hidden_size = config.hidden_size
+        self.head_size = config.head_size
         self._config = config
         self._weights = weights
         self._storage = storage

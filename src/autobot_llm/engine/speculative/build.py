@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 Method = Literal["auto", "ngram", "draft", "medusa", "eagle3", "none"]
 
 
-HEADS_ON_GPU: tuple[HeadsMethod, ...] = ()
+HEADS_ON_GPU: tuple[HeadsMethod, ...] = ("medusa",)
 """Heads that run beside the steps of a GPU."""
 
 _BY_PREFERENCE: tuple[HeadsMethod, ...] = ("eagle3", "medusa")
@@ -51,13 +53,14 @@ class SpeculationOptions:
 @dataclass(frozen=True, slots=True)
 class Target:
     """The model that is drafted for, and the limits of its engine. `features`: what its steps keep; None: whatever they
-    are asked for."""
+    are asked for. `stream`: the one that a GPU runs its steps on."""
 
     folder: Path
     is_on_cpu: bool
     tokenizer: Tokenizer
     config: ModelConfig
     features: FeatureKinds | None
+    stream: torch.cuda.Stream | None
     num_blocks: int
     block_size: int
     prefix_caching: bool
@@ -143,7 +146,7 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
                 f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none"
             )
         if method == "medusa":
-            return make_medusa(folder, target.folder, target.config)
+            return make_medusa(folder, target.folder, target.config, stream=target.stream)
         return make_eagle(folder, target.folder, target.config, target.max_model_len)
     except ModelLoadError as error:
         if not is_asked_for:
