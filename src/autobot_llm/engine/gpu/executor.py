@@ -104,9 +104,11 @@ class GpuExecutor:
         uses_graphs: bool,
         reason: str,
         features: FeatureKinds = NO_FEATURES,
+        quantization: str | None = None,
     ) -> None:
         self.feature_kinds = features
         self.reason = reason
+        self.quantization = quantization
         self._is_closed = False
         self.device_wait_seconds = 0.0
         self.limits = limits

@@ -11,6 +11,7 @@ import torch
 
 from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds
 from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.quantization.scheme import QuantizationType
 
 HEAD_SIZES = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -28,8 +29,8 @@ class GpuLimits:
 @dataclass(frozen=True, slots=True)
 class GpuOptions:
     """What a user may ask of the GPU. `memory_utilization` is a share of the whole device; `cache_memory` (bytes)
-    None: what that share leaves. `cache_dtype`: what keys and values are stored as. `features`: what every step is to
-    keep."""
+    None: what that share leaves. `cache_dtype`: what keys and values are stored as. `quantization`: what weights are
+    rounded to as they are loaded. `features`: what every step is to keep."""
 
     folder: Path
     attention_backend: str
@@ -38,6 +39,7 @@ class GpuOptions:
     cache_memory: int | None
     cache_dtype: torch.dtype | None = None  # None: the model's own
     features: FeatureKinds = NO_FEATURES
+    quantization: QuantizationType = QuantizationType.NONE
 
 
 def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:
