@@ -223,9 +223,13 @@ class Speculator:
         drafts = costly.propose(sequences, num_tokens)
         self.drafting_seconds = self.clock() - start
         self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
+        given = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft is not None:
                 self._give(sequence, draft, costly.name, _kind(sequence), takes_trees)
+                given += len(sequence.draft_ids)
+        if given:
+            self.controller.costly_costs.record_tokens(len(sequences), num_tokens, given)
 
     def _give(self, sequence: Sequence, draft: Draft, method: str, kind: str, takes_trees: bool) -> None:
         draft = possible(draft if takes_trees else draft.as_line(), sequence)
