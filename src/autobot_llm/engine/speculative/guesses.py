@@ -44,22 +44,44 @@ def rank_guesses(
 ) -> Ranked:
     """The best guesses. Row r is for a request with params[r], at the index positions[r] of its sequence. `ids_V` are
     the target's ids of the guesser's tokens; None: they are the same."""
-    drawn = [r for r, each in enumerate(params) if not each.is_greedy]
-    num_best = min(max(num_ranks, NUM_CANDIDATES) if drawn else num_ranks, logits_RV.shape[1])
     logits_RV = logits_RV.float()
-    best = logits_RV.topk(num_best, dim=-1)
+    best = logits_RV.topk(min(num_candidates(params, num_ranks), logits_RV.shape[1]), dim=-1)
     ids_RC: npt.NDArray[np.int64] = best.indices.cpu().numpy()
     if ids_V is not None:
         ids_RC = ids_V[ids_RC]
-    logits_RC = best.values.cpu().numpy()
+    scores_RC = best.values.cpu().numpy()
     log_chances_RC = (best.values - logits_RV.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
-    for r in drawn:
-        scores_C = _drawn(logits_RC[r], ids_RC[r], params[r], positions[r])
-        order_C = np.argsort(-scores_C, kind="stable")
-        ids_RC[r] = ids_RC[r][order_C]
-        scores_C = scores_C[order_C] - scores_C[order_C[0]]
-        log_chances_RC[r] = scores_C - np.log(np.exp(scores_C).sum())
+    for r, each in enumerate(params):
+        if not each.is_greedy:
+            drawn_C = _drawn(scores_RC[r], ids_RC[r], each, positions[r])
+            order_C = np.argsort(-drawn_C, kind="stable")
+            drawn_C = drawn_C[order_C] - drawn_C[order_C[0]]
+            ids_RC[r], log_chances_RC[r] = ids_RC[r][order_C], drawn_C - np.log(np.exp(drawn_C).sum())
     return Ranked(ids_RC[:, :num_ranks], log_chances_RC[:, :num_ranks])
+
+
+def num_candidates(params: SequenceABC[SamplingParams], num_ranks: int) -> int:
+    """C: the best tokens of a row that are looked at."""
+    return num_ranks if all(each.is_greedy for each in params) else max(num_ranks, NUM_CANDIDATES)
+
+
+def rank_candidates(
+    ids_RC: npt.NDArray[np.int64],
+    scores_RC: npt.NDArray[np.float32],
+    params: SequenceABC[SamplingParams],
+    positions: SequenceABC[int],
+    num_ranks: int,
+) -> npt.NDArray[np.int64]:
+    """The ids_RN of `rank_guesses` from the best tokens of each row and their logits, the best first."""
+    is_drawn = [not each.is_greedy for each in params]
+    if not any(is_drawn):
+        return ids_RC[:, :num_ranks]
+    order_RC = np.tile(np.arange(ids_RC.shape[1]), (len(params), 1))
+    for r, each in enumerate(params):
+        if is_drawn[r]:
+            order_RC[r] = np.argsort(-_drawn(scores_RC[r], ids_RC[r], each, positions[r]), kind="stable")
+    ranked: npt.NDArray[np.int64] = np.take_along_axis(ids_RC, order_RC[:, :num_ranks], axis=1)
+    return ranked
 
 
 def _drawn(
