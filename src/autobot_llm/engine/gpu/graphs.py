@@ -78,7 +78,7 @@ class CUDAGraphManager(Generic[Result]):
             self._pool = torch.cuda.graph_pool_handle()
 
     def _stream_of(self, device: torch.device) -> torch.cuda.Stream:
-        """Not the default one, which cannot be captured; one for all graphs, as libraries keep memory for each stream."""
+        """Not the default one, which cannot be captured; one for all, since libraries keep memory for each stream."""
         if self._stream is None or self._stream.device != device:
             self._stream = torch.cuda.Stream(device)
         return self._stream
