@@ -253,10 +253,11 @@ class Engine:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
+            speculator.observe(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
         batch = self._batches.build(plan)
-        verdicts = verify(self._sampler, self.executor.execute(batch), plan.scheduled)
+        verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
         return self._take_verdict(speculator, plan, batch, verdicts, begin_time)
 
     def _take_verdict(
@@ -267,6 +268,7 @@ class Engine:
             self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
         num_accepted = [verdict.num_accepted for verdict in verdicts]
         outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
+        speculator.observe(plan, verdicts)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
         self._last_end_time = self._clock()
         return outputs
@@ -275,7 +277,8 @@ class Engine:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        logits_RV = self.executor.execute(batch)
+        speculator = self.speculator
+        logits_RV = self.executor.execute(batch) if speculator is None else speculator.execute(self.executor, batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)

@@ -61,6 +61,32 @@ class TreeExecutor(Executor, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class FeatureKinds:
+    """What a step is to keep of its work, for whoever guesses on from it. `layers`: i is the stream that layer i
+    reads, and the number of layers what the last one leaves, before the norm."""
+
+    hidden: bool = False
+    layers: tuple[int, ...] = ()
+
+
+class Features(NamedTuple):
+    """What a step kept, in float32: `hidden_RE` as of `HiddenExecutor`, and `streams_TF` of every token of the batch,
+    the streams of the wanted layers side by side (F their number times E). None: not wanted. New tensors each time."""
+
+    hidden_RE: torch.Tensor | None = None
+    streams_TF: torch.Tensor | None = None
+
+
+@runtime_checkable
+class FeatureExecutor(Executor, Protocol):
+    """An executor that can also keep features of a step, at the cost of copying them."""
+
+    def execute_with_features(self, batch: StepBatch, wanted: FeatureKinds) -> tuple[torch.Tensor, Features]:
+        """Run one step: the logits of `execute`, to the bit, and the features."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingArrays:
     """How each of R rows is sampled by the device. Where `any_drawn` is false all are greedy, and the arrays are empty.
 

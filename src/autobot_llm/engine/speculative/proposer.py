@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from autobot_llm.engine.batching import draft_tree
+from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.sequence import Sequence
 
 
@@ -69,10 +70,32 @@ class FreeProposer(Protocol):
         ...
 
 
+class Computed(NamedTuple):
+    """What a step settled of one sequence: its tokens from index `start` on are computed and stand, and its token ids
+    go one further.
+
+    `token_rows` are their rows in the features of every token, in order. `logit_row` is the row of the logits that its
+    last token was chosen from, in the features of those rows; None: the step computed a part of a prompt and chose
+    nothing.
+    """
+
+    sequence: Sequence
+    start: int
+    token_rows: list[int]
+    logit_row: int | None
+
+
 class CostlyProposer(Protocol):
     """A method that has a model to run."""
 
     name: str
+    wanted: FeatureKinds | None
+    """What the target's steps are to keep for `observe`; None: nothing, and it is not called."""
+
+    def observe(self, computed: SequenceABC[Computed], features: Features) -> None:
+        """Take in what a step of the target made of the sequences that go on after it. What comes from the prefix
+        cache is never computed, so it is never seen here."""
+        ...
 
     def lag(self, sequence: Sequence) -> int:
         """How many tokens it has to catch up with before it can draft for a sequence: at least 1."""

@@ -1,24 +1,28 @@
-"""Drafts for the engine's next step, and what came of them. Knows proposers, the controller and sequences; knows
-nothing of tensors.
+"""Drafts for the engine's next step, and what came of them. Knows proposers, the controller and sequences; tensors it
+hands on, and knows nothing of what is in them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
+import torch
+
 from autobot_llm.engine.batching.draft_tree import depths, is_line
-from autobot_llm.engine.batching.plan import StepPlan
+from autobot_llm.engine.batching.plan import StepBatch, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
+from autobot_llm.engine.executor import Executor, FeatureExecutor, Features
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
-from autobot_llm.engine.speculative.measurements import AcceptanceHistory
+from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.possible import possible
-from autobot_llm.engine.speculative.proposer import CostlyProposer, Draft, FreeProposer
+from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer, Draft, FreeProposer
 
 
 @dataclass(slots=True)
@@ -68,11 +72,12 @@ class Speculator:
         costly: CostlyProposer | None = None,
         policy: DraftPolicy | None = None,
         floor: float | None = None,
+        priors: Priors = ON_CPU,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
         assert make_free is not None or costly is not None, "without a method there is nothing to do"
         self.max_tokens = max_tokens
-        self.controller = Controller(max_tokens, floor)
+        self.controller = Controller(max_tokens, floor, priors)
         self.figures: dict[str, MethodFigures] = {}
         self.histories: dict[tuple[str, str], AcceptanceHistory] = {}
         self.num_steps = 0
@@ -81,6 +86,8 @@ class Speculator:
         self._policy: DraftPolicy = self.controller if policy is None else policy
         self._free = None if make_free is None else make_free(self._observe_free)
         self._costly = costly
+        self._wanted = None if costly is None else costly.wanted
+        self._features = Features()  # of the step at hand
         self.clock = clock
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
@@ -138,6 +145,22 @@ class Speculator:
                 self._give(sequence, draft.first(number), free.name, draft.kind, takes_trees)
         if costly is not None and decision.num_costly:
             self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly, takes_trees)
+
+    def execute(self, executor: Executor, batch: StepBatch) -> torch.Tensor:
+        """Run a step of the target; returns logits_RV. What the costly method wants of it is kept for `observe`."""
+        if self._wanted is None:
+            return executor.execute(batch)
+        assert isinstance(executor, FeatureExecutor), "who makes a method has looked"
+        logits_RV, self._features = executor.execute_with_features(batch, self._wanted)
+        return logits_RV
+
+    def observe(self, plan: StepPlan, verdicts: SequenceABC[Verdict] = ()) -> None:
+        """Let the costly method see the step that was executed and resolved. `verdicts` are of the items that sample,
+        in the plan's order; none: there were no drafts."""
+        if self._costly is None or self._wanted is None:
+            return
+        features, self._features = self._features, Features()
+        self._costly.observe(list(_computed(plan, verdicts)), features)
 
     def is_promising(self, sequences: list[Sequence]) -> bool:
         """Whether drafts after tokens that a step under way samples may be worth waiting for these. The sequences'
@@ -222,6 +245,24 @@ class Speculator:
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
         assert self._free is not None
         self._history(self._free.name, kind).record(tried, passed)
+
+
+def _computed(plan: StepPlan, verdicts: SequenceABC[Verdict]) -> Iterator[Computed]:
+    """What a step settled of each sequence that has its blocks still, which who left it has not."""
+    row = logit_row = 0
+    given = iter(verdicts)
+    for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
+        end = row + num_tokens - num_draft
+        rows, chosen_from = list(range(row, end)), None
+        if samples:
+            chosen_from = logit_row
+            if (verdict := next(given, None)) is not None:
+                rows += [end + node for node in verdict.path]
+                chosen_from = verdict.rows[-1]
+            logit_row += 1 + num_draft
+        if sequence.epoch == epoch:
+            yield Computed(sequence, start, rows, chosen_from)
+        row += num_tokens
 
 
 def _kind(sequence: Sequence) -> str:

@@ -50,8 +50,11 @@ struct Batch {
     const int64_t *ids, *slots, *logit_rows;
     const int32_t *positions, *query_starts, *context_lens, *block_tables;
     int64_t num_tokens, num_sequences, max_blocks, num_logit_rows;
-    float* logits;  // [logit row][vocabulary]
-    float* hidden;  // [logit row][hidden], or null: where it is given, there are no logits
+    float* logits;  // [logit row][vocabulary], or null: they are not wanted
+    float* hidden;  // [logit row][hidden], after the last norm, or null
+    float* streams;  // [token][stream layer][hidden], what these layers read of every token, or null
+    const int64_t* stream_layers;  // num_layers is what the last layer leaves
+    int64_t num_stream_layers;
     const uint64_t* tree_masks;  // [token], or null; 0: a token sees all before it. See StepBatch in batching/plan.py
 };
 }
@@ -198,6 +201,7 @@ class Model {
         barrier_.wait();
         for (int64_t l = 0; l < c_.num_layers; ++l) {
             const Layer& layer = layers_[l];
+            keep_streams(l, thread);
             const float* x = normalize(layer.input_norm, rows, thread);
             linear_rows<W, Write::kStore>(layer.qkv, x, width, rows, qkv_.data(), ld_qkv_, thread, num_threads_);
             barrier_.wait();
@@ -213,16 +217,29 @@ class Model {
                                         num_threads_);
             barrier_.wait();
         }
+        keep_streams(c_.num_layers, thread);
         const int64_t num_logits = batch_.num_logit_rows;
         float* normed = batch_.hidden ? batch_.hidden : normed_.data();
         Range mine(num_logits, thread, num_threads_);
         for (int64_t r = mine.begin; r < mine.end; ++r)
             rms_norm(&hidden_[batch_.logit_rows[r] * width], c_.norm, width, c_.rms_norm_eps, normed + r * width);
         barrier_.wait();
-        if (!batch_.hidden)
+        if (batch_.logits)
             linear_rows<E, Write::kStore>(c_.lm_head, normed, width, num_logits, batch_.logits, c_.lm_head.n, thread,
                                           num_threads_);
         barrier_.wait();
+    }
+
+    // Between two barriers that nobody changes the streams between.
+    void keep_streams(int64_t l, int thread) {
+        if (!batch_.streams) return;
+        const int64_t width = c_.hidden_size, num_layers = batch_.num_stream_layers;
+        for (int64_t i = 0; i < num_layers; ++i) {
+            if (batch_.stream_layers[i] != l) continue;
+            Range tokens(batch_.num_tokens, thread, num_threads_);
+            for (int64_t t = tokens.begin; t < tokens.end; ++t)
+                std::memcpy(batch_.streams + (t * num_layers + i) * width, &hidden_[t * width], width * sizeof(float));
+        }
     }
 
     void embed(const float* row, float* out) { std::memcpy(out, row, c_.hidden_size * sizeof(float)); }
