@@ -1,5 +1,5 @@
 """What a tree of drafts costs in the compiled step, beside a line of as many tokens: processor time, one thread, the
-embedded model. The two take turns, so that what disturbs one disturbs the other.
+embedded model. The two take turns, so that what disturbs one disturbs the other. And what sampling its rows costs.
 
     python benchmarks/tree_steps_cpu.py
 """
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepBatch, build_batch
 from autobot_llm.engine.kernels.cpu.build import load_library
 from autobot_llm.engine.kernels.cpu.compiled import CompiledExecutor
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import load_weights
+from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 
 TINY = Path(__file__).parents[1] / "src" / "autobot_llm" / "assets" / "tiny"
@@ -29,6 +31,11 @@ CACHE_DIR = Path.home() / ".cache" / "autobot_llm"
 CONTEXTS = (100, 1000, 1900)
 ROWS = (2, 8, 16, 32, 64)
 BLOCK_SIZE, MOST_TOKENS = 16, 2048
+SAMPLING: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "drawn": {"temperature": 0.8},
+    "top-p": {"temperature": 0.8, "top_p": 0.95},
+}
 
 
 def item(context: int, rows: int, *, is_tree: bool) -> ScheduledSequence:
@@ -51,6 +58,21 @@ def milliseconds(times: int, *acts: Callable[[], Any]) -> list[float]:
             act()
             taken.append(time.thread_time() - start)
     return [float(np.quantile(taken, 0.1)) * 1e3 for taken in seconds]
+
+
+def sampling(times: int, vocab_size: int) -> dict[str, float]:
+    """Milliseconds of the sampler for so many rows at once, by how they are sampled."""
+    torch.set_num_threads(1)
+    sampler, logits_RV = Sampler(vocab_size), 3 * torch.randn(max(ROWS), vocab_size)
+    found = {}
+    for number, (name, how) in enumerate(SAMPLING.items()):
+        sequence = Sequence(number, [1, 2, 3], SamplingParams(max_tokens=1, **how))
+        for rows in (1, 16, 64):
+            rows_RV, sequences = logits_RV[:rows], [sequence] * rows
+            (took,) = milliseconds(times, lambda rows_RV=rows_RV, asked=sequences: sampler.sample(rows_RV, asked))
+            print(f"sampling {rows:2} rows, {name}: {took:.3f} ms")
+            found[f"sampling {rows} rows, {name}, ms"] = took
+    return found
 
 
 def main() -> None:
@@ -93,6 +115,7 @@ def main() -> None:
         "arrays of a tree of 64, ms": built_tree,
     }
     executor.close()
+    found |= sampling(times, config.vocab_size)
     print(json.dumps({"machine": platform.processor() or platform.machine(), "result": found}))
 
 
