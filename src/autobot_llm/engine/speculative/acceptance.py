@@ -107,6 +107,12 @@ def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[Sch
     return verdicts
 
 
+def row_offsets(item: ScheduledSequence) -> SequenceABC[int]:
+    """How far behind the sequence's last token those of an item's rows are: their noise depends on it."""
+    (drafted,) = _drafted([item])
+    return drafted.offsets
+
+
 def verify_sampled(sampled: SampledRows, scheduled: SequenceABC[ScheduledSequence]) -> list[Verdict]:
     """The same where a device has sampled each row with the noise of its position."""
     outcomes: list[Outcome] = [
