@@ -222,7 +222,9 @@ class Speculator:
         start = self.clock()
         drafts = costly.propose(sequences, num_tokens)
         self.drafting_seconds = self.clock() - start
-        self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
+        self.controller.costly_costs.record(
+            len(sequences), costly.num_passes(num_tokens), num_behind, self.drafting_seconds
+        )
         given = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft is not None:
