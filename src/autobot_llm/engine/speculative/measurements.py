@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 HISTORY = 100
@@ -12,6 +13,9 @@ ENOUGH = 20
 
 PRIOR_RATE = 0.5
 PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
+
+CAUTION = 1.0
+"""Standard errors by which a measured rate is taken for less than it is."""
 
 UNKNOWN_SHARE = 0.25
 """Of a sequence's share of a step, what a draft token is taken to add before anything was measured: worth a try."""
@@ -34,7 +38,7 @@ class AcceptanceHistory:
         self._num_passed = [0] * max_length
         self._survival: list[float] | None = None
         self.first_chance = PRIOR_RATE
-        """That a draft's first token is right: `survival()[0]`."""
+        """That a draft's first token is right, by what was measured."""
 
     def __len__(self) -> int:
         return len(self._drafts)
@@ -61,17 +65,22 @@ class AcceptanceHistory:
         self._survival = None
 
     def survival(self) -> list[float]:
-        """The chance that a draft is right up to and including each position."""
+        """A cautious estimate of the chance that a draft is right up to and including each position."""
         if self._survival is None:
             chance, rate = 1.0, PRIOR_RATE
             self._survival = []
             for passed, tried in zip(self._num_passed, self._num_tried, strict=True):
-                rate = (passed + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
-                chance *= rate
+                number = tried + PRIOR_WEIGHT
+                rate = (passed + PRIOR_WEIGHT * rate) / number
+                chance *= max(0.0, rate - CAUTION * math.sqrt(rate * (1.0 - rate) / number))
                 self._survival.append(chance)
         return self._survival
 
     def _add(self, tried: int, passed: int, sign: int) -> None:
+        if tried == 1:  # the usual case: a step without drafts brings one token to compare
+            self._num_tried[0] += sign
+            self._num_passed[0] += sign * passed
+            return
         for position in range(tried):
             self._num_tried[position] += sign
         for position in range(passed):
@@ -82,8 +91,10 @@ class StepCosts:
     """Seconds of steps by the sequences that decode in them, and what draft tokens add.
 
     Lower quartiles, because what disturbs a step only ever makes it longer: on a busy machine half of them say more
-    about the neighbours than about the step. A plain step's cost is known for a number of
-    sequences once such a step was measured; what a draft token adds is taken from the nearest size that was.
+    about the neighbours than about the step. A plain step's cost is known for a number of sequences once such a step
+    was measured. What draft tokens add is kept for each number of sequences and of tokens, since steps do not grow
+    evenly (kernels take rows by sixes, graphs come in sizes); where a number was not measured, the nearest that was
+    says what a token adds.
     """
 
     def __init__(self) -> None:
@@ -91,7 +102,7 @@ class StepCosts:
         self._plain_costs: dict[int, float] = {}
         self._extra: dict[tuple[int, int], deque[float]] = {}
         self._extra_costs: dict[tuple[int, int], float] = {}
-        self._added: dict[int, list[float]] = {}
+        self._added: dict[tuple[int, int], float] = {}
         self._seconds_per_prompt_token: float | None = None
 
     def record(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
@@ -105,11 +116,11 @@ class StepCosts:
             return
         if (before := self._plain_costs.get(num_sequences)) is None:
             return
-        key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
+        key = _size(num_sequences), _size(num_draft_tokens)
         samples = self._extra.get(key)
-        if samples is None:  # what it is taken for counts twice, so that one bad moment does not decide
-            guess = self._extra_per_token(num_sequences, key[1])
-            samples = self._extra[key] = deque((guess, guess), maxlen=_NUM_EXTRA)
+        if samples is None:  # what it is taken for counts once, so that one bad moment does not decide
+            guess = self._extra_per_token(num_sequences, num_draft_tokens)
+            samples = self._extra[key] = deque((guess,), maxlen=_NUM_EXTRA)
         samples.append((seconds - before) / num_draft_tokens)
         self._extra_costs[key] = max(0.0, _lower_quartile(samples))
         self._added.clear()
@@ -125,40 +136,45 @@ class StepCosts:
         return self._plain_costs.get(num_sequences)
 
     def own_share(self, num_sequences: int) -> float:
-        """Seconds that each sequence adds to a plain step, from the next smaller size that was measured; call it where
-        `plain` is known. A lone sequence's share is the whole; where no smaller size was measured it is taken for 0."""
+        """Seconds that each sequence adds to a plain step, on the average from the smallest size that was measured;
+        call it where `plain` is known. A lone sequence's share is the whole; without a smaller size it is taken for 0.
+        """
         plain = self._plain_costs[num_sequences]
         if num_sequences == 1:
             return plain
-        smaller = max((size for size in self._plain_costs if size < num_sequences), default=0)
-        if smaller == 0:
+        smallest = min(self._plain_costs)
+        if smallest == num_sequences:
             return 0.0
-        difference = (plain - self._plain_costs[smaller]) / (num_sequences - smaller)
-        return min(max(0.0, difference), plain / num_sequences)
+        each = (plain - self._plain_costs[smallest]) / (num_sequences - smallest)
+        return min(max(0.0, each), plain / num_sequences)
 
-    def added(self, num_sequences: int, max_draft_tokens: int) -> list[float]:
-        """Seconds that 0, 1, 2 ... `max_draft_tokens` draft tokens add to a step; call it where `plain` is known."""
-        added = self._added.get(num_sequences)
-        if added is None or len(added) <= max_draft_tokens:
-            each: dict[int, float] = {}
-            added = [0.0]
-            for number in range(1, max_draft_tokens + 1):
-                size = number.bit_length()
-                if size not in each:
-                    each[size] = self._extra_per_token(num_sequences, size)
-                added.append(number * each[size])
-            self._added[num_sequences] = added
+    def added(self, num_sequences: int, num_draft_tokens: int) -> float:
+        """Seconds that so many draft tokens add to a step; call it where `plain` is known."""
+        key = num_sequences, num_draft_tokens
+        added = self._added.get(key)
+        if added is None:
+            added = self._added[key] = num_draft_tokens * self._extra_per_token(num_sequences, num_draft_tokens)
         return added
 
-    def _extra_per_token(self, num_sequences: int, size: int) -> float:
-        key = (num_sequences.bit_length(), size)
-        if (known := self._extra_costs.get(key)) is not None:
+    def _extra_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
+        size, number = _size(num_sequences), _size(num_draft_tokens)
+        if (known := self._extra_costs.get((size, number))) is not None:
             return known
-        near = [other for other in self._extra_costs if abs(other[0] - key[0]) <= 2]
+        near = {
+            abs(math.log2(other / size)) * 4 + abs(math.log2(count / number)): each
+            for (other, count), each in self._extra_costs.items()
+            if size <= 4 * other <= 16 * size
+        }
         if near:
-            return self._extra_costs[min(near, key=lambda other: abs(other[0] - key[0]) * 4 + abs(other[1] - key[1]))]
+            return near[min(near)]
         share = self._plain_costs[num_sequences] / num_sequences
         return share * UNKNOWN_SHARE if self._seconds_per_prompt_token is None else self._seconds_per_prompt_token
+
+
+def _size(number: int) -> int:
+    """The sizes that are told apart: each up to 8, then four to a doubling."""
+    shift = max(0, number.bit_length() - 3)
+    return number >> shift << shift
 
 
 def _lower_quartile(values: deque[float]) -> float:

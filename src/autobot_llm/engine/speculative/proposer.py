@@ -7,14 +7,12 @@ their time, sets `Sequence.draft_ids`, and the engine verifies them whatever the
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from autobot_llm.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """Tokens that may follow a sequence, best guess first. `kind` tells drafts of one method apart whose chances
     differ: the controller keeps their acceptance apart."""
 

@@ -13,7 +13,8 @@ from autobot_llm.engine.batching.plan import StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
+from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy, Verdict
+from autobot_llm.engine.speculative.credit import Credit
 from autobot_llm.engine.speculative.measurements import AcceptanceHistory
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.proposer import CostlyProposer, Draft, FreeProposer
@@ -79,6 +80,7 @@ class Speculator:
         self._free = None if make_free is None else make_free(self._observe_free)
         self._costly = costly
         self.clock = clock
+        self._credits: dict[int, Credit] = {}  # by sequence id
         self._drafted_by: dict[int, tuple[str, str]] = {}  # by sequence id: method and kind, of the step at hand
 
     @property
@@ -111,12 +113,12 @@ class Speculator:
         self.drafting_seconds = 0.0
         if not sequences:
             return
-        free, costly = self._free, self._costly
+        free, costly, num_tokens = self._free, self._costly, self.max_tokens + 1
         drafts: list[Draft | None] = [None] * len(sequences)
         histories: list[AcceptanceHistory | None] = [None] * len(sequences)
         for i, sequence in enumerate(sequences):
             sequence.draft_ids = []
-            if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
+            if free is not None and (draft := free.propose(sequence, num_tokens)) is not None:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
         offer = None
@@ -124,7 +126,7 @@ class Speculator:
             offer = CostlyOffer(
                 [self._usable(costly.name, _kind(s)) for s in sequences], [costly.lag(s) for s in sequences]
             )
-        decision = self._policy.decide(histories, offer)
+        decision = self._policy.decide(histories, offer, lambda i: self._credit(sequences[i]))
         if decision is None:
             return
         self._drafted_by.clear()
@@ -150,6 +152,7 @@ class Speculator:
         num_scheduled = len(plan.scheduled)
         plain = self.controller.costs.plain(num_scheduled) if plan.num_prompt_tokens == 0 else None
         sampling = (item for item in plan.scheduled if item.samples)
+        verdicts: list[Verdict] = []
         for item, number, figures in zip(sampling, num_accepted, stats, strict=True):
             figures.num_draft_tokens += item.num_draft
             figures.num_accepted_tokens += number
@@ -158,12 +161,16 @@ class Speculator:
             if item.num_draft:
                 method, kind = self._drafted_by[item.sequence.id]
                 self.figures.setdefault(method, MethodFigures()).record(item.num_draft, number)
-                if self._free is None or method != self._free.name:  # a free method is observed whatever is verified
+                is_costly = self._free is None or method != self._free.name
+                verdicts.append(Verdict(self._credit(item.sequence), item.num_draft, number, is_costly))
+                if is_costly:  # a free method is observed whatever is verified
                     self._history(method, kind).record(min(item.num_draft, number + 1), number)
         if plan.num_prompt_tokens == 0:
             self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
+            self.controller.settle(num_scheduled, verdicts)
 
     def forget(self, sequence: Sequence) -> None:
+        self._credits.pop(sequence.id, None)
         if self._free is not None:
             self._free.forget(sequence)
         if self._costly is not None:
@@ -194,6 +201,12 @@ class Speculator:
             token_ids = token_ids[: sequence.matcher.num_allowed(token_ids)]
         sequence.draft_ids = token_ids
         self._drafted_by[sequence.id] = method, kind
+
+    def _credit(self, sequence: Sequence) -> Credit:
+        credit = self._credits.get(sequence.id)
+        if credit is None:
+            credit = self._credits[sequence.id] = Credit()
+        return credit
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
         history = self._history(method, kind)
