@@ -22,7 +22,7 @@ from autobot_llm.engine.speculative.controller import (
     Controller,
     CostlyOffer,
     CreditOf,
-    Verdict,
+    DraftResult,
 )
 from autobot_llm.engine.speculative.credit import GRANT_STEPS, LOSS_SHARE, MOST_STEPS, Credit
 from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY, AcceptanceHistory, StepCosts
@@ -195,8 +195,8 @@ def lost_to_an_adversary(controller: Controller, credits: list[Credit], extra: f
         lengths = [0] * size if decision is None else decision.num_free
         number = sum(lengths)
         controller.record_step(size, number, PLAIN + number * extra)
-        verdicts = [Verdict(credit, k, 0, False) for credit, k in zip(credits, lengths, strict=True) if k]
-        controller.settle(size, verdicts)
+        results = [DraftResult(credit, k, 0, False) for credit, k in zip(credits, lengths, strict=True) if k]
+        controller.settle(size, results)
         lost += number * extra
     return lost
 
@@ -225,7 +225,7 @@ def test_an_adversary_who_was_trusted_takes_little_of_what_was_gained() -> None:
             controller.record_step(1, 0, PLAIN)
             continue
         controller.record_step(1, decision.num_free[0], PLAIN + decision.num_free[0] * EXTRA)
-        controller.settle(1, [Verdict(credit, decision.num_free[0], decision.num_free[0], False)])
+        controller.settle(1, [DraftResult(credit, decision.num_free[0], decision.num_free[0], False)])
     lost = lost_to_an_adversary(controller, [credit], EXTRA, 100)
     assert 2 * PLAIN < lost <= (MOST_STEPS + LOSS_SHARE * 100) * PLAIN + 1e-9
 
