@@ -344,3 +344,20 @@ def test_copying_is_noticed_when_it_begins_and_left_when_it_ends() -> None:
     assert begin < min(drafted) <= begin + 8
     assert max(drafted) < end + 5, "no further than the last draft of the copy"
     assert seconds < plain - (len(source) - 20) * PLAIN / 2, "copying takes half the time"
+
+
+def test_the_tokens_of_a_tree_are_paid_for_and_not_its_depth_alone() -> None:
+    controller = measured()
+    for _ in range(ENOUGH):
+        controller.costly_costs.record(1, 1, 0, PLAIN / 10)
+    likely = CostlyOffer([history(2, 3)], [1])
+    line = controller.decide([None], likely, rich())
+    assert line is not None and line.num_costly >= 2
+    for _ in range(60):
+        asked = controller.decide([None], likely, rich())
+        if asked is None or not asked.num_costly:
+            break
+        num_tokens = 8 * asked.num_costly
+        controller.record_step(1, num_tokens, PLAIN + num_tokens * EXTRA)
+        controller.settle(1, [DraftResult(Credit(), num_tokens, 2, True)])
+    assert asked is None or not asked.num_costly, "eight branches cost more than two right tokens are worth"

@@ -27,15 +27,20 @@ costly method is tried on one sequence whenever the allowance for it has the tim
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
-from statistics import median
 from typing import NamedTuple, Protocol
 
 from autobot_llm.engine.speculative.credit import Credit
-from autobot_llm.engine.speculative.measurements import ENOUGH, ON_CPU, AcceptanceHistory, Priors, StepCosts
+from autobot_llm.engine.speculative.measurements import (
+    ENOUGH,
+    ON_CPU,
+    AcceptanceHistory,
+    CostlyCosts,
+    Priors,
+    StepCosts,
+)
 
 REFRESH = 128
 MARGIN = 1.03
@@ -44,12 +49,11 @@ RETRY = 256
 """Plain steps after which a likely free draft is verified although its measured costs speak against it: they may have
 been measured at a bad moment, and without drafts they are not measured again."""
 PROBE_SHARE = 0.005
-PROBE_GRANT, PROBE_MOST = (
-    8.0,
-    64.0,
-)  # plain steps: for the first looks at a costly method, and the most that is saved up
+PROBE_GRANT = 8.0  # plain steps, for the first looks at a costly method
+PROBE_MOST = 64.0  # plain steps: no more is saved up
 PROBE_TOKENS = 2
 OFFER_EVERY = 16  # steps, while a costly method is not in use
+WIDTH_WEIGHT = 0.1  # of the latest draft, in what is known of how wide a method's are
 CATCH_UP_STEPS = 32
 """Steps over which a costly method's catching up with a sequence is expected to pay."""
 
@@ -122,41 +126,6 @@ class Always:
         return Decision(num_free, self._num_tokens, [i for i, number in enumerate(num_free) if number == 0])
 
 
-class CostlyCosts:
-    """Seconds of a costly method: of one pass over some sequences, and of each token that it catches up with."""
-
-    def __init__(self, priors: Priors = ON_CPU) -> None:
-        self._priors = priors
-        self._most: dict[int, float] = {}
-        """What a pass takes at most, by size: of drafts that began with much to catch up with."""
-        self._passes: dict[int, deque[float]] = {}
-        self._catch_up: deque[float] = deque(maxlen=ENOUGH)
-
-    def record(self, num_sequences: int, num_passes: int, num_behind: int, seconds: float) -> None:
-        """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
-        size = num_sequences.bit_length()
-        if num_behind <= 2 * num_sequences:
-            self._passes.setdefault(size, deque(maxlen=ENOUGH)).append(seconds / num_passes)
-        elif self._passes:
-            each = self.per_pass(num_sequences)
-            assert each is not None
-            self._catch_up.append(max(0.0, seconds - num_passes * each) / num_behind)
-        else:
-            self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
-
-    def per_pass(self, num_sequences: int) -> float | None:
-        """Of so many sequences, or of the nearest number that was measured; None where none was."""
-        known = {size: float(median(passes)) for size, passes in self._passes.items()} or self._most
-        if not known:
-            return None
-        size = num_sequences.bit_length()
-        nearest = min(known, key=lambda other: abs(other - size))
-        return known[nearest] * 2.0 ** max(0, size - nearest)
-
-    def per_token_behind(self, per_pass: float) -> float:
-        return float(median(self._catch_up)) if self._catch_up else per_pass * self._priors.token_behind
-
-
 class Controller:
     """DraftPolicy by measured costs. `floor`: kinds whose measured acceptance is below it are not used, whatever they
     cost (None: costs alone decide)."""
@@ -170,6 +139,8 @@ class Controller:
         self._num_since_draft = 0
         self._num_since_offer = 0
         self._uses_costly = False
+        self._num_asked = 1  # tokens, in depth, of the costly method when it was last asked
+        self._width = 1.0  # of its drafts: a tree has more tokens than it is deep
         self._is_probing = False
         self._now = 0.0  # a sequence's time in the engine: its share of every step, as if all had been plain
         self._allowance: float | None = None  # for probes and catching up; None: no plain step was measured yet
@@ -191,6 +162,10 @@ class Controller:
     def settle(self, num_sequences: int, results: SequenceABC[DraftResult]) -> None:
         """Book what the drafts of a step that was recorded have cost their sequences, and gained them."""
         plain = self.costs.plain(num_sequences)
+        num_costly = sum(result.is_costly for result in results)
+        if num_costly:
+            width = sum(result.num_tokens for result in results if result.is_costly) / (num_costly * self._num_asked)
+            self._width += WIDTH_WEIGHT * (max(1.0, width) - self._width)
         if plain is None or not results or self._is_probing:
             return  # a probe is the engine's expense
         own, share = self.costs.own_share(num_sequences), plain / num_sequences
@@ -198,8 +173,8 @@ class Controller:
         each = self.costs.added(num_sequences, num_tokens) / num_tokens
         serves_everybody = len(results) == num_sequences
         least = min(result.num_right for result in results) if serves_everybody else 0
-        num_costly = sum(result.is_costly for result in results)
-        drafting = (self.costly_costs.per_pass(num_costly) or 0.0) / num_costly if num_costly else 0.0
+        per_pass = self.costly_costs.per_pass(num_costly) if num_costly else None
+        drafting = 0.0 if per_pass is None else per_pass / (num_costly * self._width)
         for credit, number, num_right, is_costly in results:
             gain = num_right * own + least * (share - own) - number * (each + drafting * is_costly)
             credit.book(gain, self._now, share)
@@ -235,7 +210,10 @@ class Controller:
         self._num_since_offer = 0
         decision = self._best_costly(free, costly, decision, seconds, plain, credit_of)
         self._uses_costly = decision is not None and decision.num_costly > 0
-        return self._probe(costly, plain) if decision is None else decision
+        decision = self._probe(costly, plain) if decision is None else decision
+        if decision is not None and decision.num_costly:
+            self._num_asked = decision.num_costly
+        return decision
 
     def _earn(self, seconds: float, plain: float) -> None:
         before = PROBE_GRANT * plain if self._allowance is None else self._allowance
@@ -294,7 +272,8 @@ class Controller:
         per_pass = self.costly_costs.per_pass(len(chosen)) if chosen else None
         if per_pass is None or self._allowance is None:
             return decision
-        each = (self.costs.added(num_sequences, len(chosen)) + per_pass) / len(chosen)
+        width, added = self._width, self.costs.added
+        each = (added(num_sequences, math.ceil(len(chosen) * width)) + per_pass) / len(chosen)
         balances = {i: credit_of(i).balance(self._now, share) for i in chosen}
         chosen = [i for i in chosen if balances[i] >= each]
         catch_up = sum(costly.lags[i] - 1 for i in chosen) * self.costly_costs.per_token_behind(per_pass)
@@ -311,7 +290,10 @@ class Controller:
         best, best_seconds = decision, seconds / MARGIN if decision is None else seconds
         for length in range(1, most + 1):
             lengths = [length if i in is_chosen else number for i, number in enumerate(num_free)]
-            these = self._seconds(survivals, lengths, shared + length * per_pass, own)
+            num_tokens = sum(lengths)
+            in_trees = added(num_sequences, num_tokens + round((width - 1.0) * length * len(chosen)))
+            besides = length * per_pass + in_trees - added(num_sequences, num_tokens)
+            these = self._seconds(survivals, lengths, shared + besides, own)
             if these < best_seconds:
                 kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
                 best, best_seconds = Decision(kept, length, chosen), these

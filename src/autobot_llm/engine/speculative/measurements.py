@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 HISTORY = 100
 """Drafts of one kind that are remembered."""
@@ -186,6 +187,41 @@ class StepCosts:
         if self._seconds_per_prompt_token is not None:
             return self._seconds_per_prompt_token
         return self._plain_costs[num_sequences] / num_sequences * self._priors.draft_token
+
+
+class CostlyCosts:
+    """Seconds of a costly method: of one pass over some sequences, and of each token that it catches up with."""
+
+    def __init__(self, priors: Priors = ON_CPU) -> None:
+        self._priors = priors
+        self._most: dict[int, float] = {}
+        """What a pass takes at most, by size: of drafts that began with much to catch up with."""
+        self._passes: dict[int, deque[float]] = {}
+        self._catch_up: deque[float] = deque(maxlen=ENOUGH)
+
+    def record(self, num_sequences: int, num_passes: int, num_behind: int, seconds: float) -> None:
+        """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
+        size = num_sequences.bit_length()
+        if num_behind <= 2 * num_sequences:
+            self._passes.setdefault(size, deque(maxlen=ENOUGH)).append(seconds / num_passes)
+        elif self._passes:
+            each = self.per_pass(num_sequences)
+            assert each is not None
+            self._catch_up.append(max(0.0, seconds - num_passes * each) / num_behind)
+        else:
+            self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
+
+    def per_pass(self, num_sequences: int) -> float | None:
+        """Of so many sequences, or of the nearest number that was measured; None where none was."""
+        known = {size: float(median(passes)) for size, passes in self._passes.items()} or self._most
+        if not known:
+            return None
+        size = num_sequences.bit_length()
+        nearest = min(known, key=lambda other: abs(other - size))
+        return known[nearest] * 2.0 ** max(0, size - nearest)
+
+    def per_token_behind(self, per_pass: float) -> float:
+        return float(median(self._catch_up)) if self._catch_up else per_pass * self._priors.token_behind
 
 
 def _size(number: int) -> int:
