@@ -168,15 +168,16 @@ class Controller:
             self._width += WIDTH_WEIGHT * (max(1.0, width) - self._width)
         if plain is None or not results or self._is_probing:
             return  # a probe is the engine's expense
-        own, share = self.costs.own_share(num_sequences), plain / num_sequences
+        share = plain / num_sequences
+        # Where everybody has a draft, what is right saves its part of what all share, too: who is left behind by the
+        # others soon cannot afford a draft any more, and then it saves its own time alone.
+        worth = share if len(results) == num_sequences else self.costs.own_share(num_sequences)
         num_tokens = sum(result.num_tokens for result in results)
         each = self.costs.added(num_sequences, num_tokens) / num_tokens
-        serves_everybody = len(results) == num_sequences
-        least = min(result.num_right for result in results) if serves_everybody else 0
         per_pass = self.costly_costs.per_pass(num_costly) if num_costly else None
         drafting = 0.0 if per_pass is None else per_pass / (num_costly * self._width)
         for credit, number, num_right, is_costly in results:
-            gain = num_right * own + least * (share - own) - number * (each + drafting * is_costly)
+            gain = num_right * worth - number * (each + drafting * is_costly)
             credit.book(gain, self._now, share)
             if is_costly:
                 self._earn(max(0.0, gain), plain)
