@@ -71,8 +71,10 @@ class AcceptanceHistory:
         return [passed / tried if tried else None for passed, tried in pairs]
 
     def record(self, tried: int, passed: int) -> None:
-        tried = min(tried, self._max_length)
-        passed = min(passed, tried)
+        if tried > self._max_length:
+            tried = self._max_length
+        if passed > tried:
+            passed = tried
         self._drafts.append((tried, passed))
         self._add(tried, passed, 1)
         if len(self._drafts) > HISTORY:

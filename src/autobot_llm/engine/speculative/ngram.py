@@ -33,27 +33,28 @@ class SuffixIndex:
 
     def __init__(self, max_length: int = LOOKUP_MAX) -> None:
         self.max_length = max_length
-        self._ends: tuple[dict[int, int], ...] = tuple({} for _ in range(max_length))
-        self._runs: tuple[int, ...] = ()  # those that end with the last indexed token, the shortest first
+        self._ends: tuple[tuple[int, dict[int, int]], ...] = tuple((i, {}) for i in range(max_length))
+        self._runs: list[int | None] = [None] * max_length  # those that end with the last indexed token, by length
         self._num_indexed = 0
         self._found = 0, 0
 
     def find(self, token_ids: list[int]) -> tuple[int, int]:
         """(length, place): the longest run at the end of the text that occurred before, and where its last earlier
         occurrence ended; (0, 0) where none did. The text must be the one before, with more tokens or the same."""
-        num_tokens = len(token_ids)
+        num_tokens, runs = len(token_ids), self._runs
         if num_tokens - self._num_indexed > 8:
             self._index_many(token_ids, num_tokens - 1)
         for end in range(self._num_indexed + 1, num_tokens + 1):
-            token_id = token_ids[end - 1]
-            runs = token_id, *[run << _ID_BITS | token_id for run in self._runs]
+            run = token_id = token_ids[end - 1]
             length = place = 0
-            for ends, run in zip(self._ends, runs, strict=False):
+            for i, ends in self._ends:
                 if (found := ends.get(run)) is not None:
-                    length += 1  # a run that occurred did so with all its ends
-                    place = found
+                    length, place = i + 1, found
                 ends[run] = end
-            self._runs = runs[: self.max_length - 1]
+                before, runs[i] = runs[i], run
+                if before is None:
+                    break  # the text is not longer
+                run = before << _ID_BITS | token_id
             self._num_indexed, self._found = end, (length, place)
         return self._found
 
@@ -61,14 +62,13 @@ class SuffixIndex:
         """The same for a prompt, one length after the other, in a third of the time."""
         first = max(0, self._num_indexed - self.max_length + 1)
         runs = ids = token_ids[first:num_tokens]
-        last = []
-        for length, ends in enumerate(self._ends, 1):
-            ends.update(zip(runs, range(first + length, num_tokens + 1), strict=True))
-            last.append(runs[-1])
-            runs = [run << _ID_BITS | token_id for run, token_id in zip(runs, ids[length:], strict=False)]
+        for i, ends in self._ends:
+            ends.update(zip(runs, range(first + i + 1, num_tokens + 1), strict=True))
+            self._runs[i] = runs[-1]
+            runs = [run << _ID_BITS | token_id for run, token_id in zip(runs, ids[i + 1 :], strict=False)]
             if not runs:
                 break
-        self._runs, self._num_indexed = tuple(last[: self.max_length - 1]), num_tokens
+        self._num_indexed = num_tokens
 
 
 def continuation(token_ids: SequenceABC[int], place: int, num_tokens: int) -> list[int]:
