@@ -25,7 +25,7 @@ from autobot_llm.engine.speculative.controller import (
     DraftResult,
 )
 from autobot_llm.engine.speculative.credit import GRANT_STEPS, LOSS_SHARE, MOST_STEPS, Credit
-from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY, AcceptanceHistory, StepCosts
+from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY, AcceptanceHistory, CostlyCosts, StepCosts
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.speculator import Speculator
 
@@ -346,18 +346,23 @@ def test_copying_is_noticed_when_it_begins_and_left_when_it_ends() -> None:
     assert seconds < plain - (len(source) - 20) * PLAIN / 2, "copying takes half the time"
 
 
-def test_the_tokens_of_a_tree_are_paid_for_and_not_its_depth_alone() -> None:
+def test_a_tree_that_costs_more_than_its_depth_is_worth_is_left() -> None:
     controller = measured()
-    for _ in range(ENOUGH):
-        controller.costly_costs.record(1, 1, 0, PLAIN / 10)
+    controller.costly_costs.record(1, 1, 0, PLAIN / 10)
     likely = CostlyOffer([history(2, 3)], [1])
     line = controller.decide([None], likely, rich())
-    assert line is not None and line.num_costly >= 2
-    for _ in range(60):
-        asked = controller.decide([None], likely, rich())
-        if asked is None or not asked.num_costly:
-            break
-        num_tokens = 8 * asked.num_costly
-        controller.record_step(1, num_tokens, PLAIN + num_tokens * EXTRA)
-        controller.settle(1, [DraftResult(Credit(), num_tokens, 2, True)])
-    assert asked is None or not asked.num_costly, "eight branches cost more than two right tokens are worth"
+    assert line is not None and line.num_costly >= 2 and controller.wants_offer()
+    for depth in range(1, 6):
+        controller.costly_costs.record_tokens(1, depth, 8 * depth)
+    controller.decide([None], likely, rich())
+    assert not controller.wants_offer(), "it is not in use: what was decided is a probe at most"
+
+
+def test_a_tree_costs_all_of_its_tokens_and_a_line_its_own() -> None:
+    costs = CostlyCosts()
+    assert costs.tokens(1, 4) == 4
+    costs.record_tokens(1, 5, 4)  # a line that was cut
+    assert [costs.tokens(1, depth) for depth in (1, 3, 5)] == [1, 3, 5]
+    costs.record_tokens(2, 4, 2 * 31)
+    assert costs.tokens(2, 4) == costs.tokens(3, 2) == 31
+    assert costs.tokens(1, 4) == 4

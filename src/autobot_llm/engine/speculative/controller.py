@@ -53,7 +53,6 @@ PROBE_GRANT = 8.0  # plain steps, for the first looks at a costly method
 PROBE_MOST = 64.0  # plain steps: no more is saved up
 PROBE_TOKENS = 2
 OFFER_EVERY = 16  # steps, while a costly method is not in use
-WIDTH_WEIGHT = 0.1  # of the latest draft, in what is known of how wide a method's are
 CATCH_UP_STEPS = 32
 """Steps over which a costly method's catching up with a sequence is expected to pay."""
 
@@ -140,7 +139,6 @@ class Controller:
         self._num_since_offer = 0
         self._uses_costly = False
         self._num_asked = 1  # tokens, in depth, of the costly method when it was last asked
-        self._width = 1.0  # of its drafts: a tree has more tokens than it is deep
         self._is_probing = False
         self._now = 0.0  # a sequence's time in the engine: its share of every step, as if all had been plain
         self._allowance: float | None = None  # for probes and catching up; None: no plain step was measured yet
@@ -162,10 +160,6 @@ class Controller:
     def settle(self, num_sequences: int, results: SequenceABC[DraftResult]) -> None:
         """Book what the drafts of a step that was recorded have cost their sequences, and gained them."""
         plain = self.costs.plain(num_sequences)
-        num_costly = sum(result.is_costly for result in results)
-        if num_costly:
-            width = sum(result.num_tokens for result in results if result.is_costly) / (num_costly * self._num_asked)
-            self._width += WIDTH_WEIGHT * (max(1.0, width) - self._width)
         if plain is None or not results or self._is_probing:
             return  # a probe is the engine's expense
         share = plain / num_sequences
@@ -174,10 +168,11 @@ class Controller:
         worth = share if len(results) == num_sequences else self.costs.own_share(num_sequences)
         num_tokens = sum(result.num_tokens for result in results)
         each = self.costs.added(num_sequences, num_tokens) / num_tokens
+        num_costly = sum(result.is_costly for result in results)
         per_pass = self.costly_costs.per_pass(num_costly) if num_costly else None
-        drafting = 0.0 if per_pass is None else per_pass / (num_costly * self._width)
+        drafting = 0.0 if per_pass is None else self._num_asked * per_pass / num_costly
         for credit, number, num_right, is_costly in results:
-            gain = num_right * worth - number * (each + drafting * is_costly)
+            gain = num_right * worth - number * each - drafting * is_costly
             credit.book(gain, self._now, share)
             if is_costly:
                 self._earn(max(0.0, gain), plain)
@@ -273,14 +268,13 @@ class Controller:
         per_pass = self.costly_costs.per_pass(len(chosen)) if chosen else None
         if per_pass is None or self._allowance is None:
             return decision
-        width, added = self._width, self.costs.added
-        each = (added(num_sequences, math.ceil(len(chosen) * width)) + per_pass) / len(chosen)
+        least = (self._added_by_costly(num_sequences, len(chosen), 1) + per_pass) / len(chosen)
         balances = {i: credit_of(i).balance(self._now, share) for i in chosen}
-        chosen = [i for i in chosen if balances[i] >= each]
+        chosen = [i for i in chosen if balances[i] >= least]
         catch_up = sum(costly.lags[i] - 1 for i in chosen) * self.costly_costs.per_token_behind(per_pass)
         if not chosen or catch_up > self._allowance:
             return decision
-        most = min(self._max_tokens, int(min(balances[i] for i in chosen) / max(each, 1e-9)))
+        affordable = min(balances[i] for i in chosen) * len(chosen)
         is_chosen = set(chosen)
         survivals = [
             history.survival() if (history := (costly.histories if i in is_chosen else free)[i]) is not None else ()
@@ -289,18 +283,24 @@ class Controller:
         own = self.costs.own_share(num_sequences)
         shared = plain - own * num_sequences + catch_up / CATCH_UP_STEPS
         best, best_seconds = decision, seconds / MARGIN if decision is None else seconds
-        for length in range(1, most + 1):
+        for length in range(1, self._max_tokens + 1):
+            drafting = length * per_pass
+            if self._added_by_costly(num_sequences, len(chosen), length) + drafting > affordable:
+                break
+            tokens = self.costly_costs.tokens(len(chosen), length)
             lengths = [length if i in is_chosen else number for i, number in enumerate(num_free)]
-            num_tokens = sum(lengths)
-            in_trees = added(num_sequences, num_tokens + round((width - 1.0) * length * len(chosen)))
-            besides = length * per_pass + in_trees - added(num_sequences, num_tokens)
-            these = self._seconds(survivals, lengths, shared + besides, own)
+            counts = [tokens if i in is_chosen else number for i, number in enumerate(num_free)]
+            these = self._seconds(survivals, lengths, shared + drafting, own, counts)
             if these < best_seconds:
                 kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
                 best, best_seconds = Decision(kept, length, chosen), these
         if best is not decision:
             self._allowance -= catch_up
         return best
+
+    def _added_by_costly(self, num_sequences: int, num_chosen: int, length: int) -> float:
+        """Seconds that verifying the costly method's drafts of that depth adds, for so many of the sequences."""
+        return self.costs.added(num_sequences, num_chosen * self.costly_costs.tokens(num_chosen, length))
 
     def _probe(self, costly: CostlyOffer, plain: float) -> Decision | None:
         """Try the costly method on the sequence that it lags behind least, where the allowance has the time."""
@@ -338,16 +338,23 @@ class Controller:
         yield lengths
 
     def _seconds(
-        self, survivals: SequenceABC[SequenceABC[float]], lengths: list[int], shared: float, own: float
+        self,
+        survivals: SequenceABC[SequenceABC[float]],
+        lengths: list[int],
+        shared: float,
+        own: float,
+        counts: list[int] | None = None,
     ) -> float:
-        """What these lengths take until every sequence has come as far as a plain step brings it."""
-        number = sum(lengths)
-        each = self.costs.added(len(lengths), number) / number if number else 0.0
+        """What drafts of these lengths take until every sequence has come as far as a plain step brings it. `counts`:
+        their tokens, where they are trees."""
+        counts = lengths if counts is None else counts
+        number = sum(counts)
+        each = self.costs.added(len(counts), number) / number if number else 0.0
         seconds, least = 0.0, math.inf
-        for survival, length in zip(survivals, lengths, strict=True):
+        for survival, length, count in zip(survivals, lengths, counts, strict=True):
             tokens = 1.0 + sum(survival[:length])
             least = min(least, tokens)
-            seconds += (own + length * each) / tokens
+            seconds += (own + count * each) / tokens
         return seconds + shared / least
 
 

@@ -200,6 +200,20 @@ class CostlyCosts:
         """What a pass takes at most, by size: of drafts that began with much to catch up with."""
         self._passes: dict[int, deque[float]] = {}
         self._catch_up: deque[float] = deque(maxlen=ENOUGH)
+        self._tokens: dict[tuple[int, int], float] = {}
+
+    def record_tokens(self, num_sequences: int, depth: int, num_tokens: int) -> None:
+        """Learn how many tokens so many drafts of that depth had: a tree has more than its depth."""
+        self._tokens[num_sequences.bit_length(), depth] = num_tokens / num_sequences
+
+    def tokens(self, num_sequences: int, depth: int) -> int:
+        """Of a draft so deep, where so many are made: a line's, unless the nearest that was seen was a tree."""
+        if not self._tokens:
+            return depth
+        size = num_sequences.bit_length()
+        nearest = min(self._tokens, key=lambda other: 8 * abs(other[0] - size) + abs(other[1] - depth))
+        found = self._tokens[nearest]
+        return depth if found <= nearest[1] else max(depth, round(found))
 
     def record(self, num_sequences: int, num_passes: int, num_behind: int, seconds: float) -> None:
         """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
