@@ -91,10 +91,13 @@ class Setup:
         sequences = [choice.sequence for choice in engine._choices.values()]
         while engine.has_work:
             engine.step()
-        return [
-            tuple(sequence.output_ids[: params.max_tokens])
-            for sequence, (_, params) in zip(sequences, asked, strict=True)
-        ]
+        found = []
+        for sequence, (_, params) in zip(sequences, asked, strict=True):
+            output_ids = sequence.output_ids[: params.max_tokens]
+            # A step with drafts may know tokens beyond the end, which nobody gets.
+            stops = (i + 1 for i, token_id in enumerate(output_ids) if token_id in params.stop_token_ids)
+            found.append(tuple(output_ids[: next(stops, len(output_ids))]))
+        return found
 
     def close(self) -> None:
         self.engine.speculator = None
