@@ -15,7 +15,7 @@ from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double what it takes to make one, for each sequence at each step
 class Draft:
     """Tokens that may follow a sequence: a line, or a tree.
 
