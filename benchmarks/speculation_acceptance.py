@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine_speculation import DRAFT, MODEL, SAMPLED, Sums, add_figures, answer, figures_before, prompts
+from engine_speculation import Sums, add_figures, answer, figures_before
+from speculation_setup import MODEL, Setup
 
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.load import load_draft_model, load_engine
-from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.load import load_draft_model
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.heads import find_heads, make_eagle, make_medusa
@@ -32,45 +31,34 @@ MODES = ("greedy", "sampled")
 IN_BREADTH = 13  # a tree of 5 * 13 tokens, cut to 64 with its root
 
 
-def methods(engine: Engine, options: EngineOptions, number: int, draft: Path | None) -> dict[str, Speculator]:
-    config, context = engine.config, engine.scheduler.max_model_len
+def methods(setup: Setup, number: int, draft: Path | None) -> dict[str, Speculator]:
+    config, context = setup.engine.config, setup.engine.scheduler.max_model_len
     medusa, eagle = find_heads(MODEL, "medusa"), find_heads(MODEL, "eagle3")
     assert medusa is not None and eagle is not None, "they are shipped with the model"
     costly: dict[str, Any] = {
-        "draft (shipped)": load_draft_model(MODEL, DRAFT, options),
+        "draft (shipped)": setup.draft,
         f"medusa, {number} tokens": make_medusa(medusa, MODEL, config),
         "medusa, 63 tokens": make_medusa(medusa, MODEL, config, breadth=IN_BREADTH),
         f"eagle3, {number} tokens": make_eagle(eagle, MODEL, config, context),
         "eagle3, 63 tokens": make_eagle(eagle, MODEL, config, context, breadth=IN_BREADTH),
     }
     if draft is not None:
-        costly[f"draft ({draft.name})"] = load_draft_model(MODEL, draft, options)
+        costly[f"draft ({draft.name})"] = load_draft_model(MODEL, draft, setup.options)
     made = {"ngram": Speculator(number, make_free=NgramProposer, policy=Always(number))}
     return made | {name: Speculator(number, costly=each, policy=Always(number)) for name, each in costly.items()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = EngineOptions(
-        folder=MODEL,
-        cache_dir=Path.home() / ".cache" / "autobot_llm",
-        device="cpu",
-        compiled_step="on",
-        cpu_threads=arguments.threads,
-        prefix_caching=False,
-        max_num_batched_tokens=64 * arguments.prompts,  # room for the largest trees of all
-    )
-    engine = load_engine(options)
-    every = methods(engine, options, arguments.num_tokens, arguments.draft)
+    room = 64 * arguments.prompts  # for the largest trees of all
+    setup = Setup(arguments.threads, arguments.num_tokens, max_num_batched_tokens=room)
+    engine = setup.engine
+    every = methods(setup, arguments.num_tokens, arguments.draft)
     result: dict[str, Any] = {}
     for mode in arguments.modes:
-        params = SamplingParams(
-            max_tokens=arguments.new_tokens, temperature=0.0, seed=1, stop_token_ids=engine.config.eos_token_ids
-        )
-        if mode == "sampled":
-            params = replace(params, **SAMPLED)
+        params = setup.params(arguments.new_tokens, is_sampled=mode == "sampled", seed=1)
         found: dict[str, dict[str, Any]] = {name: {} for name in every}
         for category in CATEGORIES:
-            asked = prompts(engine, category, arguments.prompts)
+            asked = setup.prompts(category)[: arguments.prompts]
             engine.speculator = None
             expected = answer(engine, asked, params, Sums())
             for name, speculator in every.items():
@@ -85,10 +73,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 }
         result[mode] = found
         report(mode, found)
-    for speculator in every.values():
-        speculator.close()
-    engine.speculator = None
-    engine.close()
+    for name, speculator in every.items():
+        if name != "draft (shipped)":  # which is the setup's
+            speculator.close()
+    setup.close()
     return result
 
 

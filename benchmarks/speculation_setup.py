@@ -34,8 +34,8 @@ Half = Literal["held-out", "tuning", "all"]
 class Setup:
     """The engine, and what its speculators are made of."""
 
-    def __init__(self, num_threads: int | None, num_tokens: int) -> None:
-        options = EngineOptions(
+    def __init__(self, num_threads: int | None, num_tokens: int, *, max_num_batched_tokens: int | None = None) -> None:
+        self.options = options = EngineOptions(
             folder=MODEL,
             cache_dir=Path.home() / ".cache" / "autobot_llm",
             device="cpu",
@@ -43,6 +43,7 @@ class Setup:
             cpu_threads=num_threads,
             prefix_caching=False,
             kv_cache_memory=KV_CACHE_BYTES,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
         self.engine = load_engine(options)
         self.draft: DraftModel = load_draft_model(MODEL, DRAFT, options)
