@@ -37,7 +37,7 @@ def _num_blocks(
     config: ModelConfig, options: EngineOptions, sizes: Sizes, device: torch.device, block_bytes: int
 ) -> int:
     """Blocks of a cache that nothing measured has sized: see NUM_FULL_SEQUENCES."""
-    blocks_per_sequence = -(-sizes.max_model_len // BLOCK_SIZE)
+    blocks_per_sequence = -(-sizes.max_cached_tokens // BLOCK_SIZE)
     memory = options.kv_cache_memory or min(
         int(_free_memory(device) * KV_MEMORY_SHARE), NUM_FULL_SEQUENCES * blocks_per_sequence * block_bytes
     )
@@ -85,7 +85,7 @@ def make_executor(
         make: Callable[..., Executor] = partial(make_eager_executor, reason=why_eager)
     else:
         num_blocks = _num_blocks(config, options, sizes, device, block_bytes)
-        make = make_cpu_executor
+        make = partial(make_cpu_executor, cache_dtype=cache_dtype)
     try:
         return make(config, options, sizes, device, num_blocks, on_progress), num_blocks
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -116,7 +116,7 @@ def _gpu_executor(
             cache_memory=options.kv_cache_memory,
             cache_dtype=cache_dtype,
         ),
-        GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len),
+        GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.max_cached_tokens),
         device,
         on_progress,
     )
@@ -130,18 +130,21 @@ def make_cpu_executor(
     device: torch.device,
     num_blocks: int,
     on_progress: OnProgress | None,
+    cache_dtype: torch.dtype = torch.float32,
 ) -> Executor:
     """The compiled step where it can run, else torch, and why."""
     why_eager = "switched off by AUTOBOT_COMPILED_STEP"
     if options.compiled_step != "off":
         try:
-            return _compiled_executor(config, options, sizes, num_blocks, on_progress)
+            return _compiled_executor(config, options, sizes, num_blocks, on_progress, cache_dtype)
         except CannotCompileError as error:
             if options.compiled_step == "on":
                 raise ConfigurationError(f"AUTOBOT_COMPILED_STEP='on': {error}") from error
             log.warning("torch runs the steps, several times slower than the compiled step: %s", error)
             why_eager = str(error)
-    return make_eager_executor(config, options, sizes, device, num_blocks, on_progress, reason=why_eager)
+    return make_eager_executor(
+        config, options, sizes, device, num_blocks, on_progress, reason=why_eager, cache_dtype=cache_dtype
+    )
 
 
 def _compiled_executor(
@@ -150,6 +153,7 @@ def _compiled_executor(
     sizes: Sizes,
     num_blocks: int,
     on_progress: OnProgress | None,
+    cache_dtype: torch.dtype,
 ) -> CompiledExecutor:
     check_coverage(config)
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
@@ -164,6 +168,7 @@ def _compiled_executor(
         max_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
         num_threads=options.cpu_threads,
+        cache_dtype=cache_dtype,
     )
 
 
@@ -208,6 +213,7 @@ def make_eager_executor(
     on_progress: OnProgress | None,
     *,
     reason: str,
+    cache_dtype: torch.dtype | None = None,
 ) -> EagerExecutor:
     dtype = torch.float32 if device.type == "cpu" else None
     if device.type == "cpu":
@@ -216,6 +222,13 @@ def make_eager_executor(
         weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=_of_weights(on_progress))
     if device.type == "cpu" and options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
-    attention = SdpaAttention(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device)
+    attention = SdpaAttention(
+        config,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        dtype=weights.dtype,
+        device=device,
+        cache_dtype=cache_dtype,
+    )
     decoder = Decoder(config, weights, max_context=sizes.max_model_len)
     return EagerExecutor(decoder, attention, reason=reason, quantization=weights.quantization)

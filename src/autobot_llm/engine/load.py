@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from autobot_llm.engine.batching.preemption import SwapSpace
+from autobot_llm.engine.batching.retention import SlidingWindow
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.engine import Engine
@@ -17,12 +18,14 @@ from autobot_llm.engine.executor import Executor, SwappingExecutor
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_eager_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.kv_cache.policy import CachePolicy
 from autobot_llm.engine.kv_cache.storage import bytes_per_block
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.options import (
     EngineOptions,
     Sizes,
     choose_cache_dtype,
+    choose_cache_policy,
     choose_device,
     choose_sizes,
 )
@@ -47,7 +50,8 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
             f"{options.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     device = choose_device(options)
-    sizes = choose_sizes(config, options, device)
+    config, policy = choose_cache_policy(config, options, device)
+    sizes = choose_sizes(config, options, device, policy)
     # A CPU computes in float32, whatever the checkpoint holds; a GPU in the checkpoint's own type.
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     cache_dtype = choose_cache_dtype(config, options, dtype, device)
@@ -62,6 +66,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         max_waiting_time_ms=sizes.max_waiting_time_ms,
         scheduling_policy=sizes.scheduling_policy,
         swap_space=_swap_space(options, executor, device, block_bytes),
+        retention=SlidingWindow(policy) if policy.window else None,
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
     target = _target(config, tokenizer, options, sizes, num_blocks)
@@ -87,7 +92,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
 def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:
     """A draft model for the model in `folder`, without that model. Raises what `load_engine` does."""
     config, device = load_config(folder), choose_device(options)
-    sizes = choose_sizes(config, options, device)
+    sizes = choose_sizes(config, options, device, CachePolicy())
     num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
     target = _target(config, Tokenizer.from_folder(folder), replace(options, folder=folder), sizes, num_blocks)
     return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
@@ -116,7 +121,8 @@ def _draft_executor(
     context: int,
     num_blocks: int,
 ) -> Executor:
-    options, sizes = replace(options, folder=folder), replace(sizes, max_model_len=context)
+    options = replace(options, folder=folder)
+    sizes = replace(sizes, max_model_len=context, max_cached_tokens=context)
     if device.type == "cpu":
         return make_cpu_executor(config, options, sizes, device, num_blocks, None)
     return make_eager_executor(config, options, sizes, device, num_blocks, None, reason="a draft model")

@@ -7,12 +7,16 @@ from autobot_llm.engine.sequence import Sequence
 
 
 def publish_full_blocks(sequence: Sequence, num_tokens: int, pool: BlockPool) -> None:
-    """Publish every full block of the first `num_tokens` tokens that is not published yet."""
+    """Publish every full block of the first `num_tokens` tokens that is not published yet.
+
+    What a sequence has let go lies before all of these, so its content is that of a sequence that keeps everything.
+    """
     published, size = sequence.published, pool.block_size
+    num_evicted = sequence.num_evicted_tokens // size
     for i in range(len(published), num_tokens // size):
         tokens = sequence.token_ids[i * size : (i + 1) * size]
         parent = published[-1] if published else None
-        published.append(pool.publish(sequence.block_ids[i], tokens, parent, sequence.salt))
+        published.append(pool.publish(sequence.block_ids[i - num_evicted], tokens, parent, sequence.salt))
 
 
 def will_publish(leader: Sequence, pool: BlockPool) -> bool:

@@ -45,6 +45,7 @@ from autobot_llm.engine.batching.preemption import SwapSpace, count_victims
 from autobot_llm.engine.batching.prefixes import publish_full_blocks, will_publish
 from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits
 from autobot_llm.engine.batching.queue import WaitingQueue
+from autobot_llm.engine.batching.retention import KeepsAll, Retention, give_blocks_back, take_blocks
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, Sequence
@@ -52,7 +53,8 @@ from autobot_llm.errors import ConfigurationError, ContextLengthError
 
 
 class Scheduler:
-    """Continuous batching over one block pool. `num_preemptions` counts all so far.
+    """Continuous batching over one block pool. `num_preemptions` counts all so far, `num_evicted_blocks` the blocks
+    that running sequences let go, as `retention` says.
 
     `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` the tokens of one step, `max_model_len` the
     tokens of one sequence, its answer included; `max_waiting_time_ms` what prompts add to a step of others (None: no
@@ -69,8 +71,14 @@ class Scheduler:
         max_waiting_time_ms: float | None = None,
         scheduling_policy: SchedulingPolicy = "fcfs",
         swap_space: SwapSpace | None = None,
+        retention: Retention | None = None,
     ) -> None:
-        check_limits(block_pool, max_num_seqs, max_num_batched_tokens, max_model_len)
+        self.retention: Retention = retention or KeepsAll()
+        self._max_new_tokens = min(
+            self.retention.policy.max_new_tokens or max_num_batched_tokens, max_num_batched_tokens
+        )
+        num_kept_tokens = self.retention.policy.most_tokens(max_model_len, self._max_new_tokens)
+        check_limits(block_pool, max_num_seqs, max_num_batched_tokens, max_model_len, num_kept_tokens)
         if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
             raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
         if scheduling_policy not in ("fcfs", "priority"):
@@ -80,6 +88,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_waiting_time_ms = max_waiting_time_ms
         self.num_preemptions = 0
+        self.num_evicted_blocks = 0
         self.block_pool = block_pool
         self.swap_space = swap_space
         self.step_cost = StepCost()
@@ -110,6 +119,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """The most blocks that a sequence of full length holds at once."""
+        return self._most_blocks(self.max_model_len)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence and set its `queue_position`, the number of sequences that wait before it.
@@ -152,7 +166,8 @@ class Scheduler:
         if not scheduled:
             # Admission left a block for everything the admitted prompts lack. Decoding sequences may have used some
             # up; they give them back when they leave. So without any decoding there is room for the first prompt.
-            assert not self._running or self._has_ending()
+            # Whoever lets blocks go may wait for those that it gets back when a step under way is resolved.
+            assert not self._running or self._has_ending() or self.retention.policy.max_new_tokens is not None
             return None
         num_prompt_tokens = sum(item.num_tokens for item in scheduled[num_decodes:])
         num_tokens = num_decodes + num_draft_tokens + num_prompt_tokens
@@ -204,6 +219,7 @@ class Scheduler:
                 publish_full_blocks(sequence, stop, self.block_pool)
                 if num_tokens > 1:
                     self._refused = None
+            self.num_evicted_blocks += self.retention.trim(sequence, stop, self.block_pool)
             if stop >= sequence.num_prompt_tokens and self._waiting.has_followers(sequence):
                 self._waiting.release(sequence)
         assert next(sampled, None) is None, "more tokens than sampling sequences"
@@ -244,7 +260,7 @@ class Scheduler:
             if num_tokens == sequence.max_num_tokens:
                 assert sequence.pending_row != NO_ROW, f"sequence {sequence.id} is complete: finish it"
                 continue
-            if start == len(sequence.block_ids) * size and not self._make_room(sequence):
+            if start - sequence.num_evicted_tokens == len(sequence.block_ids) * size and not self._make_room(sequence):
                 continue
             scheduled.append(ScheduledSequence(sequence, start, 1, True, sequence.epoch))
         return scheduled
@@ -279,13 +295,13 @@ class Scheduler:
         is_contended = len(lagging) > 1 or self._may_admit()
         num_blocks_lacking = 0
         for sequence in lagging:
-            start = sequence.num_computed_tokens
+            start = sequence.num_computed_tokens - sequence.num_evicted_tokens
             num_slots = (len(sequence.block_ids) + self.block_pool.num_free) * self._block_size
             num_tokens = min(self._chunk(sequence, budget, is_contended), num_slots - start)
             if num_tokens > 0:
                 scheduled.append(self._schedule(sequence, num_tokens))
                 budget -= num_tokens
-            num_blocks_lacking += self._num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)
+            num_blocks_lacking += self._num_lacking(sequence)
         return budget, num_blocks_lacking
 
     def _plan_admissions(self, scheduled: list[ScheduledSequence], budget: int, num_blocks_lacking: int) -> None:
@@ -296,7 +312,7 @@ class Scheduler:
             num_tokens = self._chunk(sequence, budget, self._may_admit())
             scheduled.append(self._schedule(sequence, num_tokens))
             budget -= num_tokens
-            num_blocks_lacking += self._num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)
+            num_blocks_lacking += self._num_lacking(sequence)
 
     def _admit(self, sequence: Sequence, num_blocks_lacking: int) -> bool:
         """Move the head of the queue to the running ones with the blocks it has already, if memory allows.
@@ -310,13 +326,13 @@ class Scheduler:
         num_spare_blocks = pool.num_free - num_reserved
         if self._refused is not None and self._refused[0] == sequence.id and num_spare_blocks <= self._refused[1]:
             return False
-        num_blocks = self._num_blocks(len(sequence.token_ids))
         num_swapped = 0 if self.swap_space is None else self.swap_space.num_blocks_of(sequence)
-        # The last token is always computed, for its logits.
-        prefix = [] if num_swapped else pool.match(sequence.token_ids, sequence.salt, len(sequence.token_ids) - 1)
-        block_ids = [entry.block_id for entry in prefix]
-        if num_blocks - len(block_ids) + num_reserved > pool.num_free:
-            pool.free(block_ids)
+        num_blocks = max(num_swapped, self._most_blocks(len(sequence.token_ids)))
+        if not num_swapped:
+            self._take_prefix(sequence)
+        if num_blocks - len(sequence.block_ids) + num_reserved > pool.num_free:
+            if not num_swapped:
+                self._give_up(sequence)
             self._refused = (sequence.id, num_spare_blocks)
             return False
         self._refused = None
@@ -325,14 +341,20 @@ class Scheduler:
         if num_swapped:
             self._bring_back(sequence, num_swapped)
             return True
-        sequence.block_ids = array("i", block_ids)
-        sequence.published = prefix
-        sequence.num_computed_tokens = len(block_ids) * self._block_size
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             pool.count_lookup(len(sequence.token_ids), sequence.num_cached_tokens)
             sequence.first_scheduled_time = time.monotonic()
         return True
+
+    def _take_prefix(self, sequence: Sequence) -> None:
+        """Let a sequence begin with what the cache has of it. The last token is always computed, for its logits."""
+        pool = self.block_pool
+        prefix = pool.match(sequence.token_ids, sequence.salt, len(sequence.token_ids) - 1)
+        sequence.block_ids = array("i", [entry.block_id for entry in prefix])
+        sequence.published = prefix
+        sequence.num_computed_tokens = len(prefix) * self._block_size
+        self.retention.trim(sequence, sequence.num_computed_tokens, pool)
 
     def _start_running(self, sequence: Sequence) -> None:
         """Put a sequence behind those of its own priority, and before those of lower ones."""
@@ -357,19 +379,23 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int, is_contended: bool) -> int:
         num_tokens = len(sequence.token_ids) - sequence.num_computed_tokens
         if is_contended and num_tokens > self._longest_chunk:
-            return (budget + 1) // 2
-        return min(num_tokens, budget)
+            budget = (budget + 1) // 2
+        return min(num_tokens, budget, self._max_new_tokens)
 
     def _schedule(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         stop = start + num_tokens
-        block_ids = self.block_pool.allocate(max(0, self._num_blocks(stop) - len(sequence.block_ids)))
-        assert block_ids is not None, "a chunk is cut to the free blocks first"
-        sequence.block_ids.extend(block_ids)
+        has_blocks = take_blocks(sequence, stop, self.block_pool)
+        assert has_blocks, "a chunk is cut to the free blocks first"
         return ScheduledSequence(sequence, start, num_tokens, stop == len(sequence.token_ids), sequence.epoch)
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+    def _most_blocks(self, num_tokens: int) -> int:
+        """The most blocks that a sequence of so many tokens holds at once."""
+        return -(-self.retention.policy.most_tokens(num_tokens, self._max_new_tokens) // self._block_size)
+
+    def _num_lacking(self, sequence: Sequence) -> int:
+        """How many more blocks a sequence may hold at once before its tokens are computed."""
+        return max(0, self._most_blocks(len(sequence.token_ids)) - len(sequence.block_ids))
 
     def _preempt_for_the_head(self) -> None:
         """Make a seat and blocks for the head of the queue where those of lower priority have enough of them."""
@@ -381,7 +407,7 @@ class Scheduler:
             list(self._running.values()),
             self.block_pool,
             level_of=self._waiting.level_of,
-            num_blocks=self._num_blocks,
+            num_blocks=self._most_blocks,
             max_num_seqs=self.max_num_seqs,
         )
         for _ in range(num_victims or 0):
@@ -390,7 +416,7 @@ class Scheduler:
     def _preempt_last(self) -> Sequence:
         _, sequence = self._running.popitem()
         if self.swap_space is None or not self.swap_space.take_in(sequence):
-            sequence.num_computed_tokens = 0
+            self._give_up(sequence)
         self._drop_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -398,11 +424,18 @@ class Scheduler:
         self._refused = None
         return sequence
 
+    def _give_up(self, sequence: Sequence) -> None:
+        """Forget what was computed of a sequence."""
+        give_blocks_back(sequence, self.block_pool)
+        sequence.num_computed_tokens = 0
+        sequence.published = []
+
     def _drop_blocks(self, sequence: Sequence) -> None:
         sequence.draft_ids = []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
-        sequence.published = []
+        # what it had let go before will not be computed again if the rest comes back
+        del sequence.published[sequence.num_evicted_tokens // self._block_size :]
         sequence.epoch += 1
 
     def _fill_in(self, sequence: Sequence, position: int, token: int | None) -> None:

@@ -103,6 +103,7 @@ class _Builder:
             block_bytes=bytes_per_block(self._config, BLOCK_SIZE, self._cache_dtype),
             block_size=BLOCK_SIZE,
             max_model_len=limits.max_model_len,
+            max_cached_tokens=limits.max_cached_tokens,
             max_num_seqs=limits.max_num_seqs,
             utilization=options.memory_utilization,
             cache_bytes=options.cache_memory,

@@ -90,7 +90,7 @@ class PrefixCacheManager:
     @property
     def max_pinned_blocks(self) -> int:
         """At most half of the cache, and never so much that a sequence of full length does not fit beside it."""
-        num_for_a_sequence = -(-self._engine.scheduler.max_model_len // self._pool.block_size)
+        num_for_a_sequence = self._engine.scheduler.blocks_per_sequence
         return min(int(self._pool.num_blocks * MAX_PINNED_SHARE), self._pool.num_blocks - num_for_a_sequence)
 
     def warm(self, salts: Iterable[str] = ("",)) -> int:

@@ -5,24 +5,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "cache.h"
 #include "vectors.h"
-
-constexpr int kBlock = 16;  // tokens in a cache block; also the lanes of a vector of scores
-
-// Keys [layer][block][kv head][head_size][kBlock] (a vector of scores reads them lane by lane), values
-// [layer][block][kv head][kBlock][head_size].
-struct PagedCache {
-    float *keys, *values;
-    int64_t num_blocks, num_kv_heads, head_size;
-
-    float* key_block(int64_t layer, int64_t block, int64_t head) const { return keys + offset(layer, block, head); }
-    float* value_block(int64_t layer, int64_t block, int64_t head) const { return values + offset(layer, block, head); }
-
-  private:
-    int64_t offset(int64_t layer, int64_t block, int64_t head) const {
-        return ((layer * num_blocks + block) * num_kv_heads + head) * head_size * kBlock;
-    }
-};
 
 // Scores of NG query heads against one block's keys: lanes are the block's tokens.
 template <int NG>
@@ -61,10 +45,10 @@ void weigh_block(const float* weights, int64_t ld_weights, const float* values, 
         for (int v = 0; v < NV; ++v) store(out + g * head_size + v * 16, acc[g][v]);
 }
 
-// NG query heads of one token over tokens [first, length): scores, softmax, weighted values.
+// NG query heads of one token over tokens [first, length): scores, softmax, weighted values. `wide` has room for a block.
 template <int NG>
 void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const float* q, const int32_t* table,
-                  int64_t first, int64_t length, float* scores, float* out) {
+                  int64_t first, int64_t length, float* scores, float* wide, float* out) {
     const int64_t size = cache.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
     const int64_t ld = end_block * kBlock;
     const Int16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -72,7 +56,7 @@ void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const fl
     Float16 largest[NG], total[NG] = {}, block_scores[NG];
     for (int g = 0; g < NG; ++g) largest[g] = minus_infinity;
     for (int64_t b = first_block; b < end_block; ++b) {
-        score_block<NG>(q, size, cache.key_block(layer, table[b], head), block_scores);
+        score_block<NG>(q, size, cache.read_keys(layer, table[b], head, wide), block_scores);
         const Int16 token = lane + static_cast<int32_t>(b * kBlock);
         const Int16 inside = (token >= static_cast<int32_t>(first)) & (token < static_cast<int32_t>(length));
         for (int g = 0; g < NG; ++g) {
@@ -93,7 +77,7 @@ void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const fl
     }
     std::fill(out, out + NG * size, 0.0f);
     for (int64_t b = first_block; b < end_block; ++b) {
-        const float* values = cache.value_block(layer, table[b], head);
+        const float* values = cache.read_values(layer, table[b], head, wide);
         const int num_tokens = static_cast<int>(std::min<int64_t>(kBlock, length - b * kBlock));
         int64_t d = 0;
         for (; d + 64 <= size; d += 64)
@@ -104,5 +88,10 @@ void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const fl
     for (int g = 0; g < NG; ++g) {
         const float denominator = sum16(total[g]);
         for (int64_t d = 0; d < size; ++d) out[g * size + d] /= denominator;
+        if (!cache.attention) continue;
+        for (int64_t b = first_block; b < end_block; ++b) {
+            float* given = cache.attention_of(layer, table[b], head);
+            store(given, load<Float16>(given) + load<Float16>(scores + g * ld + b * kBlock) / denominator);
+        }
     }
 }

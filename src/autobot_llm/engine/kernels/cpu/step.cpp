@@ -41,7 +41,11 @@ struct Config {
     const float* norm;
     Linear lm_head;
     const float *cos, *sin;  // [positions][head_size / 2]
-    float *keys, *values;    // see PagedCache
+    // See PagedCache; scales are null where `stored` is 0.
+    void *keys, *values;
+    uint16_t *key_scales, *value_scales;
+    float* attention;
+    int64_t stored;
 };
 
 struct Batch {
@@ -81,7 +85,8 @@ class Model {
   public:
     Model(const Config& config, int num_threads)
         : c_(config),
-          cache_{config.keys, config.values, config.num_blocks, config.num_kv_heads, config.head_size},
+          cache_{config.keys,       config.values,     config.key_scales,   config.value_scales, config.attention,
+                 config.num_blocks, config.num_kv_heads, config.head_size, static_cast<Stored>(config.stored)},
           layers_(config.layers, config.layers + config.num_layers),
           num_threads_(num_threads),
           barrier_(num_threads),
@@ -98,6 +103,7 @@ class Model {
         for (auto& scratch : scratch_) {
             scratch.normed.resize(kReplicatedRows * c_.hidden_size);
             scratch.q.resize(group() * c_.head_size);
+            if (c_.stored) scratch.wide.resize(kBlock * c_.head_size);
         }
         for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
     }
@@ -132,7 +138,7 @@ class Model {
     static constexpr int64_t kReplicatedRows = 4;
 
     struct Scratch {
-        std::vector<float> normed, scores, q;
+        std::vector<float> normed, scores, q, wide;
     };
 
     int64_t group() const { return c_.num_heads / c_.num_kv_heads; }
@@ -222,7 +228,8 @@ class Model {
     }
 
     // Work items are (token, key/value head) pairs. Where each sequence has one token, an item writes its own key and
-    // attends at once; otherwise all keys of the step are written first.
+    // attends at once; otherwise all keys of the step are written first. Where attention is summed up, the tokens of a
+    // sequence do so one after the other.
     void attention(int64_t l, int thread) {
         const int64_t num_items = batch_.num_tokens * c_.num_kv_heads;
         const int64_t grain = all_single_ ? 1 : 4;
@@ -231,6 +238,7 @@ class Model {
             Range mine(num_items, thread, num_threads_);
             for (int64_t i = mine.begin; i < mine.end; ++i) write_cache(l, i / c_.num_kv_heads, i % c_.num_kv_heads);
             barrier_.wait();
+            if (cache_.attention) return attend_in_order(l, scratch);
         }
         for (;;) {
             const int64_t begin = counters_[l].fetch_add(grain, std::memory_order_relaxed);
@@ -243,16 +251,22 @@ class Model {
         }
     }
 
+    void attend_in_order(int64_t l, Scratch& scratch) {
+        const int64_t num_items = batch_.num_sequences * c_.num_kv_heads;
+        for (int64_t i; (i = counters_[l].fetch_add(1, std::memory_order_relaxed)) < num_items;) {
+            const int64_t sequence = i / c_.num_kv_heads, head = i % c_.num_kv_heads;
+            for (int64_t t = batch_.query_starts[sequence]; t < batch_.query_starts[sequence + 1]; ++t)
+                attend(l, t, head, scratch);
+        }
+    }
+
     void write_cache(int64_t l, int64_t token, int64_t head) {
         const int64_t size = c_.head_size, half = size / 2, position = batch_.positions[token];
         float* key = &qkv_[token * ld_qkv_ + (c_.num_heads + head) * size];
         const float* value = key + c_.num_kv_heads * size;
         if (layers_[l].k_norm) rms_norm(key, layers_[l].k_norm, size, c_.rms_norm_eps, key);
         rotate(key, c_.cos + position * half, c_.sin + position * half, half);
-        const int64_t block = batch_.slots[token] / kBlock, offset = batch_.slots[token] % kBlock;
-        float* keys = cache_.key_block(l, block, head) + offset;
-        for (int64_t d = 0; d < size; ++d) keys[d * kBlock] = key[d];
-        std::memcpy(cache_.value_block(l, block, head) + offset * size, value, size * sizeof(float));
+        cache_.write(l, head, batch_.slots[token], key, value);
     }
 
     void attend(int64_t l, int64_t token, int64_t head, Scratch& scratch) {
@@ -269,14 +283,16 @@ class Model {
             rotate(one, rotation_cos, rotation_sin, half);
             for (int64_t d = 0; d < size; ++d) one[d] *= scale;
         }
-        const int64_t length = position + 1, window = layers_[l].window;
+        const int64_t sequence = sequence_of_[token], window = layers_[l].window;
+        // its place and those before: a sequence may have let go of some, so that its position tells nothing
+        const int64_t length = batch_.context_lens[sequence] - (batch_.query_starts[sequence + 1] - 1 - token);
         const int64_t first = window ? std::max<int64_t>(0, length - window) : 0;
-        const int32_t* table = batch_.block_tables + sequence_of_[token] * batch_.max_blocks;
+        const int32_t* table = batch_.block_tables + sequence * batch_.max_blocks;
         float* out = &attended_[(token * c_.num_heads + head * group) * size];
         for (int64_t g = 0; g < group; g += 4) {
             auto heads = [&](auto num_heads) {
                 attend_heads<decltype(num_heads)::value>(cache_, l, head, q + g * size, table, first, length,
-                                                         scratch.scores.data(), out + g * size);
+                                                         scratch.scores.data(), scratch.wide.data(), out + g * size);
             };
             switch (std::min<int64_t>(4, group - g)) {
                 case 1: heads(std::integral_constant<int, 1>{}); break;
