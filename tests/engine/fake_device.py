@@ -165,6 +165,9 @@ class FakePipelinedDevice(FakeDevice):
         self.num_launched += 1
         return step
 
+    def room_for_drafts(self, num_sequences: int) -> int:
+        return max(0, 12 - num_sequences)
+
     def execute(self, batch: StepBatch) -> torch.Tensor:
         assert self.num_unwaited == 0, "logits are asked for while a step is under way"
         self.drain()

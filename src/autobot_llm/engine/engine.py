@@ -25,7 +25,7 @@ from autobot_llm.engine.sampler import (
     needs_host,
 )
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.acceptance import verify
+from autobot_llm.engine.speculative.acceptance import verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import EngineError, LLMError
@@ -155,6 +155,8 @@ class Engine:
         device computes while the host plans, decodes and delivers.
         """
         if self._pipelined is not None and self._num_host_sampled == 0:
+            if self.speculator is not None:
+                return self._draft_beside_device(self._pipelined, self.speculator)
             return self._step_beside_device(self._pipelined)
         # Bias, penalties and log probabilities are the host's work: it needs each step's logits and tokens before the
         # next one. While anybody asks for them, nothing overlaps, for anybody.
@@ -167,10 +169,50 @@ class Engine:
         return [] if self._in_flight is None else self._resolve(self._take_in_flight())
 
     def _step_beside_device(self, executor: PipelinedExecutor) -> list[Output]:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(max_draft_tokens=0)
         launched = None if plan is None else self._launch(executor, plan)
         previous, self._in_flight = self._in_flight, launched
         return [] if previous is None else self._resolve(previous)
+
+    def _draft_beside_device(self, executor: PipelinedExecutor, speculator: Speculator) -> list[Output]:
+        """Wait for the step under way where drafts after its tokens may pay for that; else go on beside it."""
+        outputs: list[Output] = []
+        begin_time = speculator.clock()
+        if self._in_flight is not None:
+            under_way = [
+                item.sequence
+                for item in self._in_flight.plan.scheduled
+                if item.samples and item.sequence.id in self._choices
+            ]
+            if self._room_for_drafts(len(under_way)) and speculator.is_promising(under_way):
+                outputs = self.settle()
+        if self._in_flight is not None:
+            return self._step_beside_device(executor)
+        plan = self._plan_with_drafts(speculator)
+        if plan is None:
+            return outputs
+        if not plan.num_draft_tokens:
+            self._in_flight = self._launch(executor, plan)
+            return outputs
+        scheduled = plan.scheduled
+        rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in range(item.num_draft + 1)]
+        sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
+        sampled = executor.launch(self._batches.build(plan), sampling).wait()
+        return outputs + self._take_verdict(speculator, plan, verify_sampled(sampled, scheduled), begin_time)
+
+    def _room_for_drafts(self, num_sequences: int) -> int:
+        """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
+        scheduler = self.scheduler
+        if self._pipelined is None:
+            return scheduler.max_num_batched_tokens
+        is_alone = num_sequences == scheduler.num_running and scheduler.num_waiting == 0
+        return self._pipelined.room_for_drafts(num_sequences) if is_alone else 0
+
+    def _plan_with_drafts(self, speculator: Speculator) -> StepPlan | None:
+        decoding = self.scheduler.decoding
+        room = self._room_for_drafts(len(decoding))
+        speculator.propose(decoding if room else [])
+        return self.scheduler.plan(max_draft_tokens=room)
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
         batch = self._batches.build(plan)
@@ -185,6 +227,8 @@ class Engine:
         end_time = self._clock()
         seconds = end_time - max(step.start_time, self._last_end_time)
         self._last_end_time = end_time
+        if self.speculator is not None:
+            self.speculator.record_plain(step.plan, seconds, self.scheduler.step_cost)
         if all(map(math.isfinite, best_logits)):
             return self._accept_all(step.plan, tokens, None, seconds)
         outcomes = [
@@ -201,20 +245,24 @@ class Engine:
 
     def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
         begin_time = speculator.clock()
-        speculator.propose(self.scheduler.decoding)
-        plan = self.scheduler.plan()
+        plan = self._plan_with_drafts(speculator)
         if plan is None:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
-        stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
         logits_RV = self.executor.execute(self._batches.build(plan))
-        verdict = verify(self._sampler, logits_RV, plan.scheduled)
+        return self._take_verdict(speculator, plan, verify(self._sampler, logits_RV, plan.scheduled), begin_time)
+
+    def _take_verdict(
+        self, speculator: Speculator, plan: StepPlan, verdict: list[list[Outcome]], begin_time: float
+    ) -> list[Output]:
+        stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
         num_accepted = [len(found) - 1 for found in verdict]
         outputs = self._accept_drafts(plan, verdict, num_accepted)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
+        self._last_end_time = self._clock()
         return outputs
 
     def _run_on_host(self, plan: StepPlan) -> list[Output]:

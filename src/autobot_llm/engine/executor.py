@@ -97,6 +97,10 @@ class PipelinedExecutor(Executor, Protocol):
         """Queue a step and return at once. The arrays are the callee's: nobody changes them afterwards."""
         ...
 
+    def room_for_drafts(self, num_sequences: int) -> int:
+        """Draft tokens that a step of so many decoding sequences may have beside their own."""
+        ...
+
 
 @runtime_checkable
 class SwappingExecutor(Executor, BlockCopier, Protocol):

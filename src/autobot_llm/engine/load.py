@@ -15,7 +15,7 @@ from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import Executor, SwappingExecutor
-from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_eager_executor, make_executor
+from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.kv_cache.policy import CachePolicy
@@ -29,6 +29,7 @@ from autobot_llm.engine.options import (
     choose_device,
     choose_sizes,
 )
+from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.speculative.build import Target, build_speculator, make_draft_model
 from autobot_llm.engine.speculative.draft_model import DraftModel
@@ -69,7 +70,9 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         retention=SlidingWindow(policy) if policy.window else None,
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
-    target = _target(config, tokenizer, options, sizes, num_blocks)
+    # a draft model keeps whole sequences
+    num_draft_blocks = max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE))
+    target = _target(config, tokenizer, options, sizes, num_draft_blocks)
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
         speculator, speculation_reason = build_speculator(options.speculation, target, make_draft)
@@ -120,12 +123,16 @@ def _draft_executor(
     config: ModelConfig,
     context: int,
     num_blocks: int,
-) -> Executor:
+) -> tuple[Executor, int]:
     options = replace(options, folder=folder)
     sizes = replace(sizes, max_model_len=context, max_cached_tokens=context)
     if device.type == "cpu":
-        return make_cpu_executor(config, options, sizes, device, num_blocks, None)
-    return make_eager_executor(config, options, sizes, device, num_blocks, None, reason="a draft model")
+        return make_cpu_executor(config, options, sizes, device, num_blocks, None), num_blocks
+    dtype = getattr(torch, config.checkpoint_dtype or "float32")
+    block_bytes = bytes_per_block(config, BLOCK_SIZE, dtype)
+    room = torch.cuda.mem_get_info(device)[0] // 4  # of what the target has left
+    options = replace(options, kv_cache_memory=min(num_blocks * block_bytes, room), quantization=QuantizationType.NONE)
+    return make_executor(config, options, sizes, device, dtype, dtype, block_bytes, None)
 
 
 def _swap_space(options: EngineOptions, executor: Executor, device: torch.device, block_bytes: int) -> SwapSpace | None:

@@ -17,6 +17,7 @@ what the difference is worth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 from typing import NamedTuple
@@ -24,7 +25,8 @@ from typing import NamedTuple
 import torch
 
 from autobot_llm.engine.batching.plan import ScheduledSequence
-from autobot_llm.engine.sampler import Outcome, Sampler, SamplingFailure, is_stateless
+from autobot_llm.engine.executor import SampledRows
+from autobot_llm.engine.sampler import Outcome, SampledToken, Sampler, SamplingFailure, broken_logits, is_stateless
 from autobot_llm.engine.sequence import Sequence
 
 
@@ -58,6 +60,17 @@ def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[Sch
         for line, found in zip(bound, _walk(sampler, logits_RV, bound), strict=True):
             verdict[line.place] = found
     return verdict
+
+
+def verify_sampled(sampled: SampledRows, scheduled: SequenceABC[ScheduledSequence]) -> list[list[Outcome]]:
+    """The same where a device has sampled each row with the noise of its position."""
+    outcomes: list[Outcome] = [
+        SampledToken(token) if math.isfinite(best) else broken_logits(best)
+        for token, best in zip(sampled.tokens, sampled.best_logits, strict=True)
+    ]
+    return [
+        _agreeing(outcomes[line.row : line.row + len(line.draft_ids) + 1], line.draft_ids) for line in _lines(scheduled)
+    ]
 
 
 def _lines(scheduled: SequenceABC[ScheduledSequence]) -> Iterator[_Line]:

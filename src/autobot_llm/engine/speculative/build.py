@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -52,8 +53,8 @@ class Target:
     max_model_len: int
 
 
-MakeExecutor = Callable[[Path, ModelConfig, int, int], Executor]
-"""An executor for the model in a folder, with that context and so many blocks."""
+MakeExecutor = Callable[[Path, ModelConfig, int, int], tuple[Executor, int]]
+"""An executor for the model in a folder, with that context and at most so many blocks; and how many it has."""
 
 
 def build_speculator(
@@ -63,12 +64,6 @@ def build_speculator(
     method = options.method
     if method == "none":
         return None, "switched off by AUTOBOT_SPECULATION_ENABLED or AUTOBOT_SPECULATION_METHOD"
-    if not target.is_on_cpu:
-        if method != "auto":
-            raise ConfigurationError(
-                f"AUTOBOT_SPECULATION_METHOD={method!r}: a GPU's steps do not verify drafts yet; expected auto or none"
-            )
-        return None, "a GPU's steps do not verify drafts yet"
     if method in ("medusa", "eagle3"):
         raise ConfigurationError(
             f"AUTOBOT_SPECULATION_METHOD={method!r}: there are no such heads for {target.folder.name}; expected auto, "
@@ -83,6 +78,8 @@ def build_speculator(
         make_free=partial(NgramProposer, max_length=options.ngram_prompt_lookup_max) if uses_ngram else None,
         costly=draft,
         floor=options.min_acceptance_rate,
+        # On a CPU what counts is what the engine's thread computes; it only waits for a GPU.
+        clock=time.thread_time if target.is_on_cpu else time.perf_counter,
     )
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 
@@ -110,9 +107,10 @@ def make_draft_model(folder: Path, target: Target, make_executor: MakeExecutor) 
     check_draft(target.tokenizer, Tokenizer.from_folder(folder), target.folder.name)
     config = load_config(folder)
     context = min(target.max_model_len, config.max_position_embeddings)
+    executor, num_blocks = make_executor(folder, config, context, target.num_blocks)
     return DraftModel(
-        make_executor(folder, config, context, target.num_blocks),
-        BlockPool(target.num_blocks, target.block_size, prefix_caching=target.prefix_caching),
+        executor,
+        BlockPool(num_blocks, target.block_size, prefix_caching=target.prefix_caching),
         vocab_size=min(target.vocab_size, config.vocab_size),
         max_tokens=target.max_num_batched_tokens,
         max_model_len=context,

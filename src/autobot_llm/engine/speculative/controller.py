@@ -75,6 +75,10 @@ class DraftPolicy(Protocol):
         """What to verify; None: nothing."""
         ...
 
+    def may_pay(self, free: Histories) -> bool:
+        """Whether free drafts like these may be verified. Changes nothing."""
+        ...
+
 
 class Always:
     """DraftPolicy for tests and measurements: as many tokens as there are, whatever they cost; the free draft first."""
@@ -83,6 +87,9 @@ class Always:
         self._num_tokens = num_tokens
 
     def wants_offer(self) -> bool:
+        return True
+
+    def may_pay(self, free: Histories) -> bool:
         return True
 
     def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision:
@@ -147,6 +154,14 @@ class Controller:
     def wants_offer(self) -> bool:
         self._num_since_offer += 1
         return self._uses_costly or self._num_since_offer >= OFFER_EVERY
+
+    def may_pay(self, free: Histories) -> bool:
+        plain = self.costs.plain(len(free))
+        if plain is None or self._num_since_plain >= REFRESH:
+            return False
+        return self._best_free(free, plain)[0] is not None or (
+            self._num_since_draft >= RETRY and _likely(free) is not None
+        )
 
     def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision | None:
         plain = self.costs.plain(len(free))

@@ -29,7 +29,7 @@ class FreeProposer(Protocol):
     name: str
 
     def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
-        """At most that many tokens after the last one; None where it has no idea."""
+        """At most that many tokens after the last one that is known; None where it has no idea."""
         ...
 
     def forget(self, sequence: Sequence) -> None:

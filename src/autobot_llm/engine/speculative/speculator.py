@@ -134,6 +134,18 @@ class Speculator:
         if costly is not None and decision.num_costly:
             self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly)
 
+    def is_promising(self, sequences: list[Sequence]) -> bool:
+        """Whether drafts after tokens that a step under way samples may be worth waiting for these. The sequences'
+        other tokens are known."""
+        free = self._free
+        if self._costly is not None and self._policy.wants_offer():
+            return True
+        if free is None:
+            return False
+        drafts = [free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
+        histories = [None if draft is None else self._usable(free.name, draft.kind) for draft in drafts]
+        return any(history is not None for history in histories) and self._policy.may_pay(histories)
+
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
         if plan.num_prompt_tokens:
