@@ -44,6 +44,8 @@ class FakeDevice:
         self.block_size = block_size
         self.pool: BlockPool | None = None
         """Where given, every write is checked against it: one owner, and nothing that others may find."""
+        self.window = 0
+        """So many tokens its model looks back; 0: it sees everything."""
         self.is_closed = False
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
@@ -86,7 +88,10 @@ class FakeDevice:
         logits_TV: dict[int, Any] = {}
         for s, (first, end) in enumerate(itertools.pairwise(batch.query_starts.tolist())):
             num_positions = int(batch.context_lens[s])
-            assert batch.positions_T[first:end].tolist() == list(range(num_positions - (end - first), num_positions))
+            num_evicted = int(batch.positions_T[end - 1]) + 1 - num_positions
+            assert num_evicted == 0 or (self.window and num_evicted > 0)
+            places = range(num_positions - (end - first), num_positions)
+            assert batch.positions_T[first:end].tolist() == [place + num_evicted for place in places]
             for t in range(first, end):
                 pending = int(batch.pending_rows_T[t])
                 token = last_tokens[pending] if pending >= 0 else int(batch.ids_T[t])
@@ -96,7 +101,8 @@ class FakeDevice:
             context = [self.cache[table[p // self.block_size] * self.block_size + p % self.block_size]
                        for p in range(num_positions)]  # fmt: skip
             for t in range(first, end):
-                logits_TV[t] = logits_of(tuple(context[: int(batch.positions_T[t]) + 1]))
+                seen = context[: places[t - first] + 1]
+                logits_TV[t] = logits_of(tuple(seen[-self.window :]))
         return np.array([logits_TV[row] for row in batch.logit_rows_R.tolist()], np.float32).reshape(-1, VOCAB_SIZE)
 
 

@@ -9,10 +9,12 @@ from autobot_llm.engine.sequence import Sequence
 def publish_full_blocks(sequence: Sequence, num_tokens: int, pool: BlockPool) -> None:
     """Publish every full block of the first `num_tokens` tokens that is not published yet.
 
-    What a sequence has let go lies before all of these, so its content is that of a sequence that keeps everything.
+    What was let go from its beginning was published before, or nothing after it can be found.
     """
     published, size = sequence.published, pool.block_size
     num_evicted = sequence.num_evicted_tokens // size
+    if num_evicted > len(published):
+        return
     for i in range(len(published), num_tokens // size):
         tokens = sequence.token_ids[i * size : (i + 1) * size]
         parent = published[-1] if published else None

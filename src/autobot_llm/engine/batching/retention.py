@@ -26,7 +26,7 @@ class Retention(Protocol):
     def trim(self, sequence: Sequence, num_tokens: int, pool: BlockPool) -> int:
         """Let go what a sequence does without after its first `num_tokens` tokens; returns the number of blocks.
 
-        Those are in the cache, and their full blocks are published where the pool finds prefixes.
+        Those are in the cache, or under way there. Blocks of them that are not published yet will not be.
         """
         ...
 

@@ -419,6 +419,8 @@ class Scheduler:
 
     def _preempt_last(self) -> Sequence:
         _, sequence = self._running.popitem()
+        if self.swap_space is not None:  # with what the step under way leaves of it
+            self.num_evicted_blocks += self.retention.trim(sequence, sequence.num_computed_tokens, self.block_pool)
         if self.swap_space is None or not self.swap_space.take_in(sequence):
             self._give_up(sequence)
         self._drop_blocks(sequence)
