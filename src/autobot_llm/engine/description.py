@@ -6,9 +6,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from autobot_llm.engine.kv_cache.policy import CachePolicy
+
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 """Hears (phase, done, in all) while an engine is made: bytes of "weights", and on a GPU then pieces of "kernels" and
 "graphs"; 0 in all where nobody knows. Called on the thread that makes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDescription:
+    """What the KV cache holds of each token and of each sequence. Sizes are bytes of keys and values over all layers.
+
+    `is_rounded`: `dtype` is coarser than what the model computes with, which would take `plain_bytes_per_token`.
+    """
+
+    policy: CachePolicy
+    dtype: str
+    is_rounded: bool
+    bytes_per_token: int
+    plain_bytes_per_token: int
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.is_rounded or self.policy.is_lossy
+
+    def lines(self) -> Iterator[str]:
+        """What makes the cache smaller, in words; nothing where nothing does."""
+        if self.is_rounded:
+            yield (
+                f"keys and values are stored as {self.dtype}, {self.bytes_per_token:,} bytes a token instead of "
+                f"{self.plain_bytes_per_token:,}, lossy, because AUTOBOT_KV_CACHE_DTYPE says so"
+            )
+        yield from self.policy.lines()
+
+    def bytes_saved(self, num_tokens: int, num_evicted: int) -> int:
+        """What sequences of so many tokens would take more without all that."""
+        return num_tokens * self.plain_bytes_per_token - (num_tokens - num_evicted) * self.bytes_per_token
 
 
 @dataclass(frozen=True, slots=True)

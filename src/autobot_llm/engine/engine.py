@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from autobot_llm.engine.batching.plan import BatchBuilder, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
+from autobot_llm.engine.description import CacheDescription
 from autobot_llm.engine.detokenizer import Detokenizer
 from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
 from autobot_llm.engine.models.config import ModelConfig
@@ -67,6 +68,7 @@ class Engine:
         sampler: Sampler,
         *,
         bytes_per_block: int,
+        cache: CacheDescription | None = None,
         speculator: Speculator | None = None,
         speculation_reason: str = "switched off",
         clock: Callable[[], float] = time.perf_counter,
@@ -75,6 +77,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         self.bytes_per_block = bytes_per_block
+        self.cache = cache
         self.num_steps = 0
         self.num_generated_tokens = 0
         self._clock = clock
@@ -422,6 +425,7 @@ class Engine:
     def _forget(self, choice: _Choice) -> None:
         sequence, stats = choice.sequence, choice.stats
         stats.num_preemptions += sequence.num_preemptions
+        stats.num_evicted_tokens += sequence.num_evicted_tokens
         if choice.index == 0:
             stats.num_cached_tokens = sequence.num_cached_tokens
             stats.first_scheduled_time = sequence.first_scheduled_time

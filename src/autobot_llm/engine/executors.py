@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from autobot_llm.engine.attention.sdpa import SdpaAttention
+from autobot_llm.engine.attention.summing import SummingAttention
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.eager import EagerExecutor
 from autobot_llm.engine.executor import Executor
@@ -67,8 +68,12 @@ def make_executor(
     cache_dtype: torch.dtype,
     block_bytes: int,
     on_progress: OnProgress | None,
+    sums_attention: bool = False,
 ) -> tuple[Executor, int]:
-    """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch."""
+    """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch.
+
+    With `sums_attention`, which a GPU does not do, it is an Evictor.
+    """
     if device.type == "cuda":
         if options.quantization is not QuantizationType.NONE:
             raise ConfigurationError(
@@ -85,7 +90,7 @@ def make_executor(
         make: Callable[..., Executor] = partial(make_eager_executor, reason=why_eager)
     else:
         num_blocks = _num_blocks(config, options, sizes, device, block_bytes)
-        make = partial(make_cpu_executor, cache_dtype=cache_dtype)
+        make = partial(make_cpu_executor, cache_dtype=cache_dtype, sums_attention=sums_attention)
     try:
         return make(config, options, sizes, device, num_blocks, on_progress), num_blocks
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -131,19 +136,28 @@ def make_cpu_executor(
     num_blocks: int,
     on_progress: OnProgress | None,
     cache_dtype: torch.dtype = torch.float32,
+    sums_attention: bool = False,
 ) -> Executor:
-    """The compiled step where it can run, else torch, and why."""
+    """The compiled step where it can run, else torch, and why. With `sums_attention` it is an Evictor."""
     why_eager = "switched off by AUTOBOT_COMPILED_STEP"
     if options.compiled_step != "off":
         try:
-            return _compiled_executor(config, options, sizes, num_blocks, on_progress, cache_dtype)
+            return _compiled_executor(config, options, sizes, num_blocks, on_progress, cache_dtype, sums_attention)
         except CannotCompileError as error:
             if options.compiled_step == "on":
                 raise ConfigurationError(f"AUTOBOT_COMPILED_STEP='on': {error}") from error
             log.warning("torch runs the steps, several times slower than the compiled step: %s", error)
             why_eager = str(error)
     return make_eager_executor(
-        config, options, sizes, device, num_blocks, on_progress, reason=why_eager, cache_dtype=cache_dtype
+        config,
+        options,
+        sizes,
+        device,
+        num_blocks,
+        on_progress,
+        reason=why_eager,
+        cache_dtype=cache_dtype,
+        sums_attention=sums_attention,
     )
 
 
@@ -154,6 +168,7 @@ def _compiled_executor(
     num_blocks: int,
     on_progress: OnProgress | None,
     cache_dtype: torch.dtype,
+    sums_attention: bool,
 ) -> CompiledExecutor:
     check_coverage(config)
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
@@ -169,6 +184,7 @@ def _compiled_executor(
         max_model_len=sizes.max_model_len,
         num_threads=options.cpu_threads,
         cache_dtype=cache_dtype,
+        sums_attention=sums_attention,
     )
 
 
@@ -214,6 +230,7 @@ def make_eager_executor(
     *,
     reason: str,
     cache_dtype: torch.dtype | None = None,
+    sums_attention: bool = False,
 ) -> EagerExecutor:
     dtype = torch.float32 if device.type == "cpu" else None
     if device.type == "cpu":
@@ -222,13 +239,14 @@ def make_eager_executor(
         weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=_of_weights(on_progress))
     if device.type == "cpu" and options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
-    attention = SdpaAttention(
+    attention = (SummingAttention if sums_attention else SdpaAttention)(
         config,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         dtype=weights.dtype,
         device=device,
         cache_dtype=cache_dtype,
+        sums_attention=sums_attention,
     )
     decoder = Decoder(config, weights, max_context=sizes.max_model_len)
     return EagerExecutor(decoder, attention, reason=reason, quantization=weights.quantization)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from autobot_llm.engine.batching.preemption import SwapSpace
-from autobot_llm.engine.batching.retention import SlidingWindow
+from autobot_llm.engine.batching.retention import Evictor, HeavyHitters, KeepsAll, Retention, SlidingWindow
 from autobot_llm.engine.batching.scheduler import Scheduler
-from autobot_llm.engine.description import OnProgress
+from autobot_llm.engine.description import CacheDescription, OnProgress
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import Executor, SwappingExecutor
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
@@ -31,7 +31,12 @@ from autobot_llm.engine.options import (
 )
 from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
-from autobot_llm.engine.speculative.build import Target, build_speculator, make_draft_model
+from autobot_llm.engine.speculative.build import (
+    Target,
+    build_speculator,
+    make_draft_model,
+    no_speculation_beside_heavy_hitters,
+)
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, ModelLoadError
@@ -57,8 +62,12 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     cache_dtype = choose_cache_dtype(config, options, dtype, device)
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
-    executor, num_blocks = make_executor(config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress)
-    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching, scattered=device.type == "cuda")
+    sums_attention = policy.heavy_hitters > 0
+    executor, num_blocks = make_executor(
+        config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress, sums_attention
+    )
+    prefix_caching = options.prefix_caching and not policy.heavy_hitters  # whose blocks change while they are used
+    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching, scattered=device.type == "cuda")
     scheduler = Scheduler(
         pool,
         max_num_seqs=sizes.max_num_seqs,
@@ -67,7 +76,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         max_waiting_time_ms=sizes.max_waiting_time_ms,
         scheduling_policy=sizes.scheduling_policy,
         swap_space=_swap_space(options, executor, device, block_bytes),
-        retention=SlidingWindow(policy) if policy.window else None,
+        retention=_retention(policy, executor),
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
     # a draft model keeps whole sequences
@@ -75,7 +84,11 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
     target = _target(config, tokenizer, options, sizes, num_draft_blocks)
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
-        speculator, speculation_reason = build_speculator(options.speculation, target, make_draft)
+        speculator, speculation_reason = (
+            no_speculation_beside_heavy_hitters(options.speculation)
+            if policy.heavy_hitters
+            else build_speculator(options.speculation, target, make_draft)
+        )
     except BaseException:
         executor.close()
         raise
@@ -87,9 +100,23 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         scheduler,
         Sampler(config.vocab_size),
         bytes_per_block=block_bytes,
+        cache=CacheDescription(
+            policy=policy,
+            dtype=str(cache_dtype).removeprefix("torch."),
+            is_rounded=cache_dtype != dtype,
+            bytes_per_token=block_bytes // BLOCK_SIZE,
+            plain_bytes_per_token=bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE,
+        ),
         speculator=speculator,
         speculation_reason=speculation_reason,
     )
+
+
+def _retention(policy: CachePolicy, executor: Executor) -> Retention:
+    if policy.heavy_hitters:
+        assert isinstance(executor, Evictor), "it was asked to sum attention"
+        return HeavyHitters(policy, executor)
+    return SlidingWindow(policy) if policy.window else KeepsAll()
 
 
 def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:

@@ -117,6 +117,7 @@ class SdpaAttention:
         parts = [cache for pair in zip(self._keys, self._values, strict=True) for cache in pair]
         self._tensors = [cache.numbers_NKD for cache in parts]
         self._tensors += [cache.scales_NK for cache in parts if cache.scales_NK is not None]
+        self._tensors += [] if storage.attention_LNK is None else list(storage.attention_LNK)
 
     def prepare(self, batch: StepBatch) -> SdpaMetadata:
         slots_T = torch.from_numpy(batch.slots_T).to(self._device)

@@ -11,7 +11,8 @@ findable until somebody overwrites them.
 from __future__ import annotations
 
 from array import array
-from typing import Protocol
+from collections.abc import Sequence as SequenceABC
+from typing import Protocol, runtime_checkable
 
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.kv_cache.policy import CachePolicy
@@ -56,6 +57,38 @@ class SlidingWindow:
         if num_blocks <= 0:
             return 0
         evict_blocks(sequence, 0, num_blocks, pool)
+        return num_blocks
+
+
+@runtime_checkable
+class Evictor(Protocol):
+    """The device's side of letting tokens go one by one. It takes effect in the order of all calls, steps too."""
+
+    def evict(self, block_ids: SequenceABC[int], num_kept: int, num_candidates: int) -> None:
+        """Of a sequence's first `num_candidates` places keep the `num_kept` most attended, in its first `num_kept`."""
+        ...
+
+
+class HeavyHitters:
+    """Recent tokens stay, and of those before them the ones that were attended to most, for each head of its own.
+
+    When a block of recent tokens has grown old, what is kept of it takes the places of what is not (heavy_hitters.py).
+    Nobody else may hold the blocks, because their places change hands.
+    """
+
+    def __init__(self, policy: CachePolicy, evictor: Evictor) -> None:
+        self.policy = policy
+        self._evictor = evictor
+
+    def trim(self, sequence: Sequence, num_tokens: int, pool: BlockPool) -> int:
+        assert not pool.prefix_caching, "what is published must not change"
+        size, budget = pool.block_size, self.policy.heavy_hitters
+        num_blocks = (num_tokens - sequence.num_evicted_tokens - budget) // size
+        if num_blocks <= 0:
+            return 0
+        num_heavy = budget // 2
+        self._evictor.evict(sequence.block_ids, num_heavy, num_heavy + num_blocks * size)
+        evict_blocks(sequence, num_heavy // size, num_blocks, pool)
         return num_blocks
 
 

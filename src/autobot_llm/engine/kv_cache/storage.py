@@ -42,6 +42,11 @@ class SlotCache:
         scales_NK = None if self.scales_NK is None else self.scales_NK.narrow(0, first, num_slots)
         return self._widened(self.numbers_NKD.narrow(0, first, num_slots), scales_NK)
 
+    def slots(self, slots_L: torch.Tensor) -> torch.Tensor:
+        """What these slots hold."""
+        scales_LK = None if self.scales_NK is None else self.scales_NK.index_select(0, slots_L)
+        return self._widened(self.numbers_NKD.index_select(0, slots_L), scales_LK)
+
     def slots_of_blocks(self, blocks: torch.Tensor, block_size: int) -> torch.Tensor:
         """What the slots of these blocks hold, one block after the other."""
 

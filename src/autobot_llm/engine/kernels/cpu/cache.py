@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from autobot_llm.engine.kv_cache.heavy_hitters import keep_heavy_hitters
 from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, SCALE_DTYPE, lazy_zeros
 from autobot_llm.engine.models.config import ModelConfig
@@ -48,3 +50,12 @@ class CompiledCache:
             zeros(BLOCK_SIZE, dtype=SCALE_DTYPE, wanted=is_rounded),
             zeros(BLOCK_SIZE, dtype=torch.float32, wanted=sums_attention),
         )
+
+    def evict(self, block_ids: Sequence[int], num_kept: int, num_candidates: int) -> None:
+        """See Evictor."""
+        assert self.attention_LBKP is not None, "nobody knows what was attended to"
+        parts = [self.keys_LBKDP.transpose(3, 4), self.values_LBKPD]
+        if self.keys_LBKDP.dtype in QUANTIZED_DTYPES:
+            parts = [part.view(torch.int8) for part in parts]  # torch moves no float8
+        parts += [scales for scales in (self.key_scales_LBKP, self.value_scales_LBKP) if scales is not None]
+        keep_heavy_hitters(parts, self.attention_LBKP, block_ids, num_kept, num_candidates)

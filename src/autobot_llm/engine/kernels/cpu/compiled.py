@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ class CompiledExecutor:
     `library` is the compiled step (build.py). Raises CannotCompileError for a model whose shapes it does not cover.
     `num_threads` None: the quickest count for one-token steps, found by trying. Memory: the packed weights, and
     `num_blocks` blocks of 16 tokens of keys and values, touched when first used; of `cache_dtype`, which is float32 or
-    one of QUANTIZED_DTYPES. With `sums_attention` they can be let go one by one (`HeavyHitterCache`).
+    one of QUANTIZED_DTYPES. With `sums_attention` it is an Evictor, and a sequence's tokens attend on one thread.
     """
 
     name = "compiled"
@@ -263,6 +263,10 @@ class CompiledExecutor:
         hidden_RE = torch.empty(len(batch.logit_rows_R), self._hidden_size)
         self._run(self._model, batch, hidden_RE=hidden_RE)
         return hidden_RE
+
+    def evict(self, block_ids: Sequence[int], num_kept: int, num_candidates: int) -> None:
+        """See Evictor; for a cache that sums attention."""
+        self.cache.evict(block_ids, num_kept, num_candidates)
 
     def discard(self, block_ids: list[int]) -> None:
         """Nothing to do: step.cpp never reads a position beyond a sequence's own."""
