@@ -49,15 +49,12 @@ class GpuDescription:
     """What runs on a GPU. `attention_reason` and `graphs_reason` say why; the latter is for graphs that are off.
 
     `num_graphs` were captured in `capture_seconds`, compilation included. `had_compiled_kernels`: the kernel cache
-    was warm, so that nothing had to be compiled. `cache_dtype`: what keys and values are stored as, and
-    `is_cache_rounded` whether that is coarser than what the model computes with.
+    was warm, so that nothing had to be compiled.
     """
 
     device: str
     attention: str
     attention_reason: str
-    cache_dtype: str
-    is_cache_rounded: bool
     num_graphs: int
     graphs_reason: str
     capture_seconds: float
@@ -67,8 +64,6 @@ class GpuDescription:
         """Name and text of each line that a user reads at the start."""
         yield "device", self.device
         yield "attention", f"{self.attention} ({self.attention_reason})"
-        if self.is_cache_rounded:
-            yield "keys and values", f"{self.cache_dtype}, lossy"
         yield "cuda_graphs", self.graphs
 
     @property

@@ -23,7 +23,7 @@ from autobot_llm.engine.gpu.executor import GpuExecutor
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
 from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
 from autobot_llm.engine.kernels.gpu.launch import compile_ahead
-from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, PagedStorage, bytes_per_block
+from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
 from autobot_llm.engine.memory import (
     CachePlan,
     DeviceMemory,
@@ -154,8 +154,6 @@ class _Builder:
             device=torch.cuda.get_device_name(self._device),
             attention=executor.attention.name,
             attention_reason=executor.attention.reason,
-            cache_dtype=str(self._cache_dtype).removeprefix("torch."),
-            is_cache_rounded=self._cache_dtype in QUANTIZED_DTYPES,
             num_graphs=len(executor.graphs.keys),
             graphs_reason=f"attention by {executor.attention.name} cannot be captured"
             if self._uses_graphs
