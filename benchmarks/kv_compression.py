@@ -1,8 +1,8 @@
 """A smaller KV cache on a CPU: what it costs in quality and in time, and how small it is.
 
 The embedded model, contexts of 1,500 tokens, passages spread over texts that it was not trained on. Each variant reads
-the same ones as the plain cache, 16 tokens at a time, which for what leaves the cache is as if it had written them token
-by token ("in chunks of 256": as a prompt is read). Perplexity is of all tokens, and of those after the 1,000th, where a
+the same ones as the plain cache, 16 tokens at a time, which for what leaves the cache is as if it had written them one
+by one ("in chunks of 256": as a prompt is read). Perplexity is of all tokens, and of those after the 1,000th, where a
 small cache has let most go; KL is in nats, from the plain cache's distribution. The cache is what a sequence of 1,500
 tokens holds. Seconds are of CPU time on one thread, for a decoding step behind 1,400 tokens; variants take turns. Two
 variants are for comparison alone: heavy hitters that are the same for all heads, and whole blocks of them.

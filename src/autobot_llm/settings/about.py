@@ -206,8 +206,8 @@ ABOUT: dict[str, About] = {
     ),
     "kv_heavy_hitters": About(
         "Tokens of a sequence that stay in the KV cache, half of them recent ones, half those of the others that were "
-        "attended to most (lossy); up to 1 it is a share of the context, 0 is off. On a CPU; without prefix caching and "
-        "speculation.",
+        "attended to most (lossy); up to 1 it is a share of the context, 0 is off. On a CPU, without prefix caching "
+        "and speculation.",
         "engine/kv_cache",
         NATIVE,
         now=True,

@@ -104,15 +104,17 @@ class NativeProvider:
             return ProviderStatus(name=self.name, state=service.state, message=str(service.failure or ""))
         scheduler = engine.scheduler
         pool = scheduler.block_pool
-        num_cache_tokens = pool.num_blocks * pool.block_size
+        num_cache_tokens, num_sequences = (
+            pool.num_blocks * pool.block_size,
+            pool.num_blocks / scheduler.blocks_per_sequence,
+        )
         details: dict[str, float | int | str] = {
             "model": self._default,
             "step": engine.executor.name,
             "step_reason": engine.executor.reason,
             "max_model_len": scheduler.max_model_len,
             "max_num_seqs": scheduler.max_num_seqs,
-            "kv_cache": f"{num_cache_tokens:,} tokens, {pool.num_blocks / scheduler.blocks_per_sequence:.1f} sequences of "
-            "full length",
+            "kv_cache": f"{num_cache_tokens:,} tokens, {num_sequences:.1f} sequences of full length",
         }
         if engine.cache is not None and (smaller := "; ".join(engine.cache.lines())):
             details["kv_cache_optimization"] = smaller
