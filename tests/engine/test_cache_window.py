@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import TINY, Driver, greedy, num_leaked_blocks, request, tiny_engine
+from engines import TINY, Driver, greedy, num_leaked_blocks, request, tiny_engine, with_kernels
 from fake_device import FakeDevice, FakePipelinedDevice
 from model_folders import write_random_model
 from schedules import CONFIG, SIZE, TOKENIZER, VOCAB_SIZE, Arrival
@@ -138,7 +138,7 @@ def small_options(folder: Path, *, compiled: bool) -> EngineOptions:
     """A cache of one sequence of full length, as it lets go: keys and values of 16 tokens are 12,288 bytes."""
     return EngineOptions(
         folder=folder,
-        cache_dir=folder,
+        cache_dir=with_kernels(folder),
         device="cpu",
         compiled_step="on" if compiled else "off",
         max_num_batched_tokens=32,
@@ -153,6 +153,7 @@ def test_a_window_that_was_asked_for_frees_blocks_and_changes_nothing_else(tmp_p
     """Beside an engine whose cache is as large as ever, with speculation and prefixes found again."""
     prompt = list(np.random.default_rng(1).integers(5, 8000, 40)) * 6
     options = {"kv_sliding_window": 64, "max_num_batched_tokens": 48, "max_num_seqs": 4}
+    num_new = 24 if compiled else 8
     frees = tiny_engine(tmp_path, compiled=compiled, num_blocks=16, **options)
     keeps = tiny_engine(tmp_path, compiled=compiled, **options)
     keeps.scheduler.retention = Scheduler(
@@ -161,16 +162,16 @@ def test_a_window_that_was_asked_for_frees_blocks_and_changes_nothing_else(tmp_p
     found = []
     for engine in (frees, keeps):
         driver = Driver(engine)
-        for number in range(3):
-            driver.add(number, request(prompt[number:], greedy(24, num_logprobs=0)))
+        for number in range(3 if compiled else 1):
+            driver.add(number, request(prompt[number:], greedy(num_new, num_logprobs=0)))
             driver.run()
-        driver.add(3, request(prompt, greedy(24, num_logprobs=0)))
+        driver.add(3, request(prompt, greedy(num_new, num_logprobs=0)))
         driver.run()
         found.append((driver.token_ids, driver.texts))
         assert num_leaked_blocks(engine) == 0
         engine.close()
     assert found[0] == found[1]
-    assert frees.scheduler.num_evicted_blocks > 30
+    assert frees.scheduler.num_evicted_blocks > (30 if compiled else 10)
     assert keeps.scheduler.num_evicted_blocks == 0
 
 

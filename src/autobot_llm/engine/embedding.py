@@ -103,7 +103,8 @@ class TextEmbedding:
         for text in self._texts[self._first : self._first + scheduler.max_num_seqs]:
             if not num_left or not self._has_blocks(engine, text):
                 break
-            num_tokens = min(num_left, text.num_tokens - text.num_done)
+            limit = scheduler.retention.policy.longest_step(text.num_done, num_left)
+            num_tokens = min(limit, text.num_tokens - text.num_done)
             step.append((text, num_tokens))
             num_left -= num_tokens
         if not step:

@@ -45,6 +45,7 @@ class PromptScoring:
         start = len(self.logprobs)
         num_rows = max(1, LOGIT_BYTES // (4 * engine.config.vocab_size))
         limit = min(num_rows, MAX_STEP_TOKENS, engine.scheduler.max_num_batched_tokens)
+        limit = engine.scheduler.retention.policy.longest_step(start, limit)
         if (num_tokens := min(limit, self._num_wanted - start)) > 0:
             self.logprobs += self._step(engine, start, num_tokens)
         return len(self.logprobs) == self._num_wanted

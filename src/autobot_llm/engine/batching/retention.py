@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceABC
 from typing import Protocol, runtime_checkable
 
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
-from autobot_llm.engine.kv_cache.policy import CachePolicy
+from autobot_llm.engine.kv_cache.policy import EVICTION_INTERVAL, CachePolicy
 from autobot_llm.engine.sequence import Sequence
 
 
@@ -72,8 +72,9 @@ class Evictor(Protocol):
 class HeavyHitters:
     """Recent tokens stay, and of those before them the ones that were attended to most, for each head of its own.
 
-    When a block of recent tokens has grown old, what is kept of it takes the places of what is not (heavy_hitters.py).
-    Nobody else may hold the blocks, because their places change hands.
+    When blocks of recent tokens have grown old, what is kept of them takes the places of what is not, which happens at
+    multiples of EVICTION_INTERVAL tokens (heavy_hitters.py). Nobody else may hold the blocks, because their places
+    change hands.
     """
 
     def __init__(self, policy: CachePolicy, evictor: Evictor) -> None:
@@ -84,7 +85,7 @@ class HeavyHitters:
         assert not pool.prefix_caching, "what is published must not change"
         size, budget = pool.block_size, self.policy.heavy_hitters
         num_blocks = (num_tokens - sequence.num_evicted_tokens - budget) // size
-        if num_blocks <= 0:
+        if num_blocks <= 0 or num_tokens % EVICTION_INTERVAL:
             return 0
         num_heavy = budget // 2
         self._evictor.evict(sequence.block_ids, num_heavy, num_heavy + num_blocks * size)

@@ -384,7 +384,7 @@ class Scheduler:
         num_tokens = len(sequence.token_ids) - sequence.num_computed_tokens
         if is_contended and num_tokens > self._longest_chunk:
             budget = (budget + 1) // 2
-        return min(num_tokens, budget, self._max_new_tokens)
+        return min(num_tokens, self.retention.policy.longest_step(sequence.num_computed_tokens, budget))
 
     def _schedule(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         start = sequence.num_computed_tokens

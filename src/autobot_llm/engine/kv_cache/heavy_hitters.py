@@ -3,13 +3,13 @@ table; knows no schedule.
 
 The heavy-hitter oracle (Zhang et al. 2023, arXiv 2306.14048): a token's score is the sum of the attention that every
 query since has given to it, and each head of each layer keeps the tokens with the highest scores beside the recent
-ones. Differences from the paper: tokens leave sixteen at a time, when a block of recent ones has grown old, and not one
-by one; query heads that share a key share its score; a prompt is read in chunks, so the scores of one that exceeds the
-budget are those of its chunks, and its later tokens never see what left.
+ones. Differences from the paper: tokens leave whenever 64 more have come, the older blocks of the recent ones being up
+for choice, and not one by one; query heads that share a key share its score; a prompt is treated like an answer, while
+the paper reads it whole and then chooses, so the later tokens of a long one do not see what left.
 
 A block table is shared by all heads, and heads keep different tokens. That is no contradiction: keys carry their
 position since they were rotated, so a place may hold one token for one head and another one for the next. What is kept
-out of the oldest recent block moves into the places of what is not, head by head, and the block is free.
+out of the older blocks moves into the places of what is not, head by head, and those blocks are free.
 """
 
 from __future__ import annotations
