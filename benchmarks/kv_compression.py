@@ -1,10 +1,10 @@
 """A smaller KV cache on a CPU: what it costs in quality and in time, and how small it is.
 
 The embedded model, contexts of 1,500 tokens, passages spread over texts that it was not trained on. Each variant reads
-the same ones as the plain cache; what leaves the cache does not depend on the steps. Perplexity is of all tokens, and of
-those after the 1,000th, where a small cache has let most go; KL is in nats, from the plain cache's distribution. The
-cache is the most that a sequence of 1,500 tokens holds when it grows by one token a step. Seconds are of CPU time on one
-thread, for a decoding step behind 1,400 tokens; variants take turns. Two variants are for comparison alone: heavy
+the same ones as the plain cache; what leaves the cache does not depend on the steps. Perplexity is of all tokens, and
+of those after the 1,000th, where a small cache has let most go; KL is in nats, from the plain cache's distribution. The
+cache is the most that a sequence of 1,500 tokens holds when it grows by one token a step. Seconds are of CPU time, on
+one thread, for a decoding step behind 1,400 tokens; variants take turns. Two variants are for comparison alone: heavy
 hitters that are the same for all heads, and whole blocks of them.
 
     python benchmarks/kv_compression.py TEXT [TEXT ...]            # the figures of docs/results/kv_compression.md

@@ -17,8 +17,8 @@ BLOCK_SIZE = 16
 SHORTEST_CHUNK = 256
 """So many tokens may a step always add to what a sequence keeps: the products of shorter chunks are less efficient."""
 EVICTION_INTERVAL = 64
-"""Heavy hitters are chosen whenever a sequence has a multiple of so many tokens, and no step goes beyond that: so what is
-kept does not depend on how a prompt was cut into chunks, or on anybody else. More rows would gain a CPU little."""
+"""Heavy hitters are chosen whenever a sequence has a multiple of so many tokens, and no step goes beyond that: so what
+is kept does not depend on how a prompt was cut into chunks, or on anybody else. More rows would gain a CPU little."""
 FEWEST_KEPT = 2 * BLOCK_SIZE
 """A block of heavy hitters and one of recent tokens."""
 

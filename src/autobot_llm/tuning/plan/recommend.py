@@ -36,15 +36,19 @@ def _first_that_fits(rows: list[Row], plan: Plan) -> Row | None:
 
 
 def _native(plan: Plan) -> Recommendation:
-    # on a GPU our engine computes with whole weights and a cache of their type
-    row = _first_that_fits([row for row in plan.rows if row is plan.rows[0]], plan)
+    # on a GPU our engine computes with whole weights
+    row = _first_that_fits([row for row in plan.rows if row.weights == plan.rows[0].weights], plan)
     if row is None:
         return Recommendation(
             "native", "", "does not fit: on a GPU our engine keeps weights whole; a CPU runs int8 and int4 weights"
         )
-    length = "" if row.max_context >= plan.max_context else f"AUTOBOT_MAX_MODEL_LEN={_rounded(row.max_context)} "
+    options = "" if row.max_context >= plan.max_context else f" --max-model-len {_rounded(row.max_context)}"
+    options += " --kv-cache-dtype int8" if row.kv_cache == "8-bit" else ""
+    options += f" --kv-sliding-window {plan.window}" if plan.is_window_lossy else ""
     return Recommendation(
-        "native", f"{length}autobot-llm serve --model {plan.model}", f"{row.weights} weights: {_room(row)}"
+        "native",
+        f"autobot-llm serve --model {plan.model}{options}",
+        f"{row.weights} weights, KV cache {row.kv_cache}: {_room(row)}",
     )
 
 
