@@ -24,9 +24,13 @@ from typing import Any
 
 import torch
 
+from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
 from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.executor import PipelinedExecutor
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.request import EngineRequest, RequestStats
+from autobot_llm.engine.sampler import SamplingArraysBuilder
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import SpeculationOptions
 from autobot_llm.engine.speculative.controller import Always
@@ -184,6 +188,38 @@ def about(every: dict[str, Speculator | None]) -> dict[str, Any]:
     return told
 
 
+def step_costs(engine: Engine) -> dict[str, Any]:
+    """Milliseconds from a launch to its tokens: so many sequences of 512 tokens, with so many drafts each."""
+    executor, pool = engine.executor, BlockPool(4096, 16, prefix_caching=False, scattered=True)
+    assert isinstance(executor, PipelinedExecutor)
+    told: dict[str, Any] = {}
+    print("\nms a step, waited for: draft tokens of each sequence")
+    for batch in (1, 2, 4, 8, 16, 32):
+        row = []
+        for number in (0, 1, 2, 3, 5, 7, 15):
+            if number and batch + batch * number > batch + executor.room_for_drafts(batch):
+                break
+            scheduled = []
+            for i in range(batch):
+                sequence = Sequence(i, [1] * 512, SamplingParams(max_tokens=64, temperature=0.0))
+                sequence.block_ids.extend(pool.allocate(34) or ())
+                sequence.draft_ids = [1] * number
+                scheduled.append(ScheduledSequence(sequence, 511, 1 + number, True, 0, number))
+            step = build_batch(scheduled, 16)
+            sampling = SamplingArraysBuilder(engine.config.vocab_size).build([item.sequence for item in scheduled])
+            seconds = []
+            for _ in range(12):
+                start = time.perf_counter()
+                executor.launch(step, sampling).wait()
+                seconds.append(time.perf_counter() - start)
+            row.append(round(sorted(seconds)[3] * 1e3, 2))
+            for item in scheduled:
+                pool.free(item.sequence.block_ids)
+        told[str(batch)] = row
+        print(f"  {batch:3} sequences: {' '.join(f'{ms:6.2f}' for ms in row)}", flush=True)
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -212,6 +248,7 @@ def main() -> None:
         if batch == 1 and arguments.sampled:
             result["batch 1, sampled"] = run_batch(engine, every, 1, arguments.prompts, is_sampled=True)
     result["about"] = about(every)
+    result["ms of steps with 0, 1, 2, 3, 5, 7, 15 drafts each"] = step_costs(engine)
     engine.close()
     print(json.dumps(result))
 

@@ -7,15 +7,17 @@ import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from autobot_llm.engine.batching.plan import BatchBuilder, StepPlan
+from autobot_llm.engine.batching.drafts import straighten
+from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
+from autobot_llm.engine.choice import Choice, info_of
 from autobot_llm.engine.description import CacheDescription
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
+from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
-from autobot_llm.engine.request import EndReason, EngineRequest, Output, RequestStats, TokenInfo
+from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sampler import (
     Outcome,
     SampledToken,
@@ -26,25 +28,12 @@ from autobot_llm.engine.sampler import (
     needs_host,
 )
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.acceptance import verify, verify_sampled
+from autobot_llm.engine.speculative.acceptance import Verdict, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
-from autobot_llm.errors import EngineError, LLMError
+from autobot_llm.errors import EngineError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Choice:
-    """A sequence together with the text it has become so far."""
-
-    request_id: int
-    index: int
-    sequence: Sequence
-    detokenizer: Detokenizer
-    stats: RequestStats
-    num_tokens: int = 0
-    withheld_logprobs: list[TokenInfo] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +77,8 @@ class Engine:
         self._batches = BatchBuilder(scheduler.block_pool.block_size)
         self._in_flight: _StepInFlight | None = None
         self._last_end_time = 0.0
-        self._choices: dict[int, _Choice] = {}
-        self._requests: dict[int, list[_Choice]] = {}
+        self._choices: dict[int, Choice] = {}
+        self._requests: dict[int, list[Choice]] = {}
         self._next_sequence_id = 0
         self._num_host_sampled = 0  # choices whose tokens the host has to choose
         self.executor = executor
@@ -103,6 +92,7 @@ class Engine:
         assert self._in_flight is None, "a step is under way on the executor that there was"
         self._executor = executor
         self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
+        self._mover = executor if isinstance(executor, TreeExecutor) else None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -136,7 +126,7 @@ class Engine:
                 shown_ids=request.shown_ids,
                 keeps_leading_space=params.grammar is not None,
             )
-            choice = _Choice(request_id, index, sequence, detokenizer, stats)
+            choice = Choice(request_id, index, sequence, detokenizer, stats)
             choices.append(choice)
             self._choices[sequence.id] = choice
             self._num_host_sampled += needs_host(params)
@@ -200,8 +190,9 @@ class Engine:
         scheduled = plan.scheduled
         rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in range(item.num_draft + 1)]
         sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
-        sampled = executor.launch(self._batches.build(plan), sampling).wait()
-        return outputs + self._take_verdict(speculator, plan, verify_sampled(sampled, scheduled), begin_time)
+        batch = self._batches.build(plan)
+        verdicts = verify_sampled(executor.launch(batch, sampling).wait(), scheduled)
+        return outputs + self._take_verdict(speculator, plan, batch, verdicts, begin_time)
 
     def _room_for_drafts(self, num_sequences: int) -> int:
         """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
@@ -214,7 +205,7 @@ class Engine:
     def _plan_with_drafts(self, speculator: Speculator) -> StepPlan | None:
         decoding = self.scheduler.decoding
         room = self._room_for_drafts(len(decoding))
-        speculator.propose(decoding if room else [])
+        speculator.propose(decoding if room else [], takes_trees=self._mover is not None)
         return self.scheduler.plan(max_draft_tokens=room)
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
@@ -253,17 +244,22 @@ class Engine:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
+            speculator.observe(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
-        logits_RV = self.executor.execute(self._batches.build(plan))
-        return self._take_verdict(speculator, plan, verify(self._sampler, logits_RV, plan.scheduled), begin_time)
+        batch = self._batches.build(plan)
+        verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
+        return self._take_verdict(speculator, plan, batch, verdicts, begin_time)
 
     def _take_verdict(
-        self, speculator: Speculator, plan: StepPlan, verdict: list[list[Outcome]], begin_time: float
+        self, speculator: Speculator, plan: StepPlan, batch: StepBatch, verdicts: list[Verdict], begin_time: float
     ) -> list[Output]:
         stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
-        num_accepted = [len(found) - 1 for found in verdict]
-        outputs = self._accept_drafts(plan, verdict, num_accepted)
+        if batch.tree_masks_T is not None and self._mover is not None:
+            self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
+        num_accepted = [verdict.num_accepted for verdict in verdicts]
+        outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
+        speculator.observe(plan, verdicts)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
         self._last_end_time = self._clock()
         return outputs
@@ -272,7 +268,8 @@ class Engine:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        logits_RV = self.executor.execute(batch)
+        speculator = self.speculator
+        logits_RV = self.executor.execute(batch) if speculator is None else speculator.execute(self.executor, batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)
@@ -302,13 +299,13 @@ class Engine:
             if outcomes is not None:
                 outcome = outcomes[row]
                 if isinstance(outcome, SamplingFailure):
-                    outputs.append(self._fail(choice, outcome.error))
+                    outputs.append(self._noted(choice, choice.fail(outcome.error)))
                     continue
-                info = _info_of(outcome)
+                info = info_of(outcome)
             assert token is not None
-            choice.num_tokens = start + num_tokens + 1 - sequence.num_prompt_tokens
             self.num_generated_tokens += 1
-            outputs.append(self._accept(choice, token, info))
+            output = choice.take(token, info, start + num_tokens + 1 - sequence.num_prompt_tokens)
+            outputs.append(self._noted(choice, output))
         return outputs
 
     def _accept_drafts(self, plan: StepPlan, verdict: list[list[Outcome]], num_accepted: list[int]) -> list[Output]:
@@ -324,26 +321,10 @@ class Engine:
             choice.stats.largest_batch = max(choice.stats.largest_batch, len(plan.scheduled))
             if item.samples:
                 num_before = item.start + item.num_tokens - item.num_draft - item.sequence.num_prompt_tokens
-                outputs.append(self._accept_several(choice, next(outcomes), num_before))
+                output = choice.take_several(next(outcomes), num_before)
+                self.num_generated_tokens += output.num_tokens - num_before
+                outputs.append(self._noted(choice, output))
         return outputs
-
-    def _accept_several(self, choice: _Choice, outcomes: list[Outcome], num_before: int) -> Output:
-        """The output of one token after the other, until the choice ends. `num_before`: its tokens so far."""
-        parts: list[Output] = []
-        for num_tokens, outcome in enumerate(outcomes, num_before + 1):
-            if isinstance(outcome, SamplingFailure):
-                parts.append(self._fail(choice, outcome.error))
-                break
-            choice.num_tokens = num_tokens
-            self.num_generated_tokens += 1
-            parts.append(self._accept(choice, outcome.token_id, _info_of(outcome)))
-            if parts[-1].end is not None or parts[-1].error is not None:
-                break
-        whole = parts[-1]
-        if len(parts) > 1:
-            whole.text = "".join(part.text for part in parts)
-            whole.logprobs = tuple(info for part in parts for info in part.logprobs)
-        return whole
 
     def fail_all(self, message: str, cause: BaseException) -> list[Output]:
         """End every request with an error and empty the cache, after a step that raised: its blocks are suspect."""
@@ -354,7 +335,7 @@ class Engine:
             error.__cause__ = cause
             self.scheduler.abort(choice.sequence)
             self._forget(choice)
-            outputs.append(Output(choice.request_id, choice.index, "", choice.num_tokens, error=error))
+            outputs.append(choice.fail(error))
         self.scheduler.block_pool.reset()
         return outputs
 
@@ -379,10 +360,14 @@ class Engine:
         except Exception:
             log.debug("a step that was given up failed, too", exc_info=True)
 
-    def _fail(self, choice: _Choice, error: LLMError) -> Output:
-        if isinstance(error, EngineError):
-            self._discard_cache(choice.sequence)
-        return self._end(choice, "", error=error)
+    def _noted(self, choice: Choice, output: Output) -> Output:
+        """Let a choice go that has ended, with its blocks."""
+        if output.end is not None or output.error is not None:
+            if isinstance(output.error, EngineError):
+                self._discard_cache(choice.sequence)
+            self.scheduler.finish(choice.sequence)
+            self._forget(choice)
+        return output
 
     def _discard_cache(self, sequence: Sequence) -> None:
         """The model made NaN: what the sequence left in the cache is suspect, and nobody may find it there."""
@@ -390,39 +375,7 @@ class Engine:
         pool.reset()
         self.executor.discard([block_id for block_id in sequence.block_ids if pool.num_references(block_id) == 1])
 
-    def _accept(self, choice: _Choice, token_id: int, info: TokenInfo | None) -> Output:
-        params, num_tokens, detokenizer = choice.sequence.params, choice.num_tokens, choice.detokenizer
-        may_end = num_tokens >= params.min_tokens
-        if may_end and token_id in params.stop_token_ids:
-            return self._end(choice, detokenizer.flush(), "stop")
-        if info is not None:
-            choice.withheld_logprobs.append(info)
-        matcher = choice.sequence.matcher
-        if matcher is not None and not matcher.advance(token_id):
-            error = EngineError(f"token {token_id} was chosen, which the grammar of {matcher.field} forbids")
-            return self._end(choice, "", error=error)
-        text = detokenizer.push(token_id, match_stop=may_end)
-        if detokenizer.stop_string is not None:
-            return self._end(choice, text, "stop")
-        if matcher is not None and matcher.is_complete:
-            return self._end(choice, text + detokenizer.flush(), "stop")
-        if num_tokens >= params.max_tokens:
-            return self._end(choice, text + detokenizer.flush(), "length")
-        if not text or not choice.withheld_logprobs:
-            return Output(choice.request_id, choice.index, text, num_tokens)
-        # Text held back (half a character, the beginning of a stop string) holds its log probabilities back too.
-        logprobs = tuple(choice.withheld_logprobs)
-        choice.withheld_logprobs.clear()
-        return Output(choice.request_id, choice.index, text, num_tokens, logprobs)
-
-    def _end(self, choice: _Choice, text: str, end: EndReason | None = None, error: LLMError | None = None) -> Output:
-        self.scheduler.finish(choice.sequence)
-        self._forget(choice)
-        logprobs = tuple(choice.withheld_logprobs)
-        stop = choice.detokenizer.stop_string if end == "stop" else None
-        return Output(choice.request_id, choice.index, text, choice.num_tokens, logprobs, end, error, stop)
-
-    def _forget(self, choice: _Choice) -> None:
+    def _forget(self, choice: Choice) -> None:
         sequence, stats = choice.sequence, choice.stats
         stats.num_preemptions += sequence.num_preemptions
         stats.num_evicted_tokens += sequence.num_evicted_tokens
@@ -438,10 +391,6 @@ class Engine:
         if not siblings:
             del self._requests[choice.request_id]
         self._sampler.forget(sequence)
-
-
-def _info_of(token: SampledToken) -> TokenInfo | None:
-    return None if token.logprob is None else TokenInfo(token.token_id, token.logprob, token.top)
 
 
 def _tokens_of(outcomes: list[Outcome]) -> list[int | None]:

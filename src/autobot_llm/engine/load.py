@@ -14,7 +14,7 @@ from autobot_llm.engine.batching.retention import Evictor, HeavyHitters, KeepsAl
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.description import CacheDescription, OnProgress
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.executor import Executor, SwappingExecutor
+from autobot_llm.engine.executor import Executor, FeatureExecutor, SwappingExecutor
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
@@ -79,9 +79,14 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         retention=_retention(policy, executor),
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
-    # a draft model keeps whole sequences
-    num_draft_blocks = max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE))
-    target = _target(config, tokenizer, options, sizes, num_draft_blocks)
+    target = _target(
+        config,
+        tokenizer,
+        options,
+        sizes,
+        max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE)),  # a draft model keeps whole sequences
+        gives_features=device.type == "cpu" and isinstance(executor, FeatureExecutor),
+    )
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
         speculator, speculation_reason = (
@@ -124,16 +129,26 @@ def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -
     config, device = load_config(folder), choose_device(options)
     sizes = choose_sizes(config, options, device, CachePolicy())
     num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
-    target = _target(config, Tokenizer.from_folder(folder), replace(options, folder=folder), sizes, num_blocks)
+    options = replace(options, folder=folder)
+    target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, gives_features=False)
     return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
 
 
-def _target(config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, sizes: Sizes, num_blocks: int) -> Target:
+def _target(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    options: EngineOptions,
+    sizes: Sizes,
+    num_blocks: int,
+    *,
+    gives_features: bool,
+) -> Target:
     return Target(
         folder=options.folder,
         is_on_cpu=choose_device(options).type == "cpu",
         tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
+        config=config,
+        gives_features=gives_features,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         prefix_caching=options.prefix_caching,

@@ -234,6 +234,13 @@ ABOUT: dict[str, About] = {
         ENGINES,
         now=True,
     ),
+    "speculation_heads": About(
+        "Folder of Medusa heads or of an EAGLE-3 draft of the model, for the methods medusa and eagle3; unset takes "
+        "`<model>-medusa` or `<model>-eagle3` beside the model.",
+        "engine/speculative",
+        NATIVE,
+        now=True,
+    ),
     "speculation_num_tokens": About(
         "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True
     ),
@@ -253,7 +260,7 @@ ABOUT: dict[str, About] = {
     # Quantization
     "quantization_type": About(
         "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only. Our engine makes "
-        "int8, int4 and fp8 at load, gptq and awq once, in the cache directory; on a CPU only.",
+        "int8, int4 and fp8 at load, gptq and awq once, in the cache directory.",
         "engine/quantization, tuning/knobs",
         ENGINES,
         now=True,

@@ -438,6 +438,7 @@ class Scheduler:
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         sequence.draft_ids = []
+        sequence.draft_parents = []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
         # what it had let go before will not be computed again if the rest comes back

@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
-from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
+from autobot_llm.engine.executor import Executor, FeatureKinds, Features, LaunchedStep, PipelinedExecutor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.speculative.proposer import Computed, Draft
 
 
 class DraftModel:
@@ -31,6 +32,7 @@ class DraftModel:
     are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
 
     name = "draft"
+    wanted: FeatureKinds | None = None
 
     def __init__(
         self, executor: Executor, pool: BlockPool, *, vocab_size: int, max_tokens: int, max_model_len: int
@@ -45,6 +47,9 @@ class DraftModel:
         self._max_model_len = max_model_len
         self._shadows: OrderedDict[int, Sequence] = OrderedDict()  # least recently drafted for first
 
+    def observe(self, computed: SequenceABC[Computed], features: Features) -> None:
+        """It looks at tokens alone."""
+
     def lag(self, sequence: Sequence) -> int:
         shadow = self._shadows.get(sequence.id)
         if shadow is None:
@@ -52,7 +57,7 @@ class DraftModel:
         self._follow(shadow, sequence)
         return len(shadow.token_ids) - shadow.num_computed_tokens
 
-    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[list[int]]:
+    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what is missing of every sequence, then one for each further token."""
         for sequence in sequences:
             if (shadow := self._shadows.get(sequence.id)) is not None:
@@ -67,7 +72,8 @@ class DraftModel:
         else:
             for _ in range(num_tokens):
                 drafting = self._pass(drafting)
-        return [_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences]
+        drafts = (_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
+        return [Draft(token_ids) if token_ids else None for token_ids in drafts]
 
     def forget(self, sequence: Sequence) -> None:
         shadow = self._shadows.pop(sequence.id, None)

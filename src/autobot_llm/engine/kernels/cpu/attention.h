@@ -8,6 +8,27 @@
 #include "cache.h"
 #include "vectors.h"
 
+// The blocks of one token's context: those of a table and, from `first_own` on, copies that lie one behind the other.
+// `wide` has room for a block.
+struct Context {
+    const PagedCache& cache;
+    int64_t layer, head;
+    const int32_t* table;
+    float* wide;
+    int64_t first_own;
+    const float *own_keys, *own_values;
+
+    const float* keys(int64_t b) const {
+        return b < first_own ? cache.read_keys(layer, table[b], head, wide) : own_keys + own(b);
+    }
+    const float* values(int64_t b) const {
+        return b < first_own ? cache.read_values(layer, table[b], head, wide) : own_values + own(b);
+    }
+
+  private:
+    int64_t own(int64_t b) const { return (b - first_own) * cache.head_size * kBlock; }
+};
+
 // Scores of NG query heads against one block's keys: lanes are the block's tokens.
 template <int NG>
 void score_block(const float* q, int64_t head_size, const float* keys, Float16* scores) {
@@ -45,10 +66,10 @@ void weigh_block(const float* weights, int64_t ld_weights, const float* values, 
         for (int v = 0; v < NV; ++v) store(out + g * head_size + v * 16, acc[g][v]);
 }
 
-// NG query heads of one token over tokens [first, length): scores, softmax, weighted values. `wide` has room for a block.
+// NG query heads of one token over tokens [first, length): scores, softmax, weighted values.
 template <int NG>
-void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const float* q, const int32_t* table,
-                  int64_t first, int64_t length, float* scores, float* wide, float* out) {
+void attend_heads(const Context& context, const float* q, int64_t first, int64_t length, float* scores, float* out) {
+    const PagedCache& cache = context.cache;
     const int64_t size = cache.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
     const int64_t ld = end_block * kBlock;
     const Int16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -56,7 +77,7 @@ void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const fl
     Float16 largest[NG], total[NG] = {}, block_scores[NG];
     for (int g = 0; g < NG; ++g) largest[g] = minus_infinity;
     for (int64_t b = first_block; b < end_block; ++b) {
-        score_block<NG>(q, size, cache.read_keys(layer, table[b], head, wide), block_scores);
+        score_block<NG>(q, size, context.keys(b), block_scores);
         const Int16 token = lane + static_cast<int32_t>(b * kBlock);
         const Int16 inside = (token >= static_cast<int32_t>(first)) & (token < static_cast<int32_t>(length));
         for (int g = 0; g < NG; ++g) {
@@ -77,7 +98,7 @@ void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const fl
     }
     std::fill(out, out + NG * size, 0.0f);
     for (int64_t b = first_block; b < end_block; ++b) {
-        const float* values = cache.read_values(layer, table[b], head, wide);
+        const float* values = context.values(b);
         const int num_tokens = static_cast<int>(std::min<int64_t>(kBlock, length - b * kBlock));
         int64_t d = 0;
         for (; d + 64 <= size; d += 64)
@@ -90,7 +111,7 @@ void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const fl
         for (int64_t d = 0; d < size; ++d) out[g * size + d] /= denominator;
         if (!cache.attention) continue;
         for (int64_t b = first_block; b < end_block; ++b) {
-            float* given = cache.attention_of(layer, table[b], head);
+            float* given = cache.attention_of(context.layer, context.table[b], context.head);
             store(given, load<Float16>(given) + load<Float16>(scores + g * ld + b * kBlock) / denominator);
         }
     }

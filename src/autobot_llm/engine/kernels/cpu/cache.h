@@ -61,6 +61,23 @@ struct PagedCache {
             round(value, static_cast<uint8_t*>(values) + first + offset * head_size, 1);
     }
 
+    // Copies the key and the value of one slot to another, as they are stored.
+    void move(int64_t layer, int64_t head, int64_t from, int64_t to) const {
+        const int64_t old_row = row(layer, from / kBlock, head), new_row = row(layer, to / kBlock, head);
+        const int64_t old_lane = from % kBlock, new_lane = to % kBlock;
+        auto move_as = [&](auto* old_keys, auto* old_values) {
+            const auto* key = old_keys + old_row * head_size * kBlock + old_lane;
+            auto* new_key = old_keys + new_row * head_size * kBlock + new_lane;
+            for (int64_t d = 0; d < head_size; ++d) new_key[d * kBlock] = key[d * kBlock];
+            std::memcpy(old_values + (new_row * kBlock + new_lane) * head_size,
+                        old_values + (old_row * kBlock + old_lane) * head_size, head_size * sizeof *old_values);
+        };
+        if (stored == Stored::kFloat) return move_as(static_cast<float*>(keys), static_cast<float*>(values));
+        move_as(static_cast<uint8_t*>(keys), static_cast<uint8_t*>(values));
+        key_scales[new_row * kBlock + new_lane] = key_scales[old_row * kBlock + old_lane];
+        value_scales[new_row * kBlock + new_lane] = value_scales[old_row * kBlock + old_lane];
+    }
+
     float* attention_of(int64_t layer, int64_t block, int64_t head) const {
         return attention + row(layer, block, head) * kBlock;
     }
