@@ -101,7 +101,7 @@ def _print(found: Plan, recommended: tuple[Recommendation, ...]) -> None:
         table.add_row(row.weights, row.kv_cache, weights, per_token, steps, cache if row.fits else "-", *counts)
     Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
     click.echo("Under each context: how many sequences of that length fit at once. Steps: activations and CUDA graphs.")
-    click.echo("8-bit KV caches are lossy. On a GPU our engine keeps weights whole.")
+    click.echo("Weights of fewer bits and 8-bit KV caches are lossy.")
     if found.window:
         whose = "AUTOBOT_KV_SLIDING_WINDOW, lossy; our engine alone" if found.is_window_lossy else "the model's own"
         click.echo(f"Of a sequence those tokens stay that a window of {found.window:,} looks back to ({whose}).")
