@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import TINY, Driver, greedy, num_leaked_blocks, request, tiny_engine, with_kernels
 from fake_device import FakeDevice, FakePipelinedDevice
+from guessed_trees import TreeGuesser
 from model_folders import write_random_model
 from schedules import CONFIG, SIZE, TOKENIZER, VOCAB_SIZE, Arrival
 
@@ -28,6 +29,9 @@ from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.scoring import PromptScoring
+from autobot_llm.engine.speculative.build import SpeculationOptions
+from autobot_llm.engine.speculative.controller import Always
+from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.errors import ConfigurationError
 
 WINDOW = 7
@@ -216,3 +220,26 @@ def test_windows_of_some_layers_alone_free_nothing_and_lose_nothing() -> None:
 def test_a_window_smaller_than_a_block_is_refused_with_what_is_accepted(window: int) -> None:
     with pytest.raises(ConfigurationError, match=rf"AUTOBOT_KV_SLIDING_WINDOW={window}: expected 0 .* at least the 16"):
         choose_policy(load_config(TINY), sliding_window=window, heavy_hitters=0, max_model_len=320)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_trees_of_guesses_under_a_window_change_no_answer(tmp_path: Path, compiled: bool, kv_cache_dtype: str) -> None:
+    """A tree's tokens lie behind what was let go, see as far back as their path does, and read what was rounded."""
+    prompt = np.random.default_rng(6).integers(5, 8000, 150).tolist()
+    options = {"kv_sliding_window": 32, "max_num_batched_tokens": 128, "kv_cache_dtype": kv_cache_dtype}
+    engine = tiny_engine(tmp_path, compiled=compiled, **options, speculation=SpeculationOptions(method="none"))
+    num_new = 60 if compiled else 30
+    driver = Driver(engine)
+    driver.add(0, request(prompt, greedy(num_new, num_logprobs=0)))
+    driver.run()
+    guesser = TreeGuesser({tuple(prompt): driver.token_ids[0, 0]}, 3, engine.config.vocab_size)
+    engine.speculator = Speculator(63, make_free=lambda _: guesser, policy=Always(63), clock=lambda: 0.0)
+    num_steps = engine.num_steps
+    driver.add(1, request(prompt, greedy(num_new)))
+    driver.run()
+    assert driver.texts[1, 0] == driver.texts[0, 0]
+    assert guesser.num_trees > 2 and engine.num_steps - num_steps < num_steps
+    assert engine.scheduler.num_evicted_blocks > 8
+    assert num_leaked_blocks(engine) == 0
+    engine.close()
