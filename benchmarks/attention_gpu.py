@@ -158,7 +158,7 @@ class Step:
 
     def __init__(self, case: Case, num_layers: int) -> None:
         device = torch.device("cuda")
-        blocks_each = -(-case.context // BLOCK_SIZE)
+        blocks_each = math.ceil(case.context / BLOCK_SIZE)
         blocks = np.random.default_rng(0).permutation(case.batch * blocks_each).astype(np.int32)
         num_tokens = case.batch * case.queries
         self.batch = StepBatch(
@@ -381,9 +381,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
-    cases = DECODE_CASES + PREFILL_CASES
-    if arguments.quick or arguments.rounded:
-        cases = QUICK_CASES if arguments.quick else ROUNDED_CASES
+    every = ROUNDED_CASES if arguments.rounded else DECODE_CASES + PREFILL_CASES
+    cases = QUICK_CASES if arguments.quick else every
     print(f"compiled in {compile_ahead(cases):.0f} s", flush=True)
     timings: list[Timing] = []
     for case in cases:

@@ -44,14 +44,19 @@ REPEATS = 5
 Candidate: TypeAlias = RowsTile | Way
 
 
-def candidates(fmt: str, num_rows: int) -> list[Candidate]:
-    """What is worth a try."""
+def candidates(fmt: str, num_rows: int, kind: Kind) -> list[Candidate]:
+    """What is worth a try: no more sums than half of a thread's registers."""
     tiles: list[Candidate] = []
     if not fmt.endswith("a8"):
         tiles += row_candidates(fmt, num_rows)
     if num_rows >= 32:
         tiles += rounded_candidates(fmt, num_rows) if fmt.endswith("a8") else many_candidates(fmt, num_rows)
-    return tiles
+    halves = 2 if kind is Kind.GATED else 1
+    return [
+        tile
+        for tile in tiles
+        if not isinstance(tile, ManyTile) or halves * tile.block_t * tile.block_o <= 128 * 32 * tile.num_warps
+    ]
 
 
 def row_candidates(fmt: str, num_rows: int) -> list[Candidate]:
@@ -61,6 +66,8 @@ def row_candidates(fmt: str, num_rows: int) -> list[Candidate]:
     if num_rows <= 8:  # the older matrix instructions, whatever the warps
         tiles += [RowsTile(64, 128, 4, 6, num_splits=n, **options) for n in (1, 2, 4, 8)]
         tiles += [RowsTile(32, 128, 2, 6, num_splits=n, **options) for n in (2, 4)]
+        farther = options | {"prefetch_bytes": 1024}
+        tiles += [RowsTile(64, 128, 4, 6, num_splits=n, **farther) for n in (2, 4)]
         tiles += [RowsTile(16, 128, 1, 6, num_splits=n, **options) for n in (1, 2)]
         tiles += [RowsTile(64, 256, 4, 4, num_splits=n, **options) for n in (1, 2, 4)] if fmt != "int4" else []
     elif num_rows <= 32:
@@ -84,6 +91,7 @@ def many_candidates(fmt: str, num_rows: int) -> list[Candidate]:
         return [
             *(ManyTile(128, 64, 64, 4, 3, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
             *(ManyTile(128, 128, 64, 8, 3, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
+            *(ManyTile(128, 128, 64, 8, 2, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
             ManyTile(64, 128, 64, 4, 3, num_splits=2),
             ManyTile(128, 128, 32, 8, 4, num_splits=4),
         ]
@@ -199,7 +207,7 @@ def measure(fmt: str, shape: Shape, num_rows: int) -> list[Timing]:
         length = max(length, math.ceil(CHAIN_SECONDS * READ_BANDWIDTH / weights[0].num_bytes))
     chain = [weights[i % len(weights)] for i in range(length)]
     timings = []
-    for way in candidates(fmt, num_rows):
+    for way in candidates(fmt, num_rows, shape.kind):
 
         def launches(way: Candidate = way) -> None:
             for weight in chain:
@@ -255,7 +263,7 @@ def jobs_of(formats: list[str], rows: list[int]) -> list[Job]:
     for fmt in formats:
         for num_rows in rows:
             for shape in LAYER_SHAPES:
-                for way in candidates(fmt, num_rows):
+                for way in candidates(fmt, num_rows, shape.kind):
                     padded = num_rows if isinstance(way, RowsTile) else 0
                     if not isinstance(way, Library):
                         jobs.setdefault((fmt, shape.kind, padded, way), (fmt, shape, num_rows, way))
@@ -320,7 +328,7 @@ def main() -> None:
     all_timings = []
     for fmt in formats:
         for num_rows in rows:
-            if not candidates(fmt, num_rows):
+            if not candidates(fmt, num_rows, Kind.PLAIN):
                 continue
             winners: dict[Shape, Candidate] = {}
             for shape in LAYER_SHAPES:
@@ -329,6 +337,7 @@ def main() -> None:
                 print(line(fmt, num_rows, timings), flush=True)
                 if not math.isinf(timings[0].seconds):
                     winners[shape] = timings[0].candidate
+            print(one_for_all([t for f, n, t in all_timings if (f, n) == (fmt, num_rows)]), flush=True)
             if len(winners) == len(LAYER_SHAPES):
                 steps.setdefault(fmt, {})[num_rows] = round(step_seconds(fmt, num_rows, winners) * 1e3, 3)
     print("\nproducts of a step, ms: " + "  ".join(f"{n:>7}" for n in rows))
@@ -343,6 +352,21 @@ def main() -> None:
         ]  # fmt: skip
         args.out.write_text(json.dumps({**result, "candidates": rows_out}, indent=1))
     print(json.dumps(result))
+
+
+def one_for_all(timings: list[Timing]) -> str:
+    """The kernel of many rows that is best over all products without a gate, and what that costs beside the best of
+    each: the table has one for all."""
+    shapes = [shape for shape in LAYER_SHAPES if shape.kind is not Kind.GATED]
+    seconds: dict[Candidate, float] = {}
+    for t in timings:
+        if t.shape in shapes and not isinstance(t.candidate, RowsTile):
+            seconds[t.candidate] = seconds.get(t.candidate, 0.0) + t.seconds
+    if not seconds:
+        return "    no kernel of many rows"
+    best = min(seconds, key=lambda candidate: seconds[candidate])
+    apart = sum(min(t.seconds for t in timings if t.shape == shape) for shape in shapes)
+    return f"    without a gate, one for all: {source(best)}, {seconds[best] / apart - 1:.1%} over the best of each"
 
 
 def line(fmt: str, num_rows: int, timings: list[Timing]) -> str:
