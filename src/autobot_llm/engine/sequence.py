@@ -119,3 +119,12 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def fill_in(self, position: int, token: int | None) -> None:
+        """Replace the placeholder at this position by what was sampled; None: drop it and what follows."""
+        if len(self.token_ids) == position + 1:  # else a later step goes on from this token
+            self.pending_row = NO_ROW
+        if token is None:
+            del self.token_ids[position:]
+        else:
+            self.token_ids[position] = token

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
+
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import Sequence
+
+
+def take_prefix(sequence: Sequence, pool: BlockPool) -> None:
+    """Let a sequence begin with what the cache has of it. The last token is always computed, for its logits."""
+    sequence.published = pool.match(sequence.token_ids, sequence.salt, len(sequence.token_ids) - 1)
+    sequence.block_ids = array("i", [entry.block_id for entry in sequence.published])
+    sequence.num_computed_tokens = len(sequence.published) * pool.block_size
 
 
 def publish_full_blocks(sequence: Sequence, num_tokens: int, pool: BlockPool) -> None:

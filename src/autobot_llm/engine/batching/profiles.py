@@ -58,3 +58,11 @@ def check_limits(
             f"max_model_len={max_model_len} needs {num_blocks_needed} KV cache blocks and there are "
             f"{pool.num_blocks}: expected 1 to {pool.num_blocks * pool.block_size} tokens"
         )
+
+
+def check_policy(scheduling_policy: str, max_waiting_time_ms: float | None) -> None:
+    """Raise ConfigurationError for a policy that there is not, and for a time that is none."""
+    if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
+        raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
+    if scheduling_policy not in ("fcfs", "priority"):
+        raise ConfigurationError(f"scheduling_policy={scheduling_policy!r}: expected fcfs or priority")

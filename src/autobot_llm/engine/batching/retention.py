@@ -131,3 +131,10 @@ def give_blocks_back(sequence: Sequence, pool: BlockPool) -> None:
     block_ids, sequence.block_ids = sequence.block_ids, array("i")
     sequence.num_evicted_tokens = 0
     pool.free(block_ids)
+
+
+def give_up(sequence: Sequence, pool: BlockPool) -> None:
+    """Forget what was computed of a sequence."""
+    give_blocks_back(sequence, pool)
+    sequence.num_computed_tokens = 0
+    sequence.published = []

@@ -42,14 +42,14 @@ from collections.abc import Sequence as SequenceABC
 from autobot_llm.engine.batching.drafts import add_drafts, drop_rejected
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.batching.preemption import SwapSpace, count_victims
-from autobot_llm.engine.batching.prefixes import publish_full_blocks, will_publish
-from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits
+from autobot_llm.engine.batching.prefixes import publish_full_blocks, take_prefix, will_publish
+from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits, check_policy
 from autobot_llm.engine.batching.queue import WaitingQueue
-from autobot_llm.engine.batching.retention import KeepsAll, Retention, give_blocks_back, take_blocks
+from autobot_llm.engine.batching.retention import KeepsAll, Retention, give_up, take_blocks
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, Sequence
-from autobot_llm.errors import ConfigurationError, ContextLengthError
+from autobot_llm.errors import ContextLengthError
 
 
 class Scheduler:
@@ -74,15 +74,10 @@ class Scheduler:
         retention: Retention | None = None,
     ) -> None:
         self.retention: Retention = retention or KeepsAll()
-        self._max_new_tokens = min(
-            self.retention.policy.max_new_tokens or max_num_batched_tokens, max_num_batched_tokens
-        )
+        self._max_new_tokens = self.retention.policy.longest_step(0, max_num_batched_tokens)
         num_kept_tokens = self.retention.policy.most_tokens(max_model_len, self._max_new_tokens)
         check_limits(block_pool, max_num_seqs, max_num_batched_tokens, max_model_len, num_kept_tokens)
-        if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
-            raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
-        if scheduling_policy not in ("fcfs", "priority"):
-            raise ConfigurationError(f"scheduling_policy={scheduling_policy!r}: expected fcfs or priority")
+        check_policy(scheduling_policy, max_waiting_time_ms)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -216,7 +211,7 @@ class Scheduler:
                     drop_rejected(sequence, stop, num_rejected, self.block_pool)
                     stop -= num_rejected
             if samples and (has_blocks or sequence in self._waiting):
-                self._fill_in(sequence, stop, token)
+                sequence.fill_in(stop, token)
             if not has_blocks:
                 continue
             if publishes and stop // size > len(sequence.published):
@@ -333,15 +328,16 @@ class Scheduler:
         num_swapped = 0 if self.swap_space is None else self.swap_space.num_blocks_of(sequence)
         num_blocks = max(num_swapped, self._most_blocks(len(sequence.token_ids)))
         if not num_swapped:
-            self._take_prefix(sequence)
+            take_prefix(sequence, pool)
+            self.retention.trim(sequence, sequence.num_computed_tokens, pool)
         if num_blocks - len(sequence.block_ids) + num_reserved > pool.num_free:
             if not num_swapped:
-                self._give_up(sequence)
+                give_up(sequence, pool)
             self._refused = (sequence.id, num_spare_blocks)
             return False
         self._refused = None
         self._waiting.remove(sequence)
-        self._start_running(sequence)
+        self._waiting.join(self._running, sequence)
         if num_swapped:
             self._bring_back(sequence, num_swapped)
             return True
@@ -350,24 +346,6 @@ class Scheduler:
             pool.count_lookup(len(sequence.token_ids), sequence.num_cached_tokens)
             sequence.first_scheduled_time = time.monotonic()
         return True
-
-    def _take_prefix(self, sequence: Sequence) -> None:
-        """Let a sequence begin with what the cache has of it. The last token is always computed, for its logits."""
-        pool = self.block_pool
-        prefix = pool.match(sequence.token_ids, sequence.salt, len(sequence.token_ids) - 1)
-        sequence.block_ids = array("i", [entry.block_id for entry in prefix])
-        sequence.published = prefix
-        sequence.num_computed_tokens = len(prefix) * self._block_size
-        self.retention.trim(sequence, sequence.num_computed_tokens, pool)
-
-    def _start_running(self, sequence: Sequence) -> None:
-        """Put a sequence behind those of its own priority, and before those of lower ones."""
-        level_of = self._waiting.level_of
-        level = level_of(sequence)
-        later = [s.id for s in self._running.values() if level_of(s) > level] if self._waiting.heeds_priority else ()
-        self._running[sequence.id] = sequence
-        for sequence_id in later:
-            self._running.move_to_end(sequence_id)
 
     def _bring_back(self, sequence: Sequence, num_swapped: int) -> None:
         assert self.swap_space is not None
@@ -422,19 +400,13 @@ class Scheduler:
         if self.swap_space is not None:  # with what the step under way leaves of it
             self.num_evicted_blocks += self.retention.trim(sequence, sequence.num_computed_tokens, self.block_pool)
         if self.swap_space is None or not self.swap_space.take_in(sequence):
-            self._give_up(sequence)
+            give_up(sequence, self.block_pool)
         self._drop_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.push_front(sequence)
         self._refused = None
         return sequence
-
-    def _give_up(self, sequence: Sequence) -> None:
-        """Forget what was computed of a sequence."""
-        give_blocks_back(sequence, self.block_pool)
-        sequence.num_computed_tokens = 0
-        sequence.published = []
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         sequence.draft_ids = []
@@ -444,14 +416,6 @@ class Scheduler:
         # what it had let go before will not be computed again if the rest comes back
         del sequence.published[sequence.num_evicted_tokens // self._block_size :]
         sequence.epoch += 1
-
-    def _fill_in(self, sequence: Sequence, position: int, token: int | None) -> None:
-        if len(sequence.token_ids) == position + 1:  # else a later step goes on from this token
-            sequence.pending_row = NO_ROW
-        if token is None:
-            del sequence.token_ids[position:]
-        else:
-            sequence.token_ids[position] = token
 
     def _holds(self, sequence: Sequence) -> bool:
         return sequence.id in self._running or sequence in self._waiting
