@@ -14,7 +14,14 @@ from autobot_llm.engine.batching.retention import Evictor, HeavyHitters, KeepsAl
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.description import CacheDescription, OnProgress
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.executor import Executor, FeatureExecutor, SwappingExecutor
+from autobot_llm.engine.executor import (
+    NO_FEATURES,
+    Executor,
+    FeatureExecutor,
+    FeatureKinds,
+    PipelinedExecutor,
+    SwappingExecutor,
+)
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
@@ -36,6 +43,7 @@ from autobot_llm.engine.speculative.build import (
     build_speculator,
     make_draft_model,
     no_speculation_beside_heavy_hitters,
+    wanted_features,
 )
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.tokenizer import Tokenizer
@@ -62,10 +70,11 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     cache_dtype = choose_cache_dtype(config, options, dtype, device)
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
-    sums_attention = policy.heavy_hitters > 0
+    kinds = NO_FEATURES if device.type == "cpu" else wanted_features(options.speculation, options.folder, config)
     executor, num_blocks = make_executor(
-        config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress, sums_attention
-    )
+        config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress,
+        sums_attention=policy.heavy_hitters > 0, features=kinds,
+    )  # fmt: skip
     prefix_caching = options.prefix_caching and not policy.heavy_hitters  # whose blocks change while they are used
     pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching, scattered=device.type == "cuda")
     scheduler = Scheduler(
@@ -85,7 +94,8 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         options,
         sizes,
         max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE)),  # a draft model keeps whole sequences
-        gives_features=device.type == "cpu" and isinstance(executor, FeatureExecutor),
+        features=_features_of(executor, kinds, device),
+        stream=getattr(executor, "stream", None),
     )
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
@@ -124,13 +134,20 @@ def _retention(policy: CachePolicy, executor: Executor) -> Retention:
     return SlidingWindow(policy) if policy.window else KeepsAll()
 
 
+def _features_of(executor: Executor, kinds: FeatureKinds, device: torch.device) -> FeatureKinds | None:
+    """What steps keep; None: whatever they are asked for."""
+    if device.type == "cpu" and isinstance(executor, FeatureExecutor):
+        return None
+    return kinds if isinstance(executor, PipelinedExecutor) else NO_FEATURES
+
+
 def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:
     """A draft model for the model in `folder`, without that model. Raises what `load_engine` does."""
     config, device = load_config(folder), choose_device(options)
     sizes = choose_sizes(config, options, device, CachePolicy())
     num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
     options = replace(options, folder=folder)
-    target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, gives_features=False)
+    target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, features=NO_FEATURES)
     return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
 
 
@@ -141,14 +158,16 @@ def _target(
     sizes: Sizes,
     num_blocks: int,
     *,
-    gives_features: bool,
+    features: FeatureKinds | None,
+    stream: torch.cuda.Stream | None = None,
 ) -> Target:
     return Target(
         folder=options.folder,
         is_on_cpu=choose_device(options).type == "cpu",
         tokenizer=tokenizer,
         config=config,
-        gives_features=gives_features,
+        features=features,
+        stream=stream,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         prefix_caching=options.prefix_caching,

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from autobot_llm.engine.batching.draft_tree import MAX_TREE_TOKENS
 from autobot_llm.engine.batching.profiles import SchedulingPolicy, get_batching_config
 from autobot_llm.engine.gpu.options import why_not_fused
 from autobot_llm.engine.kv_cache.policy import CachePolicy, choose_policy
@@ -105,6 +106,11 @@ def choose_cache_policy(
         raise ConfigurationError(
             f"AUTOBOT_KV_HEAVY_HITTERS={options.kv_heavy_hitters:g}: the GPU kernels do not tell what was attended to; "
             "expected 0, or AUTOBOT_DEVICE=cpu"
+        )
+    if 0 < options.kv_sliding_window < MAX_TREE_TOKENS and device.type != "cpu":
+        raise ConfigurationError(
+            f"AUTOBOT_KV_SLIDING_WINDOW={options.kv_sliding_window}: on a GPU expected 0, or at least the "
+            f"{MAX_TREE_TOKENS} tokens that a tree of guesses may have"
         )
     return choose_policy(
         config,

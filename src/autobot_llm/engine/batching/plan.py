@@ -84,6 +84,14 @@ class StepBatch:
     def num_sequences(self) -> int:
         return len(self.context_lens)
 
+    @property
+    def places_T(self) -> Int32Array:
+        """Positions less what a token's sequence has let go: where it lies in the table, or would, were a tree a line."""
+        num_new_S = np.diff(self.query_starts)
+        num_evicted_S = self.positions_T[self.query_starts[:-1]] - (self.context_lens - num_new_S)
+        places_T: Int32Array = self.positions_T - num_evicted_S.repeat(num_new_S).astype(np.int32)
+        return places_T
+
 
 class BatchBuilder:
     """`build_batch`, step after step. Where the same sequences as before decode one more token, which is nearly always,
