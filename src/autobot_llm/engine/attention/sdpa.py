@@ -276,7 +276,7 @@ class SdpaAttention:
         first_position = num_positions - (stop - start)
         context = self._context(batch.block_tables_SB[sequence], num_positions)
         if batch.tree_masks_T is not None and batch.tree_masks_T[start]:
-            masks = self._tree_masks(batch.places_T[start:stop], batch.tree_masks_T[start:stop], first_position)
+            masks = self._tree_masks(batch.places[start:stop], batch.tree_masks_T[start:stop], first_position)
             return _Span(start=start, stop=stop, context=context, masks=masks)
         last_T1 = torch.arange(first_position, num_positions).unsqueeze(1)
         masks = {
@@ -291,7 +291,7 @@ class SdpaAttention:
     def _tree_masks(
         self, places_T: Int32Array, masks_T: UInt64Array, num_before: int
     ) -> dict[int, torch.Tensor | None]:
-        """Additive masks TL of a tree, for each sliding window: distances are those of places on a path, not of slots."""
+        """Additive masks TL of a tree, for each sliding window, which counts places on a path, not slots."""
         sees_TT = masks_T[:, None] >> np.arange(len(masks_T), dtype=np.uint64) & np.uint64(1) == 1
         sees_TL = np.concatenate((np.ones((len(masks_T), num_before), np.bool_), sees_TT), axis=1)
         distances_TL = places_T[:, None] - np.concatenate((np.arange(num_before), places_T))

@@ -85,8 +85,8 @@ class StepBatch:
         return len(self.context_lens)
 
     @property
-    def places_T(self) -> Int32Array:
-        """Positions less what a token's sequence has let go: where it lies in the table, or would, were a tree a line."""
+    def places(self) -> Int32Array:
+        """T positions less what a sequence has let go: places in its table, or on their path where they are a tree."""
         num_new_S = np.diff(self.query_starts)
         num_evicted_S = self.positions_T[self.query_starts[:-1]] - (self.context_lens - num_new_S)
         places_T: Int32Array = self.positions_T - num_evicted_S.repeat(num_new_S).astype(np.int32)
