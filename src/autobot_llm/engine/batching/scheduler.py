@@ -163,9 +163,8 @@ class Scheduler:
         if self._waiting.head is not None:
             self._plan_admissions(scheduled, budget, num_blocks_lacking)
         if not scheduled:
-            # Admission left a block for everything the admitted prompts lack. Decoding sequences may have used some
-            # up; they give them back when they leave. So without any decoding there is room for the first prompt.
-            # Whoever lets blocks go may wait for those that it gets back when a step under way is resolved.
+            # Admission left a block for everything the admitted prompts lack. Decoding sequences that used some up give
+            # them back; so without any there is room for the first prompt, or, in a window, when a step is resolved.
             assert not self._running or self._has_ending() or self.retention.policy.max_new_tokens is not None
             return None
         num_prompt_tokens = sum(item.num_tokens for item in scheduled[num_decodes:])
