@@ -182,11 +182,11 @@ def about(every: dict[str, Speculator | None]) -> dict[str, Any]:
         costs = speculator.controller
         for size in (1, 8, 32):
             if (plain := costs.costs.plain(size)) is not None:
-                added = costs.costs.added(size, 5 * size)
+                added = costs.costs.added
                 per_pass = costs.costly_costs.per_pass(size)
                 told[f"{name}, costs at {size}"] = text = (
-                    f"plain {plain * 1e3:.2f} ms, {size} / {5 * size} draft tokens add {added[size] * 1e3:.2f} / "
-                    f"{added[5 * size] * 1e3:.2f}, a pass of the draft {(per_pass or 0) * 1e3:.2f}"
+                    f"plain {plain * 1e3:.2f} ms, {size} / {5 * size} draft tokens add {added(size, size) * 1e3:.2f} / "
+                    f"{added(size, 5 * size) * 1e3:.2f}, a pass of the draft {(per_pass or 0) * 1e3:.2f}"
                 )
                 print(f"  {name}, costs at {size}: {text}")
     return told

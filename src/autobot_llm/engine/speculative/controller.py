@@ -14,11 +14,11 @@ is measured: chances by method and kind of draft, seconds by size of step (measu
 
 The guarantee. Expectations may be wrong, so no draft is longer than what its sequence can afford to lose whole: one
 step, and 1 % of its time, and what drafts have gained it lately (credit.py). So whatever is drafted and however wrong
-it is, drafts cost an answer at most 1 % and the time of one token more than they gain it. What is found out at the
-engine's expense comes besides: looks at a costly method, for at most PROBE_SHARE of the time and PROBE_GRANT steps;
-two tokens every RETRY steps; and learning what each size of step costs. Counted in measured costs, that is: where none
-is known for a plain step there is nothing to lose against, so a plain step is what is run then, and once every REFRESH
-drafted ones.
+it is, drafts cost an answer at most 1 % and the time of one token more than they gain it. (On a GPU, where sequences
+share nearly all of a step, that holds for the answers of a batch together.) What is found out at the engine's expense
+comes besides: looks at a costly method, for at most PROBE_SHARE of the time and PROBE_GRANT steps; two tokens every
+RETRY steps; and learning what each size of step costs. Counted in measured costs, that is: where none is known for a
+plain step there is nothing to lose against, so a plain step is what is run then, and once every REFRESH drafted ones.
 
 What is switched off is looked at again. Free drafts are compared with what came even where they were not verified; a
 costly method is tried on one sequence whenever the allowance for it has the time.
@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple, Protocol
 
 from autobot_llm.engine.speculative.credit import Credit
@@ -53,6 +54,7 @@ PROBE_GRANT = 8.0  # plain steps, for the first looks at a costly method
 PROBE_MOST = 64.0  # plain steps: no more is saved up
 PROBE_TOKENS = 2
 PROBE_EVERY = 16  # steps that are not waited for, before one is waited for to look at a costly method
+LIKELY = 0.5
 CATCH_UP_STEPS = 32
 """Steps over which a costly method's catching up with a sequence is expected to pay."""
 
@@ -102,7 +104,7 @@ class DraftPolicy(Protocol):
         ...
 
     def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
-        """Whether `decide` may find something to verify. Decides nothing."""
+        """Whether `decide` may find something to verify after the token that is under way. Decides nothing."""
         ...
 
 
@@ -137,7 +139,9 @@ class Controller:
         self._num_since_plain = 0
         self._num_since_draft = 0
         self._num_since_offer = 0
+        self._num_since_look = 0
         self._offer_every = priors.offer_every
+        self._is_shared = priors.is_shared
         self._uses_costly = False
         self._num_asked = 1  # tokens, in depth, of the costly method when it was last asked
         self._is_probing = False
@@ -166,16 +170,21 @@ class Controller:
         share = plain / num_sequences
         # Where everybody has a draft, what is right saves its part of what all share, too: who is left behind by the
         # others soon cannot afford a draft any more, and then it saves its own time alone.
-        worth = share if len(results) == num_sequences else self.costs.own_share(num_sequences)
+        is_worth_all = self._is_shared or len(results) == num_sequences
+        worth = share if is_worth_all else self.costs.own_share(num_sequences)
         num_tokens = sum(result.num_tokens for result in results)
         each = self.costs.added(num_sequences, num_tokens) / num_tokens
         num_costly = sum(result.is_costly for result in results)
         per_pass = self.costly_costs.per_pass(num_costly) if num_costly else None
         drafting = 0.0 if per_pass is None else self._num_asked * per_pass / num_costly
-        for credit, number, num_right, is_costly in results:
-            gain = num_right * worth - number * each - drafting * is_costly
-            credit.book(gain, self._now, share)
-            if is_costly:
+        gains = [
+            result.num_right * worth - result.num_tokens * each - drafting * result.is_costly for result in results
+        ]
+        if self._is_shared:
+            gains = [fmean(gains)] * len(gains)
+        for result, gain in zip(results, gains, strict=True):
+            result.credit.book(gain, self._now, share)
+            if result.is_costly:
                 self._earn(max(0.0, gain), plain)
 
     def is_allowed(self, history: AcceptanceHistory) -> bool:
@@ -190,14 +199,21 @@ class Controller:
         plain = self.costs.plain(len(free))
         if plain is None or self._num_since_plain >= REFRESH:
             return False
+        # a draft that begins with the token under way is worth something only if that one is right
+        free = [history if history is not None and history.first_chance >= LIKELY else None for history in free]
         decision, seconds = self._best_free(free, plain, credit_of)
         if decision is not None or (self._num_since_draft >= RETRY and _likely(free) is not None):
             return True
         if costly is None:
             return False
         decision, _ = self._best_costly(free, costly, None, seconds, plain, credit_of)
-        is_due = self._num_since_draft >= PROBE_EVERY
-        return decision is not None or (is_due and self._probe_seconds(costly, plain) <= (self._allowance or 0.0))
+        if decision is not None:
+            return True
+        self._num_since_look += 1
+        if self._num_since_look < PROBE_EVERY or self._probe_seconds(costly, plain) > (self._allowance or 0.0):
+            return False
+        self._num_since_look = 0
+        return True
 
     def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
         self._is_probing = False
@@ -218,6 +234,13 @@ class Controller:
         if decision is not None and decision.num_costly:
             self._num_asked = decision.num_costly
         return decision
+
+    def _balance_of(self, credit_of: CreditOf, num_sequences: int, share: float) -> Callable[[int], float]:
+        """What the sequence at a place may spend: its own, or where steps are shared what all have on the average."""
+        if not self._is_shared:
+            return lambda i: credit_of(i).balance(self._now, share)
+        mean = fmean(credit_of(i).balance(self._now, share) for i in range(num_sequences))
+        return lambda i: mean
 
     def _earn(self, seconds: float, plain: float) -> None:
         before = PROBE_GRANT * plain if self._allowance is None else self._allowance
@@ -240,8 +263,9 @@ class Controller:
             return None, plain
         each = self.costs.added(num_sequences, len(likely)) / len(likely)
         survivals: list[SequenceABC[float]] = [()] * num_sequences
+        balance_of = self._balance_of(credit_of, num_sequences, share)
         for i, history in likely:
-            affordable = int(min(self._max_tokens, credit_of(i).balance(self._now, share) / max(each, 1e-9)))
+            affordable = int(min(self._max_tokens, balance_of(i) / max(each, 1e-9)))
             if affordable > 0:
                 survivals[i] = history.survival()[:affordable]
         if not any(survivals):
@@ -278,7 +302,8 @@ class Controller:
         if per_pass is None or self._allowance is None:
             return decision, 0.0
         least = (self._added_by_costly(num_sequences, len(chosen), 1) + per_pass) / len(chosen)
-        balances = {i: credit_of(i).balance(self._now, share) for i in chosen}
+        balance_of = self._balance_of(credit_of, num_sequences, share)
+        balances = {i: balance_of(i) for i in chosen}
         chosen = [i for i in chosen if balances[i] >= least]
         catch_up = sum(costly.lags[i] - 1 for i in chosen) * self.costly_costs.per_token_behind(per_pass)
         if not chosen or catch_up > self._allowance:

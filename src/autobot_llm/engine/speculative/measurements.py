@@ -28,6 +28,7 @@ class Priors:
     draft token adds to that, in a sequence's share of a plain one. `token_behind`: what a costly method takes for a
     token that it catches up with, in its passes; `twice_as_many`: how much longer its pass takes for two sequences than
     for one. `offer_every`: steps from one look to the next at a costly method that is not in use.
+    `is_shared`: a step's time is nearly all shared by its sequences, so they gain and lose by drafts together.
     """
 
     drafted_step: float
@@ -35,10 +36,15 @@ class Priors:
     token_behind: float
     twice_as_many: float
     offer_every: int
+    is_shared: bool
 
 
-ON_CPU = Priors(drafted_step=0.0, draft_token=0.25, token_behind=0.25, twice_as_many=2.0, offer_every=16)
-ON_GPU = Priors(drafted_step=0.12, draft_token=0.02, token_behind=1 / 256, twice_as_many=1.1, offer_every=1)
+ON_CPU = Priors(
+    drafted_step=0.0, draft_token=0.25, token_behind=0.25, twice_as_many=2.0, offer_every=16, is_shared=False
+)
+ON_GPU = Priors(
+    drafted_step=0.12, draft_token=0.02, token_behind=1 / 256, twice_as_many=1.1, offer_every=1, is_shared=True
+)
 """A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
 before the next one, and kernels of several rows are a little slower (docs/results/speculation_gpu.md). A look costs
 the host alone, and it is not the host that steps wait for."""
