@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import Int64Array, StepBatch
-from autobot_llm.engine.executor import LaunchedStep, SampledRows, SamplingArrays
+from autobot_llm.engine.executor import Features, LaunchedStep, SampledRows, SamplingArrays
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.noise import exponential_noise
 
@@ -145,6 +145,7 @@ class HostBlocks:
 class _Launched:
     device: FakePipelinedDevice
     num_rows: int
+    features = Features()
     sampled: SampledRows | None = None
     error: Exception | None = None
     is_waited_for: bool = False

@@ -268,8 +268,8 @@ def test_medusa_drafts_what_the_heads_say_of_the_training_forwards_hidden_states
     assert isinstance(costly, MedusaProposer)
     for token_ids, drafted in watched_drafts(engine, costly, prompts[0], 3):
         hidden_1E = model.hidden(torch.tensor([token_ids])).normed_BSE[0, -2:-1]
-        best_KN = costly.heads.top_tokens(hidden_1E, 10)[0].tolist()
-        (shape,) = [tree for tree in costly.trees if tree.num_nodes == 1 + len(drafted)]
+        best_KN = costly.heads.candidates([hidden_1E[0]], costly.heads.num_heads, 10)[0][:, 0].tolist()
+        (shape,) = [tree for depth in (1, 2, 3) if (tree := costly.tree(depth, 1)).num_nodes == 1 + len(drafted)]
         wanted = [best_KN[depth - 1][rank] for depth, rank in zip(shape.depths[1:], shape.ranks[1:], strict=True)]
         assert drafted == wanted
 

@@ -42,3 +42,8 @@ def decode_graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
 def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
     """The numbers of tokens to capture a step with prompts for."""
     return tuple(size for size in PROMPT_SIZES if size <= max_num_batched_tokens)
+
+
+def tree_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """The same for steps in which drafts are trees: the logits of all their tokens are wanted."""
+    return prompt_graph_sizes(min(max_num_batched_tokens, MAX_ROWS))

@@ -100,6 +100,12 @@ def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[Sch
     return verdicts
 
 
+def row_offsets(item: ScheduledSequence) -> SequenceABC[int]:
+    """How far behind the sequence's last token that of each of an item's rows is, which their noise depends on."""
+    parents = item.sequence.draft_parents[: item.num_draft]
+    return (0, *depths(parents)) if parents else range(item.num_draft + 1)
+
+
 def verify_sampled(sampled: SampledRows, scheduled: SequenceABC[ScheduledSequence]) -> list[Verdict]:
     """The same where a device has sampled each row with the noise of its position."""
     outcomes: list[Outcome] = [

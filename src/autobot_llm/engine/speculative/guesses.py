@@ -35,19 +35,32 @@ def rank_guesses(
 ) -> npt.NDArray[np.int64]:
     """The target's ids_RN, best guess first. Row r is for a request with params[r], at the index positions[r] of its
     sequence. `ids_V` are the target's ids of the guesser's tokens; None: they are the same."""
-    is_greedy = [each.is_greedy for each in params]
-    num_best = num_ranks if all(is_greedy) else max(num_ranks, NUM_CANDIDATES)
-    num_best = min(num_best, logits_RV.shape[1])
-    best = logits_RV.topk(num_best, dim=-1)
+    best = logits_RV.topk(min(num_candidates(params, num_ranks), logits_RV.shape[1]), dim=-1)
     ids_RC: npt.NDArray[np.int64] = best.indices.cpu().numpy()
-    if ids_V is not None:
-        ids_RC = ids_V[ids_RC]
-    if all(is_greedy):
-        return ids_RC
-    scores_RC = best.values.float().cpu().numpy()
-    order_RC = np.tile(np.arange(num_best), (len(params), 1))
+    return rank_candidates(
+        ids_RC if ids_V is None else ids_V[ids_RC], best.values.float().cpu().numpy(), params, positions, num_ranks
+    )
+
+
+def num_candidates(params: SequenceABC[SamplingParams], num_ranks: int) -> int:
+    """C: the best tokens of a row that are looked at."""
+    return num_ranks if all(each.is_greedy for each in params) else max(num_ranks, NUM_CANDIDATES)
+
+
+def rank_candidates(
+    ids_RC: npt.NDArray[np.int64],
+    scores_RC: npt.NDArray[np.float32],
+    params: SequenceABC[SamplingParams],
+    positions: SequenceABC[int],
+    num_ranks: int,
+) -> npt.NDArray[np.int64]:
+    """The same from the best tokens of each row and their logits, the best first."""
+    is_drawn = [not each.is_greedy for each in params]
+    if not any(is_drawn):
+        return ids_RC[:, :num_ranks]
+    order_RC = np.tile(np.arange(ids_RC.shape[1]), (len(params), 1))
     for r, each in enumerate(params):
-        if not each.is_greedy:
+        if is_drawn[r]:
             order_RC[r] = np.argsort(-_drawn(scores_RC[r], ids_RC[r], each, positions[r]), kind="stable")
     ranked: npt.NDArray[np.int64] = np.take_along_axis(ids_RC, order_RC[:, :num_ranks], axis=1)
     return ranked

@@ -154,12 +154,13 @@ class Speculator:
         logits_RV, self._features = executor.execute_with_features(batch, self._wanted)
         return logits_RV
 
-    def observe(self, plan: StepPlan, verdicts: SequenceABC[Verdict] = ()) -> None:
-        """Let the costly method see the step that was executed and resolved. `verdicts` are of the items that sample,
-        in the plan's order; none: there were no drafts."""
+    def observe(self, plan: StepPlan, verdicts: SequenceABC[Verdict] = (), features: Features | None = None) -> None:
+        """Let the costly method see the step that was computed and resolved. `verdicts` are of the items that sample,
+        in the plan's order; none: there were no drafts. `features` None: those of `execute`."""
         if self._costly is None or self._wanted is None:
             return
-        features, self._features = self._features, Features()
+        if features is None:
+            features, self._features = self._features, Features()
         self._costly.observe(list(_computed(plan, verdicts)), features)
 
     def is_promising(self, sequences: list[Sequence]) -> bool:

@@ -135,7 +135,7 @@ def paged_decode(
         out_QHD,
         batch.items_I8,
         batch.block_tables_SB,
-        batch.tree_masks_T,
+        batch.tree_rows_T4,
         workspace.partials,
         workspace.stats,
         workspace.arrivals,
@@ -208,7 +208,10 @@ def _decode(  # type: ignore[no-untyped-def]
     context = tl.load(item_ptr + 7)
     table_ptr = tables_ptr + sequence * table_stride
     if WINDOW:
-        start = tl.maximum(start, tl.maximum(context - num_queries + 1 - WINDOW, 0) // PAGE * PAGE)
+        first_position = context - num_queries
+        if trees_ptr is not None:
+            first_position = tl.load(trees_ptr + first_query * 4 + 2, mask=sequence >= 0, other=0)
+        start = tl.maximum(start, tl.maximum(first_position + 1 - WINDOW, 0) // PAGE * PAGE)
     # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
     n = start + tl.arange(0, N)
     blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
@@ -239,7 +242,11 @@ def _decode(  # type: ignore[no-untyped-def]
     acc_MC = tl.zeros((M, C), tl.float32)
     first_new = context - num_queries
     if trees_ptr is not None:
-        trees_M = tl.load(trees_ptr + first_query + query_M, mask=is_row_M, other=0)
+        tree_ptrs_M = trees_ptr + (first_query + query_M) * 4
+        low_word_M = tl.load(tree_ptrs_M, mask=is_row_M, other=0)
+        high_word_M = tl.load(tree_ptrs_M + 1, mask=is_row_M, other=0)
+        first_new_M = tl.load(tree_ptrs_M + 2, mask=is_row_M, other=0)
+        position_M = tl.load(tree_ptrs_M + 3, mask=is_row_M, other=0)
 
     high_M = tl.full((M,), float("-inf"), tl.float32)
     sum_M = tl.zeros((M,), tl.float32)
@@ -262,13 +269,17 @@ def _decode(  # type: ignore[no-untyped-def]
         else:
             scores_MN = tl.dot(q_MC, k_CN) * scale
         blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
-        new_N = n - first_new
         if trees_ptr is not None:
-            is_seen_MN = (new_N < 0)[None, :] | (((trees_M[:, None] >> tl.maximum(new_N, 0)[None, :]) & 1) != 0)
+            new_MN = n[None, :] - first_new_M[:, None]
+            word_MN = tl.where(new_MN < 32, low_word_M[:, None], high_word_M[:, None])
+            is_seen_MN = (new_MN < 0) | (((word_MN >> (new_MN & 31)) & 1) != 0)
+            if WINDOW:  # trees are less deep than windows are wide
+                is_seen_MN = is_seen_MN & ((new_MN >= 0) | (n[None, :] > position_M[:, None] - WINDOW))
         else:
+            new_N = n - first_new
             is_seen_MN = new_N[None, :] <= query_M[:, None]
-        if WINDOW:
-            is_seen_MN = is_seen_MN & (new_N[None, :] > query_M[:, None] - WINDOW)
+            if WINDOW:
+                is_seen_MN = is_seen_MN & (new_N[None, :] > query_M[:, None] - WINDOW)
         scores_MN = tl.where(is_seen_MN & is_part_N[None, :], scores_MN, float("-inf"))
         new_high_M = tl.maximum(high_M, tl.max(scores_MN, 1))
         base_M = tl.where(new_high_M == float("-inf"), 0.0, new_high_M)  # a row that has seen nothing yet
