@@ -1,4 +1,4 @@
-"""EAGLE-3 on a CUDA device: its chains against the CPU's proposer, and answers against those without. `make test-gpu`."""
+"""EAGLE-3 on a CUDA device: chains against the CPU's proposer, answers against those without. `make test-gpu`."""
 
 from __future__ import annotations
 
