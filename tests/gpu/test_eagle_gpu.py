@@ -78,7 +78,7 @@ def test_chains_are_those_of_the_cpu_but_for_near_ties(eagle: Engine) -> None:
     for asked in (sequences, sequences[:1], sequences[3:]):
         for mine, theirs in zip(proposer.propose(asked, 5), twin.propose(asked, 5), strict=True):
             assert mine is not None and theirs is not None
-            same = np.cumprod(np.equal(mine.token_ids, theirs.token_ids))
+            same = np.cumprod(np.equal(mine.token_ids, theirs.as_line().token_ids))
             num_same, num_tokens = num_same + int(same.sum()), num_tokens + 5
     for s in sequences:
         proposer.forget(s)

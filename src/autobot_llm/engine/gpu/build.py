@@ -221,6 +221,7 @@ class _Builder:
         return estimated_graph_bytes(
             self._config,
             max_num_seqs=self._limits.max_num_seqs,
+            max_model_len=self._limits.max_model_len,
             num_batched_tokens=self._limits.max_num_batched_tokens,
             num_bytes_each=self._dtype.itemsize,
             takes_trees=self._options.features != NO_FEATURES,

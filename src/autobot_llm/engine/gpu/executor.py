@@ -272,10 +272,10 @@ class GpuExecutor:
 
     def _recorded_step(self, graph: StepGraph, host: Arrays) -> Callable[[torch.Tensor], torch.Tensor]:
         metadata = graph.prompts if graph.batch is None else self.attention.prepare_captured(graph.batch, host)
-        kept = first_of(self._kept, graph.num_tokens, graph.num_rows)
 
         def step(_buffer: torch.Tensor) -> torch.Tensor:
             self._graph_staging.fetch(graph.layout.num_bytes)
+            kept = first_of(self._kept, graph.num_tokens, graph.num_rows)
             logits_RV = self._decoder.forward(graph.inputs, metadata, kept)
             tokens_R, bests_R = self._sampler.sample(logits_RV)
             ring, turn = self._graph_results, self._graph_staging.device_turn

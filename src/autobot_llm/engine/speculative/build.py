@@ -22,6 +22,7 @@ from autobot_llm.engine.speculative.heads import (
     make_eagle,
     make_eagle_on_device,
     make_medusa,
+    method_of,
 )
 from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
 from autobot_llm.engine.speculative.ngram import LOOKUP_MAX, NgramProposer
@@ -78,11 +79,13 @@ MakeExecutor = Callable[[Path, ModelConfig, int, int], tuple[Executor, int]]
 def wanted_features(options: SpeculationOptions, folder: Path, config: ModelConfig) -> FeatureKinds:
     """What the steps of the model in `folder` have to keep for the method that `build_speculator` will choose: to be
     known before a GPU's steps are captured. Nothing for heads that cannot be read, which it will say."""
-    is_auto = options.method == "auto" and not (options.draft_model or find_draft(folder))
+    named = options.heads if options.method in ("auto", *_BY_PREFERENCE) else None
+    is_auto = options.method == "auto" and named is None and not (options.draft_model or find_draft(folder))
+    asked_for = method_of(named) if options.method == "auto" and named is not None else options.method
     for method in _BY_PREFERENCE:
-        if not (is_auto or options.method == method):
+        if not (is_auto or asked_for == method):
             continue
-        heads = (options.heads if options.method == method else None) or find_heads(folder, method)
+        heads = named or find_heads(folder, method)
         if heads is not None:
             try:
                 return features_of(method, heads, config)
@@ -115,7 +118,10 @@ def build_speculator(
 
 
 def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> CostlyProposer | None:
-    """The method that is asked for; for auto a draft model, else EAGLE-3, else Medusa, whatever there is."""
+    """The method that is asked for; for auto the heads that are named, else a draft model, EAGLE-3 or Medusa, the
+    first that is there."""
+    if options.method == "auto" and options.heads is not None:
+        return _heads(method_of(options.heads), options, target)
     if options.method == "medusa" or options.method == "eagle3":
         return _heads(options.method, options, target)
     if options.method not in ("auto", "draft"):
@@ -129,10 +135,10 @@ def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExec
 
 def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> CostlyProposer | None:
     """Raises ConfigurationError where the method is asked for by name and cannot be had."""
-    is_asked_for = options.method == method
-    named = options.heads if is_asked_for else None
+    named = options.heads
+    is_asked_for = options.method == method or named is not None
     folder = named or find_heads(target.folder, method)
-    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}"
+    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}" if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
     if folder is None:
         if not is_asked_for:
             return None
@@ -148,8 +154,7 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
         if not is_asked_for:
             log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
             return None
-        where = setting if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
-        raise ConfigurationError(f"{where}: {error}") from error
+        raise ConfigurationError(f"{setting}: {error}") from error
     if not is_asked_for:
         return None
     raise ConfigurationError(f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none")

@@ -15,7 +15,7 @@ from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double what it takes to make one, for each sequence at each step
 class Draft:
     """Tokens that may follow a sequence: a line, or a tree.
 
@@ -103,6 +103,10 @@ class CostlyProposer(Protocol):
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """A draft for each, at most that many tokens deep; None where it has no room for a sequence now."""
+        ...
+
+    def num_passes(self, num_tokens: int) -> int:
+        """How often its model runs for drafts so deep: what a draft costs is measured by the pass."""
         ...
 
     def forget(self, sequence: Sequence) -> None: ...

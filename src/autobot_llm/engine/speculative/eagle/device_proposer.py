@@ -153,6 +153,9 @@ class DeviceEagleProposer:
                 del window.shadow.token_ids[length:]
         return [Draft(token_ids) if (token_ids := drafts.get(s.id)) else None for s in sequences]
 
+    def num_passes(self, num_tokens: int) -> int:
+        return num_tokens
+
     def forget(self, sequence: Sequence) -> None:
         self._drop(sequence.id)
 
