@@ -98,7 +98,8 @@ class CostlyProposer(Protocol):
         ...
 
     def lag(self, sequence: Sequence) -> int:
-        """How many tokens it has to catch up with before it can draft for a sequence: at least 1."""
+        """How many tokens it has to catch up with before it can draft for a sequence, whose last one may not be known
+        yet: at least 1."""
         ...
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
