@@ -66,6 +66,7 @@ def build_eagle_executor(
         layer,
         max_num_seqs=limits.max_num_seqs,
         num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
         num_bytes_each=dtype.itemsize,
     )
     room = torch.cuda.mem_get_info(device)[0] - graph_bytes
