@@ -88,7 +88,7 @@ def test_chains_of_passes_return_what_the_plain_layer_returns(
     torch.testing.assert_close(features_TE.cpu().float(), expected_TE, rtol=BOUNDS[dtype], atol=10 * BOUNDS[dtype])
     decoder.features_TE[: sum(lengths)].copy_(features_TE)
 
-    caches = [DraftCache(layer, 0) for _ in lengths]
+    caches = [DraftCache(layer, 0, embed_VE.device) for _ in lengths]
     rope_PD = draft_rope(config, 128, torch.float32, "cpu")
     parts = [Part(cache, 0, s.token_ids) for cache, s in zip(caches, sequences, strict=True)]
     feature_SE = run_layer(twin, embed_VE.float(), rope_PD, parts, expected_TE)[np.cumsum(lengths) - 1]
