@@ -10,6 +10,8 @@ Prints tables and one JSON line at the end.
     python benchmarks/speculation_gpu.py 7b --draft draft-68m --batch 1 8 32 128
     python benchmarks/widen_heads.py src/autobot_llm/assets/tiny src/autobot_llm/assets/tiny-medusa medusa-7b
     python benchmarks/speculation_gpu.py 7b --heads medusa-7b --batch 1 8
+    python benchmarks/widen_heads.py src/autobot_llm/assets/tiny src/autobot_llm/assets/tiny-eagle3 eagle3-7b
+    python benchmarks/speculation_gpu.py 7b --eagle eagle3-7b --batch 1 8
 """
 
 from __future__ import annotations
@@ -233,6 +235,7 @@ def main() -> None:
     guesser = parser.add_mutually_exclusive_group()
     guesser.add_argument("--draft", type=Path, help="a draft model's folder")
     guesser.add_argument("--heads", type=Path, help="a folder of Medusa heads (widen_heads.py)")
+    guesser.add_argument("--eagle", type=Path, help="the folder of an EAGLE-3 draft (widen_heads.py)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of each category, at least a batch (8)")
     parser.add_argument("--num-tokens", type=int, default=5, help="most tokens of a draft (5)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -243,8 +246,14 @@ def main() -> None:
         env_file=None,
         environ={"AUTOBOT_QUANTIZATION_TYPE": arguments.quantization},
     )
-    method: Method = "medusa" if arguments.heads else "draft" if arguments.draft else "ngram"
-    speculation = SpeculationOptions(method, arguments.draft, arguments.heads, arguments.num_tokens)
+    given: dict[Method, Path | None] = {
+        "medusa": arguments.heads,
+        "eagle3": arguments.eagle,
+        "draft": arguments.draft,
+    }
+    method: Method = next((each for each, folder in given.items() if folder), "ngram")
+    heads = arguments.heads or arguments.eagle
+    speculation = SpeculationOptions(method, arguments.draft, heads, arguments.num_tokens)
     start = time.perf_counter()
     engine = load_engine(
         dataclasses.replace(engine_options(settings, arguments.model), prefix_caching=False, speculation=speculation)

@@ -21,7 +21,6 @@ from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.executor import FeatureKinds, Features, LaunchedStep, SamplingArrays
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative import build
 from autobot_llm.engine.speculative.build import SpeculationOptions, wanted_features
 from autobot_llm.engine.speculative.heads import find_heads
 from autobot_llm.engine.speculative.proposer import Computed, Draft
@@ -160,8 +159,8 @@ def test_trees_are_verified_and_moved_beside_the_device(temperature: float) -> N
 
 def test_the_features_that_will_be_wanted_are_known_before_a_model_is_loaded() -> None:
     config = load_config(TINY)
-    hidden = FeatureKinds(hidden=True)
-    heads = find_heads(TINY, "medusa")
+    hidden, streams = FeatureKinds(hidden=True), FeatureKinds(layers=(2, 5, 8))
+    heads, eagle = find_heads(TINY, "medusa"), find_heads(TINY, "eagle3")
     for options, expected in (
         (SpeculationOptions("none"), FeatureKinds()),
         (SpeculationOptions("ngram"), FeatureKinds()),
@@ -169,6 +168,8 @@ def test_the_features_that_will_be_wanted_are_known_before_a_model_is_loaded() -
         (SpeculationOptions("auto"), FeatureKinds()),  # a draft lies beside the embedded model
         (SpeculationOptions("medusa"), hidden),
         (SpeculationOptions("medusa", heads=heads), hidden),
+        (SpeculationOptions("auto", heads=heads), hidden),
+        (SpeculationOptions("eagle3"), streams),
+        (SpeculationOptions("auto", heads=eagle), streams),
     ):
         assert wanted_features(options, TINY, config) == expected, options
-    assert "medusa" in build.HEADS_ON_GPU

@@ -23,6 +23,7 @@ from autobot_llm.engine.executor import (
     SwappingExecutor,
 )
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
+from autobot_llm.engine.gpu.options import DraftPlace
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.kv_cache.policy import CachePolicy
@@ -95,7 +96,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         sizes,
         max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE)),  # a draft model keeps whole sequences
         features=_features_of(executor, kinds, device),
-        stream=getattr(executor, "stream", None),
+        place=_place(executor, options),
     )
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
@@ -141,6 +142,21 @@ def _features_of(executor: Executor, kinds: FeatureKinds, device: torch.device) 
     return kinds if isinstance(executor, PipelinedExecutor) else NO_FEATURES
 
 
+def _place(executor: Executor, options: EngineOptions) -> DraftPlace | None:
+    if executor.name != "gpu":
+        return None
+    from autobot_llm.engine.gpu.executor import GpuExecutor  # triton is needed only here
+
+    assert isinstance(executor, GpuExecutor)
+    return DraftPlace(
+        executor.stream,
+        executor.embeddings,
+        executor.limits,
+        options.attention_backend,
+        uses_graphs=options.cuda_graphs != "off",
+    )
+
+
 def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:
     """A draft model for the model in `folder`, without that model. Raises what `load_engine` does."""
     config, device = load_config(folder), choose_device(options)
@@ -159,7 +175,7 @@ def _target(
     num_blocks: int,
     *,
     features: FeatureKinds | None,
-    stream: torch.cuda.Stream | None = None,
+    place: DraftPlace | None = None,
 ) -> Target:
     return Target(
         folder=options.folder,
@@ -167,7 +183,7 @@ def _target(
         tokenizer=tokenizer,
         config=config,
         features=features,
-        stream=stream,
+        place=place,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         prefix_caching=options.prefix_caching,

@@ -22,6 +22,7 @@ from autobot_llm.engine.kernels.gpu.rotary import rotate_and_store
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
+from autobot_llm.engine.models.embeddings import Embeddings
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
 
 
@@ -69,6 +70,11 @@ class FusedDecoder:
         half = config.head_size // 2  # both halves of a row are alike
         self._cos_sin_PD = torch.cat((cos_PD[:, :half], sin_PD[:, :half]), dim=-1).to(self.device)
 
+    @property
+    def embeddings(self) -> Embeddings:
+        """The very tensors that the steps read."""
+        return Embeddings(self._weights.embed_VE, self._weights.lm_head_VE)
+
     def forward(self, inputs: DecoderInputs, metadata: Any, kept: Features = NOTHING) -> torch.Tensor:
         """Compute all tokens; returns float32 logits_RV. `metadata` is the attention backend's for this step. Fills
         the tensors that are `kept`."""
@@ -96,7 +102,8 @@ class FusedDecoder:
         for i, layer in enumerate(weights.layers):
             if i in kept:
                 self._keep(i, hidden_TE, streams_TF)
-            attended_TA = self._attend(i, layer, hidden_TE, inputs, metadata)
+            qkv_TC = norm_linear(hidden_TE, layer.input_norm_E, config.rms_norm_eps, layer.qkv_weight, layer.qkv_bias)
+            attended_TA = self._attend(i, layer, qkv_TC, inputs, metadata)
             if i == last and inputs.logit_rows_R is not None:
                 hidden_TE = hidden_TE.index_select(0, inputs.logit_rows_R)
                 attended_TA = attended_TA.index_select(0, inputs.logit_rows_R)
@@ -117,12 +124,11 @@ class FusedDecoder:
         streams_TF[:, place * width : (place + 1) * width].copy_(hidden_TE)
 
     def _attend(
-        self, i: int, layer: LayerWeights, hidden_TE: torch.Tensor, inputs: DecoderInputs, metadata: Any
+        self, i: int, layer: LayerWeights, qkv_TC: torch.Tensor, inputs: DecoderInputs, metadata: Any
     ) -> torch.Tensor:
-        """What the heads of layer i gather, [T, H*D], before the output projection."""
+        """What the heads of layer i gather, [T, H*D], before the output projection. Rotates q and k in place."""
         config = self._config
         num_heads, num_kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
-        qkv_TC = norm_linear(hidden_TE, layer.input_norm_E, config.rms_norm_eps, layer.qkv_weight, layer.qkv_bias)
         rotate_and_store(
             qkv_TC,
             inputs.positions_T,

@@ -42,6 +42,7 @@ from autobot_llm.engine.gpu.swap import BlockSwapper
 from autobot_llm.engine.kernels.gpu.exchange import NUM_SLOTS, send
 from autobot_llm.engine.kernels.gpu.sampling import DeviceSampler, SamplingTensors
 from autobot_llm.engine.kv_cache.storage import PagedStorage
+from autobot_llm.engine.models.embeddings import Embeddings
 
 
 class _Launched:
@@ -84,7 +85,8 @@ class GpuExecutor:
     """PipelinedExecutor and BlockCopier on one CUDA device. `reason` says why it was chosen.
 
     Steps keep the `features` that were asked for when this was made; their tensors belong to `stream`, the one that
-    runs the steps: who works on them there has nothing to wait for. `device_wait_seconds` adds up the time that the
+    runs the steps: who works on them there has nothing to wait for. It is one of its own unless one is given.
+    `device_wait_seconds` adds up the time that the
     host has waited for the device. Before `capture`, and with `uses_graphs` false, every step is launched kernel by
     kernel.
     """
@@ -105,6 +107,7 @@ class GpuExecutor:
         reason: str,
         features: FeatureKinds = NO_FEATURES,
         quantization: str | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.feature_kinds = features
         self.reason = reason
@@ -118,7 +121,7 @@ class GpuExecutor:
         self._decoder = decoder
         self._storage = storage
         # A stream of our own: on the default one, whatever else the program does would wait for our steps.
-        self.stream = torch.cuda.Stream(self._device)
+        self.stream = stream or torch.cuda.Stream(self._device)
         with torch.cuda.stream(self.stream):
             max_rows = max(_most_rows(limits), *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
             self._sampler = DeviceSampler(vocab_size, max_rows, self._device)
@@ -152,6 +155,11 @@ class GpuExecutor:
         if self._takes_trees:  # without the method this is no TreeExecutor
             self._mover = SlotMover(storage, decoder.head_size, self.stream)
             self.move = self._mover.move
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """What the steps embed and project with, on the device."""
+        return self._decoder.embeddings
 
     def capture(self, on_progress: Callable[[int, int], None]) -> None:
         """Capture every size of step that is replayed; `on_progress` gets (captured, in all).

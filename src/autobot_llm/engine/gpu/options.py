@@ -11,6 +11,7 @@ import torch
 
 from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds
 from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.models.embeddings import Embeddings
 from autobot_llm.engine.quantization.scheme import QuantizationType
 
 HEAD_SIZES = (64, 128)
@@ -41,6 +42,18 @@ class GpuOptions:
     cache_dtype: torch.dtype | None = None  # None: the model's own
     features: FeatureKinds = NO_FEATURES
     quantization: QuantizationType = QuantizationType.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlace:
+    """What a draft that reads the target's features shares with it: the stream of its steps, its embeddings there, and
+    the limits and choices that it was made with."""
+
+    stream: torch.cuda.Stream
+    embeddings: Embeddings
+    limits: GpuLimits
+    attention_backend: str
+    uses_graphs: bool
 
 
 def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:

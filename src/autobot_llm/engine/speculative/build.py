@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
+from autobot_llm.engine.gpu.options import DraftPlace
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.speculative.draft_model import DraftModel
@@ -21,6 +20,7 @@ from autobot_llm.engine.speculative.heads import (
     features_of,
     find_heads,
     make_eagle,
+    make_eagle_on_device,
     make_medusa,
     method_of,
 )
@@ -36,9 +36,6 @@ log = logging.getLogger(__name__)
 
 Method = Literal["auto", "ngram", "draft", "medusa", "eagle3", "none"]
 
-
-HEADS_ON_GPU: tuple[HeadsMethod, ...] = ("medusa",)
-"""Heads that run beside the steps of a GPU."""
 
 _BY_PREFERENCE: tuple[HeadsMethod, ...] = ("eagle3", "medusa")
 
@@ -60,14 +57,14 @@ class SpeculationOptions:
 @dataclass(frozen=True, slots=True)
 class Target:
     """The model that is drafted for, and the limits of its engine. `features`: what its steps keep; None: whatever they
-    are asked for. `stream`: the one that a GPU runs its steps on."""
+    are asked for. `place`: where its steps run on a GPU, and what a draft shares with them there."""
 
     folder: Path
     is_on_cpu: bool
     tokenizer: Tokenizer
     config: ModelConfig
     features: FeatureKinds | None
-    stream: torch.cuda.Stream | None
+    place: DraftPlace | None
     num_blocks: int
     block_size: int
     prefix_caching: bool
@@ -86,7 +83,7 @@ def wanted_features(options: SpeculationOptions, folder: Path, config: ModelConf
     is_auto = options.method == "auto" and named is None and not (options.draft_model or find_draft(folder))
     asked_for = method_of(named) if options.method == "auto" and named is not None else options.method
     for method in _BY_PREFERENCE:
-        if method not in HEADS_ON_GPU or not (is_auto or asked_for == method):
+        if not (is_auto or asked_for == method):
             continue
         heads = named or find_heads(folder, method)
         if heads is not None:
@@ -159,20 +156,25 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
             "draft or none"
         )
     try:
-        if target.features not in (None, features_of(method, folder, target.config)):
-            if not is_asked_for:
-                return None
-            raise ConfigurationError(
-                f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none"
-            )
-        if method == "medusa":
-            return make_medusa(folder, target.folder, target.config, stream=target.stream)
-        return make_eagle(folder, target.folder, target.config, target.max_model_len)
-    except ModelLoadError as error:
+        if target.features in (None, features_of(method, folder, target.config)):
+            return _make_heads(method, folder, target)
+    except (ConfigurationError, ModelLoadError) as error:
         if not is_asked_for:
             log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
             return None
         raise ConfigurationError(f"{setting}: {error}") from error
+    if not is_asked_for:
+        return None
+    raise ConfigurationError(f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none")
+
+
+def _make_heads(method: HeadsMethod, folder: Path, target: Target) -> CostlyProposer:
+    place = target.place
+    if method == "medusa":
+        return make_medusa(folder, target.folder, target.config, stream=None if place is None else place.stream)
+    if place is None:
+        return make_eagle(folder, target.folder, target.config, target.max_model_len)
+    return make_eagle_on_device(folder, target.config, place, num_blocks=target.num_blocks)
 
 
 def _draft_model(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> DraftModel | None:

@@ -13,17 +13,17 @@ were not drafted for lately give their blocks up; what is missing is computed ag
 from __future__ import annotations
 
 import dataclasses
-import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
-from autobot_llm.engine.executor import Executor, FeatureKinds, Features, LaunchedStep, PipelinedExecutor
+from autobot_llm.engine.executor import Executor, FeatureKinds, Features, PipelinedExecutor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
-from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.speculative.chain import Chain, known, make_room
 from autobot_llm.engine.speculative.proposer import Computed, Draft
 
 
@@ -74,7 +74,7 @@ class DraftModel:
         else:
             for _ in range(num_tokens):
                 drafting = self._pass(drafting)
-        drafts = (_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
+        drafts = (known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
         return [Draft(token_ids) if token_ids else None for token_ids in drafts]
 
     def num_passes(self, num_tokens: int) -> int:
@@ -117,16 +117,8 @@ class DraftModel:
         num_needed = len(shadow.token_ids) + num_tokens - 1
         if num_needed > self._max_model_len:
             return False
-        num_blocks = -(-num_needed // self.pool.block_size) - len(shadow.block_ids)
-        if num_blocks <= 0:
-            return True
-        while (block_ids := self.pool.allocate(num_blocks)) is None:
-            idle = next((i for i, other in self._shadows.items() if i not in wanted and other.block_ids), None)
-            if idle is None:
-                return False
-            self._give_up(self._shadows[idle])
-        shadow.block_ids.extend(block_ids)
-        return True
+        idle = (other for i, other in self._shadows.items() if i not in wanted and other.block_ids)
+        return make_room(self.pool, shadow, num_needed, idle, self._give_up)
 
     def _give_up(self, shadow: Sequence) -> None:
         self.pool.free(shadow.block_ids)
@@ -157,28 +149,15 @@ class DraftModel:
             yield parts
 
     def _chain(self, executor: PipelinedExecutor, shadows: list[Sequence], num_tokens: int) -> None:
-        """All passes in a row: a token reaches the next pass on the device, and the host while that is computed."""
-        before: tuple[LaunchedStep, list[Sequence]] | None = None
+        """All passes in a row."""
+        chain = Chain(executor, self._sampling_arrays, self._target_id)
         for _ in range(num_tokens):
             for parts in self._steps(shadows):
-                sampling = [part.sequence for part in parts if part.samples]
-                batch = build_batch(parts, self.pool.block_size)
-                launched = executor.launch(batch, self._sampling_arrays.build(sampling))
-                if before is not None:
-                    self._fill_in(*before)
-                for row, shadow in enumerate(sampling):
-                    shadow.token_ids.append(UNKNOWN_TOKEN)
-                    shadow.pending_row = row
-                before = launched, sampling
-        if before is not None:
-            self._fill_in(*before)
+                chain.launch(parts, build_batch(parts, self.pool.block_size))
+        chain.settle()
 
-    def _fill_in(self, launched: LaunchedStep, sampling: list[Sequence]) -> None:
-        """The tokens that a step has drawn, one after each sequence's last; what has no good logits stays unknown."""
-        for shadow, token_id, best in zip(sampling, *launched.wait(), strict=True):
-            shadow.pending_row = NO_ROW
-            if math.isfinite(best) and token_id < self._vocab_size:
-                shadow.token_ids[-1] = token_id
+    def _target_id(self, token_id: int) -> int:
+        return token_id if token_id < self._vocab_size else UNKNOWN_TOKEN
 
     def _run(self, parts: list[ScheduledSequence]) -> list[int]:
         logits_RV = self.executor.execute(build_batch(parts, self.pool.block_size))[:, : self._vocab_size]
@@ -191,10 +170,6 @@ class DraftModel:
                 shadow.token_ids.append(outcome.token_id)
                 good.append(shadow.id)
         return good
-
-
-def _known(token_ids: list[int]) -> list[int]:
-    return token_ids[: token_ids.index(UNKNOWN_TOKEN)] if UNKNOWN_TOKEN in token_ids else token_ids
 
 
 def _plain(params: SamplingParams) -> SamplingParams:

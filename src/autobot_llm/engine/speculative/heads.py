@@ -9,12 +9,17 @@ from typing import Literal
 
 import torch
 
+from autobot_llm.engine.attention.paged import BLOCK_SIZE
 from autobot_llm.engine.executor import FeatureKinds
 from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS
+from autobot_llm.engine.gpu.options import DraftPlace, why_not_fused
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig
-from autobot_llm.engine.models.embeddings import load_embeddings
+from autobot_llm.engine.models.embeddings import Embeddings, load_embeddings
 from autobot_llm.engine.speculative.eagle.checkpoint import load_eagle
 from autobot_llm.engine.speculative.eagle.config import default_feature_layers, load_eagle_config
+from autobot_llm.engine.speculative.eagle.device_proposer import DeviceEagleProposer
+from autobot_llm.engine.speculative.eagle.model import EagleDraft
 from autobot_llm.engine.speculative.eagle.proposer import EagleProposer
 from autobot_llm.engine.speculative.medusa.checkpoint import load_medusa_heads
 from autobot_llm.engine.speculative.medusa.config import MEDUSA_CHECKPOINTS, TREE_CANDIDATES
@@ -22,7 +27,7 @@ from autobot_llm.engine.speculative.medusa.decoder import assumed_accuracies
 from autobot_llm.engine.speculative.medusa.device_heads import DeviceHeads
 from autobot_llm.engine.speculative.medusa.heads import StackedHeads
 from autobot_llm.engine.speculative.medusa.proposer import WANTED, MedusaProposer
-from autobot_llm.errors import ModelLoadError
+from autobot_llm.errors import ConfigurationError, ModelLoadError
 
 HeadsMethod = Literal["medusa", "eagle3"]
 
@@ -52,6 +57,10 @@ def features_of(method: HeadsMethod, heads_folder: Path, config: ModelConfig) ->
     if method == "medusa":
         return WANTED
     layers = load_eagle_config(heads_folder).feature_layers or default_feature_layers(config.num_layers)
+    if not all(0 <= layer <= config.num_layers for layer in layers):
+        raise ModelLoadError(
+            f"{heads_folder}: eagle_aux_hidden_state_layer_ids={list(layers)}: the model has {config.num_layers} layers"
+        )
     return FeatureKinds(layers=layers)
 
 
@@ -94,23 +103,54 @@ def make_eagle(
     """The EAGLE-3 draft of `heads_folder` for the model in `folder`; `breadth` of its trees as of EagleProposer. Raises
     ModelLoadError where it does not fit."""
     embeddings = load_embeddings(folder, config)
+    draft = _load_eagle(heads_folder, config, embeddings, torch.float32)
+    layers = features_of("eagle3", heads_folder, config).layers
+    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len, breadth=breadth)
+
+
+def make_eagle_on_device(
+    heads_folder: Path, config: ModelConfig, place: DraftPlace, *, num_blocks: int
+) -> DeviceEagleProposer:
+    """The same beside a model that runs on a GPU, with at most so many cache blocks. Raises ModelLoadError where it
+    does not fit the model, ConfigurationError where it does not fit into memory."""
+    from autobot_llm.engine.gpu.eagle_executor import build_eagle_executor  # triton is needed only here
+
+    embed_VE, limits = place.embeddings.embed_VE, place.limits
+    layer = load_eagle_config(heads_folder).layer
+    why_not = why_not_fused(layer, embed_VE.dtype)
+    if why_not is not None:
+        raise ModelLoadError(f"{heads_folder}: {why_not}")
+    try:
+        draft = _load_eagle(heads_folder, config, place.embeddings, embed_VE.dtype)
+        executor, num_blocks = build_eagle_executor(draft, place, num_blocks=num_blocks, name=heads_folder.name)
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(
+            f"{heads_folder}: the GPU has no room for the draft beside the model: {error}; set "
+            "AUTOBOT_GPU_MEMORY_UTILIZATION lower"
+        ) from error
+    return DeviceEagleProposer(
+        executor,
+        BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=False, scattered=True),
+        draft.target_ids.cpu().numpy(),
+        features_of("eagle3", heads_folder, config).layers,
+        max_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+    )
+
+
+def _load_eagle(heads_folder: Path, config: ModelConfig, embeddings: Embeddings, dtype: torch.dtype) -> EagleDraft:
+    """The draft on the embeddings' device."""
     draft = load_eagle(
         heads_folder,
         vocab_size=config.vocab_size,
         target_hidden_size=config.hidden_size,
         lm_head_VE=embeddings.lm_head_VE,
-        dtype=torch.float32,
+        dtype=dtype,
+        device=embeddings.embed_VE.device,
     )
-    size, layers = (
-        draft.config.layer.hidden_size,
-        draft.config.feature_layers or default_feature_layers(config.num_layers),
-    )
+    size = draft.config.layer.hidden_size
     if size != config.hidden_size:
         raise ModelLoadError(
             f"{heads_folder}: hidden_size={size}, and the embeddings it reads are the model's, of {config.hidden_size}"
         )
-    if not all(0 <= layer <= config.num_layers for layer in layers):
-        raise ModelLoadError(
-            f"{heads_folder}: eagle_aux_hidden_state_layer_ids={list(layers)}: the model has {config.num_layers} layers"
-        )
-    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len, breadth=breadth)
+    return draft
