@@ -9,7 +9,9 @@ import torch
 from autobot_llm.engine.quantization.scheme import Scheme
 from autobot_llm.engine.quantization.weight import FP8, QuantizedWeight
 
-SEARCHED_SHARES = tuple(1 - 0.025 * i for i in range(17))  # of the full range, down to 60 %
+# Ranges tried, as shares of the full one. A whole number gains by clipping a few large ones; a float, whose steps are
+# shares of the number, by where within an octave the numbers fall among its steps.
+SEARCHED_SHARES = {"int": tuple(1 - 0.025 * i for i in range(17)), "float": tuple(2 ** (i / 8) for i in range(8))}
 SMALLEST_ACTIVATION = 1e-8  # of a token of zeros
 
 
@@ -24,19 +26,18 @@ def choose_scales(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """scales_OG, rounded to `scale_dtype`, and for asymmetric schemes zero_points_OG.
 
-    `search` tries ranges smaller than the full one and takes that of the least squared error, in which inputs count by
-    `importance_I`: clipping the few largest numbers often costs less than coarser steps for all. The scale is rounded
-    before the error is taken, as it is what a reader will have.
+    `search` tries other ranges than the full one and takes that of the least squared error, in which inputs count by
+    `importance_I`. The scale is rounded before the error is taken, as it is what a reader will have.
     """
     groups_OGS = _grouped(weight_OI, scheme)
     weights_OGS = None if importance_I is None else _grouped(importance_I.unsqueeze(0), scheme)
     low = groups_OGS.amin(-1).clamp_(max=0)
     high = groups_OGS.amax(-1).clamp_(min=0)
     best = _scale(low, high, scheme, scale_dtype)
-    if not search or scheme.kind == "float":  # a float's steps shrink with the number, so clipping gains nothing
+    if not search:
         return _for_storage(best, scheme)
     least = _error(groups_OGS, *best, scheme, weights_OGS)
-    for share in SEARCHED_SHARES[1:]:
+    for share in SEARCHED_SHARES[scheme.kind][1:]:
         candidate = _scale(low * share, high * share, scheme, scale_dtype)
         error = _error(groups_OGS, *candidate, scheme, weights_OGS)
         better = error < least
