@@ -184,9 +184,11 @@ def _by_llm_compressor(
     start = time.monotonic()
     if folder.exists():
         raise ConfigurationError(f"{folder} exists already: name another folder, or remove it")
+    tell = on_progress or (lambda what, done, total: None)
+    if mode == "install" and not compressor.is_installed(cache_dir):
+        tell("llm-compressor is being installed, once: 1.5 GB", 0, 0)
     python = compressor.environment(cache_dir, may_install=mode == "install", environ=environ)
-    if on_progress is not None:
-        on_progress("by llm-compressor", 0, 0)
+    tell("by llm-compressor", 0, 0)
     sequences = sequences_BL.tolist() if sequences_BL is not None and config.type.needs_calibration else []
     compressor.compress(python, source, folder, config, sequences, environ)
     _note_maker(folder, LLM_COMPRESSOR)

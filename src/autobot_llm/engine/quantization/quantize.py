@@ -262,7 +262,7 @@ def _fingerprint(source: Path, config: QuantizationConfig, sequences_BL: torch.T
     }
     read = b"" if sequences_BL is None else sequences_BL.numpy().tobytes()
     return {
-        "format": 1,
+        "format": 2,
         "source": str(source.resolve()),
         "files": files,
         "config": asdict(config),
