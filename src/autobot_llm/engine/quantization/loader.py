@@ -87,28 +87,48 @@ class QuantizedModelLoader:
         that is no model.
         """
         kind = self.config.type
-        source = Path(model).expanduser()
         if kind is QuantizationType.NONE:
             return LoadedModel(self._source(model), "unquantized", "", "no quantization was asked for")
-        if source.is_dir() and (stored := load_config(source).quantization) is not None:
-            return LoadedModel(source, "already quantized", "its publisher", f"the folder is {stored.scheme.name}")
-        for name in variants_of(str(model), kind):
-            if (found := self._hub.fetch(name)) is not None and self._fits(found):
-                return LoadedModel(found, "known variant", "its publisher", f"{name} is a known {kind.value} variant")
-        source = self._source(model)
-        folder = cache_dir / "quantized" / f"{source.name}-{kind.value}-{self._key(source)}"
-        if (folder / "config.json").is_file():
-            by = _maker(folder)
-            return LoadedModel(folder, "cache", by, f"quantized before by {by}")
+        if (found := self.find(model, cache_dir)) is not None:
+            return found
         if kind.needs_calibration and self._text is None:
             raise ConfigurationError(
                 f"{kind.value} needs a text to calibrate with: AUTOBOT_QUANTIZATION_CALIBRATION; w4 and fp8 need none"
             )
+        source = self._source(model)
+        folder = self._cached(source, cache_dir)
         made = quantize_to(
             source, folder, self.config, self._text, cache_dir,
             compressor_mode=self._mode, on_progress=self._on_progress, environ=self._environ,
         )  # fmt: skip
         return LoadedModel(folder, "quantized now", made.by, f"quantized now by {made.by}")
+
+    def find(self, model: str | Path, cache_dir: Path) -> LoadedModel | None:
+        """What is there already: the model itself, a known variant, one that was made before. Makes nothing.
+
+        Raises ConfigurationError where `model` is neither a folder nor a name that the hub knows.
+        """
+        if (variant := self.find_variant(model)) is not None:
+            return variant
+        folder = self._cached(self._source(model), cache_dir)
+        if not (folder / "config.json").is_file():
+            return None
+        by = _maker(folder)
+        return LoadedModel(folder, "cache", by, f"quantized before by {by}")
+
+    def find_variant(self, model: str | Path) -> LoadedModel | None:
+        """A published variant of the type, or the model itself where it is quantized."""
+        kind, source = self.config.type, Path(model).expanduser()
+        if source.is_dir() and (stored := load_config(source).quantization) is not None:
+            return LoadedModel(source, "already quantized", "its publisher", f"the folder is {stored.scheme.name}")
+        for name in variants_of(str(model), kind):
+            if (found := self._hub.fetch(name)) is not None and self._fits(found):
+                return LoadedModel(found, "known variant", "its publisher", f"{name} is a known {kind.value} variant")
+        return None
+
+    def _cached(self, source: Path, cache_dir: Path) -> Path:
+        """Where a model that was made of `source` is kept."""
+        return cache_dir / "quantized" / f"{source.name}-{self.config.type.value}-{self._key(source)}"
 
     def _source(self, model: str | Path) -> Path:
         source = Path(model).expanduser()
