@@ -94,7 +94,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
             assert not round_to_nearest(torch.zeros(16, 64), scheme, dtype).dequantize().any()
 
 
-@pytest.mark.parametrize("scheme", [INT4, INT4_ASYMMETRIC])
+@pytest.mark.parametrize("scheme", [INT4, INT4_ASYMMETRIC, FP8])
 def test_searched_scales_err_less_than_the_full_range(scheme: Scheme) -> None:
     weight = matrix()
     weight[:, 3] *= 6  # outliers, which clipping can give up

@@ -19,7 +19,7 @@ from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.quantization.loader import LoadedModel, QuantizedModelLoader
 from autobot_llm.engine.quantization.online import quantize_online
-from autobot_llm.engine.quantization.quality import _logits, compare
+from autobot_llm.engine.quantization.quality import _logits, compare, compare_all
 from autobot_llm.engine.quantization.quantize import quantize_folder
 from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY, variants_of
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
@@ -171,8 +171,10 @@ def test_quality_of_the_embedded_model_in_int8_is_measured(tmp_path: Path) -> No
     assert 0 < quality.kl < 0.02
     assert quality.top1_agreement > 0.9
     assert quality.num_continuations == 2
-    same = compare(TINY, TINY, text, cache_dir(), num_windows=1, length=64)
+    assert quality.perplexity_change_error is not None and 0 < quality.perplexity_change_error < 0.02
+    same, other = compare_all(TINY, [TINY, tmp_path / "tiny-w8"], text, cache_dir(), num_windows=1, length=64)
     assert (same.perplexity_change, same.top1_agreement, same.exact_continuations) == (0.0, 1.0, 1)
+    assert other.kl > 0 and other.perplexity_before == same.perplexity and other.perplexity_change_error is None
 
 
 # The loader
