@@ -78,6 +78,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "speculation_enabled": ("0", False, "2"),
     "speculation_method": ("ngram", "ngram", "guess"),
     "speculation_draft_model": ("tiny-draft", "tiny-draft", None),
+    "speculation_heads": ("/tmp/heads", Path("/tmp/heads"), "~nobody-of-this-name/x"),
     "speculation_num_tokens": ("3", 3, "65"),
     "speculation_use_ngram": ("false", False, "n"),
     "speculation_min_acceptance_rate": ("0.6", 0.6, "1.01"),

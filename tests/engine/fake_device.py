@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.executor import LaunchedStep, SampledRows, SamplingArrays
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.noise import exponential_noise
@@ -86,7 +86,6 @@ class FakeDevice:
         logits_TV: dict[int, Any] = {}
         for s, (first, end) in enumerate(itertools.pairwise(batch.query_starts.tolist())):
             num_positions = int(batch.context_lens[s])
-            assert batch.positions_T[first:end].tolist() == list(range(num_positions - (end - first), num_positions))
             for t in range(first, end):
                 pending = int(batch.pending_rows_T[t])
                 token = last_tokens[pending] if pending >= 0 else int(batch.ids_T[t])
@@ -96,8 +95,35 @@ class FakeDevice:
             context = [self.cache[table[p // self.block_size] * self.block_size + p % self.block_size]
                        for p in range(num_positions)]  # fmt: skip
             for t in range(first, end):
-                logits_TV[t] = logits_of(tuple(context[: int(batch.positions_T[t]) + 1]))
+                seen = self.seen_by(batch, t, first, num_positions - (end - first))
+                assert batch.positions_T[t] == len(seen) - 1
+                logits_TV[t] = logits_of(tuple(context[i] for i in seen))
         return np.array([logits_TV[row] for row in batch.logit_rows_R.tolist()], np.float32).reshape(-1, VOCAB_SIZE)
+
+    def seen_by(self, batch: StepBatch, token: int, first: int, num_before: int) -> Sequence[int]:
+        """Which of its sequence's cached tokens a token of the step sees; `num_before` of them lie before `first`."""
+        assert batch.tree_masks_T is None, "a tree for a device that knows none"
+        return range(num_before + token - first + 1)
+
+
+class FakeTreeDevice(FakeDevice):
+    """TreeExecutor over the same model."""
+
+    num_moves = 0
+
+    def seen_by(self, batch: StepBatch, token: int, first: int, num_before: int) -> Sequence[int]:
+        mask = 0 if batch.tree_masks_T is None else int(batch.tree_masks_T[token])
+        if mask == 0:
+            return range(num_before + token - first + 1)
+        assert mask >> (token - first) == 1, "a token sees itself, and none that comes later"
+        return [*range(num_before), *(num_before + j for j in range(64) if mask >> j & 1)]
+
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        for slot_from, slot_to in zip(slots_from_M.tolist(), slots_to_M.tolist(), strict=True):
+            assert self.pool is None or self.pool.num_references(slot_to // self.block_size) == 1
+            assert self.pool is None or self.pool._entry_of[slot_to // self.block_size] is None
+            self.cache[slot_to] = self.cache[slot_from]
+            self.num_moves += 1
 
 
 class HostBlocks:
@@ -164,6 +190,9 @@ class FakePipelinedDevice(FakeDevice):
         self.do(self._run, step, batch, sampling, self.num_launched)
         self.num_launched += 1
         return step
+
+    def room_for_drafts(self, num_sequences: int) -> int:
+        return max(0, 12 - num_sequences)
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         assert self.num_unwaited == 0, "logits are asked for while a step is under way"

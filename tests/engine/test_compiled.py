@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import shutil
 import stat
 import subprocess
@@ -13,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from guessed_trees import guessed_tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_folders import write_random_model
 
 from autobot_llm.engine.attention.sdpa import SdpaAttention
-from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
+from autobot_llm.engine.batching.draft_tree import leaves, path_to
+from autobot_llm.engine.batching.drafts import straighten
+from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan, build_batch
 from autobot_llm.engine.eager import EagerExecutor
 from autobot_llm.engine.executor import Executor
 from autobot_llm.engine.kernels.cpu import build
@@ -46,7 +50,11 @@ FAMILIES = {
 
 
 def compiled(
-    folder: Path, cache_dir: Path, num_threads: int = 2, flags: tuple[str, ...] = build.FLAGS
+    folder: Path,
+    cache_dir: Path,
+    num_threads: int = 2,
+    flags: tuple[str, ...] = build.FLAGS,
+    max_tokens: int = MAX_TOKENS,
 ) -> CompiledExecutor:
     config = load_config(folder)
     weights = load_weights(folder, config, dtype=None, device="cpu")
@@ -55,7 +63,7 @@ def compiled(
         weights,
         load_library(cache_dir, flags),
         num_blocks=NUM_BLOCKS,
-        max_tokens=MAX_TOKENS,
+        max_tokens=max_tokens,
         max_model_len=MAX_LEN,
         num_threads=num_threads,
     )
@@ -113,6 +121,66 @@ def test_the_compiled_step_computes_what_torch_computes(family: str, dtype: str,
     for parts in steps:
         np.testing.assert_allclose(run(fast, *parts), run(slow, *parts), atol=1e-4, rtol=0)
     fast.close()
+
+
+# A context of any length, a tree after it, and two others in the step: the path to each of its tokens is computed again
+# as a line, in one piece.
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_every_token_of_a_tree_gets_what_its_path_gets_as_a_line(
+    family: str, is_compiled: bool, tmp_path: Path, kernels: Path
+) -> None:
+    """The same bits in the compiled step, within rounding in torch; positions and windows go by depth. Once the
+    accepted path is moved into line, the cache is what a line leaves, too."""
+    write_random_model(tmp_path, family, **FAMILIES[family])
+    executor = compiled(tmp_path, kernels, max_tokens=128) if is_compiled else eager(tmp_path)
+    rng = random.Random(11)
+
+    def check(found: np.ndarray, wanted: np.ndarray) -> None:
+        if is_compiled:
+            assert np.array_equal(found, wanted)
+        else:
+            np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
+
+    for num_nodes in (1, 9, 30, 63) if is_compiled else (40,):
+        blocks = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+        num_before = rng.randint(1, 45)
+        context = [rng.randrange(1000) for _ in range(num_before + 1)]
+        draft = guessed_tree(rng, [], 0, num_nodes, 1000)
+        assert draft.parents is not None
+        grown, line, prompt = (sequence(ids, [blocks.pop() for _ in range(8)]) for ids in (context, [7] * 21, [3] * 40))
+        run(executor, (grown, 0, num_before), (line, 0, 20))
+        grown.draft_ids, grown.draft_parents = draft.token_ids, draft.parents
+        line.draft_ids = [5, 6]
+        scheduled = [
+            ScheduledSequence(line, 20, 3, True, 0, 2),
+            ScheduledSequence(grown, num_before, 1 + num_nodes, True, 0, num_nodes),
+            ScheduledSequence(prompt, 0, 9, True),
+        ]
+        batch = build_batch(scheduled, BLOCK_SIZE)
+        assert batch.tree_masks_T is not None
+        logits_RV = executor.execute(batch).numpy()[3:-1].copy()
+        spare = [blocks.pop() for _ in range(8)]
+
+        def as_line(token_ids: list[int], num_rows: int, spare: list[int] = spare) -> np.ndarray:
+            """The logits of the last rows of a text."""
+            alone = sequence(token_ids[: len(token_ids) - num_rows + 1], spare)
+            alone.draft_ids = token_ids[len(token_ids) - num_rows + 1 :]
+            item = ScheduledSequence(alone, 0, len(token_ids), True, 0, num_rows - 1)
+            return executor.execute(build_batch([item], BLOCK_SIZE)).numpy().copy()
+
+        for leaf in leaves(draft.parents):
+            path = path_to(draft.parents, leaf)
+            expected = as_line(context + [draft.token_ids[node] for node in path], 1 + len(path))
+            check(logits_RV[[0, *(node + 1 for node in path)]], expected)
+
+        path = max((path_to(draft.parents, leaf) for leaf in leaves(draft.parents)), key=len)
+        plan = StepPlan(tuple(scheduled), batch.num_tokens, 9, num_nodes + 2)
+        executor.move(*straighten(plan, batch, [[0, 1], path, []]))
+        grown.token_ids += [*grown.draft_ids[: len(path)], 77]
+        start = len(grown.token_ids) - 1
+        check(run(executor, (grown, start, start + 1)), as_line(grown.token_ids, 1))
+    executor.close()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from engines import BLOCK_BYTES, TINY, Driver, greedy, num_leaked_blocks
 from grammars import compiled
+from guessed_trees import TreeGuesser
 
+from autobot_llm.engine.batching.draft_tree import MAX_TREE_TOKENS
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.grammar.compiler import GrammarCompiler
 from autobot_llm.engine.grammar.spec import GrammarSpec
 from autobot_llm.engine.kernels.cpu import build
+from autobot_llm.engine.kernels.cpu.compiled import CompiledExecutor
 from autobot_llm.engine.load import load_draft_model, load_engine
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest
@@ -29,7 +32,10 @@ PROMPTS = Path(__file__).parents[2] / "benchmarks" / "data" / "dev_prompts.jsonl
 CATEGORIES = ("chat", "code", "copy", "long_prefix", "story")
 NUM_EACH = 8
 NUM_NEW_TOKENS = 48
-METHODS = ("ngram", "draft", "both", "auto")
+METHODS = ("ngram", "draft", "both", "auto", "trees")
+
+MAX_DRAFT = MAX_TREE_TOKENS - 1
+Outputs = dict[tuple[int, ...], list[int]]
 
 COMPILED = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler; torch rounds by the batch")
 ROUNDING = 1e-4  # torch's products round differently for different numbers of rows
@@ -107,25 +113,40 @@ def requests(kind: str, prompts: list[list[int]], engine: Engine) -> list[Engine
     ]
 
 
-def answers(engine: Engine, asked: list[EngineRequest], *, together: bool) -> list[tuple[str, int, str | None]]:
+def answers(
+    engine: Engine, asked: list[EngineRequest], *, together: bool, outputs: Outputs | None = None
+) -> list[tuple[str, int, str | None]]:
+    """Text, tokens and end of each; `outputs` hears the token ids, by prompt."""
     driver = Driver(engine)
+    sequences = {}
     for i, request in enumerate(asked):
         driver.add(i, request)
+        sequences.update({choice.sequence.id: choice.sequence for choice in engine._choices.values()})
         if not together:
             driver.run()
     driver.run()
     assert num_leaked_blocks(engine) == 0
+    if outputs is not None:
+        outputs.update({tuple(s.token_ids[: s.num_prompt_tokens]): s.output_ids for s in sequences.values()})
     ends = [driver.ended[i, 0] for i in range(len(asked))]
     return [(driver.texts[i, 0], end.num_tokens, end.end) for i, end in enumerate(ends)]
 
 
-def speculator(method: str, draft: DraftModel) -> Speculator:
+def speculator(method: str, draft: DraftModel, outputs: Outputs) -> Speculator:
+    if method == "trees":
+        return guessing(outputs)
     return Speculator(
         4,
         make_free=None if method == "draft" else NgramProposer,
         costly=None if method == "ngram" else draft,
         policy=None if method == "auto" else Always(4),
     )
+
+
+def guessing(outputs: Outputs, seed: int = 0) -> Speculator:
+    """Trees of up to 63 tokens, lines and nothing; what comes is on some path of most of them."""
+    guesser = TreeGuesser(outputs, seed, vocab_size=8000)
+    return Speculator(MAX_DRAFT, make_free=lambda _: guesser, policy=Always(MAX_DRAFT))
 
 
 @COMPILED
@@ -137,9 +158,10 @@ def test_every_method_gives_the_answers_without_it(
     """All together, and one prompt of each category alone."""
     asked = requests(kind, prompts, engine)
     engine.speculator = None
-    expected = answers(engine, asked, together=True)
+    outputs: Outputs = {}
+    expected = answers(engine, asked, together=True, outputs=outputs)
     for method in METHODS:
-        engine.speculator = speculator(method, draft)
+        engine.speculator = speculator(method, draft, outputs)
         assert answers(engine, asked, together=True) == expected, method
         assert method == "auto" or engine.speculator.num_accepted > 0
         assert answers(engine, asked[::NUM_EACH], together=False) == expected[::NUM_EACH], method
@@ -151,7 +173,8 @@ def test_a_cache_that_is_too_small_preempts_and_the_answers_stay(
 ) -> None:
     asked = requests("seeded", [ids[-30:] for ids in prompts[::2]], engine)
     engine.speculator = None
-    expected = answers(engine, asked, together=True)
+    outputs: Outputs = {}
+    expected = answers(engine, asked, together=True, outputs=outputs)
     crowded = load_engine(
         dataclasses.replace(
             options(cache_dir),
@@ -162,8 +185,10 @@ def test_a_cache_that_is_too_small_preempts_and_the_answers_stay(
         )
     )
     try:
-        crowded.speculator = speculator("both", draft)
-        assert answers(crowded, asked, together=True) == expected
+        for method in ("trees", "both"):
+            crowded.speculator = speculator(method, draft, outputs)
+            assert answers(crowded, asked, together=True) == expected
+            assert crowded.speculator.num_accepted > 0
         assert crowded.scheduler.num_preemptions > 0
     finally:
         crowded.speculator = None
@@ -184,7 +209,7 @@ def test_answers_under_a_grammar_stay_and_drafts_are_cut_where_it_forbids_them(
         for temperature in (0.0, 0.9):
             asked = [
                 EngineRequest(
-                    engine.tokenizer.encode("<|user|>\nred, green, blue, red, green, blue [1, 2, 1, 2]<|end|>\n"),
+                    engine.tokenizer.encode(f"<|user|>\n{i} red, green, blue, red, green, blue [1, 2, 1, 2]<|end|>\n"),
                     (
                         SamplingParams(
                             max_tokens=60,
@@ -195,16 +220,49 @@ def test_answers_under_a_grammar_stay_and_drafts_are_cut_where_it_forbids_them(
                         ),
                     ),
                 )
-                for spec in specs
+                for i, spec in enumerate(specs)
             ]
             engine.speculator = None
-            expected = answers(engine, asked, together=True)
-            for method in ("ngram", "draft", "both"):
-                engine.speculator = speculator(method, draft)
+            outputs: Outputs = {}
+            expected = answers(engine, asked, together=True, outputs=outputs)
+            for method in ("ngram", "draft", "both", "trees"):
+                engine.speculator = speculator(method, draft, outputs)
                 assert answers(engine, asked, together=True) == expected, method
                 assert engine.speculator.num_accepted > 0, method
     finally:
         compiler.close()
+
+
+@COMPILED
+def test_what_trees_leave_in_the_prefix_cache_is_what_plain_steps_leave_there(
+    cache_dir: Path, engine: Engine, prompts: list[list[int]]
+) -> None:
+    """The same blocks with the same bits: whoever finds one goes on as without trees."""
+    asked = requests("seeded", prompts[::5], engine)
+    found: list[dict[bytes, tuple[bytes, bytes]]] = []
+    outputs: Outputs = {}
+    for drafts in (False, True):
+        fresh = load_engine(dataclasses.replace(options(cache_dir), max_num_batched_tokens=300))
+        fresh.speculator = guessing(outputs, seed=1) if drafts else None
+        answers(fresh, asked, together=True, outputs=outputs)
+        executor, pool = fresh.executor, fresh.scheduler.block_pool
+        assert isinstance(executor, CompiledExecutor)
+        shape = (fresh.config.num_layers, pool.num_blocks, -1)
+        keys, values = executor.keys.reshape(shape), executor.values.reshape(shape)
+        found.append(
+            {
+                key: (keys[:, entry.block_id].tobytes(), values[:, entry.block_id].tobytes())
+                for key, entry in pool._index.items()
+            }
+        )
+        num_steps = fresh.num_steps
+        fresh.speculator = None
+        fresh.close()
+    plain, drafted = found
+    assert num_steps < NUM_NEW_TOKENS * 3 / 4
+    assert len(plain) > len(asked) * 3
+    # With drafts an answer's last token, guessed, is computed in the step that ends it, and may fill one more block.
+    assert plain.items() <= drafted.items() and len(drafted) <= len(plain) + len(asked)
 
 
 @COMPILED

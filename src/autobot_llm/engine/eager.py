@@ -6,17 +6,23 @@ The slow twin of every faster executor, and what runs where none of them can.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from autobot_llm.engine.attention.sdpa import HostBlocks, SdpaAttention
-from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.batching.preemption import SwappedBlocks
+from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.models.decoder import Decoder
+
+Computed = TypeVar("Computed")
 
 
 class EagerExecutor:
-    """SwappingExecutor over a decoder and attention on the same device. `reason` says why it was chosen."""
+    """SwappingExecutor and TreeExecutor over a decoder and attention on the same device. `reason` says why it was
+    chosen."""
 
     name = "eager"
 
@@ -38,7 +44,10 @@ class EagerExecutor:
         """Run one step. Returns float32 hidden_RE, a new tensor each time."""
         return self._run(self._decoder.hidden, batch)
 
-    def _run(self, compute: Callable[..., torch.Tensor], batch: StepBatch) -> torch.Tensor:
+    def execute_with_features(self, batch: StepBatch, wanted: FeatureKinds) -> tuple[torch.Tensor, Features]:
+        return self._run(partial(self._decoder.forward_with_features, wanted=wanted), batch)
+
+    def _run(self, compute: Callable[..., Computed], batch: StepBatch) -> Computed:
         return compute(
             torch.from_numpy(batch.ids_T).to(self._device),
             torch.from_numpy(batch.positions_T).to(self._device),
@@ -49,6 +58,9 @@ class EagerExecutor:
 
     def discard(self, block_ids: list[int]) -> None:
         self._attention.discard(block_ids)
+
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        self._attention.move(slots_from_M, slots_to_M)
 
     def copy_out(self, block_ids: Sequence[int]) -> SwappedBlocks:
         return self._attention.copy_out(block_ids)

@@ -7,14 +7,16 @@ import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from autobot_llm.engine.batching.plan import BatchBuilder, StepPlan
+from autobot_llm.engine.batching.drafts import straighten
+from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
+from autobot_llm.engine.choice import Choice, info_of
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor
+from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
-from autobot_llm.engine.request import EndReason, EngineRequest, Output, RequestStats, TokenInfo
+from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sampler import (
     Outcome,
     SampledToken,
@@ -25,25 +27,12 @@ from autobot_llm.engine.sampler import (
     needs_host,
 )
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.acceptance import verify
+from autobot_llm.engine.speculative.acceptance import Verdict, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
-from autobot_llm.errors import EngineError, LLMError
+from autobot_llm.errors import EngineError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Choice:
-    """A sequence together with the text it has become so far."""
-
-    request_id: int
-    index: int
-    sequence: Sequence
-    detokenizer: Detokenizer
-    stats: RequestStats
-    num_tokens: int = 0
-    withheld_logprobs: list[TokenInfo] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +74,8 @@ class Engine:
         self._batches = BatchBuilder(scheduler.block_pool.block_size)
         self._in_flight: _StepInFlight | None = None
         self._last_end_time = 0.0
-        self._choices: dict[int, _Choice] = {}
-        self._requests: dict[int, list[_Choice]] = {}
+        self._choices: dict[int, Choice] = {}
+        self._requests: dict[int, list[Choice]] = {}
         self._next_sequence_id = 0
         self._num_host_sampled = 0  # choices whose tokens the host has to choose
         self.executor = executor
@@ -100,6 +89,7 @@ class Engine:
         assert self._in_flight is None, "a step is under way on the executor that there was"
         self._executor = executor
         self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
+        self._mover = executor if isinstance(executor, TreeExecutor) else None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -133,7 +123,7 @@ class Engine:
                 shown_ids=request.shown_ids,
                 keeps_leading_space=params.grammar is not None,
             )
-            choice = _Choice(request_id, index, sequence, detokenizer, stats)
+            choice = Choice(request_id, index, sequence, detokenizer, stats)
             choices.append(choice)
             self._choices[sequence.id] = choice
             self._num_host_sampled += needs_host(params)
@@ -155,6 +145,8 @@ class Engine:
         device computes while the host plans, decodes and delivers.
         """
         if self._pipelined is not None and self._num_host_sampled == 0:
+            if self.speculator is not None:
+                return self._draft_beside_device(self._pipelined, self.speculator)
             return self._step_beside_device(self._pipelined)
         # Bias, penalties and log probabilities are the host's work: it needs each step's logits and tokens before the
         # next one. While anybody asks for them, nothing overlaps, for anybody.
@@ -167,10 +159,51 @@ class Engine:
         return [] if self._in_flight is None else self._resolve(self._take_in_flight())
 
     def _step_beside_device(self, executor: PipelinedExecutor) -> list[Output]:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(max_draft_tokens=0)
         launched = None if plan is None else self._launch(executor, plan)
         previous, self._in_flight = self._in_flight, launched
         return [] if previous is None else self._resolve(previous)
+
+    def _draft_beside_device(self, executor: PipelinedExecutor, speculator: Speculator) -> list[Output]:
+        """Wait for the step under way where drafts after its tokens may pay for that; else go on beside it."""
+        outputs: list[Output] = []
+        begin_time = speculator.clock()
+        if self._in_flight is not None:
+            under_way = [
+                item.sequence
+                for item in self._in_flight.plan.scheduled
+                if item.samples and item.sequence.id in self._choices
+            ]
+            if self._room_for_drafts(len(under_way)) and speculator.is_promising(under_way):
+                outputs = self.settle()
+        if self._in_flight is not None:
+            return self._step_beside_device(executor)
+        plan = self._plan_with_drafts(speculator)
+        if plan is None:
+            return outputs
+        if not plan.num_draft_tokens:
+            self._in_flight = self._launch(executor, plan)
+            return outputs
+        scheduled = plan.scheduled
+        rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in range(item.num_draft + 1)]
+        sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
+        batch = self._batches.build(plan)
+        verdicts = verify_sampled(executor.launch(batch, sampling).wait(), scheduled)
+        return outputs + self._take_verdict(speculator, plan, batch, verdicts, begin_time)
+
+    def _room_for_drafts(self, num_sequences: int) -> int:
+        """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
+        scheduler = self.scheduler
+        if self._pipelined is None:
+            return scheduler.max_num_batched_tokens
+        is_alone = num_sequences == scheduler.num_running and scheduler.num_waiting == 0
+        return self._pipelined.room_for_drafts(num_sequences) if is_alone else 0
+
+    def _plan_with_drafts(self, speculator: Speculator) -> StepPlan | None:
+        decoding = self.scheduler.decoding
+        room = self._room_for_drafts(len(decoding))
+        speculator.propose(decoding if room else [], takes_trees=self._mover is not None)
+        return self.scheduler.plan(max_draft_tokens=room)
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
         batch = self._batches.build(plan)
@@ -185,6 +218,8 @@ class Engine:
         end_time = self._clock()
         seconds = end_time - max(step.start_time, self._last_end_time)
         self._last_end_time = end_time
+        if self.speculator is not None:
+            self.speculator.record_plain(step.plan, seconds, self.scheduler.step_cost)
         if all(map(math.isfinite, best_logits)):
             return self._accept_all(step.plan, tokens, None, seconds)
         outcomes = [
@@ -201,27 +236,37 @@ class Engine:
 
     def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
         begin_time = speculator.clock()
-        speculator.propose(self.scheduler.decoding)
-        plan = self.scheduler.plan()
+        plan = self._plan_with_drafts(speculator)
         if plan is None:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
+            speculator.observe(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
+        batch = self._batches.build(plan)
+        verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
+        return self._take_verdict(speculator, plan, batch, verdicts, begin_time)
+
+    def _take_verdict(
+        self, speculator: Speculator, plan: StepPlan, batch: StepBatch, verdicts: list[Verdict], begin_time: float
+    ) -> list[Output]:
         stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
-        logits_RV = self.executor.execute(self._batches.build(plan))
-        verdict = verify(self._sampler, logits_RV, plan.scheduled)
-        num_accepted = [len(found) - 1 for found in verdict]
-        outputs = self._accept_drafts(plan, verdict, num_accepted)
+        if batch.tree_masks_T is not None and self._mover is not None:
+            self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
+        num_accepted = [verdict.num_accepted for verdict in verdicts]
+        outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
+        speculator.observe(plan, verdicts)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
+        self._last_end_time = self._clock()
         return outputs
 
     def _run_on_host(self, plan: StepPlan) -> list[Output]:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        logits_RV = self.executor.execute(batch)
+        speculator = self.speculator
+        logits_RV = self.executor.execute(batch) if speculator is None else speculator.execute(self.executor, batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)
@@ -251,13 +296,13 @@ class Engine:
             if outcomes is not None:
                 outcome = outcomes[row]
                 if isinstance(outcome, SamplingFailure):
-                    outputs.append(self._fail(choice, outcome.error))
+                    outputs.append(self._noted(choice, choice.fail(outcome.error)))
                     continue
-                info = _info_of(outcome)
+                info = info_of(outcome)
             assert token is not None
-            choice.num_tokens = start + num_tokens + 1 - sequence.num_prompt_tokens
             self.num_generated_tokens += 1
-            outputs.append(self._accept(choice, token, info))
+            output = choice.take(token, info, start + num_tokens + 1 - sequence.num_prompt_tokens)
+            outputs.append(self._noted(choice, output))
         return outputs
 
     def _accept_drafts(self, plan: StepPlan, verdict: list[list[Outcome]], num_accepted: list[int]) -> list[Output]:
@@ -273,26 +318,10 @@ class Engine:
             choice.stats.largest_batch = max(choice.stats.largest_batch, len(plan.scheduled))
             if item.samples:
                 num_before = item.start + item.num_tokens - item.num_draft - item.sequence.num_prompt_tokens
-                outputs.append(self._accept_several(choice, next(outcomes), num_before))
+                output = choice.take_several(next(outcomes), num_before)
+                self.num_generated_tokens += output.num_tokens - num_before
+                outputs.append(self._noted(choice, output))
         return outputs
-
-    def _accept_several(self, choice: _Choice, outcomes: list[Outcome], num_before: int) -> Output:
-        """The output of one token after the other, until the choice ends. `num_before`: its tokens so far."""
-        parts: list[Output] = []
-        for num_tokens, outcome in enumerate(outcomes, num_before + 1):
-            if isinstance(outcome, SamplingFailure):
-                parts.append(self._fail(choice, outcome.error))
-                break
-            choice.num_tokens = num_tokens
-            self.num_generated_tokens += 1
-            parts.append(self._accept(choice, outcome.token_id, _info_of(outcome)))
-            if parts[-1].end is not None or parts[-1].error is not None:
-                break
-        whole = parts[-1]
-        if len(parts) > 1:
-            whole.text = "".join(part.text for part in parts)
-            whole.logprobs = tuple(info for part in parts for info in part.logprobs)
-        return whole
 
     def fail_all(self, message: str, cause: BaseException) -> list[Output]:
         """End every request with an error and empty the cache, after a step that raised: its blocks are suspect."""
@@ -303,7 +332,7 @@ class Engine:
             error.__cause__ = cause
             self.scheduler.abort(choice.sequence)
             self._forget(choice)
-            outputs.append(Output(choice.request_id, choice.index, "", choice.num_tokens, error=error))
+            outputs.append(choice.fail(error))
         self.scheduler.block_pool.reset()
         return outputs
 
@@ -328,10 +357,14 @@ class Engine:
         except Exception:
             log.debug("a step that was given up failed, too", exc_info=True)
 
-    def _fail(self, choice: _Choice, error: LLMError) -> Output:
-        if isinstance(error, EngineError):
-            self._discard_cache(choice.sequence)
-        return self._end(choice, "", error=error)
+    def _noted(self, choice: Choice, output: Output) -> Output:
+        """Let a choice go that has ended, with its blocks."""
+        if output.end is not None or output.error is not None:
+            if isinstance(output.error, EngineError):
+                self._discard_cache(choice.sequence)
+            self.scheduler.finish(choice.sequence)
+            self._forget(choice)
+        return output
 
     def _discard_cache(self, sequence: Sequence) -> None:
         """The model made NaN: what the sequence left in the cache is suspect, and nobody may find it there."""
@@ -339,39 +372,7 @@ class Engine:
         pool.reset()
         self.executor.discard([block_id for block_id in sequence.block_ids if pool.num_references(block_id) == 1])
 
-    def _accept(self, choice: _Choice, token_id: int, info: TokenInfo | None) -> Output:
-        params, num_tokens, detokenizer = choice.sequence.params, choice.num_tokens, choice.detokenizer
-        may_end = num_tokens >= params.min_tokens
-        if may_end and token_id in params.stop_token_ids:
-            return self._end(choice, detokenizer.flush(), "stop")
-        if info is not None:
-            choice.withheld_logprobs.append(info)
-        matcher = choice.sequence.matcher
-        if matcher is not None and not matcher.advance(token_id):
-            error = EngineError(f"token {token_id} was chosen, which the grammar of {matcher.field} forbids")
-            return self._end(choice, "", error=error)
-        text = detokenizer.push(token_id, match_stop=may_end)
-        if detokenizer.stop_string is not None:
-            return self._end(choice, text, "stop")
-        if matcher is not None and matcher.is_complete:
-            return self._end(choice, text + detokenizer.flush(), "stop")
-        if num_tokens >= params.max_tokens:
-            return self._end(choice, text + detokenizer.flush(), "length")
-        if not text or not choice.withheld_logprobs:
-            return Output(choice.request_id, choice.index, text, num_tokens)
-        # Text held back (half a character, the beginning of a stop string) holds its log probabilities back too.
-        logprobs = tuple(choice.withheld_logprobs)
-        choice.withheld_logprobs.clear()
-        return Output(choice.request_id, choice.index, text, num_tokens, logprobs)
-
-    def _end(self, choice: _Choice, text: str, end: EndReason | None = None, error: LLMError | None = None) -> Output:
-        self.scheduler.finish(choice.sequence)
-        self._forget(choice)
-        logprobs = tuple(choice.withheld_logprobs)
-        stop = choice.detokenizer.stop_string if end == "stop" else None
-        return Output(choice.request_id, choice.index, text, choice.num_tokens, logprobs, end, error, stop)
-
-    def _forget(self, choice: _Choice) -> None:
+    def _forget(self, choice: Choice) -> None:
         sequence, stats = choice.sequence, choice.stats
         stats.num_preemptions += sequence.num_preemptions
         if choice.index == 0:
@@ -386,10 +387,6 @@ class Engine:
         if not siblings:
             del self._requests[choice.request_id]
         self._sampler.forget(sequence)
-
-
-def _info_of(token: SampledToken) -> TokenInfo | None:
-    return None if token.logprob is None else TokenInfo(token.token_id, token.logprob, token.top)
 
 
 def _tokens_of(outcomes: list[Outcome]) -> list[int | None]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.batching.plan import Int32Array, Int64Array, StepBatch
 from autobot_llm.engine.batching.preemption import BlockCopier
 
 Float32Array = npt.NDArray[np.float32]
@@ -46,6 +46,43 @@ class HiddenExecutor(Executor, Protocol):
     def hidden(self, batch: StepBatch) -> torch.Tensor:
         """Run one step as `execute` does. Returns, after the last norm, float32 hidden_RE (E hidden size) of the rows
         whose logits `execute` would compute, valid until the next call."""
+        ...
+
+
+@runtime_checkable
+class TreeExecutor(Executor, Protocol):
+    """An executor that computes trees of drafts (`StepBatch.tree_masks_T`), and can bring the right path into line.
+    Others get lines only."""
+
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        """Copy the keys and values of M slots to others, in every layer, one after the other or all at once: no slot
+        is written that is yet to be read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureKinds:
+    """What a step is to keep of its work, for whoever guesses on from it. `layers`: i is the stream that layer i
+    reads, and the number of layers what the last one leaves, before the norm."""
+
+    hidden: bool = False
+    layers: tuple[int, ...] = ()
+
+
+class Features(NamedTuple):
+    """What a step kept, in float32: `hidden_RE` as of `HiddenExecutor`, and `streams_TF` of every token of the batch,
+    the streams of the wanted layers side by side (F their number times E). None: not wanted. New tensors each time."""
+
+    hidden_RE: torch.Tensor | None = None
+    streams_TF: torch.Tensor | None = None
+
+
+@runtime_checkable
+class FeatureExecutor(Executor, Protocol):
+    """An executor that can also keep features of a step, at the cost of copying them."""
+
+    def execute_with_features(self, batch: StepBatch, wanted: FeatureKinds) -> tuple[torch.Tensor, Features]:
+        """Run one step: the logits of `execute`, to the bit, and the features."""
         ...
 
 
@@ -95,6 +132,10 @@ class PipelinedExecutor(Executor, Protocol):
 
     def launch(self, batch: StepBatch, sampling: SamplingArrays) -> LaunchedStep:
         """Queue a step and return at once. The arrays are the callee's: nobody changes them afterwards."""
+        ...
+
+    def room_for_drafts(self, num_sequences: int) -> int:
+        """Draft tokens that a step of so many decoding sequences may have beside their own."""
         ...
 
 

@@ -13,8 +13,8 @@ from autobot_llm.engine.batching.preemption import SwapSpace
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.executor import Executor, SwappingExecutor
-from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_eager_executor, make_executor
+from autobot_llm.engine.executor import Executor, FeatureExecutor, SwappingExecutor
+from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.kv_cache.storage import bytes_per_block
@@ -26,6 +26,7 @@ from autobot_llm.engine.options import (
     choose_device,
     choose_sizes,
 )
+from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.speculative.build import Target, build_speculator, make_draft_model
 from autobot_llm.engine.speculative.draft_model import DraftModel
@@ -64,7 +65,14 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         swap_space=_swap_space(options, executor, device, block_bytes),
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
-    target = _target(config, tokenizer, options, sizes, num_blocks)
+    target = _target(
+        config,
+        tokenizer,
+        options,
+        sizes,
+        num_blocks,
+        gives_features=device.type == "cpu" and isinstance(executor, FeatureExecutor),
+    )
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
         speculator, speculation_reason = build_speculator(options.speculation, target, make_draft)
@@ -89,16 +97,26 @@ def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -
     config, device = load_config(folder), choose_device(options)
     sizes = choose_sizes(config, options, device)
     num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
-    target = _target(config, Tokenizer.from_folder(folder), replace(options, folder=folder), sizes, num_blocks)
+    options = replace(options, folder=folder)
+    target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, gives_features=False)
     return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
 
 
-def _target(config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, sizes: Sizes, num_blocks: int) -> Target:
+def _target(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    options: EngineOptions,
+    sizes: Sizes,
+    num_blocks: int,
+    *,
+    gives_features: bool,
+) -> Target:
     return Target(
         folder=options.folder,
         is_on_cpu=choose_device(options).type == "cpu",
         tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
+        config=config,
+        gives_features=gives_features,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         prefix_caching=options.prefix_caching,
@@ -115,11 +133,15 @@ def _draft_executor(
     config: ModelConfig,
     context: int,
     num_blocks: int,
-) -> Executor:
+) -> tuple[Executor, int]:
     options, sizes = replace(options, folder=folder), replace(sizes, max_model_len=context)
     if device.type == "cpu":
-        return make_cpu_executor(config, options, sizes, device, num_blocks, None)
-    return make_eager_executor(config, options, sizes, device, num_blocks, None, reason="a draft model")
+        return make_cpu_executor(config, options, sizes, device, num_blocks, None), num_blocks
+    dtype = getattr(torch, config.checkpoint_dtype or "float32")
+    block_bytes = bytes_per_block(config, BLOCK_SIZE, dtype)
+    room = torch.cuda.mem_get_info(device)[0] // 4  # of what the target has left
+    options = replace(options, kv_cache_memory=min(num_blocks * block_bytes, room), quantization=QuantizationType.NONE)
+    return make_executor(config, options, sizes, device, dtype, dtype, block_bytes, None)
 
 
 def _swap_space(options: EngineOptions, executor: Executor, device: torch.device, block_bytes: int) -> SwapSpace | None:

@@ -237,15 +237,20 @@ class SamplingArraysBuilder:
         self._ids: list[int] = []
         self._arrays = _ALL_GREEDY
 
-    def build(self, sequences: SequenceABC[Sequence]) -> SamplingArrays:
-        """One row for each sequence, each about to draw the token after its last one, be that known or not."""
+    def build(self, sequences: SequenceABC[Sequence], offsets: SequenceABC[int] | None = None) -> SamplingArrays:
+        """One row for each sequence, each about to draw the token after its last one, be that known or not; with
+        `offsets`, the one so many places after that. A sequence may have several rows."""
         ids = [s.id for s in sequences]
         if ids != self._ids:
             self._ids = ids
             self._arrays = self._describe(sequences)
         if not self._arrays.any_drawn:
             return _ALL_GREEDY
-        return dataclasses.replace(self._arrays, keys_R=_keys([(s, len(s.token_ids)) for s in sequences]).ravel())
+        positions = [len(s.token_ids) for s in sequences]
+        if offsets is not None:
+            positions = [position + offset for position, offset in zip(positions, offsets, strict=True)]
+        keys_R1 = _keys(list(zip(sequences, positions, strict=True)))
+        return dataclasses.replace(self._arrays, keys_R=keys_R1.ravel())
 
     def _describe(self, sequences: SequenceABC[Sequence]) -> SamplingArrays:
         params = [s.params for s in sequences]

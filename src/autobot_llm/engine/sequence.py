@@ -61,16 +61,17 @@ class Sequence:
     `pending_row` is then the row of that step which samples it, else NO_ROW. `epoch` counts how often the sequence
     lost its blocks, so that what a step says of blocks it no longer has can be told apart.
 
-    `draft_ids` are guesses at the tokens after the last one, to be computed and verified in the next step.
+    `draft_ids` are guesses at the tokens after the last one, to be computed and verified in the next step. Where they
+    branch, `draft_parents` says which follows which (draft_tree.py); it is empty for a line.
 
     `leader` is an earlier sequence with the same prompt (another choice of one request): this one waits until the
     leader's prompt is computed, then shares its blocks. `matcher` is where its answer stands in its grammar.
     """
 
     __slots__ = (
-        "arrival_time", "block_ids", "draft_ids", "epoch", "first_scheduled_time", "id", "leader", "matcher",
-        "max_num_tokens", "num_cached_tokens", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params",
-        "pending_row", "priority", "published", "queue_position", "salt", "token_ids",
+        "arrival_time", "block_ids", "draft_ids", "draft_parents", "epoch", "first_scheduled_time", "id", "leader",
+        "matcher", "max_num_tokens", "num_cached_tokens", "num_computed_tokens", "num_preemptions",
+        "num_prompt_tokens", "params", "pending_row", "priority", "published", "queue_position", "salt", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +99,7 @@ class Sequence:
         self.num_preemptions = 0
         self.pending_row = NO_ROW
         self.draft_ids: list[int] = []
+        self.draft_parents: list[int] = []
         self.epoch = 0
         self.block_ids: array[int] = array("i")  # int32, so that a step's block table takes it as one copy
         self.published: list[PrefixBlock] = []

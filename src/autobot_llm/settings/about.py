@@ -227,6 +227,13 @@ ABOUT: dict[str, About] = {
         ENGINES,
         now=True,
     ),
+    "speculation_heads": About(
+        "Folder of Medusa heads or of an EAGLE-3 draft of the model, for the methods medusa and eagle3; unset takes "
+        "`<model>-medusa` or `<model>-eagle3` beside the model.",
+        "engine/speculative",
+        NATIVE,
+        now=True,
+    ),
     "speculation_num_tokens": About(
         "Most tokens drafted at a time.", "engine/speculative, tuning/knobs", ENGINES, now=True
     ),

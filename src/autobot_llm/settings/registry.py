@@ -132,6 +132,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     speculation_enabled: bool = True
     speculation_method: Literal["auto", "ngram", "draft", "medusa", "eagle3", "none"] = "auto"
     speculation_draft_model: Text | None = None
+    speculation_heads: Path | None = None
     speculation_num_tokens: Annotated[int, Meta(ge=1, le=64)] = 5
     speculation_use_ngram: bool = True
     speculation_min_acceptance_rate: Fraction | None = None

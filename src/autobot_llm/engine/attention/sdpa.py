@@ -4,7 +4,7 @@ Three shapes of work, decided once per step and shared by every layer:
 
 - one sequence that decodes, alone in the step: its keys are a slice of the cache where its blocks lie in a row;
 - many sequences that decode: gathered in groups of similar length, padded and masked, one call for each group;
-- a sequence with more than one new token: one call, causal from the bottom right.
+- a sequence with more than one new token: one call, causal from the bottom right, or as the masks of a tree say.
 
 A decoding query has one position, so its H heads become K heads of H/K positions each: no key is copied for the
 grouped heads, and no mask is needed within the group.
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
-from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.batching.plan import Int32Array, Int64Array, StepBatch, UInt64Array
 from autobot_llm.engine.kv_cache.storage import KVStorage
 from autobot_llm.engine.models.config import ModelConfig
 
@@ -142,6 +142,12 @@ class SdpaAttention:
         for tensor_NKD in (*self._keys, *self._values):
             self._by_block(tensor_NKD).index_fill_(0, blocks, 0)
 
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        """Copy slots of every layer to others, all at once."""
+        slots_from, slots_to = self._to_device(slots_from_M), self._to_device(slots_to_M)
+        for tensor_NKD in (*self._keys, *self._values):
+            tensor_NKD.index_copy_(0, slots_to, tensor_NKD.index_select(0, slots_from))
+
     def copy_out(self, block_ids: Sequence[int]) -> HostBlocks:
         """Copy blocks of every layer to host memory."""
         blocks = self._to_device(block_ids)
@@ -260,6 +266,10 @@ class SdpaAttention:
         start, stop = int(batch.query_starts[sequence]), int(batch.query_starts[sequence + 1])
         num_positions = int(batch.context_lens[sequence])
         first_position = num_positions - (stop - start)
+        context = self._context(batch.block_tables_SB[sequence], num_positions)
+        if batch.tree_masks_T is not None and batch.tree_masks_T[start]:
+            masks = self._tree_masks(batch.positions_T[start:stop], batch.tree_masks_T[start:stop], first_position)
+            return _Span(start=start, stop=stop, context=context, masks=masks)
         last_T1 = torch.arange(first_position, num_positions).unsqueeze(1)
         masks = {
             window: None
@@ -267,8 +277,20 @@ class SdpaAttention:
             else self._mask(last_T1, num_positions, window)
             for window in self._windows
         }
-        context = self._context(batch.block_tables_SB[sequence], num_positions)
         return _Span(start=start, stop=stop, context=context, masks=masks)
+
+    # T new tokens of one sequence, L slots: those of the first positions, then one for each new token
+    def _tree_masks(
+        self, positions_T: Int32Array, masks_T: UInt64Array, num_before: int
+    ) -> dict[int, torch.Tensor | None]:
+        """Additive masks TL of a tree, for each sliding window: distances are those of positions, not of slots."""
+        sees_TT = masks_T[:, None] >> np.arange(len(masks_T), dtype=np.uint64) & np.uint64(1) == 1
+        sees_TL = np.concatenate((np.ones((len(masks_T), num_before), np.bool_), sees_TT), axis=1)
+        distances_TL = positions_T[:, None] - np.concatenate((np.arange(num_before), positions_T))
+        return {
+            window: self._additive(torch.from_numpy(~(sees_TL & (distances_TL < window)) if window else ~sees_TL))
+            for window in self._windows
+        }
 
     def _mask(self, last_R1: torch.Tensor, num_positions: int, window: int) -> torch.Tensor:
         """Additive mask RL: row r sees positions up to last_R1[r], and with a window only that many of them."""
@@ -276,8 +298,11 @@ class SdpaAttention:
         hidden_RL = positions_L > last_R1
         if window:
             hidden_RL |= positions_L <= last_R1 - window
+        return self._additive(hidden_RL)
+
+    def _additive(self, hidden_RL: torch.Tensor) -> torch.Tensor:
         mask_RL = torch.zeros(hidden_RL.shape, dtype=self._dtype).masked_fill_(hidden_RL, float("-inf"))
         return mask_RL.to(self._device)
 
-    def _to_device(self, indices: Int32Array | Sequence[int]) -> torch.Tensor:
+    def _to_device(self, indices: Int32Array | Int64Array | Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(indices, np.int64)).to(self._device)

@@ -4,11 +4,19 @@ A sequence that decodes may have guesses at its next tokens (`draft_ids`). A ste
 far as the budget, the free blocks and the answer's limit allow. Nothing is copied where one was wrong: its place in the
 cache is overwritten by the token that comes there. A draft preempts nobody, and while somebody waits drafts take no
 more than half of what a step has left.
+
+A tree becomes a line once its verdict is there: the tokens on the right path come first, in the sequence and, by moving
+their keys and values, in the cache. From then on it is a line whose end was wrong.
 """
 
 from __future__ import annotations
 
-from autobot_llm.engine.batching.plan import ScheduledSequence
+from collections.abc import Sequence as SequenceABC
+
+import numpy as np
+
+from autobot_llm.engine.batching.draft_tree import MAX_TREE_TOKENS, depths
+from autobot_llm.engine.batching.plan import Int64Array, ScheduledSequence, StepBatch, StepPlan
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import Sequence
 
@@ -18,7 +26,8 @@ def add_drafts(
 ) -> int:
     """Extend the items of sequences that decode by as much of their drafts as there is room for, and take the blocks.
 
-    Returns the number of tokens added, at most `budget`.
+    Of a tree these are its first tokens, as far as none is deeper than the answer's limit. Returns the number of tokens
+    added, at most `budget`.
     """
     if not any(item.sequence.draft_ids for item in scheduled):
         return 0
@@ -28,7 +37,7 @@ def add_drafts(
     for i, item in enumerate(scheduled):
         sequence, start = item.sequence, item.start
         most = sequence.max_num_tokens - len(sequence.token_ids) - 1
-        num_draft = max(0, min(len(sequence.draft_ids), most, budget - num_added))
+        num_draft = max(0, min(_num_usable(sequence, most), budget - num_added))
         num_blocks = -(-(start + 1 + num_draft) // pool.block_size) - len(sequence.block_ids)
         if num_blocks > 0:
             # One block for every running sequence stays: whoever needs it next is not preempted for a guess.
@@ -43,9 +52,42 @@ def add_drafts(
     return num_added
 
 
+def _num_usable(sequence: Sequence, most: int) -> int:
+    """How many tokens of a draft may be verified where no more than `most` in a row can be used."""
+    parents = sequence.draft_parents[: MAX_TREE_TOKENS - 1]
+    if not parents:
+        return min(len(sequence.draft_ids), most)
+    return next((node for node, depth in enumerate(depths(parents)) if depth > most), len(parents))
+
+
+def straighten(plan: StepPlan, batch: StepBatch, paths: SequenceABC[SequenceABC[int]]) -> tuple[Int64Array, Int64Array]:
+    """Make the trees of a computed plan lines, right tokens first. `paths` holds the indices of these in their drafts,
+    for each item that samples. Returns the slots whose keys and values belong elsewhere, and where.
+
+    No slot is written that is yet to be read where the moves are made one after the other.
+    """
+    slots_from: list[int] = []
+    slots_to: list[int] = []
+    samples = (s for s, item in enumerate(plan.scheduled) if item.samples)
+    for s, path in zip(samples, paths, strict=True):
+        sequence = plan.scheduled[s].sequence
+        if not sequence.draft_parents:
+            continue
+        ids, right = sequence.draft_ids, set(path)
+        sequence.draft_ids = [ids[node] for node in path] + [ids[node] for node in range(len(ids)) if node not in right]
+        sequence.draft_parents = []
+        slots = batch.slots_T[batch.query_starts[s] + 1 : batch.query_starts[s + 1]].tolist()
+        for place, node in enumerate(path):
+            if place != node:
+                slots_from.append(slots[node])
+                slots_to.append(slots[place])
+    return np.array(slots_from, np.int64), np.array(slots_to, np.int64)
+
+
 def drop_rejected(sequence: Sequence, stop: int, num_rejected: int, pool: BlockPool) -> None:
     """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need."""
     sequence.draft_ids = []
+    sequence.draft_parents = []
     if not num_rejected:
         return
     del sequence.token_ids[stop - num_rejected : stop]

@@ -10,16 +10,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from autobot_llm.engine.batching import draft_tree
 from autobot_llm.engine.sequence import NO_ROW, Sequence
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
+UInt64Array = npt.NDArray[np.uint64]
 
 
 class ScheduledSequence(NamedTuple):
     """Tokens [start, start + num_tokens) of one sequence. It samples when they reach the sequence's end.
 
-    The last `num_draft` of them are the first of its `draft_ids`: guesses, so it samples after each of them, too.
+    The last `num_draft` of them are the first of its `draft_ids`: guesses, so it samples after each of them, too. Where
+    they are a tree, "tokens" counts places in the cache; two guesses at one token of the sequence have two.
     `epoch` is the sequence's own at the time of the plan: another one later means that it has lost these blocks.
     """
 
@@ -56,6 +59,11 @@ class StepBatch:
 
     Where pending_rows_T[t] is not -1, the host does not know token t yet: it is the one that row pending_rows_T[t]
     (of R) of the step launched last before this one samples, and ids_T[t] is -1.
+
+    Where a draft is a tree, its tokens have slots in the order of the draft and positions by their depth in the tree.
+    Bit j of tree_masks_T[t] then says that token t sees new token j of its sequence: itself, and those before it on its
+    path. The context before the new tokens it sees whole, or as far as a sliding window reaches. Tokens of other
+    sequences have the mask 0, and see all before them. None where no draft of the step is a tree.
     """
 
     ids_T: Int64Array
@@ -66,6 +74,7 @@ class StepBatch:
     block_tables_SB: Int32Array
     logit_rows_R: Int64Array
     pending_rows_T: Int32Array
+    tree_masks_T: UInt64Array | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -148,6 +157,8 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
     positions_T = np.empty(num_tokens, np.int32)
     slots_T = np.empty(num_tokens, np.int64)
     pending_rows_T = np.full(num_tokens, NO_ROW, np.int32)
+    has_trees = any(item.num_draft and item.sequence.draft_parents for item in scheduled)
+    tree_masks_T = np.zeros(num_tokens, np.uint64) if has_trees else None
     ends = []
     logit_rows: list[int] = []
     row = 0
@@ -160,6 +171,11 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
         positions_T[row:end] = positions
         blocks = block_tables_SB[s, positions // block_size].astype(np.int64)
         slots_T[row:end] = blocks * block_size + positions % block_size
+        if tree_masks_T is not None and num_draft and sequence.draft_parents:
+            parents = sequence.draft_parents[:num_draft]
+            assert num_new_tokens == 1 + num_draft <= draft_tree.MAX_TREE_TOKENS
+            positions_T[row + 1 : end] = np.add(draft_tree.depths(parents), start)
+            tree_masks_T[row:end] = draft_tree.masks(parents)
         if num_new_tokens == 1:  # only a sequence that decodes has a token that is not known yet
             pending_rows_T[row] = sequence.pending_row
         ends.append(end)
@@ -176,6 +192,7 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
         block_tables_SB=block_tables_SB,
         logit_rows_R=np.array(logit_rows, np.int64),
         pending_rows_T=pending_rows_T,
+        tree_masks_T=tree_masks_T,
     )
 
 

@@ -130,17 +130,21 @@ class Scheduler:
         else:
             self._waiting.push(sequence)
 
-    def plan(self) -> StepPlan | None:
-        """Choose the next step and take its blocks; None when there is nothing to do before a step is resolved."""
+    def plan(self, max_draft_tokens: int | None = None) -> StepPlan | None:
+        """Choose the next step and take its blocks; None when there is nothing to do before a step is resolved.
+
+        Drafts are computed with it up to `max_draft_tokens` (None: as many as the step holds).
+        """
         if self._waiting.heeds_priority:
             self._preempt_for_the_head()
         scheduled = self._plan_decodes()
         num_decodes = len(scheduled)
+        room = self.max_num_batched_tokens - len(self._running)
         num_draft_tokens = add_drafts(
             scheduled,
             self.block_pool,
             num_running=len(self._running),
-            budget=self.max_num_batched_tokens - len(self._running),
+            budget=room if max_draft_tokens is None else min(max_draft_tokens, room),
             is_contended=num_decodes < len(self._running) or self._waiting.head is not None,
         )
         budget = self._prompt_budget(num_decodes + num_draft_tokens)
@@ -400,6 +404,7 @@ class Scheduler:
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         sequence.draft_ids = []
+        sequence.draft_parents = []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
         sequence.published = []

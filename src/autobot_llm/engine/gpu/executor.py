@@ -31,11 +31,14 @@ from autobot_llm.engine.description import GpuDescription
 from autobot_llm.engine.executor import SampledRows, SamplingArrays
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
 from autobot_llm.engine.gpu.graph_sizes import (
+    MAX_PROMPTS,
+    MAX_ROWS,
     decode_graph_sizes,
+    num_logit_rows,
     padded_size,
     prompt_graph_sizes,
 )
-from autobot_llm.engine.gpu.graphs import MAX_PROMPTS, CUDAGraphManager
+from autobot_llm.engine.gpu.graphs import CUDAGraphManager
 from autobot_llm.engine.gpu.options import GpuLimits
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
 from autobot_llm.engine.gpu.swap import BlockSwapper
@@ -141,7 +144,7 @@ class GpuExecutor:
         # A stream of our own: on the default one, whatever else the program does would wait for our steps.
         self._stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
-            max_rows = max(limits.max_num_seqs, *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
+            max_rows = max(_most_rows(limits), *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
             self._sampler = DeviceSampler(vocab_size, max_rows, self._device)
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
             self._num_spare_items = max_items(0, storage.num_kv_heads, num_processors)
@@ -151,8 +154,9 @@ class GpuExecutor:
             self._graph_staging = FetchedStaging(
                 max((layout.num_bytes for layout in layouts.values()), default=0), self._device
             )
-            self._sampling_staging = Staging(_sampling_layout(limits.max_num_seqs).num_bytes, self._device)
+            self._sampling_staging = Staging(_sampling_layout(_most_rows(limits)).num_bytes, self._device)
             self._graphs = {key: self._graph(key, layout) for key, layout in layouts.items()}
+        self._most_tokens = limits.max_num_batched_tokens
         self._decode_sizes: tuple[int, ...] = ()  # those that are captured
         self._prompt_sizes: tuple[int, ...] = ()
         self._item_cut = ItemCut()
@@ -195,6 +199,13 @@ class GpuExecutor:
                 rows = self._sample(logits_RV, sampling, num_rows)
             rows.arrived.record(self._stream)
         return _Launched(self, rows, num_rows)
+
+    def room_for_drafts(self, num_sequences: int) -> int:
+        """As many as a captured step has: launching one kernel by kernel takes longer than drafts save."""
+        if num_sequences > self._max_prompts:
+            return 0
+        sizes = [size for size in self._prompt_sizes if size <= MAX_ROWS] or [min(MAX_ROWS, self._most_tokens)]
+        return max(0, sizes[-1] - num_sequences)
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         """Run one step. Returns float32 logits_RV on the device, valid until the next step."""
@@ -261,10 +272,10 @@ class GpuExecutor:
         if batch.num_tokens == batch.num_sequences == num_rows:
             size = padded_size(num_rows, self._decode_sizes)
             return None if size is None else self._graphs[f"decode {size}"]
-        if max(batch.num_sequences, num_rows) > self._max_prompts:
-            return None
         size = padded_size(batch.num_tokens, self._prompt_sizes)
-        return None if size is None else self._graphs[f"prompts {size}"]
+        if size is None or batch.num_sequences > self._max_prompts or num_rows > num_logit_rows(size):
+            return None
+        return self._graphs[f"prompts {size}"]
 
     def _replay(self, graph: _StepGraph, host: Arrays) -> torch.Tensor:
         return self.graphs.capture(graph.key, self._recorded_step(graph, host), self._graph_staging.on_device)
@@ -342,7 +353,7 @@ class GpuExecutor:
     def _prompt_layout(self, num_tokens: int) -> Layout:
         assert isinstance(self.attention, TritonPagedAttention)
         sizes = self.attention.prompt_sizes(num_tokens, self._max_prompts, self._table_width)
-        rows = {"logit_rows": ((self._max_prompts,), np.int32)}
+        rows = {"logit_rows": ((num_logit_rows(num_tokens),), np.int32)}
         return Layout.of({name: (shape, np.int32) for name, shape in sizes.items()} | _token_shapes(num_tokens) | rows)
 
     def _upload_sampling(self, sampling: SamplingArrays) -> SamplingTensors:
@@ -357,8 +368,13 @@ class GpuExecutor:
 
 def _eager_layout(limits: GpuLimits) -> Layout:
     """Room for the largest step that is not captured."""
-    rows = {"logit_rows": ((limits.max_num_seqs,), np.int32)}
+    rows = {"logit_rows": ((_most_rows(limits),), np.int32)}
     return Layout.of(_token_shapes(limits.max_num_batched_tokens) | rows)
+
+
+def _most_rows(limits: GpuLimits) -> int:
+    """Logits that a step may want: one for each sequence, or those of drafts."""
+    return max(limits.max_num_seqs, min(MAX_ROWS, limits.max_num_batched_tokens))
 
 
 def _token_shapes(num_tokens: int) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:

@@ -11,9 +11,20 @@ PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896
 """Numbers of tokens in a step with prompts that has a graph: up to there, it takes about as long to launch as to
 compute."""
 
+MAX_PROMPTS = 64
+"""Sequences of such a step at most, those that decode included."""
+
+MAX_ROWS = 128
+"""Tokens of such a step up to which it may want the logits of all of them, to verify drafts."""
+
 BYTES_PER_GRAPH = 16 * 2**20
 """What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
 docs/log.md."""
+
+
+def num_logit_rows(num_tokens: int) -> int:
+    """Tokens of a captured step with prompts or drafts whose logits are computed, whether they are wanted or not."""
+    return num_tokens if num_tokens <= MAX_ROWS else MAX_PROMPTS
 
 
 def padded_size(num_sequences: int, sizes: tuple[int, ...] = DECODE_SIZES) -> int | None:

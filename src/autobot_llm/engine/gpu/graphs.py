@@ -13,9 +13,6 @@ from typing import Generic, TypeVar
 
 import torch
 
-MAX_PROMPTS = 64
-"""Sequences of such a step at most, those that decode included."""
-
 Result = TypeVar("Result")
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from autobot_llm.engine.attention.backend import AttentionBackend
+from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.models.config import ModelConfig, RopeScaling
 from autobot_llm.engine.models.linear import Linear, choose_linear
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
@@ -61,9 +62,8 @@ class Decoder:
         `metadata` is what `attention.prepare` made of this step. Ids and rows are int64, positions int32 or int64.
         """
         with torch.inference_mode():
-            normed_RE = self._hidden(ids_T, positions_T, logit_rows_R, attention, metadata)
-        with torch.no_grad():  # outside of inference mode, so that a sampler may change the logits in place
-            return self._linear.apply(normed_RE, self._lm_head, None).float()
+            normed_RE, _ = self._hidden(ids_T, positions_T, logit_rows_R, attention, metadata)
+        return self._logits(normed_RE)
 
     def hidden(
         self,
@@ -75,7 +75,26 @@ class Decoder:
     ) -> torch.Tensor:
         """As `forward`, but what the head would be given: float32 hidden_RE of the rows, after the last norm."""
         with torch.inference_mode():
-            return self._hidden(ids_T, positions_T, logit_rows_R, attention, metadata).float()
+            return self._hidden(ids_T, positions_T, logit_rows_R, attention, metadata)[0].float()
+
+    def forward_with_features(
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        logit_rows_R: torch.Tensor,
+        attention: AttentionBackend,
+        metadata: Any,
+        wanted: FeatureKinds,
+    ) -> tuple[torch.Tensor, Features]:
+        """As `forward`, and the features of this step."""
+        with torch.inference_mode():
+            normed_RE, streams = self._hidden(ids_T, positions_T, logit_rows_R, attention, metadata, wanted.layers)
+            streams_TF = torch.cat([streams[i] for i in wanted.layers], dim=-1).float() if wanted.layers else None
+        return self._logits(normed_RE), Features(normed_RE.float() if wanted.hidden else None, streams_TF)
+
+    def _logits(self, normed_RE: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():  # outside of inference mode, so that a sampler may change the logits in place
+            return self._linear.apply(normed_RE, self._lm_head, None).float()
 
     def _hidden(
         self,
@@ -84,20 +103,29 @@ class Decoder:
         logit_rows_R: torch.Tensor,
         attention: AttentionBackend,
         metadata: Any,
-    ) -> torch.Tensor:
+        layers: tuple[int, ...] = (),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The rows after the last norm, and the streams of the layers that are asked for."""
         num_rows, num_tokens = logit_rows_R.shape[0], ids_T.shape[0]
+        streams: dict[int, torch.Tensor] = {}
         hidden_TE = F.embedding(ids_T, self._embed_VE)
         cos_sin_T2D = self._cos_sin_P2D.index_select(0, positions_T)
         cos_T1D, sin_T1D = cos_sin_T2D[:, :1], cos_sin_T2D[:, 1:]
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
+            if i in layers:
+                streams[i] = hidden_TE
             q_THD, k_TKD, v_TKD = layer.project(hidden_TE, cos_T1D, sin_T1D)
             attended_THD = attention.attend(i, q_THD, k_TKD, v_TKD, metadata)
-            if i == last and num_rows < num_tokens:  # only these rows are wanted, and no later layer needs the others
+            if i == last and num_rows < num_tokens and last + 1 not in layers:
+                # only these rows are wanted, and no later layer needs the others
                 hidden_TE = hidden_TE.index_select(0, logit_rows_R)
                 attended_THD = attended_THD.index_select(0, logit_rows_R)
             hidden_TE = layer.finish(hidden_TE, attended_THD)
-        return self._norm(hidden_TE, self._norm_E)
+        if last + 1 in layers:
+            streams[last + 1] = hidden_TE
+            hidden_TE = hidden_TE.index_select(0, logit_rows_R)
+        return self._norm(hidden_TE, self._norm_E), streams
 
 
 class _Layer:

@@ -2,10 +2,15 @@
 and drafts; knows nothing of how the drafts were made.
 
 The engine's tokens are a function of (logits, the tokens before, seed, position): the noise is a hash, not a stream
-(noise.py). So the token at each drafted position is the very one that a plain step would have chosen there, provided
+(noise.py). So the token after each drafted one is the very one that a plain step would have chosen there, provided
 that the draft before it was right. A draft token is accepted if and only if it is that token; the first one that is
 not is replaced by it. Greedy, sampled, seeded or not, the tokens are the same with and without drafts, whatever was
 drafted, hence of the target's distribution: there is nothing to correct, and nothing to prove beyond this sentence.
+
+That holds for trees as for lines. The token after the accepted ones is chosen before anybody looks at what was drafted
+there: it is in the tree, and the path goes on, or it is not, and the path ends with it. Several candidates at one
+place raise the chance of the first, and nothing else. The schemes that correct for several candidates (SpecInfer, Miao
+et al., 2023; recursive rejection sampling, Jeon et al., 2024) draw the token after looking; there is no need here.
 
 A draft that was itself sampled from a model's distribution q with this noise is coupled with the target's p: both take
 argmax of weight / noise over the same noise, and agree with a probability of at least (1 - TV(p, q)) / (1 + TV(p, q))
@@ -17,85 +22,137 @@ what the difference is worth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 from typing import NamedTuple
 
 import torch
 
+from autobot_llm.engine.batching.draft_tree import ROOT, depths
 from autobot_llm.engine.batching.plan import ScheduledSequence
-from autobot_llm.engine.sampler import Outcome, Sampler, SamplingFailure, is_stateless
+from autobot_llm.engine.executor import SampledRows
+from autobot_llm.engine.sampler import Outcome, SampledToken, Sampler, SamplingFailure, broken_logits, is_stateless
 from autobot_llm.engine.sequence import Sequence
 
 
-class _Line(NamedTuple):
-    """A sequence, its draft, the row of its first logits, and its place in the verdict."""
+class Verdict(NamedTuple):
+    """What an item that samples gets: its accepted draft tokens, and the one token after them, which may be a
+    SamplingFailure. rows[k] is the row whose logits outcomes[k] was chosen from: that of the sequence's last token,
+    then those of the accepted draft tokens, so that the last one's hidden state is in row rows[-1]."""
+
+    outcomes: list[Outcome]
+    rows: list[int]
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.outcomes) - 1
+
+    @property
+    def path(self) -> list[int]:
+        """The indices of the accepted tokens in the draft."""
+        return [row - self.rows[0] - 1 for row in self.rows[1:]]
+
+
+class _Drafted(NamedTuple):
+    """A sequence, its draft (no parents: a line), the row of its first logits, and its place in the verdict."""
 
     sequence: Sequence
     draft_ids: list[int]
+    parents: list[int]
     row: int
     place: int
 
+    @property
+    def num_rows(self) -> int:
+        return 1 + len(self.draft_ids)
+
+    @property
+    def offsets(self) -> SequenceABC[int]:
+        """How far behind the sequence's last token each row's token is."""
+        return (0, *depths(self.parents)) if self.parents else range(self.num_rows)
+
+    def child(self, node: int, token_id: int) -> int | None:
+        """The draft token after this one (ROOT: after the sequence's last), if it is that token."""
+        ids, parents = self.draft_ids, self.parents
+        if not parents:
+            return node + 1 if node + 1 < len(ids) and ids[node + 1] == token_id else None
+        return next((n for n in range(node + 1, len(ids)) if parents[n] == node and ids[n] == token_id), None)
+
 
 # R rows: one for each sampling sequence and one more for each of its draft tokens, in order; V vocabulary
-def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[ScheduledSequence]) -> list[list[Outcome]]:
-    """What each item that samples gets: its accepted draft tokens, and the one token after them.
-
-    The last outcome may be a SamplingFailure. Sequences and matchers are as they were when this returns.
-    """
-    lines = list(_lines(scheduled))
-    verdict: list[list[Outcome]] = [[] for _ in lines]
-    free = [line for line in lines if is_stateless(line.sequence.params)]
+def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[ScheduledSequence]) -> list[Verdict]:
+    """The verdict on each item that samples. Sequences and matchers are as they were when this returns."""
+    drafted = list(_drafted(scheduled))
+    verdicts = [Verdict([], []) for _ in drafted]
+    free = [one for one in drafted if is_stateless(one.sequence.params)]
     if free:
-        rows = [row for line in free for row in range(line.row, line.row + len(line.draft_ids) + 1)]
-        sequences = [line.sequence for line in free for _ in range(len(line.draft_ids) + 1)]
-        offsets = [offset for line in free for offset in range(len(line.draft_ids) + 1)]
-        outcomes = iter(sampler.sample(_take(logits_RV, rows), sequences, offsets))
-        for line in free:
-            verdict[line.place] = _agreeing([next(outcomes) for _ in range(len(line.draft_ids) + 1)], line.draft_ids)
-    if len(free) < len(lines):
-        bound = [line for line in lines if not is_stateless(line.sequence.params)]
-        for line, found in zip(bound, _walk(sampler, logits_RV, bound), strict=True):
-            verdict[line.place] = found
-    return verdict
+        rows = [row for one in free for row in range(one.row, one.row + one.num_rows)]
+        sequences = [one.sequence for one in free for _ in range(one.num_rows)]
+        offsets = [offset for one in free for offset in one.offsets]
+        outcomes = sampler.sample(_take(logits_RV, rows), sequences, offsets)
+        start = 0
+        for one in free:
+            _follow(one, outcomes[start : start + one.num_rows], verdicts[one.place])
+            start += one.num_rows
+    if len(free) < len(drafted):
+        _walk(sampler, logits_RV, [one for one in drafted if not is_stateless(one.sequence.params)], verdicts)
+    return verdicts
 
 
-def _lines(scheduled: SequenceABC[ScheduledSequence]) -> Iterator[_Line]:
+def verify_sampled(sampled: SampledRows, scheduled: SequenceABC[ScheduledSequence]) -> list[Verdict]:
+    """The same where a device has sampled each row with the noise of its position."""
+    outcomes: list[Outcome] = [
+        SampledToken(token) if math.isfinite(best) else broken_logits(best)
+        for token, best in zip(sampled.tokens, sampled.best_logits, strict=True)
+    ]
+    verdicts = []
+    for one in _drafted(scheduled):
+        verdicts.append(Verdict([], []))
+        _follow(one, outcomes[one.row : one.row + one.num_rows], verdicts[-1])
+    return verdicts
+
+
+def _drafted(scheduled: SequenceABC[ScheduledSequence]) -> Iterator[_Drafted]:
     row = place = 0
     for item in scheduled:
         if item.samples:
-            yield _Line(item.sequence, item.sequence.draft_ids[: item.num_draft], row, place)
-            row += 1 + item.num_draft
+            sequence, number = item.sequence, item.num_draft
+            yield _Drafted(sequence, sequence.draft_ids[:number], sequence.draft_parents[:number], row, place)
+            row += 1 + number
             place += 1
 
 
-def _agreeing(outcomes: list[Outcome], draft_ids: list[int]) -> list[Outcome]:
-    """The outcomes as far as the draft agrees, and the first one that it does not foresee."""
-    for i, (outcome, token_id) in enumerate(zip(outcomes, draft_ids, strict=False)):
-        if isinstance(outcome, SamplingFailure) or outcome.token_id != token_id:
-            return outcomes[: i + 1]
-    return outcomes
+def _follow(drafted: _Drafted, outcomes: SequenceABC[Outcome], verdict: Verdict) -> None:
+    """Take the outcomes as far as the draft agrees, and the first one that it does not foresee."""
+    node: int | None = ROOT
+    while node is not None:
+        outcome = outcomes[node + 1]
+        verdict.outcomes.append(outcome)
+        verdict.rows.append(drafted.row + node + 1)
+        node = None if isinstance(outcome, SamplingFailure) else drafted.child(node, outcome.token_id)
 
 
-def _walk(sampler: Sampler, logits_RV: torch.Tensor, lines: list[_Line]) -> list[list[Outcome]]:
+def _walk(sampler: Sampler, logits_RV: torch.Tensor, all_drafted: list[_Drafted], verdicts: list[Verdict]) -> None:
     """One position after the other, where penalties, a minimum length or a grammar look at the tokens before: the
     sequences go along, and are taken back at the end."""
-    found: list[list[Outcome]] = [[] for _ in lines]
-    num_walked = [0] * len(lines)
-    num_taken = [0] * len(lines)  # by the matchers
-    walking = list(range(len(lines)))
-    depth = 0
+    num_walked = [0] * len(all_drafted)
+    num_taken = [0] * len(all_drafted)  # by the matchers
+    walking = [(i, ROOT) for i in range(len(all_drafted))]
     while walking:
-        rows = [lines[i].row + depth for i in walking]
-        outcomes = sampler.sample(_take(logits_RV, rows), [lines[i].sequence for i in walking])
+        rows = [all_drafted[i].row + node + 1 for i, node in walking]
+        outcomes = sampler.sample(_take(logits_RV, rows), [all_drafted[i].sequence for i, _ in walking])
         going_on = []
-        for i, outcome in zip(walking, outcomes, strict=True):
-            found[i].append(outcome)
-            sequence, draft_ids = lines[i].sequence, lines[i].draft_ids
-            if isinstance(outcome, SamplingFailure) or depth == len(draft_ids):
+        for (i, node), row, outcome in zip(walking, rows, outcomes, strict=True):
+            drafted = all_drafted[i]
+            sequence, verdict = drafted.sequence, verdicts[drafted.place]
+            verdict.outcomes.append(outcome)
+            verdict.rows.append(row)
+            if isinstance(outcome, SamplingFailure) or outcome.token_id in sequence.params.stop_token_ids:
                 continue
             token_id = outcome.token_id
-            if token_id != draft_ids[depth] or token_id in sequence.params.stop_token_ids:
+            following = drafted.child(node, token_id)
+            if following is None:
                 continue
             sequence.token_ids.append(token_id)
             num_walked[i] += 1
@@ -105,16 +162,14 @@ def _walk(sampler: Sampler, logits_RV: torch.Tensor, lines: list[_Line]) -> list
                 num_taken[i] += 1
                 if sequence.matcher.is_complete:
                     continue
-            going_on.append(i)
+            going_on.append((i, following))
         walking = going_on
-        depth += 1
-    for line, walked, taken in zip(lines, num_walked, num_taken, strict=True):
+    for drafted, walked, taken in zip(all_drafted, num_walked, num_taken, strict=True):
         if walked:
-            del line.sequence.token_ids[-walked:]
+            del drafted.sequence.token_ids[-walked:]
         if taken:
-            assert line.sequence.matcher is not None
-            line.sequence.matcher.rollback(taken)
-    return found
+            assert drafted.sequence.matcher is not None
+            drafted.sequence.matcher.rollback(taken)
 
 
 def _take(logits_RV: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,11 @@ from autobot_llm.engine.executor import Executor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.speculative.draft_model import DraftModel
+from autobot_llm.engine.speculative.heads import HeadsMethod, find_heads, make_eagle, make_medusa
+from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
 from autobot_llm.engine.speculative.ngram import LOOKUP_MAX, NgramProposer
 from autobot_llm.engine.speculative.pairs import check_draft, find_draft
+from autobot_llm.engine.speculative.proposer import CostlyProposer
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, ModelLoadError
@@ -26,11 +30,12 @@ Method = Literal["auto", "ngram", "draft", "medusa", "eagle3", "none"]
 
 @dataclass(frozen=True, slots=True)
 class SpeculationOptions:
-    """How to guess ahead. `draft_model` None: one that is found beside the model; `min_acceptance_rate` None: measured
-    costs alone decide."""
+    """How to guess ahead. `draft_model` and `heads` (a folder of Medusa heads or of an EAGLE-3 draft) None: what is
+    found beside the model; `min_acceptance_rate` None: measured costs alone decide."""
 
     method: Method = "none"
     draft_model: Path | None = None
+    heads: Path | None = None
     num_tokens: int = 5
     use_ngram: bool = True
     ngram_prompt_lookup_max: int = LOOKUP_MAX
@@ -44,7 +49,8 @@ class Target:
     folder: Path
     is_on_cpu: bool
     tokenizer: Tokenizer
-    vocab_size: int
+    config: ModelConfig
+    gives_features: bool
     num_blocks: int
     block_size: int
     prefix_caching: bool
@@ -52,8 +58,8 @@ class Target:
     max_model_len: int
 
 
-MakeExecutor = Callable[[Path, ModelConfig, int, int], Executor]
-"""An executor for the model in a folder, with that context and so many blocks."""
+MakeExecutor = Callable[[Path, ModelConfig, int, int], tuple[Executor, int]]
+"""An executor for the model in a folder, with that context and at most so many blocks; and how many it has."""
 
 
 def build_speculator(
@@ -63,28 +69,60 @@ def build_speculator(
     method = options.method
     if method == "none":
         return None, "switched off by AUTOBOT_SPECULATION_ENABLED or AUTOBOT_SPECULATION_METHOD"
-    if not target.is_on_cpu:
-        if method != "auto":
-            raise ConfigurationError(
-                f"AUTOBOT_SPECULATION_METHOD={method!r}: a GPU's steps do not verify drafts yet; expected auto or none"
-            )
-        return None, "a GPU's steps do not verify drafts yet"
-    if method in ("medusa", "eagle3"):
-        raise ConfigurationError(
-            f"AUTOBOT_SPECULATION_METHOD={method!r}: there are no such heads for {target.folder.name}; expected auto, "
-            "ngram, draft or none"
-        )
     uses_ngram = method == "ngram" or (method == "auto" and options.use_ngram)
-    draft = _draft_model(options, target, make_executor) if method in ("auto", "draft") else None
-    if not uses_ngram and draft is None:
+    costly = _costly(options, target, make_executor)
+    if not uses_ngram and costly is None:
         return None, f"no draft model was found for {target.folder.name}, and AUTOBOT_SPECULATION_USE_NGRAM is off"
     speculator = Speculator(
         options.num_tokens,
         make_free=partial(NgramProposer, max_length=options.ngram_prompt_lookup_max) if uses_ngram else None,
-        costly=draft,
+        costly=costly,
         floor=options.min_acceptance_rate,
+        # On a CPU what counts is what the engine's thread computes; it only waits for a GPU.
+        clock=time.thread_time if target.is_on_cpu else time.perf_counter,
+        priors=ON_CPU if target.is_on_cpu else ON_GPU,
     )
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
+
+
+def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> CostlyProposer | None:
+    """The method that is asked for; for auto a draft model, else EAGLE-3, else Medusa, whatever there is."""
+    if options.method == "medusa" or options.method == "eagle3":
+        return _heads(options.method, options, target)
+    if options.method not in ("auto", "draft"):
+        return None
+    draft = _draft_model(options, target, make_executor)
+    if draft is not None or options.method == "draft":
+        return draft
+    return _heads("eagle3", options, target) or _heads("medusa", options, target)
+
+
+def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> CostlyProposer | None:
+    """Raises ConfigurationError where the method is asked for by name and cannot be had."""
+    is_asked_for = options.method == method
+    named = options.heads if is_asked_for else None
+    folder = named or find_heads(target.folder, method)
+    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}"
+    if folder is None or not target.gives_features:
+        if not is_asked_for:
+            return None
+        if folder is None:
+            raise ConfigurationError(
+                f"{setting}: no {target.folder.name}-{method} lies beside {target.folder}; make one with "
+                f"`autobot-llm train {method}` and set AUTOBOT_SPECULATION_HEADS to its folder, or choose auto, ngram, "
+                "draft or none"
+            )
+        raise ConfigurationError(f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none")
+    try:
+        if method == "medusa":
+            return make_medusa(folder, target.folder, target.config)
+        return make_eagle(folder, target.folder, target.config, target.max_model_len)
+    except ModelLoadError as error:
+        if not is_asked_for:
+            log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
+            return None
+        where = setting if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
+        raise ConfigurationError(f"{where}: {error}") from error
 
 
 def _draft_model(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> DraftModel | None:
@@ -110,10 +148,11 @@ def make_draft_model(folder: Path, target: Target, make_executor: MakeExecutor) 
     check_draft(target.tokenizer, Tokenizer.from_folder(folder), target.folder.name)
     config = load_config(folder)
     context = min(target.max_model_len, config.max_position_embeddings)
+    executor, num_blocks = make_executor(folder, config, context, target.num_blocks)
     return DraftModel(
-        make_executor(folder, config, context, target.num_blocks),
-        BlockPool(target.num_blocks, target.block_size, prefix_caching=target.prefix_caching),
-        vocab_size=min(target.vocab_size, config.vocab_size),
+        executor,
+        BlockPool(num_blocks, target.block_size, prefix_caching=target.prefix_caching),
+        vocab_size=min(target.config.vocab_size, config.vocab_size),
         max_tokens=target.max_num_batched_tokens,
         max_model_len=context,
     )

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from autobot_llm.engine.speculative.measurements import ENOUGH, AcceptanceHistory, StepCosts
+from autobot_llm.engine.speculative.measurements import ENOUGH, ON_CPU, AcceptanceHistory, Priors, StepCosts
 
 REFRESH = 128
 MARGIN = 1.05
@@ -75,6 +75,10 @@ class DraftPolicy(Protocol):
         """What to verify; None: nothing."""
         ...
 
+    def may_pay(self, free: Histories) -> bool:
+        """Whether free drafts like these may be verified. Changes nothing."""
+        ...
+
 
 class Always:
     """DraftPolicy for tests and measurements: as many tokens as there are, whatever they cost; the free draft first."""
@@ -83,6 +87,9 @@ class Always:
         self._num_tokens = num_tokens
 
     def wants_offer(self) -> bool:
+        return True
+
+    def may_pay(self, free: Histories) -> bool:
         return True
 
     def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision:
@@ -95,36 +102,45 @@ class Always:
 class CostlyCosts:
     """Seconds of a costly method: of one pass over some sequences, and of each token that it catches up with."""
 
-    def __init__(self) -> None:
+    def __init__(self, priors: Priors = ON_CPU) -> None:
+        self._priors = priors
+        self._most: dict[int, float] = {}
+        """What a pass takes at most, by size: of drafts that began with much to catch up with."""
         self._passes: dict[int, deque[float]] = {}
         self._catch_up: deque[float] = deque(maxlen=ENOUGH)
 
     def record(self, num_sequences: int, num_passes: int, num_behind: int, seconds: float) -> None:
         """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
+        size = num_sequences.bit_length()
         if num_behind <= 2 * num_sequences:
-            passes = self._passes.setdefault(num_sequences.bit_length(), deque(maxlen=ENOUGH))
-            passes.append(seconds / num_passes)
-        elif (each := self.per_pass(num_sequences)) is not None:
+            self._passes.setdefault(size, deque(maxlen=ENOUGH)).append(seconds / num_passes)
+        elif self._passes:
+            each = self.per_pass(num_sequences)
+            assert each is not None
             self._catch_up.append(max(0.0, seconds - num_passes * each) / num_behind)
+        else:
+            self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
 
     def per_pass(self, num_sequences: int) -> float | None:
-        if not self._passes:
+        """Of so many sequences, or of the nearest number that was measured; None where none was."""
+        known = {size: float(median(passes)) for size, passes in self._passes.items()} or self._most
+        if not known:
             return None
         size = num_sequences.bit_length()
-        nearest = min(self._passes, key=lambda other: abs(other - size))
-        return float(median(self._passes[nearest])) * 2.0 ** max(0, size - nearest)
+        nearest = min(known, key=lambda other: abs(other - size))
+        return known[nearest] * 2.0 ** max(0, size - nearest)
 
     def per_token_behind(self, per_pass: float) -> float:
-        return float(median(self._catch_up)) if self._catch_up else per_pass / 4
+        return float(median(self._catch_up)) if self._catch_up else per_pass * self._priors.token_behind
 
 
 class Controller:
     """DraftPolicy by measured costs. `floor`: kinds whose measured acceptance is below it are not used, whatever they
     cost (None: costs alone decide)."""
 
-    def __init__(self, max_tokens: int, floor: float | None = None) -> None:
-        self.costs = StepCosts()
-        self.costly_costs = CostlyCosts()
+    def __init__(self, max_tokens: int, floor: float | None = None, priors: Priors = ON_CPU) -> None:
+        self.costs = StepCosts(priors)
+        self.costly_costs = CostlyCosts(priors)
         self._max_tokens = max_tokens
         self._floor = floor
         self._num_since_plain = 0
@@ -147,6 +163,14 @@ class Controller:
     def wants_offer(self) -> bool:
         self._num_since_offer += 1
         return self._uses_costly or self._num_since_offer >= OFFER_EVERY
+
+    def may_pay(self, free: Histories) -> bool:
+        plain = self.costs.plain(len(free))
+        if plain is None or self._num_since_plain >= REFRESH:
+            return False
+        return self._best_free(free, plain)[0] is not None or (
+            self._num_since_draft >= RETRY and _likely(free) is not None
+        )
 
     def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision | None:
         plain = self.costs.plain(len(free))

@@ -96,9 +96,10 @@ class SpeculativeDecoder:
             return [], 0
         sequence = self._follow(input_ids)
         number = self.config.num_speculative_tokens
-        if self._ngram is not None and (draft := self._ngram.propose(sequence, number)) is not None:
-            return draft.token_ids, len(draft.token_ids)
-        token_ids = [] if self._draft is None else self._draft.propose([sequence], number)[0]
+        draft = None if self._ngram is None else self._ngram.propose(sequence, number)
+        if draft is None and self._draft is not None:
+            (draft,) = self._draft.propose([sequence], number)
+        token_ids = [] if draft is None else draft.token_ids
         return token_ids, len(token_ids)
 
     def record_acceptance(self, proposed: int, accepted: int) -> float:

@@ -13,15 +13,18 @@ were not drafted for lately give their blocks up; what is missing is computed ag
 from __future__ import annotations
 
 import dataclasses
+import math
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
-from autobot_llm.engine.executor import Executor
+from autobot_llm.engine.executor import Executor, FeatureKinds, Features, LaunchedStep, PipelinedExecutor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
-from autobot_llm.engine.sampler import Sampler, SamplingFailure
-from autobot_llm.engine.sequence import SamplingParams, Sequence
+from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
+from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.speculative.proposer import Computed, Draft
 
 
 class DraftModel:
@@ -29,6 +32,7 @@ class DraftModel:
     are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
 
     name = "draft"
+    wanted: FeatureKinds | None = None
 
     def __init__(
         self, executor: Executor, pool: BlockPool, *, vocab_size: int, max_tokens: int, max_model_len: int
@@ -37,9 +41,14 @@ class DraftModel:
         self.pool = pool
         self._vocab_size = vocab_size
         self._sampler = Sampler(vocab_size)
+        self._sampling_arrays = SamplingArraysBuilder(vocab_size)
+        self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
         self._max_tokens = max_tokens
         self._max_model_len = max_model_len
         self._shadows: OrderedDict[int, Sequence] = OrderedDict()  # least recently drafted for first
+
+    def observe(self, computed: SequenceABC[Computed], features: Features) -> None:
+        """It looks at tokens alone."""
 
     def lag(self, sequence: Sequence) -> int:
         shadow = self._shadows.get(sequence.id)
@@ -48,7 +57,7 @@ class DraftModel:
         self._follow(shadow, sequence)
         return len(shadow.token_ids) - shadow.num_computed_tokens
 
-    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[list[int]]:
+    def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what is missing of every sequence, then one for each further token."""
         for sequence in sequences:
             if (shadow := self._shadows.get(sequence.id)) is not None:
@@ -58,9 +67,13 @@ class DraftModel:
                 self._shadows[sequence.id] = self._shadow(sequence)
         wanted = {s.id for s in sequences}
         drafting = [s.id for s in sequences if self._make_room(self._shadows[s.id], num_tokens, wanted)]
-        for _ in range(num_tokens):
-            drafting = self._pass(drafting)
-        return [self._shadows[s.id].token_ids[len(s.token_ids) :] for s in sequences]
+        if self._pipelined is not None:
+            self._chain(self._pipelined, [self._shadows[i] for i in drafting], num_tokens)
+        else:
+            for _ in range(num_tokens):
+                drafting = self._pass(drafting)
+        drafts = (_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
+        return [Draft(token_ids) if token_ids else None for token_ids in drafts]
 
     def forget(self, sequence: Sequence) -> None:
         shadow = self._shadows.pop(sequence.id, None)
@@ -118,22 +131,49 @@ class DraftModel:
 
     def _pass(self, drafting: list[int]) -> list[int]:
         """Compute what is missing, and draw one more token for each; returns whose logits were good."""
+        shadows = [self._shadows[sequence_id] for sequence_id in drafting]
+        return [sequence_id for parts in self._steps(shadows) for sequence_id in self._run(parts)]
+
+    def _steps(self, shadows: list[Sequence]) -> Iterator[list[ScheduledSequence]]:
+        """What is missing of each, in steps that the executor takes."""
         parts: list[ScheduledSequence] = []
         budget = self._max_tokens
-        going_on: list[int] = []
-        for sequence_id in drafting:
-            shadow = self._shadows[sequence_id]
-            while (missing := len(shadow.token_ids) - shadow.num_computed_tokens) > 0:
+        for shadow in shadows:
+            end = len(shadow.token_ids)
+            while (missing := end - shadow.num_computed_tokens) > 0:
                 number = min(missing, budget)
                 parts.append(ScheduledSequence(shadow, shadow.num_computed_tokens, number, number == missing))
                 shadow.num_computed_tokens += number
                 budget -= number
                 if budget == 0:
-                    going_on += self._run(parts)
+                    yield parts
                     parts, budget = [], self._max_tokens
         if parts:
-            going_on += self._run(parts)
-        return going_on
+            yield parts
+
+    def _chain(self, executor: PipelinedExecutor, shadows: list[Sequence], num_tokens: int) -> None:
+        """All passes in a row: a token reaches the next pass on the device, and the host while that is computed."""
+        before: tuple[LaunchedStep, list[Sequence]] | None = None
+        for _ in range(num_tokens):
+            for parts in self._steps(shadows):
+                sampling = [part.sequence for part in parts if part.samples]
+                batch = build_batch(parts, self.pool.block_size)
+                launched = executor.launch(batch, self._sampling_arrays.build(sampling))
+                if before is not None:
+                    self._fill_in(*before)
+                for row, shadow in enumerate(sampling):
+                    shadow.token_ids.append(UNKNOWN_TOKEN)
+                    shadow.pending_row = row
+                before = launched, sampling
+        if before is not None:
+            self._fill_in(*before)
+
+    def _fill_in(self, launched: LaunchedStep, sampling: list[Sequence]) -> None:
+        """The tokens that a step has drawn, one after each sequence's last; what has no good logits stays unknown."""
+        for shadow, token_id, best in zip(sampling, *launched.wait(), strict=True):
+            shadow.pending_row = NO_ROW
+            if math.isfinite(best) and token_id < self._vocab_size:
+                shadow.token_ids[-1] = token_id
 
     def _run(self, parts: list[ScheduledSequence]) -> list[int]:
         logits_RV = self.executor.execute(build_batch(parts, self.pool.block_size))[:, : self._vocab_size]
@@ -146,6 +186,10 @@ class DraftModel:
                 shadow.token_ids.append(outcome.token_id)
                 good.append(shadow.id)
         return good
+
+
+def _known(token_ids: list[int]) -> list[int]:
+    return token_ids[: token_ids.index(UNKNOWN_TOKEN)] if UNKNOWN_TOKEN in token_ids else token_ids
 
 
 def _plain(params: SamplingParams) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 HISTORY = 100
 """Drafts of one kind that are remembered."""
@@ -13,8 +14,22 @@ ENOUGH = 20
 PRIOR_RATE = 0.5
 PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
 
-UNKNOWN_SHARE = 0.25
-"""Of a sequence's share of a step, what a draft token is taken to add before anything was measured: worth a try."""
+
+@dataclass(frozen=True, slots=True)
+class Priors:
+    """What costs are taken for before anything was measured.
+
+    `draft_token`: what a draft token adds to a step, in a sequence's share of a plain one. `token_behind`: what a
+    costly method takes for a token that it catches up with, in its passes.
+    """
+
+    draft_token: float
+    token_behind: float
+
+
+ON_CPU = Priors(draft_token=0.25, token_behind=0.25)
+ON_GPU = Priors(draft_token=0.02, token_behind=1 / 256)
+"""A step reads all weights whatever it computes: a few tokens more hardly add to it."""
 
 _NUM_PLAIN, _NUM_EXTRA = 9, 15
 
@@ -86,7 +101,8 @@ class StepCosts:
     sequences once such a step was measured; what a draft token adds is taken from the nearest size that was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, priors: Priors = ON_CPU) -> None:
+        self._priors = priors
         self._plain: dict[int, deque[float]] = {}
         self._plain_costs: dict[int, float] = {}
         self._extra: dict[tuple[int, int], deque[float]] = {}
@@ -158,7 +174,11 @@ class StepCosts:
         if near:
             return self._extra_costs[min(near, key=lambda other: abs(other[0] - key[0]) * 4 + abs(other[1] - key[1]))]
         share = self._plain_costs[num_sequences] / num_sequences
-        return share * UNKNOWN_SHARE if self._seconds_per_prompt_token is None else self._seconds_per_prompt_token
+        return (
+            share * self._priors.draft_token
+            if self._seconds_per_prompt_token is None
+            else self._seconds_per_prompt_token
+        )
 
 
 def _lower_quartile(values: deque[float]) -> float:

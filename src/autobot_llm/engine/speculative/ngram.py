@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 from typing import Protocol
 
-from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.proposer import Draft
 
 LOOKUP_MAX = 4
@@ -97,6 +97,8 @@ class NgramProposer:
         if text is None:
             text = self._texts[sequence.id] = _Text(self._max_length)
         token_ids = sequence.token_ids
+        if token_ids[-1] == UNKNOWN_TOKEN:
+            token_ids = token_ids[:-1]
         if text.draft_ids:
             self._look_back(text, token_ids)
         else:

@@ -1,22 +1,28 @@
-"""Drafts for the engine's next step, and what came of them. Knows proposers, the controller and sequences; knows
-nothing of tensors.
+"""Drafts for the engine's next step, and what came of them. Knows proposers, the controller and sequences; tensors it
+hands on, and knows nothing of what is in them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
-from autobot_llm.engine.batching.plan import StepPlan
+import torch
+
+from autobot_llm.engine.batching.draft_tree import depths, is_line
+from autobot_llm.engine.batching.plan import StepBatch, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
+from autobot_llm.engine.executor import Executor, FeatureExecutor, Features
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
-from autobot_llm.engine.speculative.measurements import AcceptanceHistory
+from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
-from autobot_llm.engine.speculative.proposer import CostlyProposer, Draft, FreeProposer
+from autobot_llm.engine.speculative.possible import possible
+from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer, Draft, FreeProposer
 
 
 @dataclass(slots=True)
@@ -30,15 +36,16 @@ class MethodFigures:
     tried: list[int] = field(default_factory=list)
     passed: list[int] = field(default_factory=list)
 
-    def record(self, num_proposed: int, num_accepted: int) -> None:
+    def record(self, num_proposed: int, depth: int, num_accepted: int) -> None:
+        """`depth`: how many of a draft's tokens could have been accepted, which for a line is all of them."""
         self.num_drafts += 1
         self.num_proposed += num_proposed
         self.num_accepted += num_accepted
-        missing = num_proposed - len(self.tried)
+        missing = depth - len(self.tried)
         if missing > 0:
             self.tried += [0] * missing
             self.passed += [0] * missing
-        for position in range(min(num_proposed, num_accepted + 1)):
+        for position in range(min(depth, num_accepted + 1)):
             self.tried[position] += 1
         for position in range(num_accepted):
             self.passed[position] += 1
@@ -65,11 +72,12 @@ class Speculator:
         costly: CostlyProposer | None = None,
         policy: DraftPolicy | None = None,
         floor: float | None = None,
+        priors: Priors = ON_CPU,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
         assert make_free is not None or costly is not None, "without a method there is nothing to do"
         self.max_tokens = max_tokens
-        self.controller = Controller(max_tokens, floor)
+        self.controller = Controller(max_tokens, floor, priors)
         self.figures: dict[str, MethodFigures] = {}
         self.histories: dict[tuple[str, str], AcceptanceHistory] = {}
         self.num_steps = 0
@@ -78,8 +86,11 @@ class Speculator:
         self._policy: DraftPolicy = self.controller if policy is None else policy
         self._free = None if make_free is None else make_free(self._observe_free)
         self._costly = costly
+        self._wanted = None if costly is None else costly.wanted
+        self._features = Features()  # of the step at hand
         self.clock = clock
-        self._drafted_by: dict[int, tuple[str, str]] = {}  # by sequence id: method and kind, of the step at hand
+        # by sequence id: method, kind and the parents of a tree, of the step at hand
+        self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -106,8 +117,9 @@ class Speculator:
             for method, figures in self.figures.items()
         }
 
-    def propose(self, sequences: list[Sequence]) -> None:
-        """Set the drafts of the sequences that the next step may decode."""
+    def propose(self, sequences: list[Sequence], *, takes_trees: bool = False) -> None:
+        """Set the drafts of the sequences that the next step may decode. Unless what runs it `takes_trees`, they are
+        the best paths of those that branch."""
         self.drafting_seconds = 0.0
         if not sequences:
             return
@@ -115,7 +127,7 @@ class Speculator:
         drafts: list[Draft | None] = [None] * len(sequences)
         histories: list[AcceptanceHistory | None] = [None] * len(sequences)
         for i, sequence in enumerate(sequences):
-            sequence.draft_ids = []
+            sequence.draft_ids, sequence.draft_parents = [], []
             if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
@@ -130,9 +142,37 @@ class Speculator:
         self._drafted_by.clear()
         for sequence, draft, number in zip(sequences, drafts, decision.num_free, strict=True):
             if number and draft is not None and free is not None:
-                self._give(sequence, draft.token_ids[:number], free.name, draft.kind)
+                self._give(sequence, draft.first(number), free.name, draft.kind, takes_trees)
         if costly is not None and decision.num_costly:
-            self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly)
+            self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly, takes_trees)
+
+    def execute(self, executor: Executor, batch: StepBatch) -> torch.Tensor:
+        """Run a step of the target; returns logits_RV. What the costly method wants of it is kept for `observe`."""
+        if self._wanted is None:
+            return executor.execute(batch)
+        assert isinstance(executor, FeatureExecutor), "who makes a method has looked"
+        logits_RV, self._features = executor.execute_with_features(batch, self._wanted)
+        return logits_RV
+
+    def observe(self, plan: StepPlan, verdicts: SequenceABC[Verdict] = ()) -> None:
+        """Let the costly method see the step that was executed and resolved. `verdicts` are of the items that sample,
+        in the plan's order; none: there were no drafts."""
+        if self._costly is None or self._wanted is None:
+            return
+        features, self._features = self._features, Features()
+        self._costly.observe(list(_computed(plan, verdicts)), features)
+
+    def is_promising(self, sequences: list[Sequence]) -> bool:
+        """Whether drafts after tokens that a step under way samples may be worth waiting for these. The sequences'
+        other tokens are known."""
+        free = self._free
+        if self._costly is not None and self._policy.wants_offer():
+            return True
+        if free is None:
+            return False
+        drafts = [free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
+        histories = [None if draft is None else self._usable(free.name, draft.kind) for draft in drafts]
+        return any(history is not None for history in histories) and self._policy.may_pay(histories)
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
@@ -156,10 +196,11 @@ class Speculator:
             if plain is not None:
                 figures.seconds_saved += (1 + number) * plain - seconds
             if item.num_draft:
-                method, kind = self._drafted_by[item.sequence.id]
-                self.figures.setdefault(method, MethodFigures()).record(item.num_draft, number)
+                method, kind, parents = self._drafted_by[item.sequence.id]
+                depth = max(depths(parents[: item.num_draft])) if parents else item.num_draft
+                self.figures.setdefault(method, MethodFigures()).record(item.num_draft, depth, number)
                 if self._free is None or method != self._free.name:  # a free method is observed whatever is verified
-                    self._history(method, kind).record(min(item.num_draft, number + 1), number)
+                    self._history(method, kind).record(min(depth, number + 1), number)
         if plan.num_prompt_tokens == 0:
             self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
 
@@ -173,27 +214,23 @@ class Speculator:
         if self._costly is not None:
             self._costly.close()
 
-    def _run_costly(self, costly: CostlyProposer, sequences: list[Sequence], num_tokens: int) -> None:
+    def _run_costly(
+        self, costly: CostlyProposer, sequences: list[Sequence], num_tokens: int, takes_trees: bool
+    ) -> None:
         num_behind = sum(costly.lag(s) - 1 for s in sequences)
         start = self.clock()
         drafts = costly.propose(sequences, num_tokens)
         self.drafting_seconds = self.clock() - start
         self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
-        for sequence, token_ids in zip(sequences, drafts, strict=True):
-            if token_ids:
-                self._give(sequence, token_ids, costly.name, _kind(sequence))
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            if draft is not None:
+                self._give(sequence, draft, costly.name, _kind(sequence), takes_trees)
 
-    def _give(self, sequence: Sequence, token_ids: list[int], method: str, kind: str) -> None:
-        """Cut a draft where the answer would end or its grammar forbids it."""
-        stop_ids = sequence.params.stop_token_ids
-        for i, token_id in enumerate(token_ids):
-            if token_id in stop_ids:
-                token_ids = token_ids[: i + 1]
-                break
-        if sequence.matcher is not None:
-            token_ids = token_ids[: sequence.matcher.num_allowed(token_ids)]
-        sequence.draft_ids = token_ids
-        self._drafted_by[sequence.id] = method, kind
+    def _give(self, sequence: Sequence, draft: Draft, method: str, kind: str, takes_trees: bool) -> None:
+        draft = possible(draft if takes_trees else draft.as_line(), sequence)
+        parents = draft.parents or []
+        sequence.draft_ids, sequence.draft_parents = draft.token_ids, [] if is_line(parents) else parents
+        self._drafted_by[sequence.id] = method, kind, sequence.draft_parents
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
         history = self._history(method, kind)
@@ -208,6 +245,24 @@ class Speculator:
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
         assert self._free is not None
         self._history(self._free.name, kind).record(tried, passed)
+
+
+def _computed(plan: StepPlan, verdicts: SequenceABC[Verdict]) -> Iterator[Computed]:
+    """What a step settled of each sequence that has its blocks still, which who left it has not."""
+    row = logit_row = 0
+    given = iter(verdicts)
+    for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
+        end = row + num_tokens - num_draft
+        rows, chosen_from = list(range(row, end)), None
+        if samples:
+            chosen_from = logit_row
+            if (verdict := next(given, None)) is not None:
+                rows += [end + node for node in verdict.path]
+                chosen_from = verdict.rows[-1]
+            logit_row += 1 + num_draft
+        if sequence.epoch == epoch:
+            yield Computed(sequence, start, rows, chosen_from)
+        row += num_tokens
 
 
 def _kind(sequence: Sequence) -> str:

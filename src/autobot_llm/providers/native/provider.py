@@ -323,7 +323,7 @@ def engine_options(settings: Settings, folder: Path) -> EngineOptions:
 
 
 def speculation_options(settings: Settings) -> SpeculationOptions:
-    """Raises ConfigurationError for a draft model that is no folder."""
+    """Raises ConfigurationError for a draft model, or heads, that are no folder."""
     draft_model, draft_folder = settings.speculation_draft_model, None
     if draft_model is not None:
         draft_folder = ASSETS / EMBEDDED_DRAFT if draft_model == EMBEDDED_DRAFT else Path(draft_model).expanduser()
@@ -332,9 +332,15 @@ def speculation_options(settings: Settings) -> SpeculationOptions:
                 f"AUTOBOT_SPECULATION_DRAFT_MODEL={draft_model!r}: expected {EMBEDDED_DRAFT} (the embedded "
                 "model's), or the path of a Hugging Face folder"
             )
+    heads = settings.speculation_heads
+    if heads is not None and not heads.is_dir():
+        raise ConfigurationError(
+            f"AUTOBOT_SPECULATION_HEADS={str(heads)!r}: expected the folder of Medusa heads or of an EAGLE-3 draft"
+        )
     return SpeculationOptions(
         method=settings.speculation_method if settings.speculation_enabled else "none",
         draft_model=draft_folder,
+        heads=heads,
         num_tokens=settings.speculation_num_tokens,
         use_ngram=settings.speculation_use_ngram,
         min_acceptance_rate=settings.speculation_min_acceptance_rate,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "vectors.h"
@@ -18,10 +19,38 @@ struct PagedCache {
     float* key_block(int64_t layer, int64_t block, int64_t head) const { return keys + offset(layer, block, head); }
     float* value_block(int64_t layer, int64_t block, int64_t head) const { return values + offset(layer, block, head); }
 
+    // Copies the key and the value of one slot to another.
+    void move(int64_t layer, int64_t head, int64_t from, int64_t to) const {
+        const float* key = key_block(layer, from / kBlock, head) + from % kBlock;
+        float* new_key = key_block(layer, to / kBlock, head) + to % kBlock;
+        for (int64_t d = 0; d < head_size; ++d) new_key[d * kBlock] = key[d * kBlock];
+        std::memcpy(value_block(layer, to / kBlock, head) + to % kBlock * head_size,
+                    value_block(layer, from / kBlock, head) + from % kBlock * head_size, head_size * sizeof(float));
+    }
+
   private:
     int64_t offset(int64_t layer, int64_t block, int64_t head) const {
         return ((layer * num_blocks + block) * num_kv_heads + head) * head_size * kBlock;
     }
+};
+
+// The blocks of one token's context: those of a table and, from `first_own` on, copies that lie one behind the other.
+struct Context {
+    const PagedCache& cache;
+    int64_t layer, head;
+    const int32_t* table;
+    int64_t first_own;
+    const float *own_keys, *own_values;
+
+    const float* keys(int64_t b) const {
+        return b < first_own ? cache.key_block(layer, table[b], head) : own_keys + own(b);
+    }
+    const float* values(int64_t b) const {
+        return b < first_own ? cache.value_block(layer, table[b], head) : own_values + own(b);
+    }
+
+  private:
+    int64_t own(int64_t b) const { return (b - first_own) * cache.head_size * kBlock; }
 };
 
 // Scores of NG query heads against one block's keys: lanes are the block's tokens.
@@ -63,16 +92,15 @@ void weigh_block(const float* weights, int64_t ld_weights, const float* values, 
 
 // NG query heads of one token over tokens [first, length): scores, softmax, weighted values.
 template <int NG>
-void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const float* q, const int32_t* table,
-                  int64_t first, int64_t length, float* scores, float* out) {
-    const int64_t size = cache.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
+void attend_heads(const Context& context, const float* q, int64_t first, int64_t length, float* scores, float* out) {
+    const int64_t size = context.cache.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
     const int64_t ld = end_block * kBlock;
     const Int16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Float16 minus_infinity = Float16{} - std::numeric_limits<float>::infinity();
     Float16 largest[NG], total[NG] = {}, block_scores[NG];
     for (int g = 0; g < NG; ++g) largest[g] = minus_infinity;
     for (int64_t b = first_block; b < end_block; ++b) {
-        score_block<NG>(q, size, cache.key_block(layer, table[b], head), block_scores);
+        score_block<NG>(q, size, context.keys(b), block_scores);
         const Int16 token = lane + static_cast<int32_t>(b * kBlock);
         const Int16 inside = (token >= static_cast<int32_t>(first)) & (token < static_cast<int32_t>(length));
         for (int g = 0; g < NG; ++g) {
@@ -93,7 +121,7 @@ void attend_heads(const PagedCache& cache, int64_t layer, int64_t head, const fl
     }
     std::fill(out, out + NG * size, 0.0f);
     for (int64_t b = first_block; b < end_block; ++b) {
-        const float* values = cache.value_block(layer, table[b], head);
+        const float* values = context.values(b);
         const int num_tokens = static_cast<int>(std::min<int64_t>(kBlock, length - b * kBlock));
         int64_t d = 0;
         for (; d + 64 <= size; d += 64)

@@ -133,6 +133,8 @@ def _open(library: Path) -> ctypes.CDLL:
     opened.autobot_create.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     opened.autobot_run.restype = ctypes.c_int32
     opened.autobot_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    opened.autobot_move.restype = None
+    opened.autobot_move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     opened.autobot_destroy.restype = None
     opened.autobot_destroy.argtypes = [ctypes.c_void_p]
     return opened

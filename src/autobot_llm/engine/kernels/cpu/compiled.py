@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.batching.plan import Int64Array, StepBatch
+from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
@@ -67,8 +68,9 @@ class _Batch(ctypes.Structure):
             )
         ),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_sequences", "max_blocks", "num_logit_rows")),
-        ("logits", ctypes.c_void_p),
-        ("hidden", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("logits", "hidden", "streams", "stream_layers")),
+        ("num_stream_layers", ctypes.c_int64),
+        ("tree_masks", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -254,8 +256,20 @@ class CompiledExecutor:
         self._run(self._model, batch, hidden_RE=hidden_RE)
         return hidden_RE
 
+    def execute_with_features(self, batch: StepBatch, wanted: FeatureKinds) -> tuple[torch.Tensor, Features]:
+        logits_RV = torch.empty(len(batch.logit_rows_R), self._vocab_size)
+        hidden_RE = torch.empty(len(batch.logit_rows_R), self._hidden_size) if wanted.hidden else None
+        streams_TF = torch.empty(batch.num_tokens, len(wanted.layers) * self._hidden_size) if wanted.layers else None
+        self._run(
+            self._model, batch, logits_RV=logits_RV, hidden_RE=hidden_RE, streams_TF=streams_TF, layers=wanted.layers
+        )
+        return logits_RV, Features(hidden_RE, streams_TF)
+
     def discard(self, block_ids: list[int]) -> None:
         """Nothing to do: step.cpp never reads a position beyond a sequence's own."""
+
+    def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
+        self._library.autobot_move(self._model, slots_from_M.ctypes.data, slots_to_M.ctypes.data, len(slots_from_M))
 
     def close(self) -> None:
         if self._model:
@@ -275,8 +289,11 @@ class CompiledExecutor:
         *,
         logits_RV: torch.Tensor | None = None,
         hidden_RE: torch.Tensor | None = None,
+        streams_TF: torch.Tensor | None = None,
+        layers: tuple[int, ...] = (),
     ) -> None:
         assert model, "the executor is closed"
+        stream_layers = (ctypes.c_int64 * len(layers))(*layers)
         arguments = _Batch(
             batch.ids_T.ctypes.data,
             batch.slots_T.ctypes.data,
@@ -291,6 +308,10 @@ class CompiledExecutor:
             len(batch.logit_rows_R),
             None if logits_RV is None else logits_RV.data_ptr(),
             None if hidden_RE is None else hidden_RE.data_ptr(),
+            None if streams_TF is None else streams_TF.data_ptr(),
+            ctypes.addressof(stream_layers),
+            len(layers),
+            None if batch.tree_masks_T is None else batch.tree_masks_T.ctypes.data,
         )
         if self._library.autobot_run(model, ctypes.byref(arguments)) != 0:
             raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")

@@ -10,9 +10,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -48,8 +50,12 @@ struct Batch {
     const int64_t *ids, *slots, *logit_rows;
     const int32_t *positions, *query_starts, *context_lens, *block_tables;
     int64_t num_tokens, num_sequences, max_blocks, num_logit_rows;
-    float* logits;  // [logit row][vocabulary]
-    float* hidden;  // [logit row][hidden], or null: where it is given, there are no logits
+    float* logits;  // [logit row][vocabulary], or null: they are not wanted
+    float* hidden;  // [logit row][hidden], after the last norm, or null
+    float* streams;  // [token][stream layer][hidden], what these layers read of every token, or null
+    const int64_t* stream_layers;  // num_layers is what the last layer leaves
+    int64_t num_stream_layers;
+    const uint64_t* tree_masks;  // [token], or null; 0: a token sees all before it. See StepBatch in batching/plan.py
 };
 }
 
@@ -98,6 +104,8 @@ class Model {
         for (auto& scratch : scratch_) {
             scratch.normed.resize(kReplicatedRows * c_.hidden_size);
             scratch.q.resize(group() * c_.head_size);
+            scratch.path_keys.resize(kPathBlocks * kBlock * c_.head_size);
+            scratch.path_values.resize(kPathBlocks * kBlock * c_.head_size);
         }
         for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
     }
@@ -128,11 +136,19 @@ class Model {
         forward(0);
     }
 
+    // One after the other; no slot is written that is yet to be read.
+    void move(const int64_t* from, const int64_t* to, int64_t count) {
+        for (int64_t l = 0; l < c_.num_layers; ++l)
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t head = 0; head < c_.num_kv_heads; ++head) cache_.move(l, head, from[i], to[i]);
+    }
+
   private:
     static constexpr int64_t kReplicatedRows = 4;
+    static constexpr int64_t kPathBlocks = (kBlock - 1 + 64 + kBlock - 1) / kBlock;  // a begun block, 64 tokens behind
 
     struct Scratch {
-        std::vector<float> normed, scores, q;
+        std::vector<float> normed, scores, q, path_keys, path_values;
     };
 
     int64_t group() const { return c_.num_heads / c_.num_kv_heads; }
@@ -185,6 +201,7 @@ class Model {
         barrier_.wait();
         for (int64_t l = 0; l < c_.num_layers; ++l) {
             const Layer& layer = layers_[l];
+            keep_streams(l, thread);
             const float* x = normalize(layer.input_norm, rows, thread);
             linear_rows<W, Write::kStore>(layer.qkv, x, width, rows, qkv_.data(), ld_qkv_, thread, num_threads_);
             barrier_.wait();
@@ -200,16 +217,29 @@ class Model {
                                         num_threads_);
             barrier_.wait();
         }
+        keep_streams(c_.num_layers, thread);
         const int64_t num_logits = batch_.num_logit_rows;
         float* normed = batch_.hidden ? batch_.hidden : normed_.data();
         Range mine(num_logits, thread, num_threads_);
         for (int64_t r = mine.begin; r < mine.end; ++r)
             rms_norm(&hidden_[batch_.logit_rows[r] * width], c_.norm, width, c_.rms_norm_eps, normed + r * width);
         barrier_.wait();
-        if (!batch_.hidden)
+        if (batch_.logits)
             linear_rows<E, Write::kStore>(c_.lm_head, normed, width, num_logits, batch_.logits, c_.lm_head.n, thread,
                                           num_threads_);
         barrier_.wait();
+    }
+
+    // Between two barriers that nobody changes the streams between.
+    void keep_streams(int64_t l, int thread) {
+        if (!batch_.streams) return;
+        const int64_t width = c_.hidden_size, num_layers = batch_.num_stream_layers;
+        for (int64_t i = 0; i < num_layers; ++i) {
+            if (batch_.stream_layers[i] != l) continue;
+            Range tokens(batch_.num_tokens, thread, num_threads_);
+            for (int64_t t = tokens.begin; t < tokens.end; ++t)
+                std::memcpy(batch_.streams + (t * num_layers + i) * width, &hidden_[t * width], width * sizeof(float));
+        }
     }
 
     void embed(const float* row, float* out) { std::memcpy(out, row, c_.hidden_size * sizeof(float)); }
@@ -271,12 +301,12 @@ class Model {
         }
         const int64_t length = position + 1, window = layers_[l].window;
         const int64_t first = window ? std::max<int64_t>(0, length - window) : 0;
-        const int32_t* table = batch_.block_tables + sequence_of_[token] * batch_.max_blocks;
+        const Context context = context_of(l, token, head, scratch);
         float* out = &attended_[(token * c_.num_heads + head * group) * size];
         for (int64_t g = 0; g < group; g += 4) {
             auto heads = [&](auto num_heads) {
-                attend_heads<decltype(num_heads)::value>(cache_, l, head, q + g * size, table, first, length,
-                                                         scratch.scores.data(), out + g * size);
+                attend_heads<decltype(num_heads)::value>(context, q + g * size, first, length, scratch.scores.data(),
+                                                         out + g * size);
             };
             switch (std::min<int64_t>(4, group - g)) {
                 case 1: heads(std::integral_constant<int, 1>{}); break;
@@ -285,6 +315,34 @@ class Model {
                 default: heads(std::integral_constant<int, 4>{});
             }
         }
+    }
+
+    // A token of a tree sees its own path, whose keys do not lie in order: its last blocks are put together for it, as
+    // they would lie if the path were all there is. So its sums are those of a line, bit by bit.
+    Context context_of(int64_t l, int64_t token, int64_t head, Scratch& scratch) {
+        const int64_t sequence = sequence_of_[token], size = c_.head_size, block_size = size * kBlock;
+        Context context{cache_, l, head, batch_.block_tables + sequence * batch_.max_blocks,
+                        std::numeric_limits<int64_t>::max(), nullptr, nullptr};
+        const uint64_t mask = batch_.tree_masks ? batch_.tree_masks[token] : 0;
+        if (!mask) return context;
+        float *keys = scratch.path_keys.data(), *values = scratch.path_values.data();
+        int64_t position = batch_.positions[token] + 1 - std::popcount(mask);  // of the sequence's first new token
+        const int64_t first_own = position / kBlock, first_token = batch_.query_starts[sequence];
+        if (position % kBlock) {
+            std::memcpy(keys, context.keys(first_own), block_size * sizeof(float));
+            std::memcpy(values, context.values(first_own), block_size * sizeof(float));
+        }
+        for (uint64_t rest = mask; rest; rest &= rest - 1, ++position) {
+            const int64_t seen = first_token + std::countr_zero(rest);
+            const float* key = &qkv_[seen * ld_qkv_ + (c_.num_heads + head) * size];  // write_cache has rotated it
+            const int64_t block = (position / kBlock - first_own) * block_size, lane = position % kBlock;
+            for (int64_t d = 0; d < size; ++d) keys[block + d * kBlock + lane] = key[d];
+            std::memcpy(values + block + lane * size, key + c_.num_kv_heads * size, size * sizeof(float));
+        }
+        context.first_own = first_own;
+        context.own_keys = keys;
+        context.own_values = values;
+        return context;
     }
 
     const Config c_;
@@ -326,6 +384,10 @@ int32_t autobot_run(void* model, const Batch* batch) {
     } catch (...) {
         return 1;
     }
+}
+
+void autobot_move(void* model, const int64_t* slots_from, const int64_t* slots_to, int64_t count) {
+    static_cast<Model*>(model)->move(slots_from, slots_to, count);
 }
 
 void autobot_destroy(void* model) { delete static_cast<Model*>(model); }

@@ -9,6 +9,9 @@ from autobot_llm.errors import ConfigurationError
 NUM_RANKS = 10
 """The candidates of each head that may enter the tree."""
 
+TREE_CANDIDATES = 64
+"""The rows of a tree's verification, unless told otherwise."""
+
 MEDUSA_CHECKPOINTS = {
     "lmsys/vicuna-7b-v1.3": "FasterDecoding/medusa-vicuna-7b-v1.3",
     "lmsys/vicuna-13b-v1.3": "FasterDecoding/medusa-vicuna-13b-v1.3",
@@ -30,7 +33,7 @@ class MedusaConfig:
     num_heads: int = 5
     hidden_size: int = 4096
     vocab_size: int = 32000
-    tree_candidates: int = 64
+    tree_candidates: int = TREE_CANDIDATES
     max_steps: int = 512
     typical_acceptance_threshold: float = 0.3
 

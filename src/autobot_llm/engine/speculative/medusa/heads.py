@@ -98,14 +98,15 @@ class StackedHeads:
                 self._own_KEV = torch.stack([head[-1].weight.t() for head in heads])  # type: ignore[index]
         self.num_heads = len(heads)
 
-    def logits(self, hidden_RE: torch.Tensor) -> torch.Tensor:
-        """The logits KRV of all heads."""
+    def logits(self, hidden_RE: torch.Tensor, num_heads: int | None = None) -> torch.Tensor:
+        """The logits KRV of the first `num_heads` heads; None: of all."""
+        number = self.num_heads if num_heads is None else num_heads
         with torch.inference_mode():
-            x_KRE = hidden_RE.expand(self.num_heads, -1, -1)
+            x_KRE = hidden_RE.expand(number, -1, -1)
             for weight_KEE, bias_K1E in zip(self._weights_KEE, self._biases_K1E, strict=True):
-                x_KRE = x_KRE + F.silu(torch.baddbmm(bias_K1E, x_KRE, weight_KEE))
+                x_KRE = x_KRE + F.silu(torch.baddbmm(bias_K1E[:number], x_KRE, weight_KEE[:number]))
             if self._own_KEV is not None:
-                return torch.bmm(x_KRE, self._own_KEV)
+                return torch.bmm(x_KRE, self._own_KEV[:number])
             assert self._lm_head_VE is not None
             return F.linear(x_KRE, self._lm_head_VE)
 

@@ -1,0 +1,197 @@
+"""Drafts on a device that computes beside the host: the same answers, and the overlap where nothing is drafted."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from engines import Driver
+from fake_device import VOCAB_SIZE, FakePipelinedDevice
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schedules import SIZE, Abort, Arrival, Check, Steps, actions, alone, engine_on
+from test_speculation import Guesser
+
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
+from autobot_llm.engine.speculative.controller import Always, CostlyOffer, Decision, Histories
+from autobot_llm.engine.speculative.draft_model import DraftModel
+from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.proposer import Draft
+from autobot_llm.engine.speculative.speculator import Speculator
+
+
+class AfterKnown(Guesser):
+    """The guesser, asked while a token is under way."""
+
+    def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
+        if sequence.token_ids[-1] != UNKNOWN_TOKEN:
+            return super().propose(sequence, num_tokens)
+        known = Sequence(sequence.id, sequence.token_ids[:-1], sequence.params)
+        return super().propose(known, num_tokens)
+
+
+class Now(Always):
+    """Drafts at random steps."""
+
+    def __init__(self, num_tokens: int, seed: int, chance: float = 0.5) -> None:
+        super().__init__(num_tokens)
+        self._rng = random.Random(seed)
+        self._chance = chance
+
+    def wants_offer(self) -> bool:
+        return self._rng.random() < self._chance
+
+    def may_pay(self, free: Histories) -> bool:
+        return self._rng.random() < self._chance
+
+    def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision | None:
+        return super().decide(free, costly) if self._rng.random() < self._chance else None
+
+
+def draft_model(num_blocks: int, max_tokens: int = 16) -> DraftModel:
+    """The fake device's model as its own draft, with a cache and a queue of its own."""
+    device = FakePipelinedDevice(num_blocks, SIZE)
+    pool = device.pool = BlockPool(num_blocks, SIZE, prefix_caching=True)
+    return DraftModel(device, pool, vocab_size=VOCAB_SIZE, max_tokens=max_tokens, max_model_len=32)
+
+
+def drafting(device: FakePipelinedDevice, num_blocks: int, speculator: Speculator, **limits: Any) -> Engine:
+    engine = engine_on(device, num_blocks, **limits)
+    engine.speculator = speculator
+    return engine
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    actions=actions,
+    num_blocks=st.integers(8, 16),
+    max_num_seqs=st.integers(1, 6),
+    num_extra_tokens=st.integers(0, 20),
+    lazy=st.booleans(),
+    num_swap_blocks=st.sampled_from([0, 3, 100]),
+    scheduling_policy=st.sampled_from(["fcfs", "priority"]),
+    skill=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    uses_model=st.booleans(),
+    num_draft_blocks=st.integers(1, 40),
+    num_tokens=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+)
+def test_any_schedule_gives_the_answers_without_drafts(
+    actions: list[Arrival | Steps | Abort],
+    num_blocks: int,
+    max_num_seqs: int,
+    num_extra_tokens: int,
+    lazy: bool,
+    num_swap_blocks: int,
+    scheduling_policy: str,
+    skill: float,
+    uses_model: bool,
+    num_draft_blocks: int,
+    num_tokens: int,
+    seed: int,
+) -> None:
+    draft = draft_model(num_draft_blocks, max_tokens=max_num_seqs + num_extra_tokens) if uses_model else None
+    engine = drafting(
+        FakePipelinedDevice(num_blocks, SIZE, lazy=lazy),
+        num_blocks,
+        Speculator(
+            num_tokens,
+            make_free=lambda _: AfterKnown(skill, seed),
+            costly=draft,
+            policy=Now(num_tokens, seed),
+            clock=lambda: 0.0,
+        ),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + num_extra_tokens,
+        num_swap_blocks=num_swap_blocks,
+        scheduling_policy=scheduling_policy,
+    )
+    check = Check(engine)
+    for action in actions:
+        match action:
+            case Arrival():
+                check.arrive(action)
+            case Steps(num_steps):
+                for _ in range(num_steps):
+                    check.step()
+            case Abort(which) if check.open_requests():
+                check.abort(check.open_requests()[which % len(check.open_requests())])
+    check.finish()
+    if draft is not None:
+        assert isinstance(draft.executor, FakePipelinedDevice)
+        assert draft.executor.most_unwaited <= 2 and draft.executor.num_unwaited == 0
+        assert draft.pool.num_free == draft.pool.num_blocks, "what a draft model kept of who has left"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_model_equal_to_its_target_is_always_right(temperature: float) -> None:
+    draft = draft_model(40)
+    speculator = Speculator(4, costly=draft, policy=Always(4), clock=lambda: 0.0)
+    driver = Driver(drafting(FakePipelinedDevice(32, SIZE), 32, speculator))
+    arrivals = [Arrival(prefix=i, max_tokens=11, temperature=temperature) for i in range(3)]
+    for i, arrival in enumerate(arrivals):
+        driver.add(i, arrival.request())
+    driver.run()
+    for i, arrival in enumerate(arrivals):
+        (expected,) = alone(repr(arrival), arrival.request).values()
+        end = driver.ended[i, 0]
+        assert (driver.texts[i, 0], end.num_tokens, end.end) == expected
+    assert speculator.num_proposed > 0
+    assert speculator.num_accepted == speculator.num_proposed
+
+
+def test_nothing_is_waited_for_while_nothing_is_drafted() -> None:
+    """A speculator whose policy never drafts leaves the steps side by side."""
+    device = FakePipelinedDevice(32, SIZE)
+    speculator = Speculator(4, make_free=NgramProposer, policy=Now(4, 0, chance=0.0), clock=lambda: 0.0)
+    driver = Driver(drafting(device, 32, speculator))
+    driver.add(0, Arrival(max_tokens=12).request())
+    num_calls = 0
+    while driver.engine.has_work:
+        driver.step()
+        num_calls += 1
+        assert device.num_unwaited == (1 if driver.engine.has_work else 0)
+    assert device.most_unwaited == 2
+    assert speculator.num_proposed == 0
+
+
+def test_a_failed_step_with_drafts_fails_its_requests_and_no_later_one() -> None:
+    def fault(number: int, logits_RV: Any) -> None:
+        if number == 1:
+            raise RuntimeError("the device is gone")
+
+    device = FakePipelinedDevice(32, SIZE, fault=fault)
+    speculator = Speculator(4, make_free=lambda _: AfterKnown(1.0, 0), policy=Always(4), clock=lambda: 0.0)
+    engine = drafting(device, 32, speculator)
+    driver = Driver(engine)
+    driver.add(0, Arrival(max_tokens=12, own=(21, 22)).request())
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        while engine.has_work:
+            driver.step()
+    (output,) = engine.fail_all("it failed", RuntimeError())
+    assert output.error is not None and not engine.has_work
+    arrival = Arrival(max_tokens=12)
+    driver.add(1, arrival.request())
+    driver.run()
+    (expected,) = alone(repr(arrival), arrival.request).values()
+    assert (driver.texts[1, 0], driver.ended[1, 0].num_tokens, driver.ended[1, 0].end) == expected
+
+
+def test_broken_logits_at_a_drafted_position_fail_that_request_alone() -> None:
+    def fault(number: int, logits_RV: Any) -> None:
+        if number == 1:
+            logits_RV[1] = float("nan")
+
+    device = FakePipelinedDevice(32, SIZE, fault=fault)
+    speculator = Speculator(4, make_free=lambda _: AfterKnown(1.0, 0), policy=Always(4), clock=lambda: 0.0)
+    driver = Driver(drafting(device, 32, speculator))
+    arrivals = [Arrival(prefix=i, max_tokens=10) for i in range(2)]
+    for i, arrival in enumerate(arrivals):
+        driver.add(i, arrival.request())
+    driver.run()
+    assert "NaN" in str(driver.ended[0, 0].error)
+    (expected,) = alone(repr(arrivals[1]), arrivals[1].request).values()
+    assert (driver.texts[1, 0], driver.ended[1, 0].num_tokens, driver.ended[1, 0].end) == expected
