@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, nargs="+", required=True)
     parser.add_argument("--evaluate", type=Path, nargs="+", required=True)
     parser.add_argument("--folders", type=Path, required=True, help="where quantized folders are kept")
+    parser.add_argument("--types", nargs="+", choices=OURS, default=OURS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=128)
@@ -44,9 +45,9 @@ def main() -> None:
         for paths in (arguments.calibration, arguments.evaluate)
     )
     cache_dir = load_settings().cache_dir
-    wanted = [(OUR_NAME, kind) for kind in OURS]
+    wanted = [(OUR_NAME, kind) for kind in arguments.types]
     if arguments.llm_compressor != "off":
-        wanted += [(THEIR_NAME, kind) for kind in THEIRS]
+        wanted += [(THEIR_NAME, kind) for kind in THEIRS if kind in arguments.types]
     made: list[QuantizedFolder] = []
     with Progress("Quantizing and measuring") as progress:
         for by, name in wanted:

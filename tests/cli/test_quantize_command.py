@@ -68,7 +68,7 @@ def test_what_is_worse_is_not_called_better(tmp_path: Path, model: Path, text: P
     worse, slower = _verdict("gptq", made, quality)
     assert worse == "worse: perplexity is 100.00 % higher, and 5.00 % is what gptq may cost"
     assert slower == "decoding here is slower: 0.50 times the speed"
-    good, faster = _verdict("gptq", made, Quality(100, 10.1, 10.0, 0.001, 0.01, 0.9, 3, 4, 150.0, 100.0, 0.5, "eager"))
+    good, faster = _verdict("gptq", made, Quality(100, 10.1, 10.0, 0.001, 0.01, 0.9, 3, 4, 150.0, 100.0, 1.5, "eager"))
     assert good == "linear weights take 70 % less, for +1.00 % of perplexity (lossy; 5.00 % is the limit)"
     assert faster == "decoding here is 1.50 times as fast"
 

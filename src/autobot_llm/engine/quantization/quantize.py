@@ -6,9 +6,12 @@ answer to what it will really see. In memory are the hidden states of the calibr
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from autobot_llm.engine.quantization.writing import (
 from autobot_llm.errors import ConfigurationError
 
 BATCH_TOKENS = 4096  # of one forward pass through a layer
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,8 @@ def quantize_folder(
     _check(model, config, scheme, source, sequences_BL)
     stored_model = StoredModel(source, model)
     num_layers, num_resumed = model.num_layers, 0
-    with FolderWriter(folder, _fingerprint(source, config, sequences_BL), num_layers).opened() as writer:
+    fingerprint = _fingerprint(source, config, sequences_BL)
+    with FolderWriter(folder, fingerprint, num_layers).opened() as writer, _freed_memory_given_back():
         rest = stored_model.rest()
         writer.write_layer(num_layers, rest)
         work = _Work(model, config, scheme, stored_model, rest.pop("model.embed_tokens.weight"), sequences_BL)
@@ -122,6 +127,23 @@ def describe(source: Path, folder: Path, *, by: str, seconds: float) -> Quantize
     )
 
 
+@contextmanager
+def _freed_memory_given_back() -> Iterator[None]:
+    """Let glibc give the system what is freed in blocks of a megabyte or more; other systems' libraries are let be.
+
+    It learns to keep blocks of up to 32 MB for itself, and the holes between a layer's matrices grow with every layer.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it would have come to by itself
+
+
 class _Work:
     """The layers of one model on their way, and the hidden states that enter the next one."""
 
@@ -158,7 +180,7 @@ class _Work:
             smooth(layer, seen, self._config.smooth_quant_alpha, dtype)
         elif self._config.type is QuantizationType.AWQ:
             scale_for_activations(layer, seen, self._scheme, self._model, dtype)
-        quantized = {name: self._rounded(layer.matrices[name], seen.get(name), dtype) for name in MATRICES}
+        quantized = {name: self._rounded(layer.matrices[name], seen.pop(name, None), dtype) for name in MATRICES}
         tensors = _layer_tensors(self._model, index, layer, quantized, dtype)
         self._finish(layer, index, quantized)
         return tensors

@@ -55,24 +55,25 @@ class StoredModel:
 
     def layer(self, index: int) -> DenseLayer:
         """Layer number `index` in float32."""
-        prefix = f"model.layers.{index}."
-        names = [name for name in self._checkpoint.tensors if name.startswith(prefix)]
-        stored = {name.removeprefix(prefix): t for name, t in self.tensors(names, torch.float32).items()}
 
-        def joined(modules: Iterable[str], kind: str) -> torch.Tensor | None:
-            parts = [stored.pop(f"{module}.{kind}", None) for module in modules]
-            whole = [part for part in parts if part is not None]
-            return torch.cat(whole) if whole else None
+        def read(modules: Iterable[str], kind: str) -> torch.Tensor | None:
+            """Below each other; None where there are none."""
+            names = [f"model.layers.{index}.{module}.{kind}" for module in modules]
+            there = [name for name in names if name in self._checkpoint.tensors]
+            return torch.cat(list(self.tensors(there, torch.float32).values())) if there else None
+
+        def must(found: torch.Tensor | None) -> torch.Tensor:
+            assert found is not None, "the folder has every tensor that its configuration asks for"
+            return found
 
         modules = modules_of(self._model)
-        matrices = {name: joined(rows, "weight") for name, rows in modules.items()}
         return DenseLayer(
-            matrices={name: matrix for name, matrix in matrices.items() if matrix is not None},
-            biases={name: joined(rows, "bias") for name, rows in modules.items()},
-            input_norm_E=stored["input_layernorm.weight"],
-            post_norm_E=stored["post_attention_layernorm.weight"],
-            q_norm_D=stored.get("self_attn.q_norm.weight"),
-            k_norm_D=stored.get("self_attn.k_norm.weight"),
+            matrices={name: must(read(rows, "weight")) for name, rows in modules.items()},
+            biases={name: read(rows, "bias") for name, rows in modules.items()},
+            input_norm_E=must(read(["input_layernorm"], "weight")),
+            post_norm_E=must(read(["post_attention_layernorm"], "weight")),
+            q_norm_D=read(["self_attn.q_norm"], "weight"),
+            k_norm_D=read(["self_attn.k_norm"], "weight"),
         )
 
     def refuse_changed_files(self) -> None:
