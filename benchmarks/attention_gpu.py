@@ -7,6 +7,7 @@ end; kernels are compiled in parallel beforehand.
 
     python benchmarks/attention_gpu.py --out attention.json
     python benchmarks/attention_gpu.py --quick
+    python benchmarks/attention_gpu.py --rounded     # caches of one byte a number, beside bfloat16
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ from autobot_llm.engine.attention.sdpa_paged import FreshKernel, SdpaPagedAttent
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeTile, DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.prefill_attention import PrefillTile, fresh_prefill, paged_prefill, plan_tiles
+from autobot_llm.engine.kernels.gpu.rotary import quantize_positions
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP_SIZE = NUM_HEADS // NUM_KV_HEADS
 DTYPE = torch.bfloat16
+ROUNDED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 READ_BANDWIDTH = 4.63e12  # bytes a second, measured on an H200
 TOLERANCE = 1.5e-2
 
@@ -61,6 +64,11 @@ DECODE_TILES = [
     DecodeTile(128, 4, 2),
     DecodeTile(128, 8, 2),
     DecodeTile(128, 8, 3),
+]
+ROUNDED_TILES = [
+    *(DecodeTile(n, warps, stages) for n, warps in ((64, 4), (128, 4)) for stages in (2, 3, 4)),
+    *(DecodeTile(n, warps, stages) for n, warps in ((64, 2), (32, 1)) for stages in (3, 4)),
+    *(DecodeTile(128, 8, 3), DecodeTile(256, 8, 2), DecodeTile(32, 2, 4)),
 ]
 VERIFY_TILES = [
     DecodeTile(32, 4, 3),
@@ -89,6 +97,7 @@ class Case:
     batch: int
     context: int
     queries: int
+    cache: str = "bf16"  # or a key of ROUNDED
 
     @property
     def is_decode(self) -> bool:
@@ -100,7 +109,8 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        return self.batch * self.context * 2 * NUM_KV_HEADS * HEAD_SIZE * DTYPE.itemsize
+        head_bytes = HEAD_SIZE + 2 if self.cache in ROUNDED else HEAD_SIZE * DTYPE.itemsize
+        return self.batch * self.context * 2 * NUM_KV_HEADS * head_bytes
 
     @property
     def flops(self) -> float:
@@ -109,14 +119,20 @@ class Case:
         return 4.0 * self.batch * seen * NUM_HEADS * HEAD_SIZE
 
     def __str__(self) -> str:
+        cache = f" {self.cache}" if self.cache in ROUNDED else ""
         if self.is_decode:
-            return f"{self.batch} x {self.context}" + (f", {self.queries} new" if self.queries > 1 else "")
-        return f"{self.queries} fresh" if self.is_fresh else f"{self.queries} of {self.context}"
+            return f"{self.batch} x {self.context}" + (f", {self.queries} new" if self.queries > 1 else "") + cache
+        return f"{self.queries} fresh" if self.is_fresh else f"{self.queries} of {self.context}{cache}"
 
 
 DECODE_CASES = [Case(1, 512, 1), Case(8, 640, 1), Case(32, 640, 1), Case(128, 640, 1), Case(1, 16384, 1)]
 DECODE_CASES += [Case(8, 16384, 1), Case(1, 640, 8), Case(8, 640, 8), Case(1, 640, 16)]
 PREFILL_CASES = [Case(1, 512, 512), Case(1, 2048, 2048), Case(1, 4096, 4096), Case(1, 4096, 512)]
+ROUNDED_CASES = [
+    Case(batch, context, queries, cache)
+    for batch, context, queries in ((8, 16384, 1), (1, 16384, 1), (32, 576, 1), (1, 640, 8), (1, 4096, 512))
+    for cache in ("bf16", *ROUNDED)
+]
 QUICK_CASES = [Case(1, 512, 1), Case(128, 640, 1), Case(8, 16384, 1), Case(1, 512, 512), Case(1, 2048, 2048)]
 
 
@@ -142,7 +158,7 @@ class Step:
 
     def __init__(self, case: Case, num_layers: int) -> None:
         device = torch.device("cuda")
-        blocks_each = -(-case.context // BLOCK_SIZE)
+        blocks_each = math.ceil(case.context / BLOCK_SIZE)
         blocks = np.random.default_rng(0).permutation(case.batch * blocks_each).astype(np.int32)
         num_tokens = case.batch * case.queries
         self.batch = StepBatch(
@@ -158,10 +174,13 @@ class Step:
         qkv = torch.randn(num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_SIZE, dtype=DTYPE, device=device)
         self.q, self.k, self.v = qkv.split((NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS), dim=1)
         self.out = torch.empty(num_tokens, NUM_HEADS, HEAD_SIZE, dtype=DTYPE, device=device)
-        shape = (num_layers, 2, len(blocks), NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
-        self.caches = torch.randn(shape, dtype=DTYPE, device=device)
-        for layer in self.caches:
+        shape = (2, len(blocks), NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
+        self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for _ in range(num_layers):
+            layer = torch.randn(shape, dtype=DTYPE, device=device)
             self._store_new(layer, case)
+            keys, values = (rounded(part, ROUNDED[case.cache]) for part in layer) if case.cache in ROUNDED else layer
+            self.caches.append((keys, values))
 
     def _store_new(self, layer: torch.Tensor, case: Case) -> None:
         """The step's own keys and values go into each layer's cache, as they would be there."""
@@ -181,13 +200,20 @@ class Step:
         return out_THD
 
 
+def rounded(cache_BKPD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A layer's keys or values as PagedStorage has them: a block's numbers, then its scales."""
+    blocks, heads = cache_BKPD.shape[:2]
+    numbers, scales = quantize_positions(cache_BKPD.flatten(0, 1), dtype)
+    parts = numbers.view(torch.int8).reshape(blocks, heads, -1), scales.view(torch.int8).reshape(blocks, heads, -1)
+    return torch.cat(parts, dim=-1).view(dtype)
+
+
 Launch = Callable[[int], object]  # of a layer
 
 
 def candidates(case: Case, step: Step) -> list[tuple[str, Launch]]:
     if case.is_decode:
-        tiles = DECODE_TILES if case.queries == 1 else VERIFY_TILES
-        return [(tile_name(tile), decode_launch(case, step, tile)) for tile in tiles]
+        return [(tile_name(tile), decode_launch(case, step, tile)) for tile in decode_tiles(case)]
     launches = []
     for tile in PREFILL_TILES:
         launches.append((f"paged {tile_name(tile)}", prefill_launch(step, tile, from_cache=True)))
@@ -196,6 +222,12 @@ def candidates(case: Case, step: Step) -> list[tuple[str, Launch]]:
     if case.is_fresh:
         launches += [(f"torch {kernel}", torch_launch(case, step, kernel)) for kernel in TORCH_KERNELS]
     return launches
+
+
+def decode_tiles(case: Case) -> list[DecodeTile]:
+    if case.queries > 1:
+        return VERIFY_TILES
+    return ROUNDED_TILES if case.cache in ROUNDED else DECODE_TILES
 
 
 def tile_name(tile: DecodeTile | PrefillTile) -> str:
@@ -286,13 +318,18 @@ def microseconds(launch: Launch, num_layers: int) -> float:
     return statistics.median(times)
 
 
-def compile_ahead() -> float:
+def compile_ahead(cases: Sequence[Case]) -> float:
     """Fill Triton's cache on disk with every kernel, in processes of their own; returns the seconds it took."""
     started = time.perf_counter()
-    jobs: list[tuple[Case, DecodeTile | PrefillTile, bool]] = []
-    jobs += [(Case(1, 256, 1), tile, True) for tile in DECODE_TILES]
-    jobs += [(Case(1, 256, queries), tile, True) for tile in VERIFY_TILES for queries in (8, 16)]
-    jobs += [(Case(1, 256, 256), tile, from_cache) for tile in PREFILL_TILES for from_cache in (True, False)]
+    jobs: dict[tuple[Case, DecodeTile | PrefillTile, bool], None] = {}
+    for case in cases:
+        if case.is_decode:
+            jobs.update({(Case(1, 256, case.queries, case.cache), tile, True): None for tile in decode_tiles(case)})
+        else:
+            for tile in PREFILL_TILES:
+                jobs[Case(1, 256, 32, case.cache), tile, True] = None
+                if case.is_fresh:
+                    jobs[Case(1, 256, 256), tile, False] = None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), mp_context=context) as pool:
         list(pool.map(_compile, jobs))
@@ -318,7 +355,7 @@ def report(timings: Sequence[Timing], *, show_all: bool) -> None:
         for row in ranked if show_all else ranked[:3]:
             figure = f"{row.rate:6.1%} of bandwidth" if case.is_decode else f"{row.rate:6.0f} TFLOP/s"
             times = f"{row.microseconds:9.2f} us {figure}" if row.microseconds is not None else f"  {row.fault}"
-            print(f"{case!s:16} {row.candidate:42} {times}")
+            print(f"{case!s:18} {row.candidate:42} {times}")
 
 
 def as_json(timings: Sequence[Timing]) -> list[dict[str, Any]]:
@@ -338,14 +375,17 @@ def as_json(timings: Sequence[Timing]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="five cases")
+    parser.add_argument("--rounded", action="store_true", help="keys and values of one byte, beside bfloat16")
     parser.add_argument("--all", action="store_true", help="print every candidate, not the best three")
     parser.add_argument("--out", type=Path, help="write every candidate's figures to this JSON file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
-    print(f"compiled in {compile_ahead():.0f} s", flush=True)
+    every = ROUNDED_CASES if arguments.rounded else DECODE_CASES + PREFILL_CASES
+    cases = QUICK_CASES if arguments.quick else every
+    print(f"compiled in {compile_ahead(cases):.0f} s", flush=True)
     timings: list[Timing] = []
-    for case in QUICK_CASES if arguments.quick else DECODE_CASES + PREFILL_CASES:
+    for case in cases:
         timings += measure(case)
         torch.cuda.empty_cache()
     report(timings, show_all=arguments.all)

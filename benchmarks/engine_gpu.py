@@ -5,6 +5,7 @@ The model folders are made by benchmarks/random_model.py and benchmarks/widen.py
 
     python benchmarks/engine_gpu.py --random DIR --widened DIR --markdown docs/results/engine_gpu.md
     python benchmarks/engine_gpu.py --random DIR --sections latency,graphs --budget 20
+    python benchmarks/engine_gpu.py --random DIR --sections small,quantized --quantizations int8,fp8,int4
     python benchmarks/engine_gpu.py --model src/autobot_llm/assets/tiny --device cpu --quick    # does it all run?
 """
 
@@ -30,6 +31,7 @@ from gpu.graphs import graphs
 from gpu.latency import latency
 from gpu.prefix import prefix
 from gpu.published import BARS, BARS_DEVICE
+from gpu.quantized import quantized, small
 from gpu.queue_delay import queue_delay
 from gpu.report import Clock, Report, Table
 from gpu.start import start
@@ -45,6 +47,10 @@ SECTIONS: Mapping[str, Section] = {
     "start": start,
     "correctness": correctness,
 }
+# Only where they are asked for; `small` before anything else, because it counts what the process holds.
+QUANTIZED_SECTIONS: Mapping[str, Section] = {"small": small, "quantized": quantized}
+ALL_SECTIONS: Mapping[str, Section] = {**QUANTIZED_SECTIONS, **SECTIONS}
+QUANTIZATIONS = ("none", "int8", "fp8", "int4")
 BUDGET = 60.0
 PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "flash-attn")
 INTERRUPTED = 130  # the exit status of a program that SIGINT ended
@@ -118,10 +124,18 @@ def as_markdown(result: Mapping[str, Any], shown: list[str], command: str) -> st
 def section_names(text: str) -> list[str]:
     """The sections that --sections names, in the order in which they run. Raises argparse.ArgumentTypeError."""
     wanted = [name for name in text.split(",") if name]
-    unknown = [name for name in wanted if name not in SECTIONS]
+    unknown = [name for name in wanted if name not in ALL_SECTIONS]
     if unknown or not wanted:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one or more of {', '.join(SECTIONS)}, with commas")
-    return [name for name in SECTIONS if name in wanted]
+        accepted = ", ".join((*SECTIONS, *QUANTIZED_SECTIONS))
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one or more of {accepted}, with commas")
+    return [name for name in ALL_SECTIONS if name in wanted]
+
+
+def quantization_names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not names or any(name not in QUANTIZATIONS for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one or more of {', '.join(QUANTIZATIONS)}, with commas")
+    return names
 
 
 def model_folder(text: str) -> Path:
@@ -138,7 +152,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=model_folder, metavar="DIR", help="one folder for both")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--sections", type=section_names, default=list(SECTIONS), help=f"with commas: {','.join(SECTIONS)}"
+        "--sections",
+        type=section_names,
+        default=list(SECTIONS),
+        help=f"with commas: {','.join(SECTIONS)}; {','.join(QUANTIZED_SECTIONS)}",
+    )
+    parser.add_argument(
+        "--quantizations",
+        type=quantization_names,
+        default=["int8", "fp8", "int4"],
+        help="what section quantized makes of the weights at load, with commas; none: as the folder has them",
     )
     parser.add_argument(
         "--budget", type=float, default=BUDGET, help=f"seconds a section may spend on repeats (default {BUDGET:g})"
@@ -166,9 +189,10 @@ def main() -> int:
         device=arguments.device,
         quick=arguments.quick,
         kv_cache_dtype=arguments.kv_cache_dtype,
+        quantizations=arguments.quantizations,
     )
     try:
-        result = run(bench, {name: SECTIONS[name] for name in arguments.sections}, arguments.budget, show)
+        result = run(bench, {name: ALL_SECTIONS[name] for name in arguments.sections}, arguments.budget, show)
     finally:
         bench.release()
     result = {

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import torch
 
 STORED_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# of quantized matrices and what belongs to them
+PACKED_NAMES = {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,7 +43,7 @@ def write_folder(
     folder: Path,
     *,
     config: Mapping[str, Any],
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, torch.Tensor]],
     copies: Iterable[Path],
@@ -50,14 +52,16 @@ def write_folder(
 ) -> int:
     """Write config.json, the tensors and copies of those of `copies` that exist; return the bytes of all tensors.
 
-    `tensors` are those of `shapes`, in any order, of `dtype` and on any device. The folder appears under its name when
-    it is complete, and not at all after an error. `on_progress(num_bytes_done, num_bytes_total)` is called after each
-    tensor. Raises FileExistsError where there is something already, OSError for a disk without room.
+    `tensors` are those of `shapes`, in any order, of `dtype` (or of that of each name) and on any device. The folder
+    appears under its name when it is complete, and not at all after an error. `on_progress(num_bytes_done,
+    num_bytes_total)` is called after each tensor. Raises FileExistsError where there is something already, OSError for
+    a disk without room.
     Format: safetensors (a length, a JSON header, the bytes), with an index over the shards if there are several.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already")
-    shards = _plan(shapes, dtype, shard_bytes)
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
+    shards = _plan(shapes, dtypes, shard_bytes)
     num_total = sum(shard.num_bytes for shard in shards)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (num_free := shutil.disk_usage(folder.parent).free) < num_total:
@@ -91,14 +95,14 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda num_done, num_total: progress.update(task, completed=num_done, total=num_total)
 
 
-def _plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> list[_Shard]:
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+def _plan(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], shard_bytes: int) -> list[_Shard]:
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     groups: list[list[str]] = [[]]
     for name, size in sizes.items():
         if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > shard_bytes:
             groups.append([])
         groups[-1].append(name)
-    return [_plan_shard(names, i, len(groups), shapes, sizes, dtype) for i, names in enumerate(groups, start=1)]
+    return [_plan_shard(names, i, len(groups), shapes, sizes, dtypes) for i, names in enumerate(groups, start=1)]
 
 
 def _plan_shard(
@@ -107,13 +111,14 @@ def _plan_shard(
     num_shards: int,
     shapes: Mapping[str, tuple[int, ...]],
     sizes: Mapping[str, int],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
 ) -> _Shard:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     starts, end = {}, 0
     for name in names:
         starts[name], end = end, end + sizes[name]
-        entries[name] = {"dtype": STORED_NAMES[dtype], "shape": shapes[name], "data_offsets": (starts[name], end)}
+        stored_name = (STORED_NAMES | PACKED_NAMES)[dtypes[name]]
+        entries[name] = {"dtype": stored_name, "shape": shapes[name], "data_offsets": (starts[name], end)}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned in a mapped file
     header = len(text).to_bytes(8, "little") + text

@@ -238,11 +238,13 @@ def test_a_bar_is_met_or_missed_by_its_sections_figure() -> None:
 def test_the_benchmark_runs_on_a_cpu_and_ends_with_one_json_line(tmp_path: Path) -> None:
     markdown = tmp_path / "report.md"
     command = [sys.executable, str(BENCHMARKS / "engine_gpu.py"), "--model", str(EMBEDDED), "--device", "cpu"]
-    options = ["--quick", "--budget", "1", "--sections", "latency,correctness", "--markdown", str(markdown)]
+    options = ["--quick", "--budget", "1", "--sections", "latency,correctness,small,quantized"]
+    options += ["--quantizations", "int4", "--markdown", str(markdown)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert set(result["sections"]) == {"latency", "correctness"} and not result["failed"]
+    assert list(result["sections"]) == ["small", "quantized", "latency", "correctness"] and not result["failed"]
+    assert result["sections"]["quantized"]["int4"]["1x64"]["inter_token_ms"] > 0
     assert result["sections"]["latency"]["1x64"]["inter_token_ms"] > 0
     assert result["sections"]["correctness"]["num_beyond_rounding"] == 0
     assert "Greedy tokens of tiny" in markdown.read_text() and '"benchmark": "engine_gpu"' in markdown.read_text()

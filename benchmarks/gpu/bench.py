@@ -18,6 +18,7 @@ from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.providers.native.provider import engine_options
@@ -52,8 +53,10 @@ class Bench:
         device: str,
         quick: bool,
         kv_cache_dtype: str = "auto",
+        quantizations: Sequence[str] = (),
     ) -> None:
         self.quick = quick
+        self.quantizations = quantizations
         self.device = device
         self._kv_cache_dtype = kv_cache_dtype
         self._cache_dir = load_settings(env_file=None).cache_dir
@@ -98,7 +101,7 @@ class Bench:
         self.free_device_memory()
         return bandwidth
 
-    def options(self, folder: Path, **settings: object) -> EngineOptions:
+    def options(self, folder: Path, *, quantization: str = "none", **settings: object) -> EngineOptions:
         """The engine's options as `serve` would set them where no AUTOBOT_ variable is, with some settings changed."""
         overrides = {
             "device": self.device,
@@ -106,11 +109,12 @@ class Bench:
             "kv_cache_dtype": self._kv_cache_dtype,
             **settings,
         }
-        return engine_options(load_settings(environ={}, env_file=None, overrides=overrides), folder)
+        options = engine_options(load_settings(environ={}, env_file=None, overrides=overrides), folder)
+        return dataclasses.replace(options, quantization=QuantizationType.from_setting(quantization))
 
-    def engine(self, folder: Path, **settings: object) -> Engine:
+    def engine(self, folder: Path, *, quantization: str = "none", **settings: object) -> Engine:
         """An engine of the options; the one in use, if it has them, else a new one in its place."""
-        options = self.options(folder, **settings)
+        options = self.options(folder, quantization=quantization, **settings)
         if self._engine is None or self._engine_options != options:
             self.release()
             self._engine, self._engine_options = load_engine(options), options

@@ -21,6 +21,8 @@ from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import expected_shapes, load_weights
 from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.quantization.scheme import QuantizationType
+from autobot_llm.engine.quantization.weight import QuantizedWeight
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -469,3 +471,21 @@ def test_the_command_prints_what_it_made_and_says_why_it_cannot(tmp_path: Path) 
     assert refused.returncode == 1 and refused.stderr == (
         "widen.py: num_layers=2 is less than the 8 of the model to be widened\n"
     )
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w4", "fp8"])
+def test_a_random_model_of_packed_numbers_is_one_of_the_same_size_of_numbers(kind: str, tmp_path: Path) -> None:
+    shape = Shape(256, 1, 4, 2, 64, 512)
+    write_random_folder(
+        tmp_path / "model",
+        shape,
+        vocab_size=8192,
+        max_context=64,
+        dtype=torch.bfloat16,
+        quantized=QuantizationType(kind),
+    )
+    config = load_config(tmp_path / "model")
+    (layer,) = load_weights(tmp_path / "model", config, dtype=None, device="cpu", keep_quantized=True).layers
+    assert isinstance(layer.gate_up_weight, QuantizedWeight) and layer.gate_up_weight.shape == (1024, 256)
+    assert layer.gate_up_weight.dequantize().float().std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.down_weight.dequantize().float().std().item() == pytest.approx(0.02 / 2**0.5, rel=0.05)

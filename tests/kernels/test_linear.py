@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from autobot_llm.engine.kernels.gpu import linear as operators
+from autobot_llm.engine.kernels.gpu import row_launch
 from autobot_llm.engine.kernels.gpu.linear import (
     linear,
     linear_add,
@@ -185,7 +185,7 @@ def test_splits_leave_no_trace_for_the_next_product(device: torch.device, dtype:
     tile = RowsTile(16, 64, 2, 3, num_splits=4)
     for outputs, inputs in [(80, 512), (16, 256), (80, 512)]:
         _run(tile, Case(5, outputs, inputs, device, dtype), norm=True, gated=False, add=True, bias=False)
-        _, arrivals = operators.workspace(device if device.type == "cpu" else torch.device("cuda", 0))
+        _, arrivals = row_launch.workspace(device if device.type == "cpu" else torch.device("cuda", 0))
         assert not arrivals.any()
 
 
@@ -220,16 +220,16 @@ def test_the_split_sums_of_any_product_fit_into_their_memory() -> None:
         for outputs, rows, halves in itertools.product([1, 4096, 150_000], [8, 128], [1, 2]):
             num_tiles = -(-outputs // tile.block_o)
             num_sums = num_tiles * (halves * tile.block_o + 1) * rows
-            num_splits, shortest = operators.split_inputs(tile.num_splits, tile.block_i, num_tiles, 4096, num_sums)
-            assert num_splits == 1 or num_splits * num_sums <= operators._MAX_PARTIAL_SUMS
+            num_splits, shortest = row_launch.split_inputs(tile.num_splits, tile.block_i, num_tiles, 4096, num_sums)
+            assert num_splits == 1 or num_splits * num_sums <= row_launch._MAX_PARTIAL_SUMS
             assert 0 < shortest <= 4096
 
 
 def test_nothing_outside_the_weight_is_fetched_ahead() -> None:
     weight = torch.empty(4, 64, dtype=torch.float16)
-    assert operators.prefetchable(weight, 4096, 40) == 80
-    assert operators.prefetchable(weight, 4096, -24) == 0
-    assert operators.prefetchable(weight.view(-1)[1:], 4096, 40) == 0
+    assert row_launch.prefetchable(weight, 4096, 40) == 80
+    assert row_launch.prefetchable(weight, 4096, -24) == 0
+    assert row_launch.prefetchable(weight.view(-1)[1:], 4096, 40) == 0
 
 
 def test_a_shape_takes_the_tile_of_the_nearest_measured_one() -> None:

@@ -13,8 +13,9 @@ from autobot_llm.engine.kernels.gpu.linear import (
     norm_linear_gated_reference,
     norm_linear_reference,
 )
-from autobot_llm.engine.kernels.gpu.quantized import PackedWeight, multiply_quantized, pack_4_bits
+from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
 from autobot_llm.engine.kernels.gpu.tiles import RowsTile
+from autobot_llm.engine.quantization.packed import PackedWeight, pack_4_bits
 
 EPS = 1e-5
 ON_GPU = torch.cuda.is_available()

@@ -17,7 +17,8 @@ class GpuDescription:
 
     `num_graphs` were captured in `capture_seconds`, compilation included. `had_compiled_kernels`: the kernel cache
     was warm, so that nothing had to be compiled. `cache_dtype`: what keys and values are stored as, and
-    `is_cache_rounded` whether that is coarser than what the model computes with.
+    `is_cache_rounded` whether that is coarser than what the model computes with. `weights`: what they are stored as,
+    where they are quantized; `weight_bytes` is what all of them take on the device.
     """
 
     device: str
@@ -29,11 +30,15 @@ class GpuDescription:
     graphs_reason: str
     capture_seconds: float
     had_compiled_kernels: bool
+    weights: str | None = None
+    weight_bytes: int = 0
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Name and text of each line that a user reads at the start."""
         yield "device", self.device
         yield "attention", f"{self.attention} ({self.attention_reason})"
+        if self.weights is not None:
+            yield "weights", f"{self.weights}, {self.weight_bytes / 1e9:.2f} GB, lossy"
         if self.is_cache_rounded:
             yield "keys and values", f"{self.cache_dtype}, lossy"
         yield "cuda_graphs", self.graphs

@@ -70,16 +70,16 @@ def make_executor(
 ) -> tuple[Executor, int]:
     """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch."""
     if device.type == "cuda":
-        if options.quantization is not QuantizationType.NONE:
-            raise ConfigurationError(
-                f"AUTOBOT_QUANTIZATION_TYPE={options.quantization.value!r}: quantized products on a GPU are not built "
-                "yet; expected none, or AUTOBOT_DEVICE=cpu"
-            )
         if options.compiled_step == "on":
             raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
         why_eager = why_not_fused(config, dtype)
         if why_eager is None:
             return _gpu_executor(config, options, sizes, device, cache_dtype, on_progress)
+        if options.quantization is not QuantizationType.NONE and config.quantization is None:
+            raise ConfigurationError(
+                f"AUTOBOT_QUANTIZATION_TYPE={options.quantization.value!r}: torch would run the steps, with weights "
+                f"dequantized again ({why_eager}); expected none, or AUTOBOT_DEVICE=cpu"
+            )
         log.warning("torch runs the steps, several times slower than the GPU kernels: %s", why_eager)
         num_blocks = _num_blocks(config, options, sizes, device, block_bytes)
         make: Callable[..., Executor] = partial(make_eager_executor, reason=why_eager)
@@ -115,6 +115,7 @@ def _gpu_executor(
             memory_utilization=options.gpu_memory_utilization,
             cache_memory=options.kv_cache_memory,
             cache_dtype=cache_dtype,
+            quantization=options.quantization,
         ),
         GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len),
         device,
@@ -218,4 +219,7 @@ def make_eager_executor(
         torch.set_num_threads(options.cpu_threads)
     attention = SdpaAttention(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device)
     decoder = Decoder(config, weights, max_context=sizes.max_model_len)
-    return EagerExecutor(decoder, attention, reason=reason, quantization=weights.quantization)
+    quantization = weights.quantization
+    if quantization is None and config.quantization is not None:
+        quantization = f"{config.quantization.scheme.name}, dequantized at load"
+    return EagerExecutor(decoder, attention, reason=reason, quantization=quantization)

@@ -253,7 +253,7 @@ ABOUT: dict[str, About] = {
     # Quantization
     "quantization_type": About(
         "How weights are stored (lossy): int8 quantizes the activations too, int4 the weights only. Our engine makes "
-        "int8, int4 and fp8 at load, gptq and awq once, in the cache directory; on a CPU only.",
+        "int8, int4 and fp8 at load, gptq and awq once, in the cache directory.",
         "engine/quantization, tuning/knobs",
         ENGINES,
         now=True,

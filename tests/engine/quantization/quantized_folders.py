@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from model_folders import write_random_model
+from model_folders import change_json, write_random_model
 from safetensors.torch import load_file, save_file
 
+from autobot_llm.engine.models.config import load_config
+from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.quantization.packing import pack_awq, pack_columns, pack_rows
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32, "initializer_range": 0.1}
@@ -43,6 +46,32 @@ def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
     with torch.no_grad():
         return model(ids).logits.float()
+
+
+def as_whole_weights(folder: Path, quantized_folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The same model with its matrices dequantized: the slow twin."""
+    config = load_config(quantized_folder)
+    weights = load_weights(quantized_folder, config, dtype=dtype, device="cpu")
+    tensors = {"model.embed_tokens.weight": weights.embed_VE, "model.norm.weight": weights.norm_E}
+    for index, layer in enumerate(weights.layers):
+        heads = config.head_size
+        rows = (config.num_heads * heads, config.num_kv_heads * heads, config.num_kv_heads * heads)
+        matrices = dict(zip(("q", "k", "v"), layer.qkv_weight.split(rows), strict=True))
+        gate, up = layer.gate_up_weight.chunk(2)
+        named = {f"self_attn.{n}_proj": m for n, m in matrices.items()} | {
+            "self_attn.o_proj": layer.o_weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
+            "mlp.down_proj": layer.down_weight, "input_layernorm": layer.input_norm_E,
+            "post_attention_layernorm": layer.post_norm_E,
+        }  # fmt: skip
+        if layer.qkv_bias is not None:
+            biases = zip(("q", "k", "v"), layer.qkv_bias.split(rows), strict=True)
+            tensors |= {f"model.layers.{index}.self_attn.{n}_proj.bias": b.contiguous() for n, b in biases}
+        tensors |= {f"model.layers.{index}.{n}.weight": m.contiguous() for n, m in named.items()}
+    shutil.copytree(quantized_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    name = str(dtype).removeprefix("torch.")
+    change_json(folder / "config.json", quantization_config=None, dtype=name, torch_dtype=name)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
 
 
 def as_auto_gptq(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from model_folders import TINY
-from quantized_folders import sequences, small_model
+from quantized_folders import as_whole_weights, sequences, small_model
 
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kernels.cpu.build import compiler
@@ -56,35 +55,6 @@ def all_logits(engine: Engine, ids: list[int]) -> torch.Tensor:
 def quantized(folder: Path, source: Path, kind: str, **more: object) -> Path:
     config = QuantizationConfig(type=QuantizationType(kind), **more)
     quantize_folder(source, folder, config, sequences_BL=sequences())
-    return folder
-
-
-def as_whole_weights(folder: Path, quantized_folder: Path) -> Path:
-    """The same model with its matrices dequantized to float32: the slow twin."""
-    from safetensors.torch import save_file
-
-    config = load_config(quantized_folder)
-    weights = load_weights(quantized_folder, config, dtype=torch.float32, device="cpu")
-    tensors = {"model.embed_tokens.weight": weights.embed_VE, "model.norm.weight": weights.norm_E}
-    for index, layer in enumerate(weights.layers):
-        heads = config.head_size
-        rows = (config.num_heads * heads, config.num_kv_heads * heads, config.num_kv_heads * heads)
-        matrices = dict(zip(("q", "k", "v"), layer.qkv_weight.split(rows), strict=True))
-        gate, up = layer.gate_up_weight.chunk(2)
-        named = {f"self_attn.{n}_proj": m for n, m in matrices.items()} | {
-            "self_attn.o_proj": layer.o_weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
-            "mlp.down_proj": layer.down_weight, "input_layernorm": layer.input_norm_E,
-            "post_attention_layernorm": layer.post_norm_E,
-        }  # fmt: skip
-        if layer.qkv_bias is not None:
-            biases = zip(("q", "k", "v"), layer.qkv_bias.split(rows), strict=True)
-            tensors |= {f"model.layers.{index}.self_attn.{n}_proj.bias": b.contiguous() for n, b in biases}
-        tensors |= {f"model.layers.{index}.{n}.weight": m.contiguous() for n, m in named.items()}
-    shutil.copytree(quantized_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
-    from model_folders import change_json
-
-    change_json(folder / "config.json", quantization_config=None, dtype="float32", torch_dtype="float32")
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
 
 

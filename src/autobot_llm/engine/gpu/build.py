@@ -21,6 +21,7 @@ from autobot_llm.engine.description import GpuDescription, OnProgress
 from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.gpu.executor import GpuExecutor
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
+from autobot_llm.engine.gpu.packing import WeightPacker
 from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
 from autobot_llm.engine.kernels.gpu.launch import compile_ahead
 from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, PagedStorage, bytes_per_block
@@ -50,7 +51,7 @@ def build_gpu_executor(
     tell = on_progress or _tell_nobody
     builder = _Builder(config, options, limits, device, tell)
     builder.check_headers()
-    weights = load_weights(options.folder, config, dtype=None, device=device, on_progress=partial(tell, "weights"))
+    weights = builder.load()
     activation_bytes = builder.measure_largest_step(weights)
     plan = builder.plan(weights.num_bytes, activation_bytes)
     try:
@@ -82,6 +83,8 @@ class _Builder:
         self._shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_size, config.sliding_windows)
         self._uses_graphs = options.cuda_graphs != "off"
         self._num_compiled_kernels = num_compiled_kernels()
+        capability = torch.cuda.get_device_capability(device)
+        self._packer = WeightPacker.for_model(config, options.quantization, capability)
 
     def check_headers(self) -> None:
         """Refuse what cannot fit before any weight is read."""
@@ -92,7 +95,26 @@ class _Builder:
             num_rows=limits.max_num_seqs,
             num_bytes_each=self._dtype.itemsize,
         )
-        self.plan(measure_weights(self._options.folder, config, dtype=None), activation_bytes)
+        weight_bytes = measure_weights(self._options.folder, config, dtype=None)
+        if self._packer is not None:
+            weight_bytes = self._packer.expected_bytes(config, self._dtype.itemsize)
+        self.plan(weight_bytes, activation_bytes)
+
+    def load(self) -> DecoderWeights:
+        """The weights on the device: what is or gets quantized in the kernels' layout, layer by layer."""
+        packer = self._packer
+        weights = load_weights(
+            self._options.folder,
+            self._config,
+            dtype=None,
+            device=self._device,
+            on_progress=partial(self._tell, "weights"),
+            keep_quantized=packer is not None,
+            convert=packer,
+        )
+        if packer is not None:
+            packer.warn()
+        return weights
 
     def plan(self, weight_bytes: int, activation_bytes: int) -> CachePlan:
         options, limits = self._options, self._limits
@@ -161,6 +183,8 @@ class _Builder:
             else "switched off by AUTOBOT_CUDA_GRAPHS",
             capture_seconds=time.perf_counter() - start,
             had_compiled_kernels=num_compiled_kernels() == self._num_compiled_kernels,
+            weights=None if self._packer is None else self._packer.text,
+            weight_bytes=weights.num_bytes,
         )
         return executor
 
@@ -185,6 +209,7 @@ class _Builder:
             widest_window=self._shape.widest_window,
             uses_graphs=self._uses_graphs,
             reason=f"fused kernels, attention by {attention.name}",
+            quantization=None if self._packer is None else self._packer.text,
         )
 
     def _graph_bytes(self) -> int:

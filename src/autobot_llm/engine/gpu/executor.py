@@ -129,8 +129,10 @@ class GpuExecutor:
         widest_window: int,
         uses_graphs: bool,
         reason: str,
+        quantization: str | None = None,
     ) -> None:
         self.reason = reason
+        self.quantization = quantization
         self._is_closed = False
         self.device_wait_seconds = 0.0
         self.limits = limits

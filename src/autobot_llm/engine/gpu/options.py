@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from autobot_llm.engine.models.config import ModelConfig
+from autobot_llm.engine.quantization.scheme import QuantizationType
 
 HEAD_SIZES = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -27,7 +28,8 @@ class GpuLimits:
 @dataclass(frozen=True, slots=True)
 class GpuOptions:
     """What a user may ask of the GPU. `memory_utilization` is a share of the whole device; `cache_memory` (bytes)
-    None: what that share leaves. `cache_dtype`: what keys and values are stored as."""
+    None: what that share leaves. `cache_dtype`: what keys and values are stored as. `quantization`: what weights are
+    rounded to as they are loaded."""
 
     folder: Path
     attention_backend: str
@@ -35,6 +37,7 @@ class GpuOptions:
     memory_utilization: float
     cache_memory: int | None
     cache_dtype: torch.dtype | None = None  # None: the model's own
+    quantization: QuantizationType = QuantizationType.NONE
 
 
 def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -27,18 +27,25 @@ from autobot_llm.engine.models.transfer import (
     carry,
     plan_spans,
 )
+from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.reading import QuantizedReader
 from autobot_llm.engine.quantization.weight import QuantizedWeight
 
+MATRICES = ("qkv_weight", "o_weight", "gate_up_weight", "down_weight")
+"""The fields of LayerWeights that quantizing is about."""
+
 SPAN_BYTES = 8 * 2**20  # as fast as larger ones, and small enough to share out evenly
 MAX_READERS = 8
+
+Convert: TypeAlias = Callable[[torch.Tensor], Any]
+"""What a decoder of its own kind reads instead of this matrix."""
 
 
 # E hidden size, H query heads, K key/value heads, D head size, F feed-forward size, V vocabulary
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One decoder layer. Matrices are [out, in]; the rows of `qkv_weight` are q [HD], k [KD], v [KD], in this order,
-    and those of `gate_up_weight` gate [F], up [F]."""
+    and those of `gate_up_weight` gate [F], up [F]. Matrices may be what `convert` of `load_weights` makes."""
 
     input_norm_E: torch.Tensor
     qkv_weight: torch.Tensor
@@ -86,10 +93,11 @@ class DecoderWeights:
         """Bytes of memory held, shared tensors counted once."""
         tensors = {id(t): t for t in self._tensors()}
         return sum(
-            t.num_bytes if isinstance(t, QuantizedWeight) else t.numel() * t.element_size() for t in tensors.values()
+            t.num_bytes if isinstance(t, QuantizedWeight | PackedWeight) else t.numel() * t.element_size()
+            for t in tensors.values()
         )
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
+    def _tensors(self) -> Iterator[torch.Tensor | PackedWeight]:
         yield from (self.embed_VE, self.norm_E, self.lm_head_VE)
         for layer in self.layers:
             for name in LayerWeights.__slots__:
@@ -106,26 +114,34 @@ def load_weights(
     device: torch.device | str,
     on_progress: Callable[[int, int], None] | None = None,
     keep_quantized: bool = False,
+    convert: Convert | None = None,
 ) -> DecoderWeights:
     """Load the weights of `folder` onto `device`; peak host memory beside the model is a few small buffers.
 
     `dtype` None keeps the checkpoint's (where a checkpoint mixes dtypes, the narrowest one that holds them all).
     `on_progress(num_bytes_done, num_bytes_total)` counts bytes of the files, on the calling thread; loading ends at
     once with whatever it raises. A quantized folder's matrices are dequantized, one after the other; with
-    `keep_quantized`, for a CPU, they stay as they are, as QuantizedWeight.
+    `keep_quantized` they stay as they are, as QuantizedWeight. `convert` says what becomes of each layer's matrices as
+    soon as the layer is there; so the device holds one layer of what they were, beside what they became.
     Raises ModelLoadError, naming file and tensor, for whatever is missing, truncated, of the wrong shape or dtype, or
     not part of such a model, and for files that change under the reader's hands.
     Format: safetensors, single or sharded, with the tensor names of Hugging Face transformers.
     """
     device = torch.device(device)
     if config.quantization is not None:
-        return _load_quantized(folder, config, dtype, device, on_progress, keep_quantized)
+        return _load_quantized(folder, config, dtype, device, on_progress, keep_quantized, convert)
     checkpoint = _open_checkpoint(folder, config)
-    allocator = _Allocator(checkpoint, dtype or checkpoint.dtype, device)
-    weights = _allocate(allocator, config)
-    spans = plan_spans(allocator.transfers, SPAN_BYTES)
-    converts = any(transfer.stored.dtype != transfer.target.dtype for transfer in allocator.transfers)
-    carry(spans, _carriers(device, converts=converts, num_spans=len(spans)), on_progress)
+    allocator = _Allocator(checkpoint, dtype or checkpoint.dtype, device, on_progress)
+    if convert is None:
+        weights = _allocate(allocator, config)
+    else:
+
+        def finish(layer: LayerWeights) -> LayerWeights:
+            allocator.fill()
+            return _converted(layer, convert)
+
+        weights = _allocate(allocator, config, finish)
+    allocator.fill()
     checkpoint.refuse_changed_files()
     return weights
 
@@ -147,6 +163,7 @@ def _load_quantized(
     device: torch.device,
     on_progress: Callable[[int, int], None] | None,
     keep_quantized: bool,
+    convert: Convert | None,
 ) -> DecoderWeights:
     assert config.quantization is not None, "the folder is quantized"
     reader = QuantizedReader(
@@ -160,7 +177,7 @@ def _load_quantized(
         keep_quantized=keep_quantized,
         on_progress=on_progress,
     )
-    weights = _allocate(reader, config)
+    weights = _allocate(reader, config, _as_it_is if convert is None else lambda layer: _converted(layer, convert))
     reader.checkpoint.refuse_changed_files()
     return weights
 
@@ -192,11 +209,20 @@ class _Source(Protocol):
 class _Allocator:
     """Makes the tensors of a model, empty, and notes which stored tensor fills which part of which."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
         self._stored = checkpoint.tensors
         self._dtype = dtype
         self._device = device
-        self.transfers: list[Transfer] = []
+        self._on_progress = on_progress
+        self._num_total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+        self._num_done = 0
+        self._transfers: list[Transfer] = []
 
     def tensor(self, *names: str) -> torch.Tensor:
         """Memory for the named tensors, one below the other."""
@@ -205,9 +231,23 @@ class _Allocator:
         fused = torch.empty((num_rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
         row = 0
         for part in parts:
-            self.transfers.append(Transfer(part, fused[row : row + part.shape[0]]))
+            self._transfers.append(Transfer(part, fused[row : row + part.shape[0]]))
             row += part.shape[0]
         return fused
+
+    def fill(self) -> None:
+        """Read what was allocated since the last call."""
+        transfers, self._transfers = self._transfers, []
+        if not transfers:
+            return
+        spans = plan_spans(transfers, SPAN_BYTES)
+        converts = any(transfer.stored.dtype != transfer.target.dtype for transfer in transfers)
+        carry(spans, _carriers(self._device, converts=converts, num_spans=len(spans)), self._tell)
+        self._num_done += sum(span.num_bytes for span in spans)
+
+    def _tell(self, num_done: int, num_total: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._num_done + num_done, self._num_total)
 
 
 def _carriers(device: torch.device, *, converts: bool, num_spans: int) -> list[Carrier]:
@@ -221,11 +261,21 @@ def _carriers(device: torch.device, *, converts: bool, num_spans: int) -> list[C
     return [InPlace() for _ in range(min(MAX_READERS, num_cores, num_spans))]
 
 
-def _allocate(allocator: _Source, config: ModelConfig) -> DecoderWeights:
+def _as_it_is(layer: LayerWeights) -> LayerWeights:
+    return layer
+
+
+def _converted(layer: LayerWeights, convert: Convert) -> LayerWeights:
+    return replace(layer, **{name: convert(getattr(layer, name)) for name in MATRICES})
+
+
+def _allocate(
+    allocator: _Source, config: ModelConfig, finish: Callable[[LayerWeights], LayerWeights] = _as_it_is
+) -> DecoderWeights:
     embed_VE = allocator.tensor("model.embed_tokens.weight")
     return DecoderWeights(
         embed_VE=embed_VE,
-        layers=tuple(_allocate_layer(allocator, config, f"model.layers.{i}") for i in range(config.num_layers)),
+        layers=tuple(finish(_allocate_layer(allocator, config, f"model.layers.{i}")) for i in range(config.num_layers)),
         norm_E=allocator.tensor("model.norm.weight"),
         lm_head_VE=embed_VE if config.tie_word_embeddings else allocator.tensor("lm_head.weight"),
     )

@@ -16,14 +16,14 @@ def pack_rows(values_RC: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 words_RW, the first value in the lowest bits; a row is padded with zeros. (compressed-tensors)"""
     per_word = 32 // bits
     padded = torch.nn.functional.pad(values_RC.to(torch.int64), (0, -values_RC.shape[1] % per_word))
-    shifts = torch.arange(0, 32, bits, dtype=torch.int64)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64, device=values_RC.device)
     words = (padded.view(len(padded), -1, per_word) << shifts).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)  # the same bits, as a signed word
 
 
 def unpack_rows(words_RW: torch.Tensor, bits: int, num_columns: int) -> torch.Tensor:
     """The first `num_columns` values of each row, int32."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words_RW.device)
     values: torch.Tensor = (words_RW.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return values.flatten(1)[:, :num_columns]
 

@@ -33,6 +33,7 @@ class _Part(NamedTuple):
     is_optional: bool = False
 
 
+_BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # what a QuantizedWeight stores
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -61,6 +62,8 @@ class QuantizedReader:
         self._dtype = dtype
         self._device = device
         self._keep_quantized = keep_quantized
+        # what is to be dequantized is so on the host, where it needs no more of the device than it fills
+        self._decoding_device = device if keep_quantized else torch.device("cpu")
         self._parts, wanted = _plan(folder, shapes, quantization)
         self.checkpoint: Checkpoint = open_checkpoint(
             folder, wanted, model_type=model_type, may_ignore=may_ignore, packed=True
@@ -80,7 +83,8 @@ class QuantizedReader:
             if joined is not None:
                 return joined
             return torch.cat([part.dequantize() for part in parts]).to(self._device)
-        return torch.cat([self._dense(name) for name in names]).to(self._device)
+        dense = [self._dense(name) for name in names]
+        return (torch.cat(dense) if len(dense) > 1 else dense[0]).to(self._device)
 
     def _dense(self, name: str) -> torch.Tensor:
         if name in self._parts:
@@ -111,7 +115,7 @@ class QuantizedReader:
         self._num_done += stored.num_bytes
         if self._on_progress is not None:
             self._on_progress(self._num_done, self._num_total)
-        return raw.view(stored.dtype).view(stored.shape)
+        return raw.to(self._decoding_device).view(stored.dtype).view(stored.shape)
 
     def _check_dtypes(self, folder: Path) -> None:
         for name, stored in self.checkpoint.tensors.items():
@@ -208,7 +212,10 @@ def _from_compressed_tensors(
     if quantization.packing == "packed":
         if (shape := stored["weight_shape"].tolist()) != [num_outputs, num_inputs]:
             raise ValueError(f"weight_shape is {shape}; config.json asks for {[num_outputs, num_inputs]}")
-        values = unpack_rows(stored["weight_packed"], scheme.num_bits, num_inputs) - middle
+        # a row's words hold its values in the order of their bytes, and of the halves of a byte
+        values = stored["weight_packed"].view(torch.uint8)[:, : -(-num_inputs * scheme.num_bits // 8)]
+        if scheme.num_bits == 8:
+            values = (values ^ middle).view(torch.int8)
         if zeros is not None:
             zeros = unpack_columns(zeros, scheme.num_bits, num_outputs) - middle
     else:
@@ -254,23 +261,25 @@ _DECODERS = {
 
 
 def _weight(
-    values_OI: torch.Tensor,
+    values: torch.Tensor,
     scales_OG: torch.Tensor,
     zeros_OG: torch.Tensor | None,
     scheme: Scheme,
     dtype: torch.dtype,
     group_of_input_I: torch.Tensor | None,
 ) -> QuantizedWeight:
-    """Zero points that are all 0 and maps that say nothing are dropped, so that the fast products can be used."""
+    """Of whole numbers, or of what a QuantizedWeight stores.
+
+    Zero points that are all 0 and maps that say nothing are dropped, so that the fast products can be used.
+    """
     if group_of_input_I is not None:
         group_of_input_I = group_of_input_I.to(torch.int64)
         if group_of_input_I.min() < 0 or group_of_input_I.max() >= scales_OG.shape[1]:
             raise ValueError(f"g_idx names a group that is not there; there are {scales_OG.shape[1]}")
-        plain = torch.arange(len(group_of_input_I)) // (scheme.group_size or len(group_of_input_I))
-        if torch.equal(group_of_input_I, plain):
+        inputs_I = torch.arange(len(group_of_input_I), device=group_of_input_I.device)
+        if torch.equal(group_of_input_I, inputs_I // (scheme.group_size or len(inputs_I))):
             group_of_input_I = None
-    if zeros_OG is not None and not zeros_OG.any():
-        zeros_OG = None
-    return QuantizedWeight.from_values(
-        values_OI, scales_OG, zeros_OG, scheme, dtype=dtype, group_of_input_I=group_of_input_I
-    )
+    if zeros_OG is not None:
+        zeros_OG = zeros_OG.to(torch.int8) if zeros_OG.any() else None
+    make = QuantizedWeight if values.dtype in _BYTES else QuantizedWeight.from_values
+    return make(values, scales_OG, zeros_OG, scheme, dtype=dtype, group_of_input_I=group_of_input_I)

@@ -12,7 +12,8 @@ from autobot_llm.engine.quantization.weight import FP8, QuantizedWeight
 # Ranges tried, as shares of the full one. A whole number gains by clipping a few large ones; a float, whose steps are
 # shares of the number, by where within an octave the numbers fall among its steps.
 SEARCHED_SHARES = {"int": tuple(1 - 0.025 * i for i in range(17)), "float": tuple(2 ** (i / 8) for i in range(8))}
-NUMBERS_AT_A_TIME = 1 << 22  # rounding holds several float32 copies of so many, and not of a whole matrix
+# Rounding holds several float32 copies of so many, and not of a whole matrix. A GPU wants more work at a time.
+NUMBERS_AT_A_TIME, ON_A_GPU = 1 << 22, 1 << 24
 SMALLEST_ACTIVATION = 1e-8  # of a token of zeros
 
 
@@ -98,10 +99,11 @@ def round_activations(x_TI: torch.Tensor, kind: Literal["int8", "fp8"]) -> tuple
 
 
 def _some_rows(weight_OI: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, ...]:
-    """A matrix in parts of NUMBERS_AT_A_TIME or less; whole where its outputs share a scale."""
+    """A matrix in parts of a bounded size; whole where its outputs share a scale."""
     if scheme.granularity == "tensor":
         return (weight_OI,)
-    return torch.split(weight_OI, max(1, NUMBERS_AT_A_TIME // weight_OI.shape[1]))
+    most = NUMBERS_AT_A_TIME if weight_OI.device.type == "cpu" else ON_A_GPU
+    return torch.split(weight_OI, max(1, most // weight_OI.shape[1]))
 
 
 def _grouped(weight_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:

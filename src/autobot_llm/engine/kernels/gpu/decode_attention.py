@@ -24,7 +24,8 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
-from autobot_llm.engine.kv_cache.storage import scales_of
+from autobot_llm.engine.kernels.gpu.narrow import numbers_of_words
+from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, scales_of
 
 MAX_ROWS = 128
 """Query rows (tokens times query heads of a group) of one program: what its accumulators hold without spilling."""
@@ -74,9 +75,9 @@ def rows_of(max_queries: int, group_size: int) -> int:
     return max(16, 1 << (max_queries * group_size - 1).bit_length())
 
 
-def choose_decode_tile(num_rows: int, num_items: int) -> DecodeTile:
+def choose_decode_tile(num_rows: int, num_items: int, *, rounded: bool = False) -> DecodeTile:
     """The best measured for M rows, and so many work items: many small programs keep a full device busiest."""
-    for most_rows, few_items, tile in _TILES:
+    for most_rows, few_items, tile in _ROUNDED_TILES if rounded else _TILES:
         if num_rows <= most_rows and num_items <= few_items:
             return tile
     raise ValueError(f"{num_rows} query rows for one key/value head: expected at most {MAX_ROWS}")
@@ -93,6 +94,13 @@ _TILES = (
     (32, _ANY, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
     (64, _ANY, DecodeTile(block_n=32, num_warps=4, num_stages=3)),
     (MAX_ROWS, _ANY, DecodeTile(block_n=32, num_warps=8, num_stages=3)),
+)
+
+# The same over keys and values of one byte, by judgement: large tiles in few warps share what each position costs.
+_ROUNDED_TILES = (
+    (16, 100, DecodeTile(block_n=128, num_warps=4, num_stages=3)),
+    (16, _ANY, DecodeTile(block_n=64, num_warps=2, num_stages=3)),
+    *_TILES[3:],
 )
 
 
@@ -117,11 +125,11 @@ def paged_decode(
     group_size = q_QHD.shape[1] // num_kv_heads
     num_rows = rows_of(batch.max_queries, group_size)
     num_items = batch.items_I8.shape[0]
-    tile = tile or choose_decode_tile(num_rows, num_items)
+    tile = tile or choose_decode_tile(num_rows, num_items, rounded=keys.dtype in QUANTIZED_DTYPES)
     _decode[(num_kv_heads, num_items)](
         q_QHD,
-        keys,
-        values,
+        _words(keys),
+        _words(values),
         scales_of(keys),
         scales_of(values),
         out_QHD,
@@ -143,17 +151,22 @@ def paged_decode(
         M=num_rows,
         N=tile.block_n,
         UNROLL=max(1, 64 // num_rows),
+        FLOAT8=keys.dtype == torch.float8_e4m3fn,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q_QHD.device),
     )
 
 
+def _words(cache: torch.Tensor) -> torch.Tensor:
+    return cache.view(torch.int16) if cache.dtype in QUANTIZED_DTYPES else cache
+
+
 @lean
 @triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step
 def _decode(  # type: ignore[no-untyped-def]
     q_ptr,
-    keys_ptr,
+    keys_ptr,  # int16, two numbers in each, if quantized
     values_ptr,
     key_scales_ptr,  # None: keys and values are what they are
     value_scales_ptr,
@@ -176,6 +189,7 @@ def _decode(  # type: ignore[no-untyped-def]
     M: tl.constexpr,
     N: tl.constexpr,
     UNROLL: tl.constexpr,
+    FLOAT8: tl.constexpr,  # or int8, if quantized
     PDL: tl.constexpr,
 ):
     let_next_kernel_start(PDL)
@@ -198,42 +212,56 @@ def _decode(  # type: ignore[no-untyped-def]
     # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
     n = start + tl.arange(0, N)
     blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
+    if key_scales_ptr is not None:  # scales are read a tile ahead, so their blocks are looked up two ahead
+        scale_blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
     wait_for_previous_kernel(PDL)
     if sequence < 0:
         return
 
     m = tl.arange(0, M)
-    d = tl.arange(0, D)
     query_M = m // G
     is_row_M = query_M < num_queries
     heads_M = head * G + m % G
-    q_MD = tl.load(
-        q_ptr + (first_query + query_M)[:, None] * q_stride + heads_M[:, None] * D + d[None, :],
-        mask=is_row_M[:, None],
-        other=0.0,
-    )
+    q_ptrs_M = q_ptr + (first_query + query_M) * q_stride + heads_M * D
+    if key_scales_ptr is not None:  # even and odd dimensions apart: the low and the high bytes of words
+        c = tl.arange(0, D // 2)
+        q_MC = tl.load(q_ptrs_M[:, None] + 2 * c[None, :], mask=is_row_M[:, None], other=0.0)
+        q_odd_MC = tl.load(q_ptrs_M[:, None] + 2 * c[None, :] + 1, mask=is_row_M[:, None], other=0.0)
+        odd_acc_MC = tl.zeros((M, D // 2), tl.float32)
+        key_scales_N, value_scales_N = _scales(
+            key_scales_ptr, value_scales_ptr, blocks_N, n, n < stop, head, PAGE, K, D
+        )
+    else:
+        c = tl.arange(0, D)
+        q_MC = tl.load(q_ptrs_M[:, None] + c[None, :], mask=is_row_M[:, None], other=0.0)
+    C: tl.constexpr = c.shape[0]
+    ROW: tl.constexpr = PAGE * D if key_scales_ptr is None else PAGE * (D + 2) // 2  # of a head's block
+    acc_MC = tl.zeros((M, C), tl.float32)
     first_new = context - num_queries
     if trees_ptr is not None:
         trees_M = tl.load(trees_ptr + first_query + query_M, mask=is_row_M, other=0)
 
     high_M = tl.full((M,), float("-inf"), tl.float32)
     sum_M = tl.zeros((M,), tl.float32)
-    acc_MD = tl.zeros((M, D), tl.float32)
     for _ in tl.range(start, stop, N):
         is_part_N = n < stop
-        rows_N = blocks_N.to(tl.int64) * K + head
-        offsets_N = rows_N * (PAGE * D) + (n % PAGE) * D
+        offsets_N = (blocks_N.to(tl.int64) * K + head) * ROW + (n % PAGE) * C
+        if key_scales_ptr is None:
+            k_CN = tl.trans(tl.load(keys_ptr + offsets_N[:, None] + c[None, :], mask=is_part_N[:, None], other=0))
+        else:  # nothing may lie between a load and its conversion
+            k_CN = tl.load(keys_ptr + offsets_N[None, :] + c[:, None], mask=is_part_N[None, :], other=0)
+        v_NC = tl.load(values_ptr + offsets_N[:, None] + c[None, :], mask=is_part_N[:, None], other=0)
         if key_scales_ptr is not None:
-            offsets_N += rows_N * (PAGE * 2)  # bytes of scales
-            scales_N = rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + n % PAGE
-            key_scales_N = tl.load(key_scales_ptr + scales_N, mask=is_part_N, other=0.0).to(tl.float32)
-            value_scales_N = tl.load(value_scales_ptr + scales_N, mask=is_part_N, other=0.0).to(tl.float32)
-        next_blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
-        k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_part_N[:, None], other=0.0)
-        v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :], mask=is_part_N[:, None], other=0.0)
-        scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(q_MD.dtype))) * scale
-        if key_scales_ptr is not None:
-            scores_MN *= key_scales_N[None, :]
+            next_key_scales_N, next_value_scales_N = _scales(
+                key_scales_ptr, value_scales_ptr, scale_blocks_N, n + N, n + N < stop, head, PAGE, K, D
+            )
+            scale_blocks_N = tl.load(table_ptr + (n + 2 * N) // PAGE, mask=n + 2 * N < stop, other=0)
+            scores_MN = tl.dot(q_odd_MC, numbers_of_words(k_CN, q_MC, True, FLOAT8, PDL))
+            k_CN = numbers_of_words(k_CN, q_MC, False, FLOAT8, PDL)
+            scores_MN = tl.dot(q_MC, k_CN, scores_MN) * (key_scales_N * scale)[None, :]
+        else:
+            scores_MN = tl.dot(q_MC, k_CN) * scale
+        blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
         new_N = n - first_new
         if trees_ptr is not None:
             is_seen_MN = (new_N < 0)[None, :] | (((trees_M[:, None] >> tl.maximum(new_N, 0)[None, :]) & 1) != 0)
@@ -247,13 +275,18 @@ def _decode(  # type: ignore[no-untyped-def]
         shrink_M = tl.exp2(high_M - base_M)
         weights_MN = tl.exp2(scores_MN - base_M[:, None])
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
-        if value_scales_ptr is not None:
+        if key_scales_ptr is not None:
             weights_MN *= value_scales_N[None, :]
-        acc_MD = tl.dot(weights_MN.to(q_MD.dtype), v_ND.to(q_MD.dtype), acc_MD * shrink_M[:, None])
+            v_odd_NC = numbers_of_words(v_NC, q_MC, True, FLOAT8, PDL)
+            odd_acc_MC = tl.dot(weights_MN.to(q_MC.dtype), v_odd_NC, odd_acc_MC * shrink_M[:, None])
+            v_NC = numbers_of_words(v_NC, q_MC, False, FLOAT8, PDL)
+            key_scales_N, value_scales_N = next_key_scales_N, next_value_scales_N
+        acc_MC = tl.dot(weights_MN.to(q_MC.dtype), v_NC, acc_MC * shrink_M[:, None])
         high_M = new_high_M
         n += N
-        blocks_N = next_blocks_N
 
+    acc_MD = tl.interleave(acc_MC, odd_acc_MC) if key_scales_ptr is not None else acc_MC
+    d = tl.arange(0, D)
     out_ptrs_MD = out_ptr + (first_query + query_M)[:, None] * out_stride + heads_M[:, None] * D + d[None, :]
     if num_items == 1:
         out_MD = acc_MD / tl.where(is_row_M, sum_M, 1.0)[:, None]
@@ -269,6 +302,17 @@ def _decode(  # type: ignore[no-untyped-def]
         tl.store(arrivals_ptr, 0)  # for the next launch
         out_MD = _merge(partials_ptr, stats_ptr, first_item, num_items, head, is_row_M, K, D, M, UNROLL)
         tl.store(out_ptrs_MD, out_MD.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None])
+
+
+@triton.jit
+def _scales(  # type: ignore[no-untyped-def]
+    key_scales_ptr, value_scales_ptr, blocks_N, n, is_part_N, head,
+    PAGE: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """float32 scales of these positions: they lie behind the numbers of their block."""
+    at_N = (blocks_N.to(tl.int64) * K + head) * (PAGE * (D + 2) // 2) + PAGE * D // 2 + n % PAGE
+    key_scales_N = tl.load(key_scales_ptr + at_N, mask=is_part_N, other=0.0)
+    return key_scales_N.to(tl.float32), tl.load(value_scales_ptr + at_N, mask=is_part_N, other=0.0).to(tl.float32)
 
 
 @triton.jit

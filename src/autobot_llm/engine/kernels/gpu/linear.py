@@ -2,12 +2,13 @@
 
 With few rows, a product is one Triton kernel that streams W (skinny.py), with RMSNorm, bias, gated SiLU and residual
 folded in. With many, or where it measured faster, it is cuBLAS's, between the small kernels (norm.py, activation.py).
-tiles.py says which. Each operator has a twin in float64, `*_reference`, that it is tested against.
+tiles.py says which. Quantized weights have kernels (quantized.py, quantized_many.py) and tables of their own. Each
+operator has a twin in float64, `*_reference`, that it is tested against.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -16,41 +17,51 @@ import triton
 from autobot_llm.engine.kernels.gpu.activation import silu_mul
 from autobot_llm.engine.kernels.gpu.launch import launch_options
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
+from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
+from autobot_llm.engine.kernels.gpu.quantized_many import multiply_many
+from autobot_llm.engine.kernels.gpu.quantized_tiles import choose_quantized_tile
+from autobot_llm.engine.kernels.gpu.row_launch import (
+    ALIGNMENT,
+    capability_of,
+    prefetchable,
+    split_inputs,
+    workspace,
+)
 from autobot_llm.engine.kernels.gpu.skinny import matvec_kernel, rows_kernel
-from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, Tile, choose_tile
+from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, RowsTile, Tile, choose_tile
+from autobot_llm.engine.quantization.packed import PackedWeight
 
 # T rows, I inputs, O outputs, F feed-forward size (W is [2F, I]: gate rows, then up rows)
 
-_HOPPER = (9, 0)
-ALIGNMENT = 16  # bytes of one load
+Weight: TypeAlias = torch.Tensor | PackedWeight
+"""[O, I], in the activations' dtype or quantized."""
+
 _MIN_PADDED_ROWS = 16  # below it, Triton leaves Hopper's matrix instructions for older, slower ones
-_MAX_PARTIAL_SUMS = 4 << 20  # float32: 16 MiB for each device
-_MAX_SPLIT_TILES = 8192
 
 
 def linear(
     x_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: Weight,
     bias_O: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x W^T + bias. Rows of `x_TI` and `out` may lie any distance apart. Returns `out`, a new tensor by default."""
-    out = _output(x_TI, weight_OI.shape[0], out, out_dtype)
+    out = _output(x_TI, _num_outputs(weight_OI), out, out_dtype)
     return product(_tile_for(Kind.PLAIN, x_TI, weight_OI), x_TI, weight_OI, out, bias=bias_O)
 
 
 def linear_add(
     x_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: Weight,
     bias_O: torch.Tensor | None,
     residual_TO: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual + x W^T + bias. `out` may be `residual_TO` itself; it is a new tensor by default."""
-    out = _output(x_TI, weight_OI.shape[0], out, None)
+    out = _output(x_TI, _num_outputs(weight_OI), out, None)
     tile = _tile_for(Kind.PLAIN, x_TI, weight_OI)
     return product(tile, x_TI, weight_OI, out, bias=bias_O, residual=residual_TO)
 
@@ -59,14 +70,14 @@ def norm_linear(
     x_TI: torch.Tensor,
     norm_I: torch.Tensor,
     eps: float,
-    weight_OI: torch.Tensor,
+    weight_OI: Weight,
     bias_O: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """RMSNorm(x) W^T + bias. Rows of `x_TI` and `out` may lie any distance apart. Returns `out`, new by default."""
-    out = _output(x_TI, weight_OI.shape[0], out, out_dtype)
+    out = _output(x_TI, _num_outputs(weight_OI), out, out_dtype)
     tile = _tile_for(Kind.NORM, x_TI, weight_OI)
     return product(tile, x_TI, weight_OI, out, norm=norm_I, eps=eps, bias=bias_O)
 
@@ -75,7 +86,7 @@ def norm_linear_gated(
     x_TI: torch.Tensor,
     norm_I: torch.Tensor,
     eps: float,
-    weight_2FI: torch.Tensor,
+    weight_2FI: Weight,
     bias_2F: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
@@ -84,7 +95,7 @@ def norm_linear_gated(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
     """
-    out = _output(x_TI, weight_2FI.shape[0] // 2, out, None)
+    out = _output(x_TI, _num_outputs(weight_2FI) // 2, out, None)
     tile = _tile_for(Kind.GATED, x_TI, weight_2FI)
     return product(tile, x_TI, weight_2FI, out, norm=norm_I, eps=eps, bias=bias_2F, gated=True)
 
@@ -92,7 +103,7 @@ def norm_linear_gated(
 def product(
     tile: Tile | None,
     x_TI: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     out: torch.Tensor,
     *,
     norm: torch.Tensor | None = None,
@@ -102,6 +113,10 @@ def product(
     gated: bool = False,
 ) -> torch.Tensor:
     """The product with what surrounds it, by this tile, or by torch where it is None."""
+    if isinstance(weight, PackedWeight):
+        return _quantized_product(
+            tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated
+        )
     if norm is not None and not (tile is not None and _folds_norm(tile, x_TI.dtype)):
         x_TI, norm = rms_norm(x_TI, norm, eps), None
     if tile is not None:
@@ -113,6 +128,30 @@ def product(
         return _torch_product(x_TI, weight, bias, out)
     torch.addmm(residual, x_TI, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
+
+
+def _quantized_product(
+    tile: Tile | None, x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, norm: torch.Tensor | None,
+    eps: float, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool,
+) -> torch.Tensor:  # fmt: skip
+    """By this tile, or where it is None as many rows: there activations may be rounded, if the scheme says so."""
+    if tile is None:
+        may_round = weight.activations is not None
+        return multiply_many(
+            x_TI,
+            weight,
+            out,
+            norm=norm,
+            eps=eps,
+            bias=bias,
+            residual=residual,
+            gated=gated,
+            round_activations=may_round,
+        )
+    assert isinstance(tile, RowsTile), "a quantized weight's table has no other"
+    if norm is not None and not _folds_norm(tile, x_TI.dtype):
+        x_TI, norm = rms_norm(x_TI, norm, eps), None
+    return multiply_quantized(tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated)
 
 
 def multiply(
@@ -188,38 +227,17 @@ def multiply(
     return out
 
 
-def split_inputs(num_splits: int, step: int, num_tiles: int, num_inputs: int, num_sums: int) -> tuple[int, int]:
-    """How many stretches of whole steps the inputs are split into, none of them empty, and the shortest one's inputs.
-
-    Fewer than `num_splits` where the sums of one split, `num_sums`, do not fit into the device's memory for them.
-    """
-    num_steps = triton.cdiv(num_inputs, step)
-    fitting = _MAX_PARTIAL_SUMS // num_sums if num_tiles <= _MAX_SPLIT_TILES else 1
-    steps_each = triton.cdiv(num_steps, max(min(num_splits, fitting), 1))
-    num_splits = triton.cdiv(num_steps, steps_each)
-    return num_splits, num_inputs - (num_splits - 1) * steps_each * step
+def _num_outputs(weight: Weight) -> int:
+    return weight.num_outputs if isinstance(weight, PackedWeight) else weight.shape[0]
 
 
-def prefetchable(weight: torch.Tensor, num_bytes: int, num_inputs_left: int) -> int:
-    """The bytes of each row that may be asked for: whole multiples of 16, and none outside the weight."""
-    if weight.data_ptr() % ALIGNMENT:
-        return 0
-    return max(min(num_bytes, num_inputs_left * weight.element_size()), 0) // ALIGNMENT * ALIGNMENT
-
-
-@lru_cache
-def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for partial sums and for counting arrivals. It never moves, because captured graphs hold its address."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the memory for split products would belong to a CUDA graph: run a step before capturing")
-    return (
-        torch.empty(_MAX_PARTIAL_SUMS, dtype=torch.float32, device=device),
-        torch.zeros(_MAX_SPLIT_TILES, dtype=torch.int32, device=device),
-    )
-
-
-def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: torch.Tensor) -> Tile | None:
+def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: Weight) -> Tile | None:
     """The tile of the table, or None where only torch's product is possible or worthwhile."""
+    halves = 2 if kind is Kind.GATED else 1
+    if isinstance(weight, PackedWeight):
+        num_outputs, num_bits = weight.num_outputs // halves, 4 if weight.group else 8
+        may_round = weight.activations is not None
+        return choose_quantized_tile(kind, x_TI.shape[0], num_outputs, weight.num_inputs, num_bits, may_round=may_round)
     num_outputs, num_inputs = weight.shape
     possible = (
         weight.dtype in (torch.bfloat16, torch.float16)
@@ -230,14 +248,7 @@ def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: torch.Tensor) -> Tile | No
     )
     if not possible:
         return None
-    capability = _capability(weight.device)
-    return choose_tile(kind, x_TI.shape[0], num_outputs // (2 if kind is Kind.GATED else 1), num_inputs, capability)
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """The interpreter on the CPU plays the device that the table is for."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _HOPPER
+    return choose_tile(kind, x_TI.shape[0], num_outputs // halves, num_inputs, capability_of(weight.device))
 
 
 def _folds_norm(tile: Tile, dtype: torch.dtype) -> bool:

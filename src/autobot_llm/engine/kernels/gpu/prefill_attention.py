@@ -27,6 +27,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
+from autobot_llm.engine.kernels.gpu.narrow import numbers_of_bytes
 from autobot_llm.engine.kv_cache.storage import scales_of
 
 TILE_FIELDS = 8
@@ -236,8 +237,8 @@ def _prefill(  # type: ignore[no-untyped-def]
                 scales_N = rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + n % PAGE
                 key_scales_N = tl.load(key_scales_ptr + scales_N).to(tl.float32)
                 value_scales_N = tl.load(value_scales_ptr + scales_N).to(tl.float32)
-            k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :]).to(q_MD.dtype)
-            v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :]).to(q_MD.dtype)
+            k_ND = numbers_of_bytes(tl.load(keys_ptr + offsets_N[:, None] + d[None, :]), q_MD, PDL)
+            v_ND = numbers_of_bytes(tl.load(values_ptr + offsets_N[:, None] + d[None, :]), q_MD, PDL)
             scores_MN = tl.dot(q_MD, tl.trans(k_ND))
             if key_scales_ptr is not None:
                 scores_MN *= key_scales_N[None, :]
@@ -265,8 +266,10 @@ def _prefill(  # type: ignore[no-untyped-def]
             scales_N = edge_rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + position_N % PAGE
             key_scales_N = tl.load(key_scales_ptr + scales_N, mask=is_there_N, other=0.0).to(tl.float32)
             value_scales_N = tl.load(value_scales_ptr + scales_N, mask=is_there_N, other=0.0).to(tl.float32)
-        k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0).to(q_MD.dtype)
-        v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0).to(q_MD.dtype)
+        k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0)
+        k_ND = numbers_of_bytes(k_ND, q_MD, PDL)
+        v_ND = tl.load(values_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0)
+        v_ND = numbers_of_bytes(v_ND, q_MD, PDL)
         is_seen_MN = position_N[None, :] <= position_M[:, None]
         if WINDOW:
             is_seen_MN = is_seen_MN & (position_N[None, :] > position_M[:, None] - WINDOW)

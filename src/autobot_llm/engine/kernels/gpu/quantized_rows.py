@@ -19,6 +19,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
+from autobot_llm.engine.kernels.gpu.narrow import numbers_of_bytes
 from autobot_llm.engine.kernels.gpu.row_parts import finish_rows, prefetch, rows_of, scale_rows, sum_splits, tile_of
 
 
@@ -118,10 +119,10 @@ def quantized_rows_kernel(  # type: ignore[no-untyped-def]
                 up_a_O, up_b_O = next_a_O, next_b_O
         else:
             w = tile_of(bytes_OI, at, inputs_I[None, :], end, WHOLE_TILES, EVICT_FIRST)
-            y_OP = tl.dot(w.to(x.dtype), x, y_OP)
+            y_OP = tl.dot(numbers_of_bytes(w, x, PDL), x, y_OP)
             if GATED:
                 u = tile_of(up_bytes_OI, at, inputs_I[None, :], end, WHOLE_TILES, EVICT_FIRST)
-                up_y_OP = tl.dot(u.to(x.dtype), x, up_y_OP)
+                up_y_OP = tl.dot(numbers_of_bytes(u, x, PDL), x, up_y_OP)
     if not GROUP:
         y_OP *= tl.load(scales_ptr + rows_O)[:, None]
         if GATED:

@@ -77,8 +77,10 @@ def sum_splits(  # type: ignore[no-untyped-def]
             tl.debug_barrier()
             tl.store(arrivals_ptr + tile, 0)  # for the next kernel that splits
             y_OP = tl.zeros((BLOCK_O, PADDED_ROWS), tl.float32)
-            up_y_OP = tl.zeros((BLOCK_O, PADDED_ROWS), tl.float32)
-            squares_P = tl.zeros((PADDED_ROWS,), tl.float32)
+            if GATED:
+                up_y_OP = tl.zeros((BLOCK_O, PADDED_ROWS), tl.float32)
+            if NORM:
+                squares_P = tl.zeros((PADDED_ROWS,), tl.float32)
             for other in tl.static_range(NUM_SPLITS):
                 theirs = partial_ptr + other * size
                 y_OP += tl.load(theirs + sums_OP, cache_modifier=".cg")

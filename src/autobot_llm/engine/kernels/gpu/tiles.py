@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 
 class Kind(Enum):
@@ -54,6 +54,7 @@ class RowsTile:
 
 
 Tile: TypeAlias = MatvecTile | RowsTile
+AnyTile = TypeVar("AnyTile", bound=Tile | None)
 
 MAX_ROWS = 128  # above it every product is torch's
 
@@ -121,12 +122,13 @@ def choose_tile(
     """
     if num_rows > MAX_ROWS or (num_rows > 1 and capability[0] != 9):
         return None
-    shapes = HOPPER.get((kind, 1 << (num_rows - 1).bit_length()), {})
-    return min(
-        shapes.items(),
-        key=lambda entry: _distance(entry[0], (num_outputs, num_inputs)),
-        default=(None, None),
-    )[1]
+    shapes = HOPPER.get((kind, 1 << (num_rows - 1).bit_length()))
+    return None if shapes is None else nearest(shapes, (num_outputs, num_inputs))
+
+
+def nearest(shapes: Mapping[tuple[int, int], AnyTile], shape: tuple[int, int]) -> AnyTile:
+    """What the table has for the shape that is most like this one, by the ratios of its sides."""
+    return min(shapes.items(), key=lambda entry: _distance(entry[0], shape))[1]
 
 
 def _distance(shape: tuple[int, int], other: tuple[int, int]) -> float:

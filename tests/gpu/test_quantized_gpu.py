@@ -1,0 +1,100 @@
+"""An engine on a GPU that reads quantized weights as they are: what it answers, and what it holds. `make test-gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_folders import as_whole_weights
+
+from autobot_llm.engine.description import DescribedExecutor, TellsQuantization
+from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.quantization.quantize import quantize_folder
+from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
+from autobot_llm.engine.request import EngineRequest, RequestStats
+from autobot_llm.engine.scoring import PromptScoring
+from autobot_llm.engine.sequence import SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+TINY = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"
+STORY = "Once upon a time there was a little girl who had a big red ball. She took it to the park and "
+
+
+@contextmanager
+def engine_of(folder: Path, kind: str = "none", **more: object) -> Iterator[Engine]:
+    assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
+    options = EngineOptions(
+        folder=folder, cache_dir=Path("unused"), device="cuda", kv_cache_memory=64 * 2**20, max_model_len=512,
+        max_num_seqs=8, max_num_batched_tokens=512, quantization=QuantizationType(kind), prefix_caching=False, **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+    engine = load_engine(options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def answer(engine: Engine, text: str) -> str:
+    prompt_ids = engine.tokenizer.encode(text, add_special_tokens=False)
+    engine.add(0, EngineRequest(prompt_ids, (SamplingParams(max_tokens=40, temperature=0.0),)), RequestStats())
+    found = ""
+    while engine.has_work:
+        found += "".join(output.text for output in engine.step())
+    return found
+
+
+def mean_logprob(engine: Engine, num_tokens: int) -> float:
+    """Of a text in one step of as many rows: prompts of up to 64 tokens are replayed, longer ones launched."""
+    scoring = PromptScoring(engine.tokenizer.encode(STORY * 20, add_special_tokens=False)[:num_tokens])
+    while not scoring.advance(engine):
+        pass
+    scoring.release(engine)
+    return sum(scoring.logprobs) / len(scoring.logprobs)
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "fp8", "awq"])
+def test_an_engine_answers_what_the_numbers_that_its_weights_stand_for_give(tmp_path: Path, kind: str) -> None:
+    ids = torch.randint(5, 8000, (4, 64), generator=torch.Generator().manual_seed(0))
+    config = QuantizationConfig(type=QuantizationType(kind), group_size=64)
+    quantize_folder(TINY, tmp_path / "quantized", config, sequences_BL=ids)
+    twin = as_whole_weights(tmp_path / "twin", tmp_path / "quantized", torch.bfloat16)
+    found: dict[str, list[object]] = {}
+    for name, folder in (("quantized", tmp_path / "quantized"), ("twin", twin)):
+        with engine_of(folder) as engine:
+            found[name] = [answer(engine, "Once upon a time"), mean_logprob(engine, 24), mean_logprob(engine, 400)]
+            assert isinstance(engine.executor, DescribedExecutor) and isinstance(engine.executor, TellsQuantization)
+            weights, num_bytes = engine.executor.description.weights, engine.executor.description.weight_bytes
+            assert engine.executor.quantization == weights
+            if name == "quantized":
+                assert weights is not None and weights.endswith("weights as they are")
+                quantized_bytes = num_bytes
+            else:
+                assert weights is None and quantized_bytes < 0.7 * num_bytes
+    (text, few, many), (expected_text, expected_few, expected_many) = found["quantized"], found["twin"]
+    assert len(str(text)) > 40 and str(text)[:24] == str(expected_text)[:24]
+    assert few == pytest.approx(expected_few, abs=0.03) and many == pytest.approx(expected_many, abs=0.03)
+
+
+def test_weights_are_rounded_while_they_are_loaded_and_go_with_graphs_and_a_rounded_cache() -> None:
+    with engine_of(TINY, cuda_graphs="off") as engine:
+        whole, whole_bytes = mean_logprob(engine, 400), engine.executor.description.weight_bytes  # type: ignore[attr-defined]
+    with engine_of(TINY, "w4") as engine:
+        description = engine.executor.description  # type: ignore[attr-defined]
+        assert description.weights == "W4A16 group 128 weights as they are" and description.num_graphs > 0
+        assert description.weight_bytes < 0.5 * whole_bytes
+        assert dict(description.lines())["weights"].endswith("GB, lossy")
+        rounded, texts = mean_logprob(engine, 400), [answer(engine, STORY), answer(engine, STORY * 4)]
+    assert rounded == pytest.approx(whole, abs=0.25) and rounded != whole
+    with engine_of(TINY, "w4", cuda_graphs="off") as engine:
+        assert mean_logprob(engine, 400) == pytest.approx(rounded, abs=0.01)
+        launched = [answer(engine, STORY), answer(engine, STORY * 4)]
+    assert [text[:24] for text in launched] == [text[:24] for text in texts]
+    with engine_of(TINY, "w4", kv_cache_dtype="int8", cuda_graphs="off") as engine:
+        assert mean_logprob(engine, 400) == pytest.approx(rounded, abs=0.03)
+        assert len(answer(engine, STORY)) > 40
