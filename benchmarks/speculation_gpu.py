@@ -8,6 +8,8 @@ Prints tables and one JSON line at the end.
     python benchmarks/widen.py src/autobot_llm/assets/tiny 7b && python benchmarks/widen.py \\
         src/autobot_llm/assets/tiny-draft draft-68m --shape draft-68m
     python benchmarks/speculation_gpu.py 7b --draft draft-68m --batch 1 8 32 128
+    python benchmarks/widen_heads.py src/autobot_llm/assets/tiny src/autobot_llm/assets/tiny-medusa medusa-7b
+    python benchmarks/speculation_gpu.py 7b --heads medusa-7b --batch 1 8
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sampler import SamplingArraysBuilder
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.build import SpeculationOptions
+from autobot_llm.engine.speculative.build import Method, SpeculationOptions
 from autobot_llm.engine.speculative.controller import Always
+from autobot_llm.engine.speculative.measurements import ON_GPU
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.providers.native.provider import engine_options
@@ -43,6 +46,7 @@ PROMPTS = Path(__file__).parent / "data" / "dev_prompts.jsonl"
 CATEGORIES = ("chat", "copy", "story", "code", "long_prefix")
 NEW_TOKENS = 160
 SAMPLED_TEMPERATURE, SAMPLED_TOP_P = 0.8, 0.95
+LINE_NUMBERS, TREE_NUMBERS = (0, 1, 2, 3, 5, 7, 15), (3, 7, 15, 31, 63)
 
 
 @dataclasses.dataclass
@@ -93,18 +97,17 @@ def shown(sequence: Sequence) -> list[int]:
     return next((ids[: i + 1] for i, token_id in enumerate(ids) if token_id in sequence.params.stop_token_ids), ids)
 
 
-def methods(engine: Engine, num_tokens: int, has_draft: bool) -> dict[str, Speculator | None]:
-    """Every method over the parts of the engine's own speculator."""
-    auto = engine.speculator
-    assert auto is not None, engine.speculation_reason
-    clock = time.perf_counter
+def methods(engine: Engine, num_tokens: int) -> dict[str, Speculator | None]:
+    """Every method over the parts of the engine's own speculator; `auto` chooses between its costly one and n-grams."""
+    assert engine.speculator is not None, engine.speculation_reason
+    costly, clock = engine.speculator._costly, time.perf_counter
     found: dict[str, Speculator | None] = {
         "off": None,
         "ngram": Speculator(num_tokens, make_free=NgramProposer, policy=Always(num_tokens), clock=clock),
     }
-    if has_draft:
-        costly = auto._costly
-        found["draft"] = Speculator(num_tokens, costly=costly, policy=Always(num_tokens), clock=clock)
+    if costly is not None:
+        found[costly.name] = Speculator(num_tokens, costly=costly, policy=Always(num_tokens), clock=clock)
+    auto = Speculator(num_tokens, make_free=NgramProposer, costly=costly, priors=ON_GPU, clock=clock)
     return found | {"auto": auto}
 
 
@@ -162,7 +165,8 @@ def report(title: str, found: dict[tuple[str, str], Sums], names: list[str]) -> 
             }
         differing = sum(found[category, name].num_differing for category in CATEGORIES)
         mean = sum(found[c, name].speed / found[c, "off"].speed for c in CATEGORIES) / len(CATEGORIES)
-        print(f"  {name:6} {' '.join(row)}  mean {mean:4.2f}, {differing} differ", flush=True)
+        per_step = " ".join(f"{found[c, name].num_tokens / found[c, name].num_steps:.2f}" for c in CATEGORIES)
+        print(f"  {name:6} {' '.join(row)}  mean {mean:4.2f}, {differing} differ, tokens/step {per_step}", flush=True)
     return cells
 
 
@@ -188,22 +192,25 @@ def about(every: dict[str, Speculator | None]) -> dict[str, Any]:
     return told
 
 
-def step_costs(engine: Engine) -> dict[str, Any]:
+def step_costs(engine: Engine, *, with_trees: bool = False) -> dict[str, Any]:
     """Milliseconds from a launch to its tokens: so many sequences of 512 tokens, with so many drafts each."""
     executor, pool = engine.executor, BlockPool(4096, 16, prefix_caching=False, scattered=True)
     assert isinstance(executor, PipelinedExecutor)
     told: dict[str, Any] = {}
-    print("\nms a step, waited for: draft tokens of each sequence")
+    numbers = TREE_NUMBERS if with_trees else LINE_NUMBERS
+    print(f"\nms a step, waited for: {numbers} draft tokens of each sequence{', in a tree' if with_trees else ''}")
     for batch in (1, 2, 4, 8, 16, 32):
         row = []
-        for number in (0, 1, 2, 3, 5, 7, 15):
-            if number and batch + batch * number > batch + executor.room_for_drafts(batch):
+        for number in numbers:
+            if number and batch * number > executor.room_for_drafts(batch):
                 break
             scheduled = []
             for i in range(batch):
                 sequence = Sequence(i, [1] * 512, SamplingParams(max_tokens=64, temperature=0.0))
-                sequence.block_ids.extend(pool.allocate(34) or ())
+                sequence.block_ids.extend(pool.allocate(36) or ())
                 sequence.draft_ids = [1] * number
+                if with_trees:  # each token has two after it
+                    sequence.draft_parents = [(node - 2) // 2 for node in range(number)]
                 scheduled.append(ScheduledSequence(sequence, 511, 1 + number, True, 0, number))
             step = build_batch(scheduled, 16)
             sampling = SamplingArraysBuilder(engine.config.vocab_size).build([item.sequence for item in scheduled])
@@ -223,7 +230,9 @@ def step_costs(engine: Engine) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--draft", type=Path, help="a draft model's folder")
+    guesser = parser.add_mutually_exclusive_group()
+    guesser.add_argument("--draft", type=Path, help="a draft model's folder")
+    guesser.add_argument("--heads", type=Path, help="a folder of Medusa heads (widen_heads.py)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of each category, at least a batch (8)")
     parser.add_argument("--num-tokens", type=int, default=5, help="most tokens of a draft (5)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -234,21 +243,24 @@ def main() -> None:
         env_file=None,
         environ={"AUTOBOT_QUANTIZATION_TYPE": arguments.quantization},
     )
-    speculation = SpeculationOptions("auto" if arguments.draft else "ngram", arguments.draft, arguments.num_tokens)
+    method: Method = "medusa" if arguments.heads else "draft" if arguments.draft else "ngram"
+    speculation = SpeculationOptions(method, arguments.draft, arguments.heads, arguments.num_tokens)
     start = time.perf_counter()
     engine = load_engine(
         dataclasses.replace(engine_options(settings, arguments.model), prefix_caching=False, speculation=speculation)
     )
     print(f"{torch.cuda.get_device_name()}; loaded in {time.perf_counter() - start:.1f} s; {engine.speculation_reason}")
     gc.freeze()
-    every = methods(engine, arguments.num_tokens, arguments.draft is not None)
+    every = methods(engine, arguments.num_tokens)
     result: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     for batch in arguments.batch:
         result[f"batch {batch}, greedy"] = run_batch(engine, every, batch, arguments.prompts)
         if batch == 1 and arguments.sampled:
             result["batch 1, sampled"] = run_batch(engine, every, 1, arguments.prompts, is_sampled=True)
     result["about"] = about(every)
-    result["ms of steps with 0, 1, 2, 3, 5, 7, 15 drafts each"] = step_costs(engine)
+    result[f"ms of steps with {LINE_NUMBERS} drafts each"] = step_costs(engine)
+    if arguments.heads:
+        result[f"ms of steps with trees of {TREE_NUMBERS} drafts each"] = step_costs(engine, with_trees=True)
     engine.close()
     print(json.dumps(result))
 

@@ -107,6 +107,7 @@ def small(bench: Bench, clock: Clock, report: Report) -> None:
     with highest_used(bench) as highest:
         engine = bench.engine(folder, quantization=scheme, prefix_caching=False, **settings)
         after_start = used_bytes(bench)
+        reserved, allocated = torch_bytes(bench)
         length = (256 if bench.quick else engine.scheduler.max_model_len) - 66
         prompts = random_prompts(engine.config, 1, length, random.Random(0))
         one = generate(engine, prompts, 1)
@@ -114,6 +115,8 @@ def small(bench: Bench, clock: Clock, report: Report) -> None:
     table = report.table(f"{length:,} tokens of prompt, int4 weights, int8 keys and values", "what", "figure")
     figures = {
         "used after the start, GB": after_start / 1e9 if after_start else None,
+        "of it, held by torch, GB": reserved / 1e9,
+        "of that, in use, GB": allocated / 1e9,
         "used at most, from load to answer, GB": highest[0] / 1e9 if highest[0] else None,
         "first token, ms": one.seconds * 1e3,
         "between tokens, ms": (many.seconds - one.seconds) / 64 * 1e3,
@@ -135,6 +138,11 @@ def used_bytes(bench: Bench) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def torch_bytes(bench: Bench) -> tuple[int, int]:
+    """Of the device, by torch's allocator: held, and in use. The rest is the CUDA context, kernels and graphs."""
+    return (torch.cuda.memory_reserved(), torch.cuda.memory_allocated()) if bench.is_cuda else (0, 0)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import Int64Array, StepBatch
-from autobot_llm.engine.executor import LaunchedStep, SampledRows, SamplingArrays
+from autobot_llm.engine.executor import Features, LaunchedStep, SampledRows, SamplingArrays
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.noise import exponential_noise
 
@@ -119,11 +119,15 @@ class FakeTreeDevice(FakeDevice):
         return [*range(num_before), *(num_before + j for j in range(64) if mask >> j & 1)]
 
     def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
-        for slot_from, slot_to in zip(slots_from_M.tolist(), slots_to_M.tolist(), strict=True):
+        for slot_to in slots_to_M.tolist():
             assert self.pool is None or self.pool.num_references(slot_to // self.block_size) == 1
             assert self.pool is None or self.pool._entry_of[slot_to // self.block_size] is None
+        self.num_moves += len(slots_to_M)
+        self.do(self._move, slots_from_M.tolist(), slots_to_M.tolist())
+
+    def _move(self, slots_from: list[int], slots_to: list[int]) -> None:
+        for slot_from, slot_to in zip(slots_from, slots_to, strict=True):
             self.cache[slot_to] = self.cache[slot_from]
-            self.num_moves += 1
 
 
 class HostBlocks:
@@ -145,6 +149,7 @@ class HostBlocks:
 class _Launched:
     device: FakePipelinedDevice
     num_rows: int
+    features = Features()
     sampled: SampledRows | None = None
     error: Exception | None = None
     is_waited_for: bool = False

@@ -13,7 +13,7 @@ from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.controller import MARGIN, REFRESH, RETRY, Controller, CostlyOffer
+from autobot_llm.engine.speculative.controller import MARGIN, REFRESH, RETRY, Controller, CostlyCosts, CostlyOffer
 from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY, AcceptanceHistory, StepCosts
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.speculator import Speculator
@@ -242,3 +242,13 @@ def test_an_acceptance_that_collapses_in_the_middle_of_an_answer_loses_at_most_t
         assert only_copied < plain_copied / 1.8, "copying gains"
         assert num_drafted > 200
         assert seconds - only_copied <= 1.03 * (plain - plain_copied)
+
+
+def test_a_tree_costs_all_of_its_tokens_and_a_line_its_own() -> None:
+    costs = CostlyCosts()
+    assert costs.tokens(1, 4) == 4
+    costs.record_tokens(1, 5, 4)  # a line that was cut
+    assert [costs.tokens(1, depth) for depth in (1, 3, 5)] == [1, 3, 5]
+    costs.record_tokens(2, 4, 2 * 31)
+    assert costs.tokens(2, 4) == costs.tokens(3, 2) == 31
+    assert costs.tokens(1, 4) == 4

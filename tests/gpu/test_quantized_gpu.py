@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -27,10 +28,12 @@ STORY = "Once upon a time there was a little girl who had a big red ball. She to
 
 
 @contextmanager
-def engine_of(folder: Path, kind: str = "none", **more: object) -> Iterator[Engine]:
+def engine_of(
+    folder: Path, kind: str = "none", *, device: Literal["cpu", "cuda"] = "cuda", **more: object
+) -> Iterator[Engine]:
     assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
     options = EngineOptions(
-        folder=folder, cache_dir=Path("unused"), device="cuda", kv_cache_memory=64 * 2**20, max_model_len=512,
+        folder=folder, cache_dir=Path("unused"), device=device, kv_cache_memory=64 * 2**20, max_model_len=512,
         max_num_seqs=8, max_num_batched_tokens=512, quantization=QuantizationType(kind), prefix_caching=False, **more,  # type: ignore[arg-type]
     )  # fmt: skip
     engine = load_engine(options)
@@ -50,7 +53,7 @@ def answer(engine: Engine, text: str) -> str:
 
 
 def mean_logprob(engine: Engine, num_tokens: int) -> float:
-    """Of a text in one step of as many rows: prompts of up to 64 tokens are replayed, longer ones launched."""
+    """Of a text in one step of as many rows: those of up to 16 keep activations as they are, whatever the scheme."""
     scoring = PromptScoring(engine.tokenizer.encode(STORY * 20, add_special_tokens=False)[:num_tokens])
     while not scoring.advance(engine):
         pass
@@ -67,7 +70,7 @@ def test_an_engine_answers_what_the_numbers_that_its_weights_stand_for_give(tmp_
     found: dict[str, list[object]] = {}
     for name, folder in (("quantized", tmp_path / "quantized"), ("twin", twin)):
         with engine_of(folder) as engine:
-            found[name] = [answer(engine, "Once upon a time"), mean_logprob(engine, 24), mean_logprob(engine, 400)]
+            found[name] = [answer(engine, "Once upon a time"), mean_logprob(engine, 12), mean_logprob(engine, 400)]
             assert isinstance(engine.executor, DescribedExecutor) and isinstance(engine.executor, TellsQuantization)
             weights, num_bytes = engine.executor.description.weights, engine.executor.description.weight_bytes
             assert engine.executor.quantization == weights
@@ -78,7 +81,11 @@ def test_an_engine_answers_what_the_numbers_that_its_weights_stand_for_give(tmp_
                 assert weights is None and quantized_bytes < 0.7 * num_bytes
     (text, few, many), (expected_text, expected_few, expected_many) = found["quantized"], found["twin"]
     assert len(str(text)) > 40 and str(text)[:24] == str(expected_text)[:24]
-    assert few == pytest.approx(expected_few, abs=0.03) and many == pytest.approx(expected_many, abs=0.03)
+    assert few == pytest.approx(expected_few, abs=0.03)
+    if kind != "awq":  # of many rows activations are rounded, as a CPU rounds them
+        with engine_of(tmp_path / "quantized", device="cpu", compiled_step="off") as engine:
+            expected_many = mean_logprob(engine, 400)
+    assert many == pytest.approx(expected_many, abs=0.03)
 
 
 def test_weights_are_rounded_while_they_are_loaded_and_go_with_graphs_and_a_rounded_cache() -> None:

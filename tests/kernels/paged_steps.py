@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from autobot_llm.engine.attention.paged import BLOCK_SIZE, PagedBatch, decode_sizes, fill_decode_arrays, max_items
+from autobot_llm.engine.attention.paged import (
+    BLOCK_SIZE,
+    ITEM_FIELDS,
+    MAX_DECODE_QUERIES,
+    TREE_FIELDS,
+    PagedBatch,
+    decode_sizes,
+    fill_decode_arrays,
+    fill_tree_rows,
+    max_items,
+    plan_items_by_queries,
+    trees_of,
+)
 from autobot_llm.engine.attention.sdpa_paged import attend_span, spans_of
-from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.batching import draft_tree
+from autobot_llm.engine.batching.plan import StepBatch
+from autobot_llm.engine.kernels.gpu.decode_attention import MAX_ROWS
 
 
 # T packed tokens, S sequences, B blocks of a sequence, H query heads, K key/value heads, D head size
@@ -45,10 +60,10 @@ class PagedStep:
     def _heads(self) -> torch.Tensor:
         return self.qkv.unflatten(1, (self.num_heads + 2 * self.num_kv_heads, -1))
 
-    def expected(self, *, window: int = 0, tree_masks_T: Int32Array | None = None) -> torch.Tensor:
+    def expected(self, *, window: int = 0) -> torch.Tensor:
         """out_THD in float64."""
         out_THD = torch.empty_like(self.q, dtype=torch.float64)
-        for span in spans_of(self.batch, self.qkv.device, tree_masks_T):
+        for span in spans_of(self.batch, self.qkv.device):
             q_QHD = self.q[span.start : span.stop].double()
             out_THD[span.start : span.stop] = attend_span(
                 q_QHD, self.keys, self.values, span, window=window, math_dtype=torch.float64
@@ -103,6 +118,18 @@ def random_step(
     return PagedStep(batch, qkv.to(device), keys.to(device), values.to(device), num_heads)
 
 
+def with_trees(step: PagedStep, *, seed: int = 1) -> PagedStep:
+    """The same with a random tree for every sequence of more than one new token, except each fourth."""
+    rng, batch = np.random.default_rng(seed), step.batch
+    masks_T, positions_T = np.zeros(batch.num_tokens, np.uint64), batch.positions_T.copy()
+    for s, (start, stop) in enumerate(pairwise(batch.query_starts.tolist())):
+        if stop - start > 1 and s % 4 != 3:
+            parents = [int(rng.integers(-1, node)) for node in range(stop - start - 1)]
+            masks_T[start:stop] = draft_tree.masks(parents)
+            positions_T[start + 1 : stop] = positions_T[start] + np.array(draft_tree.depths(parents), np.int32)
+    return replace(step, batch=replace(batch, tree_masks_T=masks_T, positions_T=positions_T))
+
+
 def device_batch(
     step: PagedStep,
     *,
@@ -110,10 +137,11 @@ def device_batch(
     max_queries: int | None = None,
     num_processors: int = 8,
     window: int = 0,
-    tree_masks_T: Int32Array | None = None,
 ) -> PagedBatch:
     """The step in device arrays, padded to `num_sequences`; whatever is not filled in is an absurd number."""
     batch = step.batch
+    if batch.tree_masks_T is not None:
+        return _batch_with_trees(step, num_processors, window)
     num_sequences = num_sequences or batch.num_sequences
     max_queries = max_queries or int(np.diff(batch.query_starts).max())
     sizes = decode_sizes(
@@ -121,11 +149,34 @@ def device_batch(
         max_queries=max_queries,
         table_width=batch.block_tables_SB.shape[1] + 3,
         num_items=max_items(num_sequences, step.num_kv_heads, num_processors),
-        has_tree_masks=tree_masks_T is not None,
     )
     arrays = {name: np.full(shape, -1_234_567, np.int32) for name, shape in sizes.items()}
-    fill_decode_arrays(arrays, batch, window=window, tree_masks_T=tree_masks_T)
+    fill_decode_arrays(arrays, batch, window=window)
     return PagedBatch.over({name: torch.from_numpy(a).to(step.qkv.device) for name, a in arrays.items()}, max_queries)
+
+
+def _batch_with_trees(step: PagedStep, num_processors: int, window: int) -> PagedBatch:
+    batch, group_size = step.batch, step.num_heads // step.num_kv_heads
+    max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // group_size)
+    spare_items = max_items(0, step.num_kv_heads, num_processors)
+    num_parts = batch.num_sequences + batch.num_tokens // max_queries
+    items_I8 = np.full((num_parts + spare_items, ITEM_FIELDS), -1_234_567, np.int32)
+    num_items = plan_items_by_queries(
+        items_I8,
+        batch.query_starts,
+        batch.context_lens,
+        max_queries=max_queries,
+        spare_items=spare_items,
+        window=window,
+        has_tree_S=trees_of(batch),
+    )
+    items_I8[num_items:] = -1
+    rows_T4 = np.full((batch.num_tokens + 3, TREE_FIELDS), -1_234_567, np.int32)
+    fill_tree_rows(rows_T4, batch)
+    tables, items, rows = (
+        torch.from_numpy(array).to(step.qkv.device) for array in (batch.block_tables_SB, items_I8, rows_T4)
+    )
+    return PagedBatch(tables, items, max_queries, tree_rows_T4=rows)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

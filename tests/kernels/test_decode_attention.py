@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from paged_steps import PagedStep, device_batch, random_step, relative_error
+from paged_steps import PagedStep, device_batch, random_step, relative_error, with_trees
 
 from autobot_llm.engine.attention.paged import ItemCut, PagedBatch, max_items, plan_items
 from autobot_llm.engine.batching.plan import StepBatch
@@ -62,29 +62,27 @@ def test_several_new_tokens_per_sequence_see_each_other_in_order(
     assert relative_error(out_THD, step.expected()) < TOLERANCE[dtype]
 
 
-def test_a_tree_mask_says_which_new_tokens_are_seen(dtype: torch.dtype, device: torch.device) -> None:
-    query_lens = [6, 16, 1]
-    step = random_step(
-        [130, 100, 20], query_lens, num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1)], ids=["2 share", "8 share"])
+@pytest.mark.parametrize("window", [0, 70])
+def test_a_tree_says_which_new_tokens_are_seen(
+    window: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Trees of up to 64 tokens, in several programs; a line and a single token beside them."""
+    line = random_step(
+        [130, 100, 20, 90],
+        [6, 64, 1, 19],
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_size=64,
+        dtype=dtype,
+        device=device,
     )
-    masks_T = random_tree_masks(query_lens)
-    out_THD = attend(step, device_batch(step, tree_masks_T=masks_T))
-    expected_THD = step.expected(tree_masks_T=masks_T)
+    step = with_trees(line)
+    out_THD = attend(step, device_batch(step, window=window), window=window)
+    expected_THD = step.expected(window=window)
     assert relative_error(out_THD, expected_THD) < TOLERANCE[dtype]
-    assert relative_error(step.expected(), expected_THD) > 0.1, "these masks are no different from causal ones"
-
-
-def random_tree_masks(query_lens: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-    """Each token sees itself and what a random earlier one of its sequence sees, or nothing new before it."""
-    rng = np.random.default_rng(1)
-    masks = []
-    for num_queries in query_lens:
-        of_sequence: list[int] = []
-        for j in range(num_queries):
-            parent = int(rng.integers(-1, j)) if j else -1
-            of_sequence.append((of_sequence[parent] if parent >= 0 else 0) | 1 << j)
-        masks += of_sequence
-    return np.array(masks, np.int32)
+    assert relative_error(line.expected(window=window), expected_THD) > 0.1, "these trees are no different from lines"
+    assert torch.equal(line.expected(window=window)[70:], expected_THD[70:])
 
 
 @pytest.mark.parametrize("plan_knows_it", [True, False], ids=["planned", "unplanned"])

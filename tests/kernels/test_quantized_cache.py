@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from paged_steps import PagedStep, device_batch, random_step, relative_error
-from test_decode_attention import TOLERANCE, random_tree_masks
+from paged_steps import PagedStep, device_batch, random_step, relative_error, with_trees
+from test_decode_attention import TOLERANCE
 
 from autobot_llm.engine.attention.paged import AttentionShape
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
@@ -52,8 +52,8 @@ def with_quantized_cache(step: PagedStep, dtype: torch.dtype) -> PagedStep:
 
 def attend(step: PagedStep, *, window: int = 0, tree: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """What the decode kernel gives, and its twin over the same rounded cache."""
-    masks_T = random_tree_masks((step.batch.query_starts[1:] - step.batch.query_starts[:-1]).tolist()) if tree else None
-    batch = device_batch(step, window=window, tree_masks_T=masks_T)
+    step = with_trees(step) if tree else step
+    batch = device_batch(step, window=window)
     workspace = DecodeWorkspace.allocate(
         batch.items_I8.shape[0],
         max_queries=batch.max_queries,
@@ -64,7 +64,7 @@ def attend(step: PagedStep, *, window: int = 0, tree: bool = False) -> tuple[tor
     )
     out_THD = torch.full(step.q.shape, float("nan"), dtype=step.qkv.dtype, device=step.qkv.device)
     paged_decode(step.q, step.keys, step.values, batch, out_THD, workspace, window=window)
-    return out_THD, step.expected(window=window, tree_masks_T=masks_T)
+    return out_THD, step.expected(window=window)
 
 
 @CACHE_DTYPES

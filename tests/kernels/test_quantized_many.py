@@ -137,10 +137,11 @@ def test_no_rows_give_no_rows_and_any_number_has_a_way(fmt: str, device: torch.d
     for rounded in (False, True):
         for rows in (1, 33, 128, 129, 1024, 8192):
             if (fmt, rounded) in HOPPER:
-                assert isinstance(choose_way(fmt, rounded, rows, NARROW, False, (9, 0)), ManyTile | Library)
-                assert choose_way(fmt, rounded, rows, NARROW, True, (8, 0)) in (
-                    {Library.PARTS} if not rounded else {choose_way(fmt, True, 1, NARROW, False, (8, 0))}
-                )
+                for num_inputs in (4096, 14336):
+                    way = choose_way(fmt, rounded, rows, NARROW, num_inputs, False, (9, 0))
+                    assert isinstance(way, ManyTile | Library)
+                elsewhere = choose_way(fmt, rounded, rows, NARROW, 4096, True, (8, 0))
+                assert isinstance(elsewhere, ManyTile) if rounded else elsewhere is Library.PARTS
 
 
 def test_four_bits_are_not_multiplied_by_eight(device: torch.device, dtype: torch.dtype) -> None:

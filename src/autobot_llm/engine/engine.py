@@ -14,7 +14,7 @@ from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.choice import Choice, info_of
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, LaunchedStep, PipelinedExecutor, TreeExecutor
+from autobot_llm.engine.executor import Executor, Features, LaunchedStep, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sampler import (
@@ -27,7 +27,7 @@ from autobot_llm.engine.sampler import (
     needs_host,
 )
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.acceptance import Verdict, verify, verify_sampled
+from autobot_llm.engine.speculative.acceptance import Verdict, row_offsets, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import EngineError
@@ -185,11 +185,12 @@ class Engine:
             self._in_flight = self._launch(executor, plan)
             return outputs
         scheduled = plan.scheduled
-        rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in range(item.num_draft + 1)]
+        rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in row_offsets(item)]
         sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
         batch = self._batches.build(plan)
-        verdicts = verify_sampled(executor.launch(batch, sampling).wait(), scheduled)
-        return outputs + self._take_verdict(speculator, plan, batch, verdicts, begin_time)
+        launched = executor.launch(batch, sampling)
+        verdicts = verify_sampled(launched.wait(), scheduled)
+        return outputs + self._take_verdict(speculator, plan, batch, verdicts, begin_time, launched.features)
 
     def _room_for_drafts(self, num_sequences: int) -> int:
         """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
@@ -221,12 +222,16 @@ class Engine:
         if self.speculator is not None:
             self.speculator.record_plain(step.plan, seconds, self.scheduler.step_cost)
         if all(map(math.isfinite, best_logits)):
-            return self._accept_all(step.plan, tokens, None, seconds)
-        outcomes = [
-            SampledToken(token) if math.isfinite(best) else broken_logits(best)
-            for token, best in zip(tokens, best_logits, strict=True)
-        ]
-        return self._accept_all(step.plan, _tokens_of(outcomes), outcomes, seconds)
+            outputs = self._accept_all(step.plan, tokens, None, seconds)
+        else:
+            outcomes = [
+                SampledToken(token) if math.isfinite(best) else broken_logits(best)
+                for token, best in zip(tokens, best_logits, strict=True)
+            ]
+            outputs = self._accept_all(step.plan, _tokens_of(outcomes), outcomes, seconds)
+        if self.speculator is not None:
+            self.speculator.observe(step.plan, features=step.launched.features)
+        return outputs
 
     def _step_on_host(self) -> list[Output]:
         if self.speculator is not None:
@@ -249,14 +254,20 @@ class Engine:
         return self._take_verdict(speculator, plan, batch, verdicts, begin_time)
 
     def _take_verdict(
-        self, speculator: Speculator, plan: StepPlan, batch: StepBatch, verdicts: list[Verdict], begin_time: float
+        self,
+        speculator: Speculator,
+        plan: StepPlan,
+        batch: StepBatch,
+        verdicts: list[Verdict],
+        begin_time: float,
+        features: Features | None = None,
     ) -> list[Output]:
         stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
         if batch.tree_masks_T is not None and self._mover is not None:
             self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
         num_accepted = [verdict.num_accepted for verdict in verdicts]
         outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
-        speculator.observe(plan, verdicts)
+        speculator.observe(plan, verdicts, features)
         speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
         self._last_end_time = self._clock()
         return outputs

@@ -69,9 +69,13 @@ class FeatureKinds:
     layers: tuple[int, ...] = ()
 
 
+NO_FEATURES = FeatureKinds()
+
+
 class Features(NamedTuple):
-    """What a step kept, in float32: `hidden_RE` as of `HiddenExecutor`, and `streams_TF` of every token of the batch,
-    the streams of the wanted layers side by side (F their number times E). None: not wanted. New tensors each time."""
+    """What a step kept: `hidden_RE` as of `HiddenExecutor`, and `streams_TF` of every token of the batch, the streams
+    of the wanted layers side by side (F their number times E). None: not wanted. New tensors each time: float32 on a
+    CPU, and on a GPU of the model's dtype and queued on the stream of the steps."""
 
     hidden_RE: torch.Tensor | None = None
     streams_TF: torch.Tensor | None = None
@@ -114,7 +118,10 @@ class SampledRows(NamedTuple):
 
 
 class LaunchedStep(Protocol):
-    """A step that the device computes, or has computed."""
+    """A step that the device computes, or has computed. `features` are what its executor was made to keep: tensors that
+    the device fills, and that stay as they are whatever is launched later."""
+
+    features: Features
 
     def wait(self) -> SampledRows:
         """Block until its sampled tokens are on the host; called once. Raises what the device raised."""

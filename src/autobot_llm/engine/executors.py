@@ -13,7 +13,7 @@ import torch
 from autobot_llm.engine.attention.sdpa import SdpaAttention
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.eager import EagerExecutor
-from autobot_llm.engine.executor import Executor
+from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions, why_not_fused
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError, load_library
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE, CompiledExecutor, check_coverage
@@ -67,14 +67,17 @@ def make_executor(
     cache_dtype: torch.dtype,
     block_bytes: int,
     on_progress: OnProgress | None,
+    features: FeatureKinds = NO_FEATURES,
 ) -> tuple[Executor, int]:
-    """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch."""
+    """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch.
+
+    `features`: what the steps on a GPU are to keep; others are told step by step."""
     if device.type == "cuda":
         if options.compiled_step == "on":
             raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
         why_eager = why_not_fused(config, dtype)
         if why_eager is None:
-            return _gpu_executor(config, options, sizes, device, cache_dtype, on_progress)
+            return _gpu_executor(config, options, sizes, device, cache_dtype, on_progress, features)
         if options.quantization is not QuantizationType.NONE and config.quantization is None:
             raise ConfigurationError(
                 f"AUTOBOT_QUANTIZATION_TYPE={options.quantization.value!r}: torch would run the steps, with weights "
@@ -103,6 +106,7 @@ def _gpu_executor(
     device: torch.device,
     cache_dtype: torch.dtype,
     on_progress: OnProgress | None,
+    features: FeatureKinds,
 ) -> tuple[Executor, int]:
     from autobot_llm.engine.gpu.build import build_gpu_executor  # triton is needed only here
 
@@ -115,6 +119,7 @@ def _gpu_executor(
             memory_utilization=options.gpu_memory_utilization,
             cache_memory=options.kv_cache_memory,
             cache_dtype=cache_dtype,
+            features=features,
             quantization=options.quantization,
         ),
         GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len),

@@ -13,7 +13,14 @@ from autobot_llm.engine.batching.preemption import SwapSpace
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.executor import Executor, FeatureExecutor, SwappingExecutor
+from autobot_llm.engine.executor import (
+    NO_FEATURES,
+    Executor,
+    FeatureExecutor,
+    FeatureKinds,
+    PipelinedExecutor,
+    SwappingExecutor,
+)
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
@@ -28,7 +35,7 @@ from autobot_llm.engine.options import (
 )
 from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
-from autobot_llm.engine.speculative.build import Target, build_speculator, make_draft_model
+from autobot_llm.engine.speculative.build import Target, build_speculator, make_draft_model, wanted_features
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, ModelLoadError
@@ -53,7 +60,10 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     cache_dtype = choose_cache_dtype(config, options, dtype, device)
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
-    executor, num_blocks = make_executor(config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress)
+    kinds = NO_FEATURES if device.type == "cpu" else wanted_features(options.speculation, options.folder, config)
+    executor, num_blocks = make_executor(
+        config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress, kinds
+    )
     pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching, scattered=device.type == "cuda")
     scheduler = Scheduler(
         pool,
@@ -71,7 +81,8 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         options,
         sizes,
         num_blocks,
-        gives_features=device.type == "cpu" and isinstance(executor, FeatureExecutor),
+        features=_features_of(executor, kinds, device),
+        stream=getattr(executor, "stream", None),
     )
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
@@ -92,13 +103,20 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
     )
 
 
+def _features_of(executor: Executor, kinds: FeatureKinds, device: torch.device) -> FeatureKinds | None:
+    """What steps keep; None: whatever they are asked for."""
+    if device.type == "cpu" and isinstance(executor, FeatureExecutor):
+        return None
+    return kinds if isinstance(executor, PipelinedExecutor) else NO_FEATURES
+
+
 def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:
     """A draft model for the model in `folder`, without that model. Raises what `load_engine` does."""
     config, device = load_config(folder), choose_device(options)
     sizes = choose_sizes(config, options, device)
     num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
     options = replace(options, folder=folder)
-    target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, gives_features=False)
+    target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, features=NO_FEATURES)
     return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
 
 
@@ -109,14 +127,16 @@ def _target(
     sizes: Sizes,
     num_blocks: int,
     *,
-    gives_features: bool,
+    features: FeatureKinds | None,
+    stream: torch.cuda.Stream | None = None,
 ) -> Target:
     return Target(
         folder=options.folder,
         is_on_cpu=choose_device(options).type == "cpu",
         tokenizer=tokenizer,
         config=config,
-        gives_features=gives_features,
+        features=features,
+        stream=stream,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         prefix_caching=options.prefix_caching,

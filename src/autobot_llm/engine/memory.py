@@ -10,7 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from autobot_llm.engine.gpu.graph_sizes import BYTES_PER_GRAPH, decode_graph_sizes, prompt_graph_sizes
+from autobot_llm.engine.gpu.graph_sizes import (
+    BYTES_PER_GRAPH,
+    decode_graph_sizes,
+    long_graph_sizes,
+    prompt_graph_sizes,
+    tree_graph_sizes,
+)
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.shapes import expected_shapes, matrix_names
 from autobot_llm.engine.quantization.scheme import Scheme
@@ -150,7 +156,13 @@ def weight_bytes(config: ModelConfig, num_bytes_each: int, scheme: Scheme | None
 
 
 def estimated_graph_bytes(
-    config: ModelConfig, *, max_num_seqs: int, num_batched_tokens: int, num_bytes_each: int
+    config: ModelConfig,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_batched_tokens: int,
+    num_bytes_each: int,
+    takes_trees: bool = False,
 ) -> int:
     """What the captured graphs of a GPU hold: one set of tensors that all of them share, and their kernels."""
     sizes = decode_graph_sizes(max_num_seqs)
@@ -161,7 +173,10 @@ def estimated_graph_bytes(
         num_rows=sizes[-1],
         num_bytes_each=num_bytes_each,
     )
-    return shared + BYTES_PER_GRAPH * (len(sizes) + len(prompt_sizes))
+    num_graphs = len(sizes) + len(long_graph_sizes(max_num_seqs, max_model_len)) + len(prompt_sizes)
+    if takes_trees:
+        num_graphs += len(tree_graph_sizes(num_batched_tokens))
+    return shared + BYTES_PER_GRAPH * num_graphs
 
 
 def estimated_activation_bytes(

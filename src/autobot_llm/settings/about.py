@@ -228,8 +228,8 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "speculation_heads": About(
-        "Folder of Medusa heads or of an EAGLE-3 draft of the model, for the methods medusa and eagle3; unset takes "
-        "`<model>-medusa` or `<model>-eagle3` beside the model.",
+        "Folder of Medusa heads or of an EAGLE-3 draft of the model, for the methods medusa, eagle3 and auto; unset "
+        "takes `<model>-medusa` or `<model>-eagle3` beside the model.",
         "engine/speculative",
         NATIVE,
         now=True,

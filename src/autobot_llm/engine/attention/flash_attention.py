@@ -59,7 +59,7 @@ class FlashAttention:
         return _Step(starts, lens_S, tables_SB, int(np.diff(batch.query_starts).max()))
 
     def prepare_captured(self, batch: PagedBatch, arrays: Mapping[str, Int32Array]) -> _Step:
-        if batch.tree_masks_T is not None:
+        if batch.tree_rows_T4 is not None:
             raise ValueError("flash_attention has no tree masks: use the triton backend for them")
         assert batch.query_starts is not None and batch.context_lens_S is not None
         return _Step(batch.query_starts, batch.context_lens_S, batch.block_tables_SB, batch.max_queries)

@@ -100,10 +100,10 @@ class FlashInferAttention:
         return self._prefill
 
     def prepare_captured(self, batch: PagedBatch, arrays: Mapping[str, Int32Array]) -> Mapping[int, Any]:
-        if batch.max_queries != 1 or batch.tree_masks_T is not None:
+        if batch.max_queries != 1 or batch.tree_rows_T4 is not None:
             raise ValueError(
                 f"flashinfer steps are captured with one token of each sequence and no tree, not {batch.max_queries} "
-                f"tokens{'' if batch.tree_masks_T is None else ' of a tree'}: use the triton backend for them"
+                f"tokens{'' if batch.tree_rows_T4 is None else ' of a tree'}: use the triton backend for them"
             )
         num_sequences, table_width = arrays["block_tables"].shape
         captured = self._captured.get(num_sequences)

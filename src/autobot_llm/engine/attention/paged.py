@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
@@ -24,7 +25,11 @@ BLOCK_SIZE: Final = 16
 """Positions in a block of the cache: every kernel is built for it."""
 
 MAX_DECODE_QUERIES: Final = 16
-"""New tokens of one sequence that a decode step takes; tree masks have a bit for each."""
+"""New tokens of one sequence that one decode program takes."""
+
+TREE_FIELDS: Final = 4
+"""What a query row of a step with trees sees: a mask, its low word and its high one; the position that bit 0 stands
+for; the row's own position. It sees all before that position, and bit j says that it sees the j-th after it."""
 
 CHUNK_QUANTUM: Final = 64
 """A work item's size is a multiple of so many positions."""
@@ -67,23 +72,24 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """A decode step in device memory (int32). `max_queries` bounds the query rows of a sequence.
+    """A decode step in device memory (int32). `max_queries` bounds the query rows of a sequence;
+    `is_long` says that contexts are thousands of tokens long, which another tile is best for.
 
     The items say all that our kernels need; a step that is captured also has what other kernels do: sequence s owns
     query rows [query_starts[s], query_starts[s + 1]), and `context_lens_S` include the step's own tokens, with 0 for
-    padding. `tree_masks_T`: bit j of a query row's mask says that it sees new token j of its sequence; None: plain
-    causal.
+    padding. `tree_rows_T4` hold TREE_FIELDS of every query row; None: plain causal.
     """
 
     block_tables_SB: torch.Tensor
     items_I8: torch.Tensor
     max_queries: int
+    is_long: bool = False
     query_starts: torch.Tensor | None = None
     context_lens_S: torch.Tensor | None = None
-    tree_masks_T: torch.Tensor | None = None
+    tree_rows_T4: torch.Tensor | None = None
 
     @classmethod
-    def over(cls, arrays: Mapping[str, torch.Tensor], max_queries: int) -> PagedBatch:
+    def over(cls, arrays: Mapping[str, torch.Tensor], max_queries: int, *, is_long: bool = False) -> PagedBatch:
         """Take the tensors named in `decode_sizes` for one: they stay the caller's, who rewrites them each step."""
         return cls(
             query_starts=arrays["query_starts"],
@@ -91,7 +97,7 @@ class PagedBatch:
             block_tables_SB=arrays["block_tables"],
             items_I8=arrays["items"],
             max_queries=max_queries,
-            tree_masks_T=arrays.get("tree_masks"),
+            is_long=is_long,
         )
 
 
@@ -149,22 +155,18 @@ def decode_sizes(
     max_queries: int,
     table_width: int,
     num_items: int,
-    has_tree_masks: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the int32 arrays of a decode step: what to allocate, on the host and on the device.
 
-    A step that is padded to `num_sequences` has num_sequences * max_queries query rows at most. `items` starts at a
+    `items` starts at a
     multiple of 32 bytes if the caller can: a program reads its item whole.
     """
-    sizes: dict[str, tuple[int, ...]] = {
+    return {
         "items": (num_items, ITEM_FIELDS),
         "query_starts": (num_sequences + 1,),
         "context_lens": (num_sequences,),
         "block_tables": (num_sequences, table_width),
     }
-    if has_tree_masks:
-        sizes["tree_masks"] = (num_sequences * max_queries,)
-    return sizes
 
 
 def fill_decode_arrays(
@@ -172,7 +174,6 @@ def fill_decode_arrays(
     batch: StepBatch,
     *,
     window: int = 0,
-    tree_masks_T: Int32Array | None = None,
     cut: ItemCut | None = None,
 ) -> None:
     """Write a step into arrays of `decode_sizes` (views of a pinned buffer, say), and pad what it leaves.
@@ -200,8 +201,26 @@ def fill_decode_arrays(
     else:
         num_items = plan_items(items_I8, batch.query_starts, batch.context_lens, spare_items=spare_items, window=window)
     items_I8[num_items:] = -1
-    if tree_masks_T is not None:
-        arrays["tree_masks"][: len(tree_masks_T)] = tree_masks_T
+
+
+def fill_tree_rows(rows_T4: Int32Array, batch: StepBatch) -> None:
+    """Write TREE_FIELDS of a step's tokens. One that is in no tree sees all before it, and itself."""
+    assert batch.tree_masks_T is not None
+    num_tokens, masks_T = batch.num_tokens, batch.tree_masks_T
+    is_in_tree_T = masks_T != 0
+    num_queries = np.diff(batch.query_starts)
+    rows_T4[:num_tokens, :2] = np.where(is_in_tree_T, masks_T, np.uint64(1)).view(np.int32).reshape(-1, 2)
+    first_new_T = (batch.context_lens - num_queries).repeat(num_queries)
+    rows_T4[:num_tokens, 2] = np.where(is_in_tree_T, first_new_T, batch.positions_T)
+    rows_T4[:num_tokens, 3] = batch.positions_T
+
+
+def trees_of(batch: StepBatch) -> npt.NDArray[np.bool_] | None:
+    """Which sequences of a step have a tree; None where none has."""
+    if batch.tree_masks_T is None:
+        return None
+    has_tree_S: npt.NDArray[np.bool_] = batch.tree_masks_T[batch.query_starts[:-1]] != 0
+    return has_tree_S
 
 
 def plan_items(
@@ -221,7 +240,8 @@ def plan_items(
     if members is None:
         members = np.arange(len(context_lens), dtype=np.int32)
     num_queries = query_starts[members + 1] - query_starts[members]
-    parts = _Parts(members, query_starts[members], num_queries, context_lens[members])
+    lens = context_lens[members]
+    parts = _Parts(members, query_starts[members], num_queries, lens, lens - num_queries)
     return _plan_parts(items_I8, parts, spare_items, window)
 
 
@@ -233,35 +253,44 @@ def plan_items_by_queries(
     max_queries: int,
     spare_items: int,
     window: int = 0,
+    has_tree_S: npt.NDArray[np.bool_] | None = None,
 ) -> int:
     """The same for sequences of any number of new tokens: each `max_queries` of them are planned as if a sequence.
 
-    There is room for as many items as there are such parts, beside the spare ones.
+    Of a tree every part gets all new tokens of its sequence to see: which of them it does, its rows say. There is room
+    for as many items as there are such parts, beside the spare ones.
     """
     num_queries = query_starts[1:] - query_starts[:-1]
     counts = -(-num_queries // max_queries)
     sequences = np.arange(len(counts), dtype=np.int32).repeat(counts)
     firsts = (np.arange(len(sequences), dtype=np.int32) - (counts.cumsum() - counts).repeat(counts)) * max_queries
     part_queries = np.minimum(num_queries[sequences] - firsts, max_queries)
-    context = context_lens[sequences] - num_queries[sequences] + firsts + part_queries
-    parts = _Parts(sequences, query_starts[sequences] + firsts, part_queries, context)
+    first_new = context_lens[sequences] - num_queries[sequences]
+    context, first_positions = first_new + firsts + part_queries, first_new + firsts
+    if has_tree_S is not None:
+        is_of_tree = has_tree_S[sequences]
+        context = np.where(is_of_tree, context_lens[sequences], context)
+        first_positions = np.where(is_of_tree, first_new, first_positions)
+    parts = _Parts(sequences, query_starts[sequences] + firsts, part_queries, context, first_positions)
     return _plan_parts(items_I8, parts, spare_items, window)
 
 
 class _Parts(NamedTuple):
-    """What is planned, one entry each: new tokens of a sequence, and the context that the last of them sees."""
+    """What is planned, one entry each: new tokens of a sequence, the context that they see together, and the position
+    of the first of them."""
 
     sequences: Int32Array
     first_rows: Int32Array
     num_queries: Int32Array
     context_lens: Int32Array
+    first_positions: Int32Array
 
 
 def _plan_parts(items_I8: Int32Array, parts: _Parts, spare_items: int, window: int) -> int:
     context = lens = parts.context_lens
     table_S8 = np.zeros((len(context), ITEM_FIELDS), np.int32)
     if window:  # the first query row sees the farthest back
-        table_S8[:, 1] = np.maximum(context - parts.num_queries + 1 - window, 0) // BLOCK_SIZE * BLOCK_SIZE
+        table_S8[:, 1] = np.maximum(parts.first_positions + 1 - window, 0) // BLOCK_SIZE * BLOCK_SIZE
         lens = context - table_S8[:, 1]
     table_S8[:, 0] = parts.sequences
     table_S8[:, 5] = parts.first_rows

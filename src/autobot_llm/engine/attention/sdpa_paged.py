@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, PagedBatch
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, PagedBatch, trees_of
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
 from autobot_llm.engine.kv_cache.storage import take_blocks
 
@@ -29,7 +30,7 @@ _TORCH_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH
 class Span:
     """One sequence of a step: query rows [start, stop), and its context in `blocks`.
 
-    `tree_masks_Q`: bit j says that a row sees new token j; None: plain causal.
+    `tree_masks_Q`: bit j says that a row sees new token j, and `positions_Q` how deep it stands; None: plain causal.
     """
 
     start: int
@@ -37,6 +38,7 @@ class Span:
     context_len: int
     blocks: torch.Tensor
     tree_masks_Q: torch.Tensor | None = None
+    positions_Q: torch.Tensor | None = None
 
 
 class SdpaPagedAttention:
@@ -85,15 +87,19 @@ class SdpaPagedAttention:
             )
 
 
-def spans_of(batch: StepBatch, device: torch.device, tree_masks_T: Int32Array | None = None) -> tuple[Span, ...]:
+def spans_of(batch: StepBatch, device: torch.device) -> tuple[Span, ...]:
     """A step's sequences, their blocks and masks uploaded."""
     tables_SB = torch.from_numpy(batch.block_tables_SB).to(device)
-    masks_T = None if tree_masks_T is None else torch.from_numpy(tree_masks_T).to(device)
+    has_tree_S = trees_of(batch)
     spans = []
     for s in range(batch.num_sequences):
         start, stop = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
-        masks_Q = None if masks_T is None else masks_T[start:stop]
-        spans.append(Span(start, stop, int(batch.context_lens[s]), tables_SB[s], masks_Q))
+        masks_Q = positions_Q = None
+        if has_tree_S is not None and has_tree_S[s]:
+            assert batch.tree_masks_T is not None
+            masks_Q = torch.from_numpy(batch.tree_masks_T[start:stop].view(np.int64)).to(device)
+            positions_Q = torch.from_numpy(batch.positions_T[start:stop]).to(device)
+        spans.append(Span(start, stop, int(batch.context_lens[s]), tables_SB[s], masks_Q, positions_Q))
     return tuple(spans)
 
 
@@ -130,11 +136,13 @@ def _is_seen(span: Span, window: int) -> torch.Tensor:
     first_new = span.context_len - num_queries
     new_L = torch.arange(-first_new, num_queries, device=device)  # a position as an index among the new tokens
     query_Q1 = torch.arange(num_queries, device=device).unsqueeze(1)
-    if span.tree_masks_Q is None:
+    if span.tree_masks_Q is None or span.positions_Q is None:
         is_seen_QL = new_L <= query_Q1
-    else:
-        is_seen_QL = (new_L < 0) | ((span.tree_masks_Q.unsqueeze(1) >> new_L.clamp_min(0)) & 1).bool()
-    return is_seen_QL & (new_L > query_Q1 - window) if window else is_seen_QL
+        return is_seen_QL & (new_L > query_Q1 - window) if window else is_seen_QL
+    is_seen_QL = (new_L < 0) | ((span.tree_masks_Q.unsqueeze(1) >> new_L.clamp_min(0)) & 1).bool()
+    if window:  # trees are less deep than windows are wide
+        is_seen_QL &= (new_L >= 0) | (new_L + first_new > span.positions_Q.unsqueeze(1) - window)
+    return is_seen_QL
 
 
 def attend_fresh(

@@ -15,11 +15,14 @@ import torch
 from autobot_llm.engine.attention.paged import (
     ITEM_FIELDS,
     MAX_DECODE_QUERIES,
+    TREE_FIELDS,
     AttentionShape,
     PagedBatch,
+    fill_tree_rows,
     full_load,
     plan_items,
     plan_items_by_queries,
+    trees_of,
 )
 from autobot_llm.engine.attention.sdpa_paged import FreshKernel, attend_fresh
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
@@ -96,6 +99,8 @@ class TritonPagedAttention:
         self._workspace(max_sequences + self._spare_items)
 
     def prepare(self, batch: StepBatch) -> TritonMetadata:
+        if batch.tree_masks_T is not None:
+            return self._prepare_trees(batch)
         num_queries = np.diff(batch.query_starts)
         is_fresh = (num_queries == batch.context_lens) & (num_queries > 1)
         is_decode = (num_queries <= self._max_queries) & ~is_fresh
@@ -129,9 +134,15 @@ class TritonPagedAttention:
             )
         return TritonMetadata(decode=batch, workspace=self._workspace(batch.items_I8.shape[0]))
 
-    def prompt_sizes(self, num_tokens: int, num_sequences: int, table_width: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the int32 arrays of a captured step with prompts in it, padded to so many tokens and sequences."""
+    def prompt_sizes(
+        self, num_tokens: int, num_sequences: int, table_width: int, *, takes_trees: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the int32 arrays of a captured step with prompts in it, padded to so many tokens and sequences, or
+        with trees, of SPLIT_TOKENS at most."""
         sizes: dict[str, tuple[int, ...]] = {"block_tables": (num_sequences, table_width)}
+        if takes_trees:
+            assert num_tokens <= SPLIT_TOKENS, f"{num_tokens} tokens of steps with trees"
+            sizes["tree_rows"] = (num_tokens, TREE_FIELDS)
         if num_tokens <= SPLIT_TOKENS:
             num_parts = num_sequences + num_tokens // self._max_queries  # each may end with one that is not full
             return {"items": (num_parts + self._spare_items, ITEM_FIELDS)} | sizes
@@ -144,15 +155,10 @@ class TritonPagedAttention:
         num_sequences, num_blocks = batch.block_tables_SB.shape
         arrays["block_tables"][:num_sequences, :num_blocks] = batch.block_tables_SB
         if "tiles" not in arrays:
-            num_items = plan_items_by_queries(
-                arrays["items"],
-                batch.query_starts,
-                batch.context_lens,
-                max_queries=self._max_queries,
-                spare_items=self._spare_items,
-                window=self._shape.widest_window,
-            )
+            num_items = self._plan_by_queries(arrays["items"], batch)
             arrays["items"][num_items:] = -1
+            if "tree_rows" in arrays:
+                fill_tree_rows(arrays["tree_rows"], batch)
             return
         num_queries = np.diff(batch.query_starts)
         decoding = np.flatnonzero(num_queries == 1).astype(np.int32)
@@ -169,7 +175,8 @@ class TritonPagedAttention:
         """A captured step's metadata over device arrays of `prompt_sizes`, once for all its replays."""
         workspace = self._workspace(arrays["items"].shape[0])
         if "tiles" not in arrays:
-            decode = PagedBatch(arrays["block_tables"], arrays["items"], self._max_queries)
+            trees = arrays.get("tree_rows")
+            decode = PagedBatch(arrays["block_tables"], arrays["items"], self._max_queries, tree_rows_T4=trees)
             return TritonMetadata(decode=decode, workspace=workspace)
         return TritonMetadata(
             decode=PagedBatch(arrays["block_tables"], arrays["items"], 1),
@@ -200,6 +207,27 @@ class TritonPagedAttention:
             paged_prefill(q_THD, keys, values, tables_SB, work.tiles_W8, out_THD, tile=work.tile, window=window)
         if metadata.decode is not None:
             paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window)
+
+    def _prepare_trees(self, batch: StepBatch) -> TritonMetadata:
+        """All of a step with trees by the decode kernel, whatever else is in it."""
+        num_parts = batch.num_sequences + batch.num_tokens // self._max_queries
+        items_I8 = np.empty((num_parts + self._spare_items, ITEM_FIELDS), np.int32)
+        rows_T4 = np.empty((batch.num_tokens, TREE_FIELDS), np.int32)
+        items_I8 = items_I8[: self._plan_by_queries(items_I8, batch)]
+        fill_tree_rows(rows_T4, batch)
+        arrays = {"block_tables": batch.block_tables_SB, "items": items_I8, "tree_rows": rows_T4}
+        return self.prepare_prompts(_upload(arrays, self._device))
+
+    def _plan_by_queries(self, items_I8: Int32Array, batch: StepBatch) -> int:
+        return plan_items_by_queries(
+            items_I8,
+            batch.query_starts,
+            batch.context_lens,
+            max_queries=self._max_queries,
+            spare_items=self._spare_items,
+            window=self._shape.widest_window,
+            has_tree_S=trees_of(batch),
+        )
 
     def _plan_decode(self, batch: StepBatch, members: Int32Array) -> Int32Array:
         items_I8 = np.empty((len(members) + self._spare_items, ITEM_FIELDS), np.int32)

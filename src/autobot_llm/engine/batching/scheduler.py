@@ -172,9 +172,8 @@ class Scheduler:
             if samples:
                 sequence.token_ids.extend(sequence.draft_ids[:num_draft])
                 sequence.token_ids.append(UNKNOWN_TOKEN)
-                row += num_draft
-                sequence.pending_row = row
-                row += 1
+                sequence.pending_row = row + num_draft
+                row += 1 + num_draft
 
     def resolve(
         self, plan: StepPlan, tokens: SequenceABC[int | None], num_accepted: SequenceABC[int] | None = None
@@ -403,8 +402,7 @@ class Scheduler:
         return sequence
 
     def _drop_blocks(self, sequence: Sequence) -> None:
-        sequence.draft_ids = []
-        sequence.draft_parents = []
+        sequence.draft_ids, sequence.draft_parents = [], []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
         sequence.published = []

@@ -18,6 +18,7 @@ from autobot_llm.engine.attention.choice import make_attention
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription, OnProgress
+from autobot_llm.engine.executor import NO_FEATURES
 from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.gpu.executor import GpuExecutor
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
@@ -199,7 +200,10 @@ class _Builder:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-        decoder = FusedDecoder(config, weights, storage, attention, max_context=limits.max_model_len)
+        features = self._options.features
+        decoder = FusedDecoder(
+            config, weights, storage, attention, max_context=limits.max_model_len, feature_layers=features.layers
+        )
         return GpuExecutor(
             decoder,
             storage,
@@ -209,6 +213,7 @@ class _Builder:
             widest_window=self._shape.widest_window,
             uses_graphs=self._uses_graphs,
             reason=f"fused kernels, attention by {attention.name}",
+            features=features,
             quantization=None if self._packer is None else self._packer.text,
         )
 
@@ -216,8 +221,10 @@ class _Builder:
         return estimated_graph_bytes(
             self._config,
             max_num_seqs=self._limits.max_num_seqs,
+            max_model_len=self._limits.max_model_len,
             num_batched_tokens=self._limits.max_num_batched_tokens,
             num_bytes_each=self._dtype.itemsize,
+            takes_trees=self._options.features != NO_FEATURES,
         )
 
 

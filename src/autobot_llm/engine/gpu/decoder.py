@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from autobot_llm.engine.attention.paged import PagedAttention
+from autobot_llm.engine.executor import Features
+from autobot_llm.engine.gpu.features import NOTHING
 from autobot_llm.engine.kernels.gpu.embedding import embed
 from autobot_llm.engine.kernels.gpu.linear import linear_add, norm_linear, norm_linear_gated
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
@@ -39,7 +41,10 @@ class DecoderInputs:
 
 
 class FusedDecoder:
-    """A decoder-only transformer over packed tokens, writing into `storage` and attending through `attention`."""
+    """A decoder-only transformer over packed tokens, writing into `storage` and attending through `attention`.
+
+    `feature_layers` are those whose streams `Features.streams_TF` holds side by side, as of FeatureKinds.
+    """
 
     def __init__(
         self,
@@ -49,8 +54,13 @@ class FusedDecoder:
         attention: PagedAttention,
         *,
         max_context: int,
+        feature_layers: tuple[int, ...] = (),
     ) -> None:
+        self._feature_layers = feature_layers
         self.device = weights.device
+        self.dtype = weights.dtype
+        self.hidden_size = config.hidden_size
+        self.head_size = config.head_size
         self._config = config
         self._weights = weights
         self._storage = storage
@@ -59,10 +69,13 @@ class FusedDecoder:
         half = config.head_size // 2  # both halves of a row are alike
         self._cos_sin_PD = torch.cat((cos_PD[:, :half], sin_PD[:, :half]), dim=-1).to(self.device)
 
-    def forward(self, inputs: DecoderInputs, metadata: Any) -> torch.Tensor:
-        """Compute all tokens; returns float32 logits_RV. `metadata` is the attention backend's for this step."""
+    def forward(self, inputs: DecoderInputs, metadata: Any, kept: Features = NOTHING) -> torch.Tensor:
+        """Compute all tokens; returns float32 logits_RV. `metadata` is the attention backend's for this step. Fills
+        the tensors that are `kept`."""
         weights = self._weights
-        hidden_RE = self._layers(inputs, metadata)
+        hidden_RE = self._layers(inputs, metadata, kept.streams_TF)
+        if kept.hidden_RE is not None:
+            rms_norm(hidden_RE, weights.norm_E, self._config.rms_norm_eps, out=kept.hidden_RE)
         return norm_linear(
             hidden_RE, weights.norm_E, self._config.rms_norm_eps, weights.lm_head_VE, out_dtype=torch.float32
         )
@@ -71,15 +84,20 @@ class FusedDecoder:
         """As `forward`, but what the head would be given: float32 hidden_RE, after the last norm."""
         return rms_norm(self._layers(inputs, metadata), self._weights.norm_E, self._config.rms_norm_eps).float()
 
-    def _layers(self, inputs: DecoderInputs, metadata: Any) -> torch.Tensor:
+    def _layers(self, inputs: DecoderInputs, metadata: Any, streams_TF: torch.Tensor | None = None) -> torch.Tensor:
+        """What the last layer leaves of the rows whose logits are wanted."""
         config, weights = self._config, self._weights
+        kept = () if streams_TF is None else self._feature_layers
         num_tokens = inputs.ids_T.shape[0]
         hidden_TE = torch.empty(num_tokens, config.hidden_size, dtype=weights.dtype, device=self.device)
         embed(inputs.ids_T, inputs.token_rows_T, inputs.last_tokens, weights.embed_VE, hidden_TE)
-        last = config.num_layers - 1
+        # the last layer computes only the rows whose logits are wanted, unless its stream is, too
+        last = config.num_layers if config.num_layers in kept else config.num_layers - 1
         for i, layer in enumerate(weights.layers):
+            if i in kept:
+                self._keep(i, hidden_TE, streams_TF)
             attended_TA = self._attend(i, layer, hidden_TE, inputs, metadata)
-            if i == last and inputs.logit_rows_R is not None:  # no later layer needs the other rows
+            if i == last and inputs.logit_rows_R is not None:
                 hidden_TE = hidden_TE.index_select(0, inputs.logit_rows_R)
                 attended_TA = attended_TA.index_select(0, inputs.logit_rows_R)
             linear_add(attended_TA, layer.o_weight, layer.o_bias, hidden_TE, out=hidden_TE)
@@ -87,7 +105,16 @@ class FusedDecoder:
                 hidden_TE, layer.post_norm_E, config.rms_norm_eps, layer.gate_up_weight, layer.gate_up_bias
             )
             linear_add(activated_TF, layer.down_weight, layer.down_bias, hidden_TE, out=hidden_TE)
+        if config.num_layers in kept:
+            self._keep(config.num_layers, hidden_TE, streams_TF)
+            if inputs.logit_rows_R is not None:
+                hidden_TE = hidden_TE.index_select(0, inputs.logit_rows_R)
         return hidden_TE
+
+    def _keep(self, layer: int, hidden_TE: torch.Tensor, streams_TF: torch.Tensor | None) -> None:
+        assert streams_TF is not None
+        place, width = self._feature_layers.index(layer), hidden_TE.shape[1]
+        streams_TF[:, place * width : (place + 1) * width].copy_(hidden_TE)
 
     def _attend(
         self, i: int, layer: LayerWeights, hidden_TE: torch.Tensor, inputs: DecoderInputs, metadata: Any

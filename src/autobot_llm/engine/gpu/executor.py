@@ -9,74 +9,46 @@ this one go into it without ever leaving the device.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from autobot_llm.engine.attention.paged import (
-    ItemCut,
-    PagedAttention,
-    PagedBatch,
-    decode_sizes,
-    fill_decode_arrays,
-    max_items,
-)
+from autobot_llm.engine.attention.paged import PagedAttention, max_items
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
-from autobot_llm.engine.executor import SampledRows, SamplingArrays
+from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds, Features, SampledRows, SamplingArrays
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
-from autobot_llm.engine.gpu.graph_sizes import (
-    MAX_PROMPTS,
-    MAX_ROWS,
-    decode_graph_sizes,
-    num_logit_rows,
-    padded_size,
-    prompt_graph_sizes,
-)
+from autobot_llm.engine.gpu.features import copy_of, first_of, room_for
+from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS, decode_graph_sizes
 from autobot_llm.engine.gpu.graphs import CUDAGraphManager
+from autobot_llm.engine.gpu.moves import SlotMover
 from autobot_llm.engine.gpu.options import GpuLimits
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
+from autobot_llm.engine.gpu.step_graphs import (
+    PROMPTS,
+    Arrays,
+    StepGraph,
+    StepGraphs,
+    fill_tokens,
+    inputs_of,
+    padding_of,
+    token_shapes,
+)
 from autobot_llm.engine.gpu.swap import BlockSwapper
 from autobot_llm.engine.kernels.gpu.exchange import NUM_SLOTS, send
 from autobot_llm.engine.kernels.gpu.sampling import DeviceSampler, SamplingTensors
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class _StepGraph:
-    """What a captured step reads: its arrays' layout, views of them in every slot of the host's ring, and tensors.
-
-    `batch` is attention's view where every sequence gets one token; for steps with prompts, `prompts` is its metadata.
-    """
-
-    key: str
-    layout: Layout
-    slots: tuple[Arrays, ...]
-    inputs: DecoderInputs
-    batch: PagedBatch | None
-    prompts: Any
-
-    @property
-    def num_tokens(self) -> int:
-        return self.inputs.ids_T.shape[0]
-
-    @property
-    def num_rows(self) -> int:
-        rows_R = self.inputs.logit_rows_R
-        return self.num_tokens if rows_R is None else rows_R.shape[0]
-
 
 class _Launched:
     """A queued step. `wait` reads its tokens from the page-locked rows that the device copies them to."""
 
-    def __init__(self, executor: GpuExecutor, rows: _ResultRows, num_rows: int) -> None:
+    def __init__(self, executor: GpuExecutor, rows: _ResultRows, num_rows: int, features: Features) -> None:
+        self.features = features
         self._executor = executor
         self._rows = rows
         self._num_rows = num_rows
@@ -111,8 +83,10 @@ class _ResultRing:
 class GpuExecutor:
     """PipelinedExecutor and BlockCopier on one CUDA device. `reason` says why it was chosen.
 
-    `device_wait_seconds` adds up the time that the host has waited for the device. Before `capture`, and with
-    `uses_graphs` false, every step is launched kernel by kernel.
+    Steps keep the `features` that were asked for when this was made; their tensors belong to `stream`, the one that
+    runs the steps: who works on them there has nothing to wait for. `device_wait_seconds` adds up the time that the
+    host has waited for the device. Before `capture`, and with `uses_graphs` false, every step is launched kernel by
+    kernel.
     """
 
     name = "gpu"
@@ -129,8 +103,10 @@ class GpuExecutor:
         widest_window: int,
         uses_graphs: bool,
         reason: str,
+        features: FeatureKinds = NO_FEATURES,
         quantization: str | None = None,
     ) -> None:
+        self.feature_kinds = features
         self.reason = reason
         self.quantization = quantization
         self._is_closed = False
@@ -141,91 +117,105 @@ class GpuExecutor:
         self._device = decoder.device
         self._decoder = decoder
         self._storage = storage
-        self._widest_window = widest_window
-        self._table_width = -(-limits.max_model_len // storage.block_size)
         # A stream of our own: on the default one, whatever else the program does would wait for our steps.
-        self._stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(self._stream):
+        self.stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self.stream):
             max_rows = max(_most_rows(limits), *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
             self._sampler = DeviceSampler(vocab_size, max_rows, self._device)
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            self._num_spare_items = max_items(0, storage.num_kv_heads, num_processors)
-            self._max_prompts = min(MAX_PROMPTS, limits.max_num_seqs)
             self._staging = Staging(_eager_layout(limits).num_bytes, self._device)
-            layouts = self._graph_layouts() if uses_graphs and attention.can_capture else {}
-            self._graph_staging = FetchedStaging(
-                max((layout.num_bytes for layout in layouts.values()), default=0), self._device
+            self._takes_trees = features != NO_FEATURES and isinstance(attention, TritonPagedAttention)
+            self._steps = StepGraphs(
+                limits,
+                attention,
+                table_width=-(-limits.max_model_len // storage.block_size),
+                num_spare_items=max_items(0, storage.num_kv_heads, num_processors),
+                window=widest_window,
+                takes_trees=self._takes_trees,
             )
+            self._graph_staging = FetchedStaging(self._steps.num_bytes if uses_graphs else 0, self._device)
+            if uses_graphs:
+                self._steps.bind(self._graph_staging, self._sampler.tokens_R)
             self._sampling_staging = Staging(_sampling_layout(_most_rows(limits)).num_bytes, self._device)
-            self._graphs = {key: self._graph(key, layout) for key, layout in layouts.items()}
+            # where captured steps keep features: each overwrites those of the one before
+            self._kept = self._room_for_features(
+                max((graph.num_tokens for graph in self._steps.all), default=0),
+                max((graph.num_rows for graph in self._steps.all), default=0),
+            )
         self._most_tokens = limits.max_num_batched_tokens
-        self._decode_sizes: tuple[int, ...] = ()  # those that are captured
-        self._prompt_sizes: tuple[int, ...] = ()
-        self._item_cut = ItemCut()
         # What a graph sends goes to the slot that the device counts, so launched steps have slots of their own.
         self._graph_results, self._results = _ResultRing(max_rows), _ResultRing(max_rows)
         self._turn = 0
-        self._swapper = BlockSwapper(storage, self._stream)
+        self._swapper = BlockSwapper(storage, self.stream)
         self.copy_out = self._swapper.copy_out
         self.copy_in = self._swapper.copy_in
+        if self._takes_trees:  # without the method this is no TreeExecutor
+            self._mover = SlotMover(storage, decoder.head_size, self.stream)
+            self.move = self._mover.move
 
     def capture(self, on_progress: Callable[[int, int], None]) -> None:
         """Capture every size of step that is replayed; `on_progress` gets (captured, in all).
 
         Largest first, because the smaller ones then fit into the memory that it left in the pool.
         """
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            graphs = sorted(self._graphs.values(), key=lambda graph: graph.num_tokens, reverse=True)
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            graphs = sorted(self._steps.all, key=lambda graph: graph.num_tokens, reverse=True)
             for i, graph in enumerate(graphs):
                 self._replay(graph, self._fill_with_padding(graph))
-                self._stream.synchronize()
+                self.stream.synchronize()
                 on_progress(i + 1, len(graphs))
             if graphs:
                 self._graph_staging.resume()
-        self._decode_sizes = tuple(sorted(graph.num_tokens for graph in graphs if graph.batch is not None))
-        self._prompt_sizes = tuple(sorted(graph.num_tokens for graph in graphs if graph.batch is None))
+        self._steps.is_captured = bool(graphs)
 
     def rehearse(self) -> None:
         """Launch what `capture` would record, so that its kernels are met."""
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            for graph in self._graphs.values():
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            for graph in self._steps.all:
                 self._recorded_step(graph, self._fill_with_padding(graph))(self._graph_staging.on_device)
-            self._stream.synchronize()
+            if self._takes_trees:
+                self._mover.rehearse()
+            self.stream.synchronize()
 
     def launch(self, batch: StepBatch, sampling: SamplingArrays) -> _Launched:
         """Queue a step and its sampling, and return at once."""
         num_rows = len(batch.logit_rows_R)
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            logits_RV, rows = self._forward(batch)
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            logits_RV, rows, features = self._forward(batch)
             if rows is None or sampling.any_drawn:
                 rows = self._sample(logits_RV, sampling, num_rows)
-            rows.arrived.record(self._stream)
-        return _Launched(self, rows, num_rows)
+            rows.arrived.record(self.stream)
+            return _Launched(self, rows, num_rows, features)
 
     def room_for_drafts(self, num_sequences: int) -> int:
         """As many as a captured step has: launching one kernel by kernel takes longer than drafts save."""
-        if num_sequences > self._max_prompts:
+        if num_sequences > self._steps.max_prompts:
             return 0
-        sizes = [size for size in self._prompt_sizes if size <= MAX_ROWS] or [min(MAX_ROWS, self._most_tokens)]
+        sizes = [size for size in self._steps.sizes(PROMPTS) if size <= MAX_ROWS] or [min(MAX_ROWS, self._most_tokens)]
         return max(0, sizes[-1] - num_sequences)
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
         """Run one step. Returns float32 logits_RV on the device, valid until the next step."""
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            logits_RV, _ = self._forward(batch)
+        return self.execute_with_features(batch, NO_FEATURES)[0]
+
+    def execute_with_features(self, batch: StepBatch, wanted: FeatureKinds) -> tuple[torch.Tensor, Features]:
+        """The same with the features, which must be those that are kept or none."""
+        assert wanted in (self.feature_kinds, NO_FEATURES), f"{wanted} of an executor that keeps {self.feature_kinds}"
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            logits_RV, _, features = self._forward(batch, copies_features=wanted == self.feature_kinds)
         # the caller works on its own stream
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return logits_RV
+        torch.cuda.current_stream(self._device).wait_stream(self.stream)
+        return logits_RV, features
 
     def hidden(self, batch: StepBatch) -> torch.Tensor:
         """Run one step, not from a graph. Returns float32 hidden_RE on the device, valid until the next step."""
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        with torch.cuda.stream(self.stream), torch.no_grad():
             hidden_RE = self._run_eagerly(batch, self._decoder.hidden)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self.stream)
         return hidden_RE
 
     def discard(self, block_ids: list[int]) -> None:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             blocks = torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
             self._storage.cache_L2BK.index_fill_(2, blocks, 0)
 
@@ -234,9 +224,12 @@ class GpuExecutor:
         if self._is_closed:
             return
         self._is_closed = True
-        self._stream.synchronize()
+        self.stream.synchronize()
         self.graphs.clear()
-        del self._decoder, self._storage, self._graphs, self._swapper, self.attention, self.copy_out, self.copy_in
+        del self._decoder, self._storage, self._steps, self._kept, self._swapper, self.attention
+        del self.copy_out, self.copy_in
+        if self._takes_trees:
+            del self._mover, self.move
 
     def _sample(self, logits_RV: torch.Tensor, sampling: SamplingArrays, num_rows: int) -> _ResultRows:
         """Queue the sampling of a launched step, or of one that is to be drawn from."""
@@ -250,44 +243,32 @@ class GpuExecutor:
             send(self._sampler.tokens_R, self._sampler.bests_R, rows.tokens_pinned, rows.bests_pinned, num_rows)
         return rows
 
-    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, _ResultRows | None]:
-        """Logits_RV, and where a graph sends each row's best token."""
-        graph = self._graph_for(batch)
+    def _forward(
+        self, batch: StepBatch, *, copies_features: bool = True
+    ) -> tuple[torch.Tensor, _ResultRows | None, Features]:
+        """Logits_RV, where a graph sends each row's best token, and features."""
+        graph = self._steps.find(batch)
+        num_tokens, num_rows = batch.num_tokens, len(batch.logit_rows_R)
         if graph is None:
-            return self._run_eagerly(batch, self._decoder.forward), None
+            features = self._room_for_features(num_tokens, num_rows)
+            return self._run_eagerly(batch, partial(self._decoder.forward, kept=features)), None, features
         slot = self._graph_staging.next_slot()
-        host = graph.slots[slot]
-        if graph.batch is not None:
-            fill_decode_arrays(host, batch, window=self._widest_window, cut=self._item_cut)
-        else:
-            assert isinstance(self.attention, TritonPagedAttention)
-            self.attention.fill_prompt_arrays(host, batch)
-            host["logit_rows"][: len(batch.logit_rows_R)] = batch.logit_rows_R
-            host["logit_rows"][len(batch.logit_rows_R) :] = 0
-        _fill_tokens(host, batch)
+        host = self._steps.fill(graph, slot, batch)
         logits_RV = self._replay(graph, host)
         self._graph_staging.mark_queued()
-        return logits_RV[: len(batch.logit_rows_R)], self._graph_results.slots[slot]
+        features = copy_of(first_of(self._kept, num_tokens, num_rows)) if copies_features else Features()
+        return logits_RV[:num_rows], self._graph_results.slots[slot], features
 
-    def _graph_for(self, batch: StepBatch) -> _StepGraph | None:
-        num_rows = len(batch.logit_rows_R)
-        if batch.num_tokens == batch.num_sequences == num_rows:
-            size = padded_size(num_rows, self._decode_sizes)
-            return None if size is None else self._graphs[f"decode {size}"]
-        size = padded_size(batch.num_tokens, self._prompt_sizes)
-        if size is None or batch.num_sequences > self._max_prompts or num_rows > num_logit_rows(size):
-            return None
-        return self._graphs[f"prompts {size}"]
-
-    def _replay(self, graph: _StepGraph, host: Arrays) -> torch.Tensor:
+    def _replay(self, graph: StepGraph, host: Arrays) -> torch.Tensor:
         return self.graphs.capture(graph.key, self._recorded_step(graph, host), self._graph_staging.on_device)
 
-    def _recorded_step(self, graph: _StepGraph, host: Arrays) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _recorded_step(self, graph: StepGraph, host: Arrays) -> Callable[[torch.Tensor], torch.Tensor]:
         metadata = graph.prompts if graph.batch is None else self.attention.prepare_captured(graph.batch, host)
 
         def step(_buffer: torch.Tensor) -> torch.Tensor:
             self._graph_staging.fetch(graph.layout.num_bytes)
-            logits_RV = self._decoder.forward(graph.inputs, metadata)
+            kept = first_of(self._kept, graph.num_tokens, graph.num_rows)
+            logits_RV = self._decoder.forward(graph.inputs, metadata, kept)
             tokens_R, bests_R = self._sampler.sample(logits_RV)
             ring, turn = self._graph_results, self._graph_staging.device_turn
             send(tokens_R, bests_R, ring.tokens_pinned, ring.bests_pinned, graph.num_rows, turn=turn)
@@ -295,68 +276,29 @@ class GpuExecutor:
 
         return step
 
-    def _fill_with_padding(self, graph: _StepGraph) -> Arrays:
+    def _fill_with_padding(self, graph: StepGraph) -> Arrays:
         """A step without any sequence in every slot: what is captured must be valid, and must not touch the cache."""
-        padding = np.zeros(graph.layout.num_bytes, np.uint8)
-        host = graph.layout.on_host(padding)
-        for name, array in host.items():
-            array[...] = -1 if name in ("token_rows", "slots", "items") else 0
+        padding, host = padding_of(graph)
         self._graph_staging.fill_all(padding)
         return host
 
     def _run_eagerly(self, batch: StepBatch, compute: Callable[[DecoderInputs, Any], torch.Tensor]) -> torch.Tensor:
         all_rows = len(batch.logit_rows_R) == batch.num_tokens
-        shapes = _token_shapes(batch.num_tokens)
+        shapes = token_shapes(batch.num_tokens)
         if not all_rows:
             shapes["logit_rows"] = ((len(batch.logit_rows_R),), np.int32)
         layout = Layout.of(shapes)
         host = layout.on_host(self._staging.next_host_buffer())
-        _fill_tokens(host, batch)
+        fill_tokens(host, batch)
         if not all_rows:
             host["logit_rows"][:] = batch.logit_rows_R
         self._staging.upload(layout.num_bytes)
-        inputs = self._inputs(layout.on_device(self._staging.on_device))
+        inputs = inputs_of(layout.on_device(self._staging.on_device), self._sampler.tokens_R)
         return compute(inputs, self.attention.prepare(batch))
 
-    def _inputs(self, tensors: Mapping[str, torch.Tensor]) -> DecoderInputs:
-        return DecoderInputs(
-            ids_T=tensors["ids"],
-            token_rows_T=tensors["token_rows"],
-            positions_T=tensors["positions"],
-            slots_T=tensors["slots"],
-            last_tokens=self._sampler.tokens_R,
-            logit_rows_R=tensors.get("logit_rows"),
-        )
-
-    def _graph(self, key: str, layout: Layout) -> _StepGraph:
-        tensors = layout.on_device(self._graph_staging.on_device)
-        slots = tuple(layout.on_host(slot) for slot in self._graph_staging.slots)
-        if "logit_rows" not in tensors:
-            batch = PagedBatch.over(tensors, max_queries=1)
-            return _StepGraph(key, layout, slots, self._inputs(tensors), batch, None)
-        assert isinstance(self.attention, TritonPagedAttention)
-        prompts = self.attention.prepare_prompts(tensors)
-        return _StepGraph(key, layout, slots, self._inputs(tensors), None, prompts)
-
-    def _graph_layouts(self) -> dict[str, Layout]:
-        """By key: the arrays of every step that is captured. Those with prompts need our own attention."""
-        limits = self.limits
-        layouts = {f"decode {n}": self._decode_layout(n) for n in decode_graph_sizes(limits.max_num_seqs)}
-        if isinstance(self.attention, TritonPagedAttention):
-            sizes = prompt_graph_sizes(limits.max_num_batched_tokens)
-            layouts |= {f"prompts {n}": self._prompt_layout(n) for n in sizes}
-        return layouts
-
-    def _decode_layout(self, size: int) -> Layout:
-        num_items = size + self._num_spare_items
-        sizes = decode_sizes(size, max_queries=1, table_width=self._table_width, num_items=num_items)
-        return Layout.of({name: (shape, np.int32) for name, shape in sizes.items()} | _token_shapes(size))
-
-    def _prompt_layout(self, num_tokens: int) -> Layout:
-        assert isinstance(self.attention, TritonPagedAttention)
-        sizes = self.attention.prompt_sizes(num_tokens, self._max_prompts, self._table_width)
-        rows = {"logit_rows": ((num_logit_rows(num_tokens),), np.int32)}
-        return Layout.of({name: (shape, np.int32) for name, shape in sizes.items()} | _token_shapes(num_tokens) | rows)
+    def _room_for_features(self, num_tokens: int, num_rows: int) -> Features:
+        decoder = self._decoder
+        return room_for(self.feature_kinds, num_tokens, num_rows, decoder.hidden_size, decoder.dtype, self._device)
 
     def _upload_sampling(self, sampling: SamplingArrays) -> SamplingTensors:
         layout = _sampling_layout(len(sampling.is_drawn_R))
@@ -371,30 +313,12 @@ class GpuExecutor:
 def _eager_layout(limits: GpuLimits) -> Layout:
     """Room for the largest step that is not captured."""
     rows = {"logit_rows": ((_most_rows(limits),), np.int32)}
-    return Layout.of(_token_shapes(limits.max_num_batched_tokens) | rows)
+    return Layout.of(token_shapes(limits.max_num_batched_tokens) | rows)
 
 
 def _most_rows(limits: GpuLimits) -> int:
     """Logits that a step may want: one for each sequence, or those of drafts."""
     return max(limits.max_num_seqs, min(MAX_ROWS, limits.max_num_batched_tokens))
-
-
-def _token_shapes(num_tokens: int) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
-    return dict.fromkeys(("ids", "token_rows", "positions", "slots"), ((num_tokens,), np.int32))
-
-
-def _fill_tokens(host: Arrays, batch: StepBatch) -> None:
-    """Write the step's tokens, and make the rows after them padding, which writes nothing into the cache."""
-    num_tokens = batch.num_tokens
-    for name, values, padding in (
-        ("ids", batch.ids_T, 0),
-        ("token_rows", batch.pending_rows_T, -1),
-        ("positions", batch.positions_T, 0),
-        ("slots", batch.slots_T, -1),
-    ):
-        array = host[name]
-        array[:num_tokens] = values
-        array[num_tokens:] = padding
 
 
 def _sampling_layout(num_rows: int) -> Layout:

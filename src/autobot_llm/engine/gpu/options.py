@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.quantization.scheme import QuantizationType
 
@@ -29,7 +30,7 @@ class GpuLimits:
 class GpuOptions:
     """What a user may ask of the GPU. `memory_utilization` is a share of the whole device; `cache_memory` (bytes)
     None: what that share leaves. `cache_dtype`: what keys and values are stored as. `quantization`: what weights are
-    rounded to as they are loaded."""
+    rounded to as they are loaded. `features`: what every step is to keep."""
 
     folder: Path
     attention_backend: str
@@ -37,6 +38,7 @@ class GpuOptions:
     memory_utilization: float
     cache_memory: int | None
     cache_dtype: torch.dtype | None = None  # None: the model's own
+    features: FeatureKinds = NO_FEATURES
     quantization: QuantizationType = QuantizationType.NONE
 
 

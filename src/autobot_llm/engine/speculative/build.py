@@ -10,11 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from autobot_llm.engine.executor import Executor
+import torch
+
+from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.speculative.draft_model import DraftModel
-from autobot_llm.engine.speculative.heads import HeadsMethod, find_heads, make_eagle, make_medusa
+from autobot_llm.engine.speculative.heads import (
+    HeadsMethod,
+    features_of,
+    find_heads,
+    make_eagle,
+    make_medusa,
+    method_of,
+)
 from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
 from autobot_llm.engine.speculative.ngram import LOOKUP_MAX, NgramProposer
 from autobot_llm.engine.speculative.pairs import check_draft, find_draft
@@ -26,6 +35,12 @@ from autobot_llm.errors import ConfigurationError, ModelLoadError
 log = logging.getLogger(__name__)
 
 Method = Literal["auto", "ngram", "draft", "medusa", "eagle3", "none"]
+
+
+HEADS_ON_GPU: tuple[HeadsMethod, ...] = ("medusa",)
+"""Heads that run beside the steps of a GPU."""
+
+_BY_PREFERENCE: tuple[HeadsMethod, ...] = ("eagle3", "medusa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +59,15 @@ class SpeculationOptions:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model that is drafted for, and the limits of its engine."""
+    """The model that is drafted for, and the limits of its engine. `features`: what its steps keep; None: whatever they
+    are asked for. `stream`: the one that a GPU runs its steps on."""
 
     folder: Path
     is_on_cpu: bool
     tokenizer: Tokenizer
     config: ModelConfig
-    gives_features: bool
+    features: FeatureKinds | None
+    stream: torch.cuda.Stream | None
     num_blocks: int
     block_size: int
     prefix_caching: bool
@@ -60,6 +77,24 @@ class Target:
 
 MakeExecutor = Callable[[Path, ModelConfig, int, int], tuple[Executor, int]]
 """An executor for the model in a folder, with that context and at most so many blocks; and how many it has."""
+
+
+def wanted_features(options: SpeculationOptions, folder: Path, config: ModelConfig) -> FeatureKinds:
+    """What the steps of the model in `folder` have to keep for the method that `build_speculator` will choose: to be
+    known before a GPU's steps are captured. Nothing for heads that cannot be read, which it will say."""
+    named = options.heads if options.method in ("auto", *_BY_PREFERENCE) else None
+    is_auto = options.method == "auto" and named is None and not (options.draft_model or find_draft(folder))
+    asked_for = method_of(named) if options.method == "auto" and named is not None else options.method
+    for method in _BY_PREFERENCE:
+        if method not in HEADS_ON_GPU or not (is_auto or asked_for == method):
+            continue
+        heads = named or find_heads(folder, method)
+        if heads is not None:
+            try:
+                return features_of(method, heads, config)
+            except ModelLoadError:
+                continue
+    return NO_FEATURES
 
 
 def build_speculator(
@@ -86,7 +121,10 @@ def build_speculator(
 
 
 def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> CostlyProposer | None:
-    """The method that is asked for; for auto a draft model, else EAGLE-3, else Medusa, whatever there is."""
+    """The method that is asked for; for auto the heads that are named, else a draft model, EAGLE-3 or Medusa, the
+    first that is there."""
+    if options.method == "auto" and options.heads is not None:
+        return _heads(method_of(options.heads), options, target)
     if options.method == "medusa" or options.method == "eagle3":
         return _heads(options.method, options, target)
     if options.method not in ("auto", "draft"):
@@ -94,35 +132,39 @@ def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExec
     draft = _draft_model(options, target, make_executor)
     if draft is not None or options.method == "draft":
         return draft
-    return _heads("eagle3", options, target) or _heads("medusa", options, target)
+    found = (_heads(method, options, target) for method in _BY_PREFERENCE)
+    return next((heads for heads in found if heads is not None), None)
 
 
 def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> CostlyProposer | None:
     """Raises ConfigurationError where the method is asked for by name and cannot be had."""
-    is_asked_for = options.method == method
-    named = options.heads if is_asked_for else None
+    named = options.heads
+    is_asked_for = options.method == method or named is not None
     folder = named or find_heads(target.folder, method)
-    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}"
-    if folder is None or not target.gives_features:
+    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}" if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
+    if folder is None:
         if not is_asked_for:
             return None
-        if folder is None:
-            raise ConfigurationError(
-                f"{setting}: no {target.folder.name}-{method} lies beside {target.folder}; make one with "
-                f"`autobot-llm train {method}` and set AUTOBOT_SPECULATION_HEADS to its folder, or choose auto, ngram, "
-                "draft or none"
-            )
-        raise ConfigurationError(f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none")
+        raise ConfigurationError(
+            f"{setting}: no {target.folder.name}-{method} lies beside {target.folder}; make one with "
+            f"`autobot-llm train {method}` and set AUTOBOT_SPECULATION_HEADS to its folder, or choose auto, ngram, "
+            "draft or none"
+        )
     try:
+        if target.features not in (None, features_of(method, folder, target.config)):
+            if not is_asked_for:
+                return None
+            raise ConfigurationError(
+                f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none"
+            )
         if method == "medusa":
-            return make_medusa(folder, target.folder, target.config)
+            return make_medusa(folder, target.folder, target.config, stream=target.stream)
         return make_eagle(folder, target.folder, target.config, target.max_model_len)
     except ModelLoadError as error:
         if not is_asked_for:
             log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
             return None
-        where = setting if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
-        raise ConfigurationError(f"{where}: {error}") from error
+        raise ConfigurationError(f"{setting}: {error}") from error
 
 
 def _draft_model(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> DraftModel | None:

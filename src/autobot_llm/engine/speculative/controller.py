@@ -108,6 +108,20 @@ class CostlyCosts:
         """What a pass takes at most, by size: of drafts that began with much to catch up with."""
         self._passes: dict[int, deque[float]] = {}
         self._catch_up: deque[float] = deque(maxlen=ENOUGH)
+        self._tokens: dict[tuple[int, int], float] = {}
+
+    def record_tokens(self, num_sequences: int, depth: int, num_tokens: int) -> None:
+        """Learn how many tokens so many drafts of that depth had: a tree has more than its depth."""
+        self._tokens[num_sequences.bit_length(), depth] = num_tokens / num_sequences
+
+    def tokens(self, num_sequences: int, depth: int) -> int:
+        """Of a draft so deep, where so many are made: a line's, unless the nearest that was seen was a tree."""
+        if not self._tokens:
+            return depth
+        size = num_sequences.bit_length()
+        nearest = min(self._tokens, key=lambda other: 8 * abs(other[0] - size) + abs(other[1] - depth))
+        found = self._tokens[nearest]
+        return depth if found <= nearest[1] else max(depth, round(found))
 
     def record(self, num_sequences: int, num_passes: int, num_behind: int, seconds: float) -> None:
         """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
@@ -233,11 +247,13 @@ class Controller:
         own = self.costs.own_share(num_sequences)
         shared = plain - own * num_sequences
         shared += num_behind * self.costly_costs.per_token_behind(per_pass) / CATCH_UP_STEPS
-        added = self.costs.added(num_sequences, num_sequences * self._max_tokens)
+        tokens = [self.costly_costs.tokens(len(chosen), length) for length in range(self._max_tokens + 1)]
+        added = self.costs.added(num_sequences, num_sequences * max(tokens))
         best, best_seconds = decision, seconds / MARGIN if decision is None else seconds
         for length in range(1, self._max_tokens + 1):
             lengths = [length if i in is_chosen else number for i, number in enumerate(num_free)]
-            these = _seconds(survivals, lengths, shared + length * per_pass, own, added)
+            counts = [tokens[length] if i in is_chosen else number for i, number in enumerate(num_free)]
+            these = _seconds(survivals, lengths, shared + length * per_pass, own, added, counts)
             if these < best_seconds:
                 kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
                 best, best_seconds = Decision(kept, length, chosen), these
@@ -293,15 +309,18 @@ def _seconds(
     shared: float,
     own: float,
     added: list[float],
+    counts: list[int] | None = None,
 ) -> float:
-    """What these lengths take until every sequence has come as far as a plain step brings it."""
-    number = sum(lengths)
+    """What drafts of these lengths take until every sequence has come as far as a plain step brings it. `counts`: their
+    tokens, where they are trees."""
+    counts = lengths if counts is None else counts
+    number = sum(counts)
     each = added[number] / number if number else 0.0
     seconds, least = 0.0, math.inf
-    for survival, length in zip(survivals, lengths, strict=True):
+    for survival, length, count in zip(survivals, lengths, counts, strict=True):
         tokens = 1.0 if survival is None else 1.0 + sum(survival[:length])
         least = min(least, tokens)
-        seconds += (own + length * each) / tokens
+        seconds += (own + count * each) / tokens
     return seconds + shared / least
 
 

@@ -75,6 +75,9 @@ class DraftModel:
         drafts = (_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
         return [Draft(token_ids) if token_ids else None for token_ids in drafts]
 
+    def num_passes(self, num_tokens: int) -> int:
+        return num_tokens
+
     def forget(self, sequence: Sequence) -> None:
         shadow = self._shadows.pop(sequence.id, None)
         if shadow is not None:

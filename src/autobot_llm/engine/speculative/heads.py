@@ -9,16 +9,19 @@ from typing import Literal
 
 import torch
 
+from autobot_llm.engine.executor import FeatureKinds
+from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.embeddings import load_embeddings
 from autobot_llm.engine.speculative.eagle.checkpoint import load_eagle
-from autobot_llm.engine.speculative.eagle.config import default_feature_layers
+from autobot_llm.engine.speculative.eagle.config import default_feature_layers, load_eagle_config
 from autobot_llm.engine.speculative.eagle.proposer import EagleProposer
 from autobot_llm.engine.speculative.medusa.checkpoint import load_medusa_heads
-from autobot_llm.engine.speculative.medusa.config import MEDUSA_CHECKPOINTS
+from autobot_llm.engine.speculative.medusa.config import MEDUSA_CHECKPOINTS, TREE_CANDIDATES
 from autobot_llm.engine.speculative.medusa.decoder import assumed_accuracies
+from autobot_llm.engine.speculative.medusa.device_heads import DeviceHeads
 from autobot_llm.engine.speculative.medusa.heads import StackedHeads
-from autobot_llm.engine.speculative.medusa.proposer import MedusaProposer
+from autobot_llm.engine.speculative.medusa.proposer import WANTED, MedusaProposer
 from autobot_llm.errors import ModelLoadError
 
 HeadsMethod = Literal["medusa", "eagle3"]
@@ -39,19 +42,57 @@ def find_heads(folder: Path, method: HeadsMethod) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def make_medusa(heads_folder: Path, folder: Path, config: ModelConfig, *, breadth: int = 1) -> MedusaProposer:
+def method_of(heads_folder: Path) -> HeadsMethod:
+    """What the heads in a folder are for, by the names of its files."""
+    return "medusa" if any(heads_folder.glob("medusa_lm_head.*")) else "eagle3"
+
+
+def features_of(method: HeadsMethod, heads_folder: Path, config: ModelConfig) -> FeatureKinds:
+    """What a method reads of the model's steps. Raises ModelLoadError for what its files say of that."""
+    if method == "medusa":
+        return WANTED
+    layers = load_eagle_config(heads_folder).feature_layers or default_feature_layers(config.num_layers)
+    return FeatureKinds(layers=layers)
+
+
+def make_medusa(
+    heads_folder: Path,
+    folder: Path,
+    config: ModelConfig,
+    *,
+    breadth: int = 1,
+    stream: torch.cuda.Stream | None = None,
+) -> MedusaProposer:
     """The heads of `heads_folder` for the model in `folder`; `breadth` of their trees as of MedusaProposer. Raises
-    ModelLoadError where they do not fit."""
-    lm_head_VE = load_embeddings(folder, config).lm_head_VE.float()
+    ModelLoadError where they do not fit.
+
+    `stream`: that of a GPU's steps. The heads run there, in the model's dtype, and their trees are as broad as a step
+    takes: its rows are next to nothing beside its weights.
+    """
+    dtype = torch.float32 if stream is None else getattr(torch, config.checkpoint_dtype or "float32")
+    device = "cpu" if stream is None else stream.device
+    lm_head_VE = load_embeddings(folder, config).lm_head_VE.to(device=device, dtype=dtype)
     loaded = load_medusa_heads(
-        heads_folder, hidden_size=config.hidden_size, vocab_size=config.vocab_size, lm_head_VE=lm_head_VE
+        heads_folder,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        lm_head_VE=lm_head_VE,
+        dtype=dtype,
+        device=device,
     )
     accuracies = loaded.about.medusa_head_accuracies or assumed_accuracies(len(loaded.heads))
-    return MedusaProposer(StackedHeads(loaded.heads), accuracies, breadth=breadth)
+    heads = StackedHeads(loaded.heads)
+    if stream is None:
+        return MedusaProposer(heads, accuracies, breadth=breadth)
+    on_device = DeviceHeads(heads, config.hidden_size, dtype, stream)
+    return MedusaProposer(on_device, accuracies, breadth=TREE_CANDIDATES, max_rows=MAX_ROWS)
 
 
-def make_eagle(heads_folder: Path, folder: Path, config: ModelConfig, max_model_len: int) -> EagleProposer:
-    """The EAGLE-3 draft of `heads_folder` for the model in `folder`. Raises ModelLoadError where it does not fit."""
+def make_eagle(
+    heads_folder: Path, folder: Path, config: ModelConfig, max_model_len: int, *, breadth: int = 1
+) -> EagleProposer:
+    """The EAGLE-3 draft of `heads_folder` for the model in `folder`; `breadth` of its trees as of EagleProposer. Raises
+    ModelLoadError where it does not fit."""
     embeddings = load_embeddings(folder, config)
     draft = load_eagle(
         heads_folder,
@@ -72,4 +113,4 @@ def make_eagle(heads_folder: Path, folder: Path, config: ModelConfig, max_model_
         raise ModelLoadError(
             f"{heads_folder}: eagle_aux_hidden_state_layer_ids={list(layers)}: the model has {config.num_layers} layers"
         )
-    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len)
+    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len, breadth=breadth)

@@ -72,7 +72,7 @@ class FreeProposer(Protocol):
 
 class Computed(NamedTuple):
     """What a step settled of one sequence: its tokens from index `start` on are computed and stand, and its token ids
-    go one further.
+    go one further: more only while a later step is under way.
 
     `token_rows` are their rows in the features of every token, in order. `logit_row` is the row of the logits that its
     last token was chosen from, in the features of those rows; None: the step computed a part of a prompt and chose
@@ -103,6 +103,10 @@ class CostlyProposer(Protocol):
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """A draft for each, at most that many tokens deep; None where it has no room for a sequence now."""
+        ...
+
+    def num_passes(self, num_tokens: int) -> int:
+        """How often its model runs for drafts so deep: what a draft costs is measured by the pass."""
         ...
 
     def forget(self, sequence: Sequence) -> None: ...

@@ -154,12 +154,13 @@ class Speculator:
         logits_RV, self._features = executor.execute_with_features(batch, self._wanted)
         return logits_RV
 
-    def observe(self, plan: StepPlan, verdicts: SequenceABC[Verdict] = ()) -> None:
-        """Let the costly method see the step that was executed and resolved. `verdicts` are of the items that sample,
-        in the plan's order; none: there were no drafts."""
+    def observe(self, plan: StepPlan, verdicts: SequenceABC[Verdict] = (), features: Features | None = None) -> None:
+        """Let the costly method see the step that was computed and resolved. `verdicts` are of the items that sample,
+        in the plan's order; none: there were no drafts. `features` None: those of `execute`."""
         if self._costly is None or self._wanted is None:
             return
-        features, self._features = self._features, Features()
+        if features is None:
+            features, self._features = self._features, Features()
         self._costly.observe(list(_computed(plan, verdicts)), features)
 
     def is_promising(self, sequences: list[Sequence]) -> bool:
@@ -221,10 +222,16 @@ class Speculator:
         start = self.clock()
         drafts = costly.propose(sequences, num_tokens)
         self.drafting_seconds = self.clock() - start
-        self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
+        self.controller.costly_costs.record(
+            len(sequences), costly.num_passes(num_tokens), num_behind, self.drafting_seconds
+        )
+        given = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft is not None:
                 self._give(sequence, draft, costly.name, _kind(sequence), takes_trees)
+                given += len(sequence.draft_ids)
+        if given:
+            self.controller.costly_costs.record_tokens(len(sequences), num_tokens, given)
 
     def _give(self, sequence: Sequence, draft: Draft, method: str, kind: str, takes_trees: bool) -> None:
         draft = possible(draft if takes_trees else draft.as_line(), sequence)

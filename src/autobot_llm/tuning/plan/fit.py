@@ -121,7 +121,11 @@ def _row(
             config, num_batched_tokens=num_batched_tokens, num_rows=max_num_seqs, num_bytes_each=each
         ),
         graph_bytes=estimated_graph_bytes(
-            config, max_num_seqs=max_num_seqs, num_batched_tokens=num_batched_tokens, num_bytes_each=each
+            config,
+            max_num_seqs=max_num_seqs,
+            max_model_len=config.max_position_embeddings,
+            num_batched_tokens=num_batched_tokens,
+            num_bytes_each=each,
         ),
         block_bytes=per_token * BLOCK_SIZE,
         block_size=BLOCK_SIZE,

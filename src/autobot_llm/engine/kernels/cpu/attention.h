@@ -36,21 +36,28 @@ struct PagedCache {
 
 // The blocks of one token's context: those of a table and, from `first_own` on, copies that lie one behind the other.
 struct Context {
-    const PagedCache& cache;
-    int64_t layer, head;
+    const float *cached_keys, *cached_values;  // of the cache's first block
+    int64_t stride;                            // from one of the cache's blocks to the next
     const int32_t* table;
-    int64_t first_own;
+    int64_t head_size, first_own;
     const float *own_keys, *own_values;
 
+    Context(const PagedCache& cache, int64_t layer, int64_t head, const int32_t* table)
+        : cached_keys(cache.key_block(layer, 0, head)),
+          cached_values(cache.value_block(layer, 0, head)),
+          stride(cache.num_kv_heads * cache.head_size * kBlock),
+          table(table),
+          head_size(cache.head_size),
+          first_own(std::numeric_limits<int64_t>::max()),
+          own_keys(nullptr),
+          own_values(nullptr) {}
+
     const float* keys(int64_t b) const {
-        return b < first_own ? cache.key_block(layer, table[b], head) : own_keys + own(b);
+        return b < first_own ? cached_keys + table[b] * stride : own_keys + (b - first_own) * head_size * kBlock;
     }
     const float* values(int64_t b) const {
-        return b < first_own ? cache.value_block(layer, table[b], head) : own_values + own(b);
+        return b < first_own ? cached_values + table[b] * stride : own_values + (b - first_own) * head_size * kBlock;
     }
-
-  private:
-    int64_t own(int64_t b) const { return (b - first_own) * cache.head_size * kBlock; }
 };
 
 // Scores of NG query heads against one block's keys: lanes are the block's tokens.
@@ -92,8 +99,8 @@ void weigh_block(const float* weights, int64_t ld_weights, const float* values, 
 
 // NG query heads of one token over tokens [first, length): scores, softmax, weighted values.
 template <int NG>
-void attend_heads(const Context& context, const float* q, int64_t first, int64_t length, float* scores, float* out) {
-    const int64_t size = context.cache.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
+void attend_heads(const Context context, const float* q, int64_t first, int64_t length, float* scores, float* out) {
+    const int64_t size = context.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
     const int64_t ld = end_block * kBlock;
     const Int16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Float16 minus_infinity = Float16{} - std::numeric_limits<float>::infinity();

@@ -321,8 +321,7 @@ class Model {
     // they would lie if the path were all there is. So its sums are those of a line, bit by bit.
     Context context_of(int64_t l, int64_t token, int64_t head, Scratch& scratch) {
         const int64_t sequence = sequence_of_[token], size = c_.head_size, block_size = size * kBlock;
-        Context context{cache_, l, head, batch_.block_tables + sequence * batch_.max_blocks,
-                        std::numeric_limits<int64_t>::max(), nullptr, nullptr};
+        Context context(cache_, l, head, batch_.block_tables + sequence * batch_.max_blocks);
         const uint64_t mask = batch_.tree_masks ? batch_.tree_masks[token] : 0;
         if (!mask) return context;
         float *keys = scratch.path_keys.data(), *values = scratch.path_values.data();

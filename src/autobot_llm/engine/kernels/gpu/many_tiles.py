@@ -1,7 +1,7 @@
 """How a product of a quantized weight with many rows is computed, from a table. Knows figures; knows no tensors.
 
-The choice is between two libraries and a kernel of ours with one of these tiles. By judgement from the arithmetic until
-`benchmarks/quantized_linear_gpu.py`, which prints such a table, says better.
+The choice is between two libraries and a kernel of ours with one of these tiles: the quickest measured on an H200 by
+`benchmarks/quantized_linear_gpu.py` (docs/results/quantized_linear_gpu.md).
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ Way: TypeAlias = ManyTile | Library
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """The ways of one number of rows. `narrow`: at most NARROW outputs (the kernel needs splits to fill the device)."""
+    """The ways of one number of rows. `narrow`: at most NARROW outputs (the kernel needs splits to fill the device);
+    `deep`: of these, products of more than NARROW inputs."""
 
     narrow: Way
+    deep: Way
     wide: Way
     gated: Way
 
@@ -51,89 +53,95 @@ NARROW = 8192
 Table: TypeAlias = Mapping[tuple[str, bool], tuple[tuple[int, Ways], ...]]
 
 _ANY = 1 << 62
-_ROUNDED = (
-    (
-        64,
-        Ways(
-            narrow=ManyTile(64, 64, 128, 4, 4, num_splits=4, prefetch_bytes=512),
-            wide=ManyTile(64, 64, 128, 4, 4, prefetch_bytes=512),
-            gated=ManyTile(64, 64, 128, 4, 3, prefetch_bytes=512),
-        ),
-    ),
-    (
-        128,
-        Ways(
-            narrow=ManyTile(128, 64, 128, 4, 4, num_splits=4, prefetch_bytes=512),
-            wide=ManyTile(128, 64, 128, 4, 4, prefetch_bytes=512),
-            gated=ManyTile(128, 64, 128, 8, 3, prefetch_bytes=512),
-        ),
-    ),
-    (
-        256,
-        Ways(
-            narrow=ManyTile(128, 128, 128, 8, 4, num_splits=2),
-            wide=ManyTile(128, 128, 128, 8, 4),
-            gated=ManyTile(128, 128, 128, 8, 3),
-        ),
-    ),
-    (
-        _ANY,
-        Ways(
-            narrow=ManyTile(128, 256, 128, 8, 3),
-            wide=ManyTile(128, 256, 128, 8, 3),
-            gated=ManyTile(128, 128, 128, 8, 3),
-        ),
-    ),
+
+
+def _rounded(num_splits: int = 1, *, block_i: int = 128, num_stages: int = 4) -> ManyTile:
+    """Of few rows: what a tile does with them hides behind reading W."""
+    return ManyTile(64, 64, block_i, 4, num_stages, num_splits, prefetch_bytes=512)
+
+
+def _square(num_warps: int, num_stages: int, num_splits: int = 1, prefetch_bytes: int = 0) -> ManyTile:
+    return ManyTile(128, 128, 128, num_warps, num_stages, num_splits, prefetch_bytes)
+
+
+def _whole(block_o: int, num_splits: int = 1, prefetch_bytes: int = 0, *, num_stages: int = 3) -> ManyTile:
+    """Of 128 unrounded rows, for which W becomes numbers on its way."""
+    return ManyTile(128, block_o, 64, block_o // 16, num_stages, num_splits, prefetch_bytes)
+
+
+_FEW_ROUNDED = (
+    (32, Ways(narrow=_rounded(4), deep=_rounded(4), wide=_rounded(), gated=_rounded())),
+    (64, Ways(narrow=_rounded(2, block_i=256, num_stages=3), deep=_rounded(4), wide=_rounded(), gated=_rounded())),
 )
-_PARTS = Ways(narrow=Library.PARTS, wide=Library.PARTS, gated=Library.PARTS)
+_128_BY_64 = ManyTile(128, 64, 128, 4, 4, prefetch_bytes=512)
+_128_BY_64_IN_2 = ManyTile(128, 64, 128, 4, 4, num_splits=2, prefetch_bytes=512)
+_128_BY_64_IN_4 = ManyTile(128, 64, 128, 4, 4, num_splits=4, prefetch_bytes=512)
+_WIDE = ManyTile(128, 256, 128, 8, 3)
+_PARTS, _SCALED = Library.PARTS, Library.SCALED
 _BYTES = (
     (
         64,
         Ways(
-            narrow=ManyTile(64, 64, 128, 4, 3, num_splits=4, prefetch_bytes=512),
-            wide=ManyTile(64, 64, 128, 4, 3, prefetch_bytes=512),
-            gated=ManyTile(64, 64, 128, 4, 2, prefetch_bytes=512),
+            narrow=ManyTile(64, 64, 128, 4, 3, num_splits=4, prefetch_bytes=256),
+            deep=ManyTile(64, 128, 64, 4, 3, num_splits=8, prefetch_bytes=256),
+            wide=ManyTile(64, 64, 128, 4, 3, prefetch_bytes=256),
+            gated=ManyTile(64, 64, 128, 4, 3, prefetch_bytes=256),
         ),
     ),
-    (
-        1024,
-        Ways(
-            narrow=ManyTile(128, 128, 64, 8, 3, num_splits=4),
-            wide=ManyTile(128, 128, 64, 8, 3),
-            gated=ManyTile(128, 64, 64, 8, 3),
-        ),
-    ),
-    (_ANY, _PARTS),
+    (128, Ways(narrow=_whole(64, 4, 256), deep=_whole(64, 4, 256), wide=_whole(64, 1, 256), gated=_whole(64, 1, 256))),
+    (256, Ways(narrow=_PARTS, deep=_whole(128, 2), wide=_PARTS, gated=_whole(64))),
+    (1024, Ways(narrow=_PARTS, deep=_whole(64), wide=_PARTS, gated=_PARTS)),
+    (_ANY, Ways(narrow=_PARTS, deep=_whole(128), wide=_PARTS, gated=_PARTS)),
 )
 HOPPER: Table = {
-    ("int8", True): _ROUNDED,
-    ("fp8", True): _ROUNDED,
+    ("int8", True): (
+        *_FEW_ROUNDED,
+        (128, Ways(narrow=_128_BY_64_IN_2, deep=_128_BY_64_IN_4, wide=_128_BY_64, gated=_square(8, 3, 1, 512))),
+        (256, Ways(narrow=_square(8, 4), deep=_square(8, 3, 2), wide=_square(8, 4), gated=_square(8, 4))),
+        (1024, Ways(narrow=_square(8, 3), deep=_square(8, 4), wide=_square(8, 4), gated=_square(8, 4))),
+        (_ANY, Ways(narrow=_square(4, 3), deep=_square(4, 3), wide=_square(4, 3), gated=_square(8, 3))),
+    ),
+    ("fp8", True): (
+        *_FEW_ROUNDED,
+        (128, Ways(narrow=_128_BY_64_IN_2, deep=_128_BY_64_IN_4, wide=_128_BY_64, gated=_square(8, 3, 2, 512))),
+        (256, Ways(narrow=_SCALED, deep=_SCALED, wide=_SCALED, gated=_square(8, 4))),
+        (1024, Ways(narrow=_SCALED, deep=_SCALED, wide=_SCALED, gated=_SCALED)),
+        # Alone _scaled_mm is as quick or quicker; in whole steps of 2,048 rows it takes 6 % longer.
+        (_ANY, Ways(narrow=_WIDE, deep=_WIDE, wide=_WIDE, gated=_square(8, 3))),
+    ),
     ("int8", False): _BYTES,
     ("fp8", False): _BYTES,
     ("int4", False): (
         (
             64,
             Ways(
-                narrow=ManyTile(64, 64, 64, 4, 3, num_splits=4, prefetch_bytes=256),
-                wide=ManyTile(64, 64, 64, 4, 3, prefetch_bytes=256),
-                gated=ManyTile(64, 64, 64, 4, 3, prefetch_bytes=256),
+                narrow=ManyTile(64, 128, 64, 4, 3, num_splits=8, prefetch_bytes=256),
+                deep=ManyTile(64, 128, 64, 4, 3, num_splits=8, prefetch_bytes=256),
+                wide=ManyTile(64, 128, 64, 4, 3, prefetch_bytes=256),
+                gated=ManyTile(64, 128, 64, 4, 3, num_splits=2, prefetch_bytes=256),
             ),
         ),
         (
-            1024,
+            128,
             Ways(
-                narrow=ManyTile(128, 128, 64, 8, 3, num_splits=4),
-                wide=ManyTile(128, 128, 64, 8, 3),
-                gated=ManyTile(128, 64, 64, 8, 3),
+                narrow=_whole(64, 4, 256), deep=_whole(64, 4, 256), wide=_whole(64, 1, 256), gated=_whole(128, 1, 256)
             ),
         ),
-        (_ANY, _PARTS),
+        (256, Ways(narrow=_PARTS, deep=_whole(128, 2), wide=_PARTS, gated=_whole(128))),
+        (1024, Ways(narrow=_PARTS, deep=_whole(64), wide=_PARTS, gated=_PARTS)),
+        (_ANY, Ways(narrow=_PARTS, deep=_whole(128, num_stages=2), wide=_PARTS, gated=_PARTS)),
     ),
 }
 
 
 def choose_way(
-    fmt: str, rounded: bool, num_rows: int, num_outputs: int, gated: bool, capability: tuple[int, int]
+    fmt: str,
+    rounded: bool,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    gated: bool,
+    capability: tuple[int, int],
 ) -> Way:
     """The way for this product on a device of this compute capability. `num_outputs`: of one half, if gated.
 
@@ -141,8 +149,10 @@ def choose_way(
     """
     ways = HOPPER[fmt, rounded]
     if capability[0] != 9:
-        return _ROUNDED[0][1].wide if rounded else Library.PARTS
+        return _rounded() if rounded else Library.PARTS
     found = next(ways for most_rows, ways in ways if num_rows <= most_rows)
     if gated:
         return found.gated
-    return found.narrow if num_outputs <= NARROW else found.wide
+    if num_outputs > NARROW:
+        return found.wide
+    return found.narrow if num_inputs <= NARROW else found.deep

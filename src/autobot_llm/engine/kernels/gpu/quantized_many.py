@@ -52,8 +52,9 @@ def multiply_many(
     products of a device must run on one stream.
     """
     rounded = round_activations
-    num_outputs = out.shape[1]
-    way = choose_way(format_of(weight), rounded, x_TI.shape[0], num_outputs, gated, capability_of(x_TI.device))
+    num_rows, num_inputs = x_TI.shape
+    capability = capability_of(x_TI.device)
+    way = choose_way(format_of(weight), rounded, num_rows, out.shape[1], num_inputs, gated, capability)
     if weight.group and isinstance(way, ManyTile) and weight.group % way.block_i:
         way = Library.PARTS  # a step of the kernel lies in one group
     return multiply_by(

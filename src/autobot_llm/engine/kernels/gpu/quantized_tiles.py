@@ -2,8 +2,8 @@
 
 As in tiles.py the table's shapes are those of a 7B model, and another shape takes the tile of the nearest one. No tile
 means that products of so many rows are computed otherwise (quantized.py). Reading the weights is what few rows cost,
-whatever the device, so the tables serve all that can run them. By judgement, from the tiles that were fastest for
-bfloat16 weights, until `benchmarks/quantized_linear_gpu.py` says better.
+whatever the device, so the tables serve all that can run them. Measured on an H200 by
+`benchmarks/quantized_linear_gpu.py` (docs/results/quantized_linear_gpu.md).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile, nearest
 
-MAX_EXACT_ROWS = 32
-"""Up to so many rows activations are kept as they are, even where the scheme rounds them: it is as fast, and closer
-to the unrounded model."""
+MAX_EXACT_ROWS = 16
+"""Up to so many rows activations are kept as they are, even where the scheme rounds them: closer to the unrounded
+model, and hardly slower. At 32 rounding them takes 15 % off."""
 
 # For each kind: (outputs, inputs) to tile. The outputs of a gated product are those of one half of its weight.
 Shapes: TypeAlias = Mapping[Kind, Mapping[tuple[int, int], RowsTile]]
@@ -26,23 +26,23 @@ def _shapes(qkv: RowsTile, o: RowsTile, gate_up: RowsTile, down: RowsTile) -> Sh
     return {Kind.PLAIN: {_O: o, _DOWN: down}, Kind.NORM: {_QKV: qkv}, Kind.GATED: {_GATE_UP: gate_up}}
 
 
-def _tile(block_o: int, num_warps: int, num_stages: int, num_splits: int) -> RowsTile:
+def _tile(block_o: int, num_warps: int, num_stages: int, num_splits: int, block_i: int = 128) -> RowsTile:
     return RowsTile(
-        block_o, 128, num_warps, num_stages, num_splits, fold_norm=False, prefetch_bytes=512, evict_first=True
+        block_o, block_i, num_warps, num_stages, num_splits, fold_norm=False, prefetch_bytes=512, evict_first=True
     )
 
 
 # For each width in bits: the most rows of a table, ascending, and the table.
 TABLES: Mapping[int, tuple[tuple[int, Shapes], ...]] = {
     8: (
-        (8, _shapes(_tile(64, 4, 6, 2), _tile(64, 4, 6, 4), _tile(64, 4, 6, 1), _tile(64, 4, 6, 4))),
-        (32, _shapes(_tile(64, 2, 4, 4), _tile(64, 2, 4, 4), _tile(64, 2, 4, 2), _tile(64, 2, 4, 8))),
-        (128, _shapes(_tile(64, 4, 2, 2), _tile(64, 4, 2, 2), _tile(128, 8, 3, 1), _tile(128, 8, 3, 4))),
+        (8, _shapes(_tile(64, 4, 4, 4, block_i=256), _tile(64, 4, 6, 8), _tile(16, 1, 6, 1), _tile(64, 4, 6, 8))),
+        (16, _shapes(_tile(32, 2, 4, 4), _tile(64, 2, 4, 8), _tile(32, 2, 4, 4), _tile(64, 2, 4, 8))),
+        (32, _shapes(_tile(32, 2, 4, 4), _tile(64, 2, 4, 8), _tile(32, 2, 4, 1), _tile(64, 2, 4, 8))),
     ),
     4: (
-        (8, _shapes(_tile(64, 4, 6, 2), _tile(64, 4, 6, 2), _tile(64, 4, 6, 1), _tile(64, 4, 6, 4))),
-        (32, _shapes(_tile(64, 2, 4, 4), _tile(64, 2, 4, 4), _tile(64, 2, 4, 2), _tile(64, 2, 4, 8))),
-        (64, _shapes(_tile(64, 4, 2, 2), _tile(64, 4, 2, 2), _tile(128, 8, 2, 1), _tile(128, 8, 2, 4))),
+        (8, _shapes(_tile(64, 4, 6, 4), _tile(32, 2, 6, 4), _tile(64, 4, 6, 1), _tile(64, 4, 6, 4))),
+        (16, _shapes(_tile(32, 2, 4, 4), _tile(64, 2, 4, 8), _tile(32, 2, 4, 1), _tile(64, 2, 4, 8))),
+        (32, _shapes(_tile(64, 4, 4, 2), _tile(64, 4, 4, 4), _tile(64, 4, 4, 2), _tile(64, 4, 4, 4))),
     ),
 }
 

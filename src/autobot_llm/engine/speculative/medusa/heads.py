@@ -8,6 +8,10 @@ model's (`lm_head_VE`), which costs no memory and starts out as a fair guess.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import nn
@@ -101,7 +105,7 @@ class StackedHeads:
     def logits(self, hidden_RE: torch.Tensor, num_heads: int | None = None) -> torch.Tensor:
         """The logits KRV of the first `num_heads` heads; None: of all."""
         number = self.num_heads if num_heads is None else num_heads
-        with torch.inference_mode():
+        with torch.no_grad():
             x_KRE = hidden_RE.expand(number, -1, -1)
             for weight_KEE, bias_K1E in zip(self._weights_KEE, self._biases_K1E, strict=True):
                 x_KRE = x_KRE + F.silu(torch.baddbmm(bias_K1E[:number], x_KRE, weight_KEE[:number]))
@@ -109,6 +113,16 @@ class StackedHeads:
                 return torch.bmm(x_KRE, self._own_KEV[:number])
             assert self._lm_head_VE is not None
             return F.linear(x_KRE, self._lm_head_VE)
+
+    def candidates(
+        self, hidden_S: SequenceABC[torch.Tensor], num_heads: int, num_best: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The best tokens ids_KSC of the first heads, and their logits KSC, the best first, from S hidden states E."""
+        best = self.logits(torch.stack(list(hidden_S)), num_heads).topk(num_best, dim=-1)
+        return best.indices.numpy(), best.values.numpy()
+
+    def close(self) -> None:
+        """Nothing to release: the heads go with this object."""
 
     def top_tokens(self, hidden_RE: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """The best tokens RKN of each head, the best first."""
