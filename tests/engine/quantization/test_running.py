@@ -189,7 +189,7 @@ def test_a_hub_is_asked_for_the_registered_names(tmp_path: Path) -> None:
     assert (found.origin, found.folder) == ("known variant", variant)
     with pytest.raises(ConfigurationError, match="expected a model folder, or a name that the hub knows"):
         load(Path("nobody/knows-me"), tmp_path / "cache", "w8a8", hub=Shelf())
-    assert asked[-2:] == ["nobody/knows-me-int8", "nobody/knows-me"]
+    assert asked[-3:] == ["nobody/knows-me-int8", "nobody/knows-me-w8a8", "nobody/knows-me"]
 
 
 def test_the_registry_names_what_the_design_names() -> None:
