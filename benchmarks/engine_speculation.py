@@ -3,10 +3,14 @@
 Each prompt is answered by every method in turn, so that a busy moment of the machine hits all of them; what is counted
 is the time of the decoding steps, prompts excluded, in seconds of the clock and of the processor. `auto` and the
 others keep what they have learned from one prompt to the next, as a server does; `warm-up` prompts are not counted.
-Prints tables and one JSON line at the end.
+The prompts are those that the controller was not tuned with, unless `--half` says otherwise. Prints tables and one JSON
+line at the end.
 
     python benchmarks/engine_speculation.py                    # the figures of docs/results/speculation_cpu.md
-    python benchmarks/engine_speculation.py --prompts 3 --new-tokens 32
+    python benchmarks/engine_speculation.py --prompts 4 --new-tokens 32 --methods auto
+    python benchmarks/engine_speculation.py --half tuning      # the prompts that the controller was tuned with
+    python benchmarks/engine_speculation.py --adversarial      # answers that are hard on speculation
+    python benchmarks/engine_speculation.py --identity 200     # whether any token differs, with every method
     python benchmarks/engine_speculation.py --coupling         # acceptance of both schemes on sampled requests
 """
 
@@ -18,28 +22,22 @@ import platform
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
+from speculation_checks import adversarial, identity
+from speculation_setup import CATEGORIES, DRAFT, METHODS, MODEL, Setup
 
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.load import load_draft_model, load_engine
+from autobot_llm.engine.load import load_draft_model
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
-from autobot_llm.engine.speculative.controller import Always
-from autobot_llm.engine.speculative.draft_model import DraftModel
-from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.speculator import Speculator
-
-MODEL = Path(__file__).parents[1] / "src" / "autobot_llm" / "assets" / "tiny"
-DRAFT = MODEL.with_name("tiny-draft")
-PROMPTS = Path(__file__).parent / "data" / "dev_prompts.jsonl"
-CATEGORIES = ("story", "chat", "copy", "code")
-MAX_PROMPT_TOKENS = 600
-SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 
 
 @dataclass
@@ -58,33 +56,10 @@ class Sums:
         return self.num_tokens / max(1, self.num_steps)
 
 
-def prompts(engine: Engine, category: str, number: int) -> list[list[int]]:
-    found = []
-    for line in PROMPTS.read_text().splitlines():
-        record = json.loads(line)
-        if record["category"] == category:
-            text = record.get("prompt") or "".join(
-                f"<|{m['role']}|>\n{m['content'].strip()}<|end|>\n" for m in record["messages"]
-            )
-            text += "" if "prompt" in record else "<|assistant|>\n"
-            found.append(engine.tokenizer.encode(text, add_special_tokens=False)[-MAX_PROMPT_TOKENS:])
-    return found[:number]
-
-
-def methods(draft: DraftModel, num_tokens: int) -> dict[str, Speculator | None]:
-    ngram = NgramProposer
-    return {
-        "off": None,
-        "ngram": Speculator(num_tokens, make_free=ngram, policy=Always(num_tokens)),
-        "draft": Speculator(num_tokens, costly=draft, policy=Always(min(3, num_tokens))),
-        "auto": Speculator(num_tokens, make_free=ngram, costly=draft),
-    }
-
-
 def answer(engine: Engine, asked: list[list[int]], params: SamplingParams, sums: Sums) -> list[tuple[str, int]]:
     """Answer some prompts at once. Steps that hold tokens of prompts are not counted."""
     for i, ids in enumerate(asked):
-        seeded = SamplingParams(**{**_fields(params), "seed": params.seed + i})
+        seeded = replace(params, seed=params.seed + i)
         engine.add(i, EngineRequest(ids, (seeded,)), RequestStats())
     texts = [["", 0] for _ in asked]
     while engine.has_work:
@@ -105,10 +80,6 @@ def answer(engine: Engine, asked: list[list[int]], params: SamplingParams, sums:
     return [(str(text), int(number)) for text, number in texts]
 
 
-def _fields(params: SamplingParams) -> dict[str, Any]:
-    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
-
-
 def figures_before(speculator: Speculator | None) -> dict[str, tuple[list[int], list[int]]]:
     if speculator is None:
         return {}
@@ -125,38 +96,27 @@ def add_figures(speculator: Speculator | None, before: dict[str, tuple[list[int]
                 mine[position] += count - (old[position] if position < len(old) else 0)
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = EngineOptions(
-        folder=MODEL,
-        cache_dir=Path.home() / ".cache" / "autobot_llm",
-        device="cpu",
-        compiled_step="on",
-        cpu_threads=arguments.threads,
-        prefix_caching=False,
-    )
-    engine, draft = load_engine(options), load_draft_model(MODEL, DRAFT, options)
+def run(setup: Setup, arguments: argparse.Namespace) -> dict[str, Any]:
+    engine = setup.engine
     result: dict[str, Any] = {}
     differing = 0
     for batch in arguments.batch:
         for mode in ("greedy", "sampled"):
-            every = methods(draft, arguments.num_tokens)
+            every = {name: setup.speculator(name) for name in ("off", *arguments.methods)}
             found: dict[tuple[str, str], Sums] = defaultdict(Sums)
-            asked = {category: prompts(engine, category, arguments.prompts) for category in CATEGORIES}
+            asked = {category: setup.prompts(category, arguments.half)[: arguments.prompts] for category in CATEGORIES}
+            number_of_each = min(map(len, asked.values()))
             rounds = [
                 (category, asked[category][i : i + batch])
-                for i in range(0, arguments.prompts, batch)
+                for i in range(0, number_of_each, batch)
                 for category in CATEGORIES
             ]
             warm_up = [("warm-up", texts) for _, texts in rounds[: len(CATEGORIES)]]
-            for number, (category, texts) in enumerate(warm_up + rounds):
-                params = SamplingParams(
-                    max_tokens=arguments.new_tokens,
-                    temperature=0.0,
-                    seed=number * 100,
-                    stop_token_ids=engine.config.eos_token_ids,
-                )
-                if mode == "sampled":
-                    params = SamplingParams(**{**_fields(params), **SAMPLED})
+            title = f"{mode}, batch {batch}"
+            for number, (category, texts) in enumerate(
+                track(warm_up + rounds, description=title, transient=True, console=Console(stderr=True))
+            ):
+                params = setup.params(arguments.new_tokens, is_sampled=mode == "sampled", seed=number * 100)
                 order = list(every)
                 random.Random(number).shuffle(order)
                 answers = {}
@@ -166,11 +126,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     answers[name] = answer(engine, texts, params, found[category, name])
                     add_figures(every[name], before, found[category, name])
                 differing += sum(answers[name] != answers["off"] for name in order)
-            result[f"{mode}, batch {batch}"] = report(f"{mode}, batch {batch}", found, list(every))
+            result[title] = report(title, found, list(every))
+    print(f"\nauto against off, prompts: {arguments.half}, {number_of_each} a category")
+    for title, cells in result.items():
+        print(f"  {title:18}", *(f"{cells[f'{category} auto']['speed']:5.2f}" for category in CATEGORIES))
     assert differing == 0, f"{differing} answers differ"
-    engine.speculator = None
-    draft.close()
-    engine.close()
     return result
 
 
@@ -204,7 +164,7 @@ def report(title: str, found: dict[tuple[str, str], Sums], names: list[str]) -> 
 # --- acceptance of the two schemes ------------------------------------------------------------------------------------
 
 
-def coupling(number: int) -> dict[str, Any]:
+def coupling(setup: Setup, number: int) -> dict[str, Any]:
     """On texts that the target writes: how often a draft's token is the target's with shared noise (what the engine
     does), and with the rejection sampling of Leviathan et al., which accepts with probability 1 - TV(p, q)."""
     import torch
@@ -214,14 +174,14 @@ def coupling(number: int) -> dict[str, Any]:
     from autobot_llm.engine.noise import exponential_noise, noise_keys
     from autobot_llm.engine.sequence import Sequence
 
-    base = EngineOptions(folder=MODEL, cache_dir=Path.home() / ".cache" / "autobot_llm", device="cpu")
-    engine, draft = load_engine(base), load_draft_model(MODEL, DRAFT, base)
+    options = EngineOptions(folder=MODEL, cache_dir=Path.home() / ".cache" / "autobot_llm", device="cpu")
+    engine, draft = setup.engine, load_draft_model(MODEL, DRAFT, options)
     ids_V = np.arange(engine.config.vocab_size)
     result: dict[str, Any] = {}
     for name, temperature, top_p in (("T 0.6", 0.6, 1.0), ("T 0.8 top-p 0.95", 0.8, 0.95), ("T 1.0", 1.0, 1.0)):
         shared, rejection = [], []
         for category in CATEGORIES:
-            for seed, ids in enumerate(prompts(engine, category, number)):
+            for seed, ids in enumerate(setup.prompts(category)[:number]):
                 params = SamplingParams(max_tokens=64, temperature=temperature, top_p=top_p, seed=seed)
                 engine.add(0, EngineRequest(ids, (params,)), RequestStats())
                 (choice,) = engine._choices.values()
@@ -252,7 +212,6 @@ def coupling(number: int) -> dict[str, Any]:
         }
         print(name, result[name])
     draft.close()
-    engine.close()
     return result
 
 
@@ -266,14 +225,32 @@ def _distribution(logits_V: Any, temperature: float, top_p: float) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="prompts of each category (16)")
+    parser.add_argument("--prompts", type=int, default=24, help="prompts of each category at most (24; there are 25)")
+    parser.add_argument("--half", choices=("held-out", "tuning", "all"), default="held-out", help="of the prompts")
+    parser.add_argument("--methods", nargs="+", choices=METHODS[1:], default=["ngram", "draft", "auto"])
     parser.add_argument("--new-tokens", type=int, default=128, help="most tokens of an answer (128)")
     parser.add_argument("--num-tokens", type=int, default=5, help="most tokens of a draft (5)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts answered at once (1 8)")
     parser.add_argument("--threads", type=int, default=None, help="the engine's threads (measured)")
-    parser.add_argument("--coupling", action="store_true", help="compare the two schemes of acceptance instead")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--coupling", action="store_true", help="compare the two schemes of acceptance instead")
+    other.add_argument("--adversarial", action="store_true", help="answers that are hard on speculation instead")
+    other.add_argument("--identity", type=int, metavar="PROMPTS", help="count the answers that differ instead")
     arguments = parser.parse_args()
-    result = coupling(min(arguments.prompts, 4)) if arguments.coupling else run(arguments)
+    if "auto" not in arguments.methods:
+        arguments.methods.append("auto")
+    setup = Setup(arguments.threads, arguments.num_tokens)
+    try:
+        if arguments.coupling:
+            result = coupling(setup, min(arguments.prompts, 4))
+        elif arguments.adversarial:
+            result = adversarial(setup, arguments.prompts)
+        elif arguments.identity:
+            result = identity(setup, arguments.identity, min(64, arguments.new_tokens))
+        else:
+            result = run(setup, arguments)
+    finally:
+        setup.close()
     print(json.dumps({"machine": platform.processor() or platform.machine(), "result": result}))
 
 

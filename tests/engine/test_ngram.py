@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.ngram import NgramProposer, SuffixIndex, continuation
+from autobot_llm.engine.speculative.ngram import PAUSE, NgramProposer, SuffixIndex, continuation
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
@@ -55,15 +55,34 @@ def test_guesses_are_compared_with_what_came_although_nobody_verified_them() -> 
     proposer = NgramProposer(lambda kind, tried, passed: heard.append((kind, tried, passed)))
     sequence = Sequence(0, [1, 2, 3, 4, 5, 1, 2], SamplingParams(max_tokens=50))
     first = proposer.propose(sequence, 4)
-    assert first is not None and (first.token_ids, first.kind) == ([3, 4, 5, 1], "match of 2")
+    assert first is not None and (first.token_ids, first.kind) == ([3, 4, 5, 1], "match of 2, sometimes right")
     sequence.token_ids.append(3)
     second = proposer.propose(sequence, 4)
-    assert second is not None and (second.token_ids, second.kind) == ([4, 5, 1, 2], "run of 1-3")
+    assert second is not None and (second.token_ids, second.kind) == ([4, 5, 1, 2], "run of 1-3, sometimes right")
     sequence.token_ids += [4, 5, 6]
     assert proposer.propose(sequence, 4) is None, "6 has never occurred"
     sequence.token_ids.append(1)
     third = proposer.propose(sequence, 2)
-    assert third is not None and (third.token_ids, third.kind) == ([2, 3], "match of 1"), "a miss ends the run"
-    assert heard == [("match of 2", 1, 1), ("run of 1-3", 3, 2)]
+    assert third is not None and (third.token_ids, third.kind) == ([2, 3], "match of 1, sometimes right"), (
+        "a miss ends the run"
+    )
+    assert heard == [("match of 2, sometimes right", 1, 1), ("run of 1-3, sometimes right", 3, 2)]
     proposer.forget(sequence)
     proposer.forget(sequence)
+
+
+def test_a_text_whose_guesses_are_seldom_right_is_looked_at_now_and_then_until_they_are() -> None:
+    proposer = NgramProposer(lambda kind, tried, passed: None)
+    sequence = Sequence(0, [1, 2, 1, 3, 1], SamplingParams(max_tokens=500))
+    asked = 0
+    for token_id in range(5, 65):
+        asked += proposer.propose(sequence, 4) is not None
+        sequence.token_ids += [token_id, 1]
+    assert 20 < asked < 40, "1 has always occurred, and what follows it is always new"
+    kinds = []
+    for token_id in sequence.token_ids[20:60]:
+        draft = proposer.propose(sequence, 4)
+        kinds.append(None if draft is None else draft.kind)
+        sequence.token_ids.append(token_id)
+    assert all(kind is not None for kind in kinds[PAUSE + 4 :]), "what is right is looked at every time"
+    assert kinds[-1] == "run of 16 or more, often right"

@@ -16,7 +16,7 @@ from test_speculation import Guesser
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
-from autobot_llm.engine.speculative.controller import Always, CostlyOffer, Decision, Histories
+from autobot_llm.engine.speculative.controller import Always, CostlyOffer, CreditOf, Decision, Histories
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.proposer import Draft
@@ -44,11 +44,11 @@ class Now(Always):
     def wants_offer(self) -> bool:
         return self._rng.random() < self._chance
 
-    def may_pay(self, free: Histories) -> bool:
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
         return self._rng.random() < self._chance
 
-    def decide(self, free: Histories, costly: CostlyOffer | None) -> Decision | None:
-        return super().decide(free, costly) if self._rng.random() < self._chance else None
+    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
+        return super().decide(free, costly, credit_of) if self._rng.random() < self._chance else None
 
 
 def draft_model(num_blocks: int, max_tokens: int = 16) -> DraftModel:

@@ -52,6 +52,7 @@ class MemoryDemand:
 
     `activation_bytes` is the peak of a step above the weights, as the allocator reserved it; `graph_bytes` is what
     captured graphs hold. `num_weight_bytes_each` is the size of one number, in the weights and in the cache.
+    A sequence has at most `max_cached_tokens` of its `max_model_len` in the cache at once; None: all of them.
     `utilization` is the share of the device's total that all of it may take; `cache_bytes` replaces it by a size of
     the cache alone.
     """
@@ -65,6 +66,7 @@ class MemoryDemand:
     max_num_seqs: int
     utilization: float
     cache_bytes: int | None = None
+    max_cached_tokens: int | None = None
     num_weight_bytes_each: int = 2
 
     @property
@@ -74,7 +76,10 @@ class MemoryDemand:
 
     @property
     def blocks_per_sequence(self) -> int:
-        return -(-self.max_model_len // self.block_size)
+        num_tokens = self.max_model_len
+        if self.max_cached_tokens is not None:
+            num_tokens = min(num_tokens, self.max_cached_tokens)
+        return -(-num_tokens // self.block_size)
 
     @property
     def sequence_bytes(self) -> int:

@@ -211,8 +211,8 @@ def fill_tree_rows(rows_T4: Int32Array, batch: StepBatch) -> None:
     num_queries = np.diff(batch.query_starts)
     rows_T4[:num_tokens, :2] = np.where(is_in_tree_T, masks_T, np.uint64(1)).view(np.int32).reshape(-1, 2)
     first_new_T = (batch.context_lens - num_queries).repeat(num_queries)
-    rows_T4[:num_tokens, 2] = np.where(is_in_tree_T, first_new_T, batch.positions_T)
-    rows_T4[:num_tokens, 3] = batch.positions_T
+    rows_T4[:num_tokens, 3] = places_T = batch.places
+    rows_T4[:num_tokens, 2] = np.where(is_in_tree_T, first_new_T, places_T)
 
 
 def trees_of(batch: StepBatch) -> npt.NDArray[np.bool_] | None:

@@ -120,6 +120,14 @@ def build_speculator(
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 
 
+def no_speculation_beside_heavy_hitters(options: SpeculationOptions) -> tuple[None, str]:
+    """Raises ConfigurationError for a method that is asked for: what guesses attended to cannot be taken back."""
+    why = "AUTOBOT_KV_HEAVY_HITTERS counts what every token attended to, and guesses would count"
+    if options.method not in ("auto", "none"):
+        raise ConfigurationError(f"AUTOBOT_SPECULATION_METHOD={options.method!r}: {why}; expected auto or none")
+    return None, why
+
+
 def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> CostlyProposer | None:
     """The method that is asked for; for auto the heads that are named, else a draft model, EAGLE-3 or Medusa, the
     first that is there."""

@@ -54,6 +54,8 @@ class DraftModel:
         shadow = self._shadows.get(sequence.id)
         if shadow is None:
             return len(sequence.token_ids)
+        if sequence.token_ids[-1] == UNKNOWN_TOKEN:
+            return len(sequence.token_ids) - min(shadow.num_prompt_tokens, shadow.num_computed_tokens)
         self._follow(shadow, sequence)
         return len(shadow.token_ids) - shadow.num_computed_tokens
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 HISTORY = 100
 """Drafts of one kind that are remembered."""
@@ -14,22 +16,32 @@ ENOUGH = 20
 PRIOR_RATE = 0.5
 PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
 
+CAUTION = 1.0
+"""Standard errors by which a measured rate is taken for less than it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Priors:
     """What costs are taken for before anything was measured.
 
-    `draft_token`: what a draft token adds to a step, in a sequence's share of a plain one. `token_behind`: what a
-    costly method takes for a token that it catches up with, in its passes.
+    `drafted_step`: what a step with drafts takes longer, however few there are, in plain steps. `draft_token`: what a
+    draft token adds to that, in a sequence's share of a plain one. `token_behind`: what a costly method takes for a
+    token that it catches up with, in its passes; `twice_as_many`: how much longer its pass takes for two sequences than
+    for one. `offer_every`: steps from one look to the next at a costly method that is not in use.
     """
 
+    drafted_step: float
     draft_token: float
     token_behind: float
+    twice_as_many: float
+    offer_every: int
 
 
-ON_CPU = Priors(draft_token=0.25, token_behind=0.25)
-ON_GPU = Priors(draft_token=0.02, token_behind=1 / 256)
-"""A step reads all weights whatever it computes: a few tokens more hardly add to it."""
+ON_CPU = Priors(drafted_step=0.0, draft_token=0.25, token_behind=0.25, twice_as_many=2.0, offer_every=16)
+ON_GPU = Priors(drafted_step=0.12, draft_token=0.02, token_behind=1 / 256, twice_as_many=1.1, offer_every=1)
+"""A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
+before the next one, and kernels of several rows are a little slower (docs/results/speculation_gpu.md). A look costs
+the host alone, and it is not the host that steps wait for."""
 
 _NUM_PLAIN, _NUM_EXTRA = 9, 15
 
@@ -49,7 +61,7 @@ class AcceptanceHistory:
         self._num_passed = [0] * max_length
         self._survival: list[float] | None = None
         self.first_chance = PRIOR_RATE
-        """That a draft's first token is right: `survival()[0]`."""
+        """That a draft's first token is right, by what was measured."""
 
     def __len__(self) -> int:
         return len(self._drafts)
@@ -66,8 +78,10 @@ class AcceptanceHistory:
         return [passed / tried if tried else None for passed, tried in pairs]
 
     def record(self, tried: int, passed: int) -> None:
-        tried = min(tried, self._max_length)
-        passed = min(passed, tried)
+        if tried > self._max_length:
+            tried = self._max_length
+        if passed > tried:
+            passed = tried
         self._drafts.append((tried, passed))
         self._add(tried, passed, 1)
         if len(self._drafts) > HISTORY:
@@ -76,17 +90,22 @@ class AcceptanceHistory:
         self._survival = None
 
     def survival(self) -> list[float]:
-        """The chance that a draft is right up to and including each position."""
+        """A cautious estimate of the chance that a draft is right up to and including each position."""
         if self._survival is None:
             chance, rate = 1.0, PRIOR_RATE
             self._survival = []
             for passed, tried in zip(self._num_passed, self._num_tried, strict=True):
-                rate = (passed + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
-                chance *= rate
+                number = tried + PRIOR_WEIGHT
+                rate = (passed + PRIOR_WEIGHT * rate) / number
+                chance *= max(0.0, rate - CAUTION * math.sqrt(rate * (1.0 - rate) / number))
                 self._survival.append(chance)
         return self._survival
 
     def _add(self, tried: int, passed: int, sign: int) -> None:
+        if tried == 1:  # the usual case: a step without drafts brings one token to compare
+            self._num_tried[0] += sign
+            self._num_passed[0] += sign * passed
+            return
         for position in range(tried):
             self._num_tried[position] += sign
         for position in range(passed):
@@ -97,8 +116,10 @@ class StepCosts:
     """Seconds of steps by the sequences that decode in them, and what draft tokens add.
 
     Lower quartiles, because what disturbs a step only ever makes it longer: on a busy machine half of them say more
-    about the neighbours than about the step. A plain step's cost is known for a number of
-    sequences once such a step was measured; what a draft token adds is taken from the nearest size that was.
+    about the neighbours than about the step. A plain step's cost is known for a number of sequences once such a step
+    was measured. What draft tokens add is kept for each number of sequences and of tokens, since steps do not grow
+    evenly (kernels take rows by sixes, graphs come in sizes); where a number was not measured, the nearest that was
+    says what a token adds.
     """
 
     def __init__(self, priors: Priors = ON_CPU) -> None:
@@ -107,7 +128,7 @@ class StepCosts:
         self._plain_costs: dict[int, float] = {}
         self._extra: dict[tuple[int, int], deque[float]] = {}
         self._extra_costs: dict[tuple[int, int], float] = {}
-        self._added: dict[int, list[float]] = {}
+        self._added: dict[tuple[int, int], float] = {}
         self._seconds_per_prompt_token: float | None = None
 
     def record(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
@@ -121,11 +142,11 @@ class StepCosts:
             return
         if (before := self._plain_costs.get(num_sequences)) is None:
             return
-        key = (num_sequences.bit_length(), num_draft_tokens.bit_length())
+        key = _size(num_sequences), _size(num_draft_tokens)
         samples = self._extra.get(key)
-        if samples is None:  # what it is taken for counts twice, so that one bad moment does not decide
-            guess = self._extra_per_token(num_sequences, key[1])
-            samples = self._extra[key] = deque((guess, guess), maxlen=_NUM_EXTRA)
+        if samples is None:  # what it is taken for counts once, so that one bad moment does not decide
+            guess = self._extra_per_token(num_sequences, num_draft_tokens)
+            samples = self._extra[key] = deque((guess,), maxlen=_NUM_EXTRA)
         samples.append((seconds - before) / num_draft_tokens)
         self._extra_costs[key] = max(0.0, _lower_quartile(samples))
         self._added.clear()
@@ -141,44 +162,102 @@ class StepCosts:
         return self._plain_costs.get(num_sequences)
 
     def own_share(self, num_sequences: int) -> float:
-        """Seconds that each sequence adds to a plain step, from the next smaller size that was measured; call it where
-        `plain` is known. A lone sequence's share is the whole; where no smaller size was measured it is taken for 0."""
+        """Seconds that each sequence adds to a plain step, on the average from the smallest size that was measured;
+        call it where `plain` is known. A lone sequence's share is the whole; without a smaller size it is taken for 0.
+        """
         plain = self._plain_costs[num_sequences]
         if num_sequences == 1:
             return plain
-        smaller = max((size for size in self._plain_costs if size < num_sequences), default=0)
-        if smaller == 0:
+        smallest = min(self._plain_costs)
+        if smallest == num_sequences:
             return 0.0
-        difference = (plain - self._plain_costs[smaller]) / (num_sequences - smaller)
-        return min(max(0.0, difference), plain / num_sequences)
+        each = (plain - self._plain_costs[smallest]) / (num_sequences - smallest)
+        return min(max(0.0, each), plain / num_sequences)
 
-    def added(self, num_sequences: int, max_draft_tokens: int) -> list[float]:
-        """Seconds that 0, 1, 2 ... `max_draft_tokens` draft tokens add to a step; call it where `plain` is known."""
-        added = self._added.get(num_sequences)
-        if added is None or len(added) <= max_draft_tokens:
-            each: dict[int, float] = {}
-            added = [0.0]
-            for number in range(1, max_draft_tokens + 1):
-                size = number.bit_length()
-                if size not in each:
-                    each[size] = self._extra_per_token(num_sequences, size)
-                added.append(number * each[size])
-            self._added[num_sequences] = added
+    def added(self, num_sequences: int, num_draft_tokens: int) -> float:
+        """Seconds that so many draft tokens add to a step; call it where `plain` is known."""
+        key = num_sequences, num_draft_tokens
+        added = self._added.get(key)
+        if added is None:
+            added = self._added[key] = num_draft_tokens * self._extra_per_token(num_sequences, num_draft_tokens)
         return added
 
-    def _extra_per_token(self, num_sequences: int, size: int) -> float:
-        key = (num_sequences.bit_length(), size)
-        if (known := self._extra_costs.get(key)) is not None:
+    def _extra_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
+        size, number = _size(num_sequences), _size(num_draft_tokens)
+        if (known := self._extra_costs.get((size, number))) is not None:
             return known
-        near = [other for other in self._extra_costs if abs(other[0] - key[0]) <= 2]
-        if near:
-            return self._extra_costs[min(near, key=lambda other: abs(other[0] - key[0]) * 4 + abs(other[1] - key[1]))]
-        share = self._plain_costs[num_sequences] / num_sequences
-        return (
-            share * self._priors.draft_token
-            if self._seconds_per_prompt_token is None
-            else self._seconds_per_prompt_token
-        )
+        near = {
+            abs(math.log2(other / size)) * 4 + abs(math.log2(count / number)): (each, count)
+            for (other, count), each in self._extra_costs.items()
+            if size <= 4 * other <= 16 * size
+        }
+        expected = self._expected_per_token(num_sequences, num_draft_tokens)
+        if not near:
+            return expected
+        each, count = near[min(near)]
+        return each * expected / self._expected_per_token(num_sequences, count)
+
+    def _expected_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
+        plain = self._plain_costs[num_sequences]
+        each = self._seconds_per_prompt_token
+        if each is None:
+            each = plain / num_sequences * self._priors.draft_token
+        return each + plain * self._priors.drafted_step / num_draft_tokens
+
+
+class CostlyCosts:
+    """Seconds of a costly method: of one pass over some sequences, and of each token that it catches up with."""
+
+    def __init__(self, priors: Priors = ON_CPU) -> None:
+        self._priors = priors
+        self._most: dict[int, float] = {}
+        """What a pass takes at most, by size: of drafts that began with much to catch up with."""
+        self._passes: dict[int, deque[float]] = {}
+        self._catch_up: deque[float] = deque(maxlen=ENOUGH)
+        self._tokens: dict[tuple[int, int], float] = {}
+
+    def record_tokens(self, num_sequences: int, depth: int, num_tokens: int) -> None:
+        """Learn how many tokens so many drafts of that depth had: a tree has more than its depth."""
+        self._tokens[num_sequences.bit_length(), depth] = num_tokens / num_sequences
+
+    def tokens(self, num_sequences: int, depth: int) -> int:
+        """Of a draft so deep, where so many are made: a line's, unless the nearest that was seen was a tree."""
+        if not self._tokens:
+            return depth
+        size = num_sequences.bit_length()
+        nearest = min(self._tokens, key=lambda other: 8 * abs(other[0] - size) + abs(other[1] - depth))
+        found = self._tokens[nearest]
+        return depth if found <= nearest[1] else max(depth, round(found))
+
+    def record(self, num_sequences: int, num_passes: int, num_behind: int, seconds: float) -> None:
+        """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
+        size = num_sequences.bit_length()
+        if num_behind <= 2 * num_sequences:
+            self._passes.setdefault(size, deque(maxlen=ENOUGH)).append(seconds / num_passes)
+        elif self._passes:
+            each = self.per_pass(num_sequences)
+            assert each is not None
+            self._catch_up.append(max(0.0, seconds - num_passes * each) / num_behind)
+        else:
+            self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
+
+    def per_pass(self, num_sequences: int) -> float | None:
+        """Of so many sequences, or of the nearest number that was measured; None where none was."""
+        known = {size: float(median(passes)) for size, passes in self._passes.items()} or self._most
+        if not known:
+            return None
+        size = num_sequences.bit_length()
+        nearest = min(known, key=lambda other: abs(other - size))
+        return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
+
+    def per_token_behind(self, per_pass: float) -> float:
+        return float(median(self._catch_up)) if self._catch_up else per_pass * self._priors.token_behind
+
+
+def _size(number: int) -> int:
+    """The sizes that are told apart: each up to 8, then four to a doubling."""
+    shift = max(0, number.bit_length() - 3)
+    return number >> shift << shift
 
 
 def _lower_quartile(values: deque[float]) -> float:

@@ -15,7 +15,7 @@ from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double what it takes to make one, for each sequence at each step
 class Draft:
     """Tokens that may follow a sequence: a line, or a tree.
 
@@ -98,7 +98,8 @@ class CostlyProposer(Protocol):
         ...
 
     def lag(self, sequence: Sequence) -> int:
-        """How many tokens it has to catch up with before it can draft for a sequence: at least 1."""
+        """How many tokens it has to catch up with before it can draft for a sequence, whose last one may not be known
+        yet: at least 1."""
         ...
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:

@@ -18,7 +18,8 @@ from autobot_llm.engine.executor import Executor, FeatureExecutor, Features
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
-from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy
+from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy, DraftResult
+from autobot_llm.engine.speculative.credit import Credit
 from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.possible import possible
@@ -89,6 +90,7 @@ class Speculator:
         self._wanted = None if costly is None else costly.wanted
         self._features = Features()  # of the step at hand
         self.clock = clock
+        self._credits: dict[int, Credit] = {}  # by sequence id
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
 
@@ -131,12 +133,8 @@ class Speculator:
             if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
-        offer = None
-        if costly is not None and self._policy.wants_offer():
-            offer = CostlyOffer(
-                [self._usable(costly.name, _kind(s)) for s in sequences], [costly.lag(s) for s in sequences]
-            )
-        decision = self._policy.decide(histories, offer)
+        offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
+        decision = self._policy.decide(histories, offer, lambda i: self._credit(sequences[i]))
         if decision is None:
             return
         self._drafted_by.clear()
@@ -166,14 +164,13 @@ class Speculator:
     def is_promising(self, sequences: list[Sequence]) -> bool:
         """Whether drafts after tokens that a step under way samples may be worth waiting for these. The sequences'
         other tokens are known."""
-        free = self._free
-        if self._costly is not None and self._policy.wants_offer():
-            return True
-        if free is None:
+        free, costly = self._free, self._costly
+        drafts = [None if free is None else free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
+        histories = [None if draft is None or free is None else self._usable(free.name, draft.kind) for draft in drafts]
+        offer = None if costly is None else self._offer(costly, sequences)
+        if offer is None and all(history is None for history in histories):
             return False
-        drafts = [free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
-        histories = [None if draft is None else self._usable(free.name, draft.kind) for draft in drafts]
-        return any(history is not None for history in histories) and self._policy.may_pay(histories)
+        return self._policy.may_pay(histories, offer, lambda i: self._credit(sequences[i]))
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
@@ -191,6 +188,7 @@ class Speculator:
         num_scheduled = len(plan.scheduled)
         plain = self.controller.costs.plain(num_scheduled) if plan.num_prompt_tokens == 0 else None
         sampling = (item for item in plan.scheduled if item.samples)
+        results: list[DraftResult] = []
         for item, number, figures in zip(sampling, num_accepted, stats, strict=True):
             figures.num_draft_tokens += item.num_draft
             figures.num_accepted_tokens += number
@@ -200,12 +198,16 @@ class Speculator:
                 method, kind, parents = self._drafted_by[item.sequence.id]
                 depth = max(depths(parents[: item.num_draft])) if parents else item.num_draft
                 self.figures.setdefault(method, MethodFigures()).record(item.num_draft, depth, number)
-                if self._free is None or method != self._free.name:  # a free method is observed whatever is verified
+                is_costly = self._free is None or method != self._free.name
+                results.append(DraftResult(self._credit(item.sequence), item.num_draft, number, is_costly))
+                if is_costly:  # a free method is observed whatever is verified
                     self._history(method, kind).record(min(depth, number + 1), number)
         if plan.num_prompt_tokens == 0:
             self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
+            self.controller.settle(num_scheduled, results)
 
     def forget(self, sequence: Sequence) -> None:
+        self._credits.pop(sequence.id, None)
         if self._free is not None:
             self._free.forget(sequence)
         if self._costly is not None:
@@ -238,6 +240,16 @@ class Speculator:
         parents = draft.parents or []
         sequence.draft_ids, sequence.draft_parents = draft.token_ids, [] if is_line(parents) else parents
         self._drafted_by[sequence.id] = method, kind, sequence.draft_parents
+
+    def _credit(self, sequence: Sequence) -> Credit:
+        credit = self._credits.get(sequence.id)
+        if credit is None:
+            credit = self._credits[sequence.id] = Credit()
+        return credit
+
+    def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
+        histories = [self._usable(costly.name, _kind(sequence)) for sequence in sequences]
+        return CostlyOffer(histories, [costly.lag(sequence) for sequence in sequences])
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
         history = self._history(method, kind)
