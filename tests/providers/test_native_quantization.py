@@ -8,7 +8,10 @@ import pytest
 from quantized_folders import small_model
 
 from autobot_llm import LLMInterface
+from autobot_llm.engine.quantization.quantize import quantize_folder
+from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
 from autobot_llm.errors import ConfigurationError
+from autobot_llm.providers.native import NativeProvider
 from autobot_llm.settings import load_settings
 
 
@@ -61,3 +64,36 @@ async def test_a_text_that_is_not_there_names_itself(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"AUTOBOT_QUANTIZATION_CALIBRATION='.*missing\.txt' cannot be read"):
         async with interface(tmp_path, quantization_type="int8", quantization_calibration=missing):
             pass
+
+
+async def test_a_variant_beside_the_model_is_run_in_its_place(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")
+    quantize_folder(model, tmp_path / "model-w8a8", QuantizationConfig(type=QuantizationType.W8))
+    async with interface(tmp_path / "cache", default_model=str(model), quantization_type="int8") as llm:
+        _, _, reason = await quantization_of(llm)
+    assert reason.startswith("W8A16")  # the folder's; made at load it would be W8A8
+
+
+async def test_use_quantized_models_takes_what_is_there_and_makes_nothing(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")
+    settings = {"default_model": str(model), "use_quantized_models": True}
+    revisions = set()
+    for is_there in (False, True):
+        if is_there:
+            quantize_folder(model, tmp_path / "model-int4", QuantizationConfig(type=QuantizationType.W4))
+        async with interface(tmp_path / "cache", **settings) as llm:
+            runs, _, reason = await quantization_of(llm)
+        assert runs is is_there
+        assert reason.startswith("W4A16" if is_there else "the weights are not quantized")
+        provider = NativeProvider(load_settings(environ={}, env_file=None, overrides=settings))
+        revisions.add(provider.revision(None))
+    assert len(revisions) == 2  # an answer of the one is not reused as the other's
+    assert not (tmp_path / "cache" / "quantized").exists()
+
+
+async def test_without_the_setting_a_variant_is_left_alone(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")
+    quantize_folder(model, tmp_path / "model-int4", QuantizationConfig(type=QuantizationType.W4))
+    async with interface(tmp_path / "cache", default_model=str(model)) as llm:
+        runs, _, _ = await quantization_of(llm)
+    assert not runs

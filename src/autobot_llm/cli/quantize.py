@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import click
 import msgspec
@@ -23,7 +24,7 @@ TYPES = ("w8a8", "w8", "w4", "gptq", "awq", "fp8")
     epilog="""\b
 Examples:
   autobot-llm quantize DIR --type fp8
-  autobot-llm quantize DIR --type gptq --calibration train.txt --evaluate heldout.txt --out DIR-gptq
+  autobot-llm quantize DIR --type gptq --calibration chat.txt --calibration prose.txt --evaluate heldout.txt
   autobot-llm quantize tiny --type w8a8 --calibration train.txt --samples 128 --length 512 --json
 
 \b
@@ -41,13 +42,19 @@ Ctrl-C leaves nothing behind; after a crash the same command goes on where it st
 @click.argument("model")
 @click.option("--type", "kind", type=click.Choice(TYPES), required=True, help="What to store the weights as.")
 @click.option("--out", type=click.Path(path_type=Path), help="The new folder; default: MODEL with -TYPE, here.")
-@click.option("--calibration", type=click.File(encoding="utf-8"), help="Text like that the model will see.")
-@click.option(
-    "--evaluate", type=click.File(encoding="utf-8"), help="Text to measure on that calibration does not read."
-)
+@click.option("--calibration", type=click.File(encoding="utf-8"), multiple=True,
+              help="Text like that the model will see; may be given again for more.")  # fmt: skip
+@click.option("--evaluate", type=click.File(encoding="utf-8"), multiple=True,
+              help="Text to measure on that calibration does not read; may be given again.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), default=512, show_default=True, help="Passages to calibrate with.")
 @click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens of each, at most.")
-@click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Passages to measure on.")
+@click.option(
+    "--windows",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Passages to measure on; the whole text, if it has fewer.",
+)
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True,
               help="Inputs that share a scale, for 4 bits.")  # fmt: skip
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="SmoothQuant's strength.")
@@ -58,8 +65,8 @@ def quantize(
     model: str,
     kind: str,
     out: Path | None,
-    calibration: Any,
-    evaluate: Any,
+    calibration: Sequence[IO[str]],
+    evaluate: Sequence[IO[str]],
     samples: int,
     length: int,
     windows: int,
@@ -72,7 +79,7 @@ def quantize(
 
     Without --evaluate the last tenth of the calibration text is kept for measuring; without either nothing is measured.
     """
-    texts = {name: _read(file) for name, file in (("calibration", calibration), ("evaluate", evaluate))}
+    texts = {name: _read(files) for name, files in (("calibration", calibration), ("evaluate", evaluate))}
     settings = load_settings()
     with Progress(f"Quantizing {model} to {kind}") as progress:
         from autobot_llm.providers.native.quantizing import Order, carry_out
@@ -87,17 +94,17 @@ def quantize(
         click.echo(msgspec.json.encode(outcome.as_json(), enc_hook=str))
         return
     for name, text in lines(outcome):
-        click.echo(f"{click.style(f'{name:<14}', bold=True)}{text}")
+        click.echo(f"{click.style(f'{name:<16}', bold=True)}{text}")
 
 
-def _read(file: Any) -> str | None:
-    if file is None:
-        return None
-    try:
-        text: str = file.read()
-    except UnicodeDecodeError as exc:
-        raise ConfigurationError(f"{file.name} is not UTF-8: {exc}") from exc
-    return text
+def _read(files: Sequence[IO[str]]) -> str | None:
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read())
+        except UnicodeDecodeError as exc:
+            raise ConfigurationError(f"{file.name} is not UTF-8: {exc}") from exc
+    return "\n".join(texts) if files else None
 
 
 def lines(outcome: Outcome) -> list[tuple[str, str]]:
@@ -116,15 +123,18 @@ def lines(outcome: Outcome) -> list[tuple[str, str]]:
     if made.num_resumed_layers:
         told.append(("resumed", f"{made.num_resumed_layers} layers were there from an earlier run"))
     if quality is not None:
+        change = f"{100 * quality.perplexity_change:+.2f} %"
+        if quality.perplexity_change_error is not None:
+            change += f" \u00b1 {100 * quality.perplexity_change_error:.2f}"
         perplexities = f"{quality.perplexity_before:.3f} -> {quality.perplexity:.3f}"
         told += [
             ("measured on", outcome.measured_on),
-            ("perplexity", f"{perplexities} ({100 * quality.perplexity_change:+.2f} %), {quality.num_tokens:,} tokens"),
+            ("perplexity", f"{perplexities} ({change}), {quality.num_tokens:,} tokens"),
             ("KL", f"{quality.kl:.4f} nats a token"),
             ("top-1", f"{100 * quality.top1_agreement:.1f} % of the tokens"),
             ("continuations", f"{quality.exact_continuations} of {quality.num_continuations} are the same"),
-            ("decoding", f"{quality.tokens_per_second_before:.0f} -> {quality.tokens_per_second:.0f} tokens/s "
-                         f"({quality.step})"),
+            ("decoding", f"{quality.tokens_per_second_before:.0f} -> {quality.tokens_per_second:.0f} tokens/s, "
+                         f"{quality.speedup:.2f} times as fast ({quality.step})"),
         ]  # fmt: skip
     return [*told, *(("verdict" if i == 0 else "", text) for i, text in enumerate(outcome.verdict))]
 

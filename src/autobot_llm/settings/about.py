@@ -280,7 +280,11 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "use_quantized_models": About(
-        "Prefer a known quantized variant of a model where there is one (lossy).", "providers/ollama", OLLAMA, now=True
+        "Prefer a known quantized variant of a model where there is one (lossy): Ollama's tags; beside a folder of our "
+        "engine's one named like it with -int8, -fp8, -gptq, -awq or -int4.",
+        "providers/native, providers/ollama",
+        NATIVE | OLLAMA,
+        now=True,
     ),
     # vLLM
     "vllm_multi_step": About(

@@ -10,7 +10,6 @@ from quantized_folders import sequences, small_model
 
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.linear import TORCH_LINEAR
-from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.quantization.gptq import gptq
 from autobot_llm.engine.quantization.layerwise import MATRICES, DenseLayer, InputStatistics, LayerMath
 from autobot_llm.engine.quantization.packing import (
@@ -27,6 +26,7 @@ from autobot_llm.engine.quantization.products import product_of, twin, with_quan
 from autobot_llm.engine.quantization.rounding import round_activations, round_to_nearest
 from autobot_llm.engine.quantization.scaling import scale_for_activations, smooth
 from autobot_llm.engine.quantization.scheme import Scheme
+from autobot_llm.engine.quantization.source import StoredModel
 from autobot_llm.engine.quantization.weight import QuantizedWeight
 
 INT8 = Scheme("int", 8, "channel", activations="int8")
@@ -94,7 +94,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
             assert not round_to_nearest(torch.zeros(16, 64), scheme, dtype).dequantize().any()
 
 
-@pytest.mark.parametrize("scheme", [INT4, INT4_ASYMMETRIC])
+@pytest.mark.parametrize("scheme", [INT4, INT4_ASYMMETRIC, FP8])
 def test_searched_scales_err_less_than_the_full_range(scheme: Scheme) -> None:
     weight = matrix()
     weight[:, 3] *= 6  # outliers, which clipping can give up
@@ -123,10 +123,10 @@ def test_gptq_of_inputs_that_never_vary_is_rounding() -> None:
 
 def watched_layer(folder: Path) -> tuple[DenseLayer, dict[str, InputStatistics], LayerMath, torch.Tensor]:
     config = load_config(folder)
-    weights = load_weights(folder, config, dtype=torch.float32, device="cpu")
-    layer = DenseLayer.of(weights.layers[0])
+    source = StoredModel(folder, config)
+    layer = source.layer(0)
     ids = sequences(4, 40)
-    hidden = torch.nn.functional.embedding(ids, weights.embed_VE)
+    hidden = torch.nn.functional.embedding(ids, source.rest()["model.embed_tokens.weight"])
     math = LayerMath(config, ids.shape[1])
     seen = {name: InputStatistics(layer.matrices[name].shape[1]) for name in MATRICES}
     math.forward(layer, 0, hidden, seen)
@@ -173,13 +173,15 @@ def test_the_layerwise_forward_is_the_decoders(tmp_path: Path, family: str) -> N
     window = {"sliding_window": 24} if family == "mistral" else {}
     folder = small_model(tmp_path / "model", family, dtype="float32", **window)
     config = load_config(folder)
-    weights = load_weights(folder, config, dtype=torch.float32, device="cpu")
+    source = StoredModel(folder, config)
+    rest = source.rest()
     ids = sequences(1, 40)
     math = LayerMath(config, 40)
-    hidden = torch.nn.functional.embedding(ids, weights.embed_VE)
-    for index, layer in enumerate(weights.layers):
-        hidden = math.forward(DenseLayer.of(layer), index, hidden)
-    logits = math._norm(hidden, weights.norm_E)[0] @ weights.lm_head_VE.t()
+    hidden = torch.nn.functional.embedding(ids, rest["model.embed_tokens.weight"])
+    for index in range(config.num_layers):
+        hidden = math.forward(source.layer(index), index, hidden)
+    head_VE = rest["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    logits = math._norm(hidden, rest["model.norm.weight"])[0] @ head_VE.t()
     torch.testing.assert_close(logits, engine_logits(folder, ids, keep_quantized=False), rtol=1e-3, atol=1e-3)
 
 

@@ -206,6 +206,21 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_model_that_changes_while_it_is_quantized_is_refused(tmp_path: Path) -> None:
+    source = small_model(tmp_path / "model")
+
+    def replace_the_file(what: str, done: int, total: int) -> None:
+        if done == 1:
+            data = (source / "model.safetensors").read_bytes()
+            (source / "new").write_bytes(data)
+            (source / "new").replace(source / "model.safetensors")
+
+    config = QuantizationConfig(type=QuantizationType.W8)
+    with pytest.raises(ModelLoadError, match="changed while it was read"):
+        quantize_folder(source, tmp_path / "out", config, on_progress=replace_the_file)
+    assert not (tmp_path / "out").exists()
+
+
 PROGRAM = """
 import sys, torch
 from pathlib import Path

@@ -18,7 +18,7 @@ from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.quantization.loader import LoadedModel, QuantizedModelLoader
 from autobot_llm.engine.quantization.online import quantize_online
-from autobot_llm.engine.quantization.quality import _logits, compare
+from autobot_llm.engine.quantization.quality import _logits, compare, compare_all
 from autobot_llm.engine.quantization.quantize import quantize_folder
 from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY, variants_of
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
@@ -141,8 +141,10 @@ def test_quality_of_the_embedded_model_in_int8_is_measured(tmp_path: Path) -> No
     assert 0 < quality.kl < 0.02
     assert quality.top1_agreement > 0.9
     assert quality.num_continuations == 2
-    same = compare(TINY, TINY, text, cache_dir(), num_windows=1, length=64)
+    assert quality.perplexity_change_error is not None and 0 < quality.perplexity_change_error < 0.02
+    same, other = compare_all(TINY, [TINY, tmp_path / "tiny-w8"], text, cache_dir(), num_windows=1, length=64)
     assert (same.perplexity_change, same.top1_agreement, same.exact_continuations) == (0.0, 1.0, 1)
+    assert other.kl > 0 and other.perplexity_before == same.perplexity and other.perplexity_change_error is None
 
 
 # The loader
@@ -187,7 +189,7 @@ def test_a_hub_is_asked_for_the_registered_names(tmp_path: Path) -> None:
     assert (found.origin, found.folder) == ("known variant", variant)
     with pytest.raises(ConfigurationError, match="expected a model folder, or a name that the hub knows"):
         load(Path("nobody/knows-me"), tmp_path / "cache", "w8a8", hub=Shelf())
-    assert asked[-2:] == ["nobody/knows-me-int8", "nobody/knows-me"]
+    assert asked[-3:] == ["nobody/knows-me-int8", "nobody/knows-me-w8a8", "nobody/knows-me"]
 
 
 def test_the_registry_names_what_the_design_names() -> None:
@@ -213,7 +215,7 @@ def test_half_an_environment_is_removed_and_the_error_tells_what_pip_said(tmp_pa
     requirement = str(tmp_path / "no-such-wheel.whl")
     with pytest.raises(CompressorError, match="no-such-wheel"):
         environment(tmp_path / "cache", may_install=True, requirements=(requirement,))
-    assert not any((tmp_path / "cache").iterdir())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["llmcompressor-0.14.0.lock"]
 
 
 def test_calibration_without_a_text_is_refused_by_name(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from autobot_llm.engine.quantization.folders import COPIED_FILES, locked
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
-from autobot_llm.errors import LLMError
+from autobot_llm.errors import ConfigurationError, LLMError
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,12 @@ elif kind == "gptq":
 elif kind == "awq":
     from llmcompressor.modifiers.transform.awq import AWQModifier
     recipe = [AWQModifier(), QuantizationModifier(scheme="W4A16_ASYM", **common)]
+elif kind == "w8":  # its own W8A16 has groups of 128
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    recipe = [QuantizationModifier(config_groups=groups, ignore=common["ignore"])]
 else:
-    recipe = [QuantizationModifier(scheme={"fp8": "FP8_DYNAMIC", "w4": "W4A16", "w8": "W8A16"}[kind], **common)]
+    recipe = [QuantizationModifier(scheme={"fp8": "FP8_DYNAMIC", "w4": "W4A16"}[kind], **common)]
 model = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto")
 more = {}
 if job["sequences"]:
@@ -79,28 +83,46 @@ def environment(
     """The Python of the environment under `cache_dir`, which is made now if it is not there (1.5 GB, a minute or more).
 
     Raises CompressorError where it is not there and may not, or cannot, be made; half an environment is never used.
+    One process makes it, others wait for it.
     """
-    folder = cache_dir / "llmcompressor-0.14.0"
+    folder = _folder(cache_dir)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if (folder / _READY).exists():
+    if is_installed(cache_dir):
         return python
     if not may_install:
         raise CompressorError(f"llm-compressor is not installed in {folder}")
-    log.info("installing llm-compressor into %s: 1.5 GB, once", folder)
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _run([sys.executable, "-m", "venv", str(folder)], INSTALL_TIMEOUT, "", environ)
-        _run([str(python), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
-            INSTALL_TIMEOUT,
-            "",
-            environ,
-        )  # fmt: skip
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f"{folder.name}.lock"), wait=True) as lock:
+            if not is_installed(cache_dir):  # nobody did while we waited
+                log.info("installing llm-compressor into %s: 1.5 GB, once", folder)
+                _install(folder, python, requirements, environ, lock)
+    except OSError as error:
+        raise CompressorError(f"llm-compressor cannot be installed in {folder}: {error}") from error
+    return python
+
+
+def is_installed(cache_dir: Path) -> bool:
+    """Whether `environment` finds one that was made to the end."""
+    return (_folder(cache_dir) / _READY).exists()
+
+
+def _folder(cache_dir: Path) -> Path:
+    return cache_dir / "llmcompressor-0.14.0"
+
+
+def _install(
+    folder: Path, python: Path, requirements: Sequence[str], environ: Mapping[str, str] | None, lock: int
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    pip = [str(python), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+    try:
+        _run([sys.executable, "-m", "venv", str(folder)], INSTALL_TIMEOUT, environ=environ, lock=lock)
+        _run(pip, INSTALL_TIMEOUT, environ=environ, lock=lock)
         (folder / _READY).touch()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return python
 
 
 def compress(
@@ -111,34 +133,68 @@ def compress(
     sequences: Sequence[Sequence[int]],
     environ: Mapping[str, str] | None = None,
 ) -> None:
-    """Have llm-compressor quantize `source` into `folder`, which appears when it is whole. Raises CompressorError.
+    """Have llm-compressor quantize `source` into `folder`, which appears when it is whole.
 
-    `environ` is what the child sees; None: all that this process does.
+    `environ` is what the child sees; None: all that this process does. Raises CompressorError, and ConfigurationError
+    where another process is making the same folder.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
-        job = {
-            "type": config.type.value,
-            "alpha": config.smooth_quant_alpha,
-            "desc_act": config.desc_act,
-            "source": str(source.resolve()),
-            "folder": str(Path(partial) / "model"),
-            "sequences": [list(sequence) for sequence in sequences],
-        }
-        _run([str(python), "-I", "-c", SCRIPT], None, json.dumps(job), environ)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (source / name).exists():
-                shutil.copyfile(source / name, Path(partial) / "model" / name)
-        (Path(partial) / "model").rename(folder)
+    partial = folder.parent / f".{folder.name}.llm-compressor"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial / "lock", wait=False) as lock:
+            try:
+                _compress(python, source, folder, partial / "model", config, sequences, environ, lock)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except BlockingIOError as error:
+        raise ConfigurationError(f"{folder} is being written by another process") from error
+    except OSError as error:
+        raise CompressorError(f"llm-compressor: {folder} cannot be written: {error}") from error
 
 
-def _run(command: list[str], timeout: float | None, text: str = "", environ: Mapping[str, str] | None = None) -> None:
+def _compress(
+    python: Path,
+    source: Path,
+    folder: Path,
+    partial: Path,
+    config: QuantizationConfig,
+    sequences: Sequence[Sequence[int]],
+    environ: Mapping[str, str] | None,
+    lock: int,
+) -> None:
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    job = {
+        "type": config.type.value,
+        "alpha": config.smooth_quant_alpha,
+        "desc_act": config.desc_act,
+        "source": str(source.resolve()),
+        "folder": str(partial.resolve()),
+        "sequences": [list(sequence) for sequence in sequences],
+    }
+    _run([str(python), "-I", "-c", SCRIPT], None, json.dumps(job), environ, lock)
+    for name in COPIED_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, partial / name)
+    partial.rename(folder)
+
+
+def _run(
+    command: list[str],
+    timeout: float | None,
+    text: str = "",
+    environ: Mapping[str, str] | None = None,
+    lock: int | None = None,
+) -> None:
+    """Run to the end. The child inherits `lock`, so that what it writes is nobody else's even if we are killed."""
+    inherited = (lock,) if lock is not None and os.name == "posix" else ()
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=timeout, check=False, env=environ
-        )
+            command, input=text, capture_output=True, text=True, timeout=timeout, check=False, env=environ,
+            pass_fds=inherited,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompressorError(f"llm-compressor: {error}") from error
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().splitlines()[-3:])
-        raise CompressorError(f"llm-compressor: {Path(command[0]).name} ended with {done.returncode}: {last}")
+        how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
+        raise CompressorError(f"llm-compressor: {Path(command[0]).name} {how}: {last}")

@@ -30,31 +30,33 @@ def gptq(
     `act_order` rounds the inputs with the largest moments first, where most of the error can still be made up for;
     groups stay as they are, so that readers need no map. Scales are of `dtype`.
     """
-    weight = weight_OI.float().clone()
-    hessian = hessian_II.clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian_II.diagonal().clone()
     unused = diagonal == 0
     diagonal[unused] = 1.0
     importance_I = diagonal / diagonal.mean()
-    scales_OG, zeros_OG = choose_scales(weight, scheme, dtype, importance_I=importance_I)
+    scales_OG, zeros_OG = choose_scales(weight_OI, scheme, dtype, importance_I=importance_I)
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal))
     groups_I = (torch.arange(len(diagonal)) // (scheme.group_size or len(diagonal)))[order]
     scales_OI = scales_OG.index_select(1, groups_I)
     zeros_OI = None if zeros_OG is None else zeros_OG.index_select(1, groups_I)
-    factor = _inverse_factor(hessian[order][:, order])
-    rounded_OI = _round_in_order(weight[:, order], factor, scales_OI, zeros_OI, scheme)
+    ordered_II = hessian_II.index_select(0, order).index_select(1, order)
+    ordered_II.diagonal()[unused[order]] = 1.0
+    factor_II = _inverse_factor(ordered_II)
+    del ordered_II
+    rounded_OI = _round_in_order(weight_OI[:, order].float(), factor_II, scales_OI, zeros_OI, scheme)
     values_OI = torch.empty_like(rounded_OI)
     values_OI[:, order] = rounded_OI
     return QuantizedWeight.from_values(values_OI, scales_OG.to(dtype), zeros_OG, scheme, dtype=dtype)
 
 
 def _inverse_factor(hessian_II: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped inverse; damping grows until there is one."""
+    """The upper Cholesky factor of the damped inverse; damping grows until there is one. `hessian_II` is used up."""
     mean = hessian_II.diagonal().mean()
-    damping = DAMPING
+    damping, added = DAMPING, 0.0
     while True:
-        damped = hessian_II + torch.eye(len(hessian_II)) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        hessian_II.diagonal().add_((damping - added) * mean)
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(hessian_II)
         if not failed:
             upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

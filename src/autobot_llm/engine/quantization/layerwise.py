@@ -13,7 +13,6 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
-from autobot_llm.engine.models.weights import LayerWeights
 
 SAMPLE_TOKENS_EACH, MAX_SAMPLE_TOKENS = 64, 512
 MATRICES = ("qkv", "o", "gate_up", "down")
@@ -22,7 +21,7 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 # B sequences, L tokens of each, E hidden size, H query heads, K key/value heads, D head size, O outputs, I inputs
 @dataclass(slots=True)
 class DenseLayer:
-    """A layer in float32, to be changed in place. Rows of `qkv` and `gate_up` as in LayerWeights."""
+    """A layer in float32, to be changed in place. Rows of `qkv` are q, k, v, those of `gate_up` gate, up."""
 
     matrices: dict[str, torch.Tensor]
     biases: dict[str, torch.Tensor | None]
@@ -30,23 +29,6 @@ class DenseLayer:
     post_norm_E: torch.Tensor
     q_norm_D: torch.Tensor | None
     k_norm_D: torch.Tensor | None
-
-    @classmethod
-    def of(cls, weights: LayerWeights) -> DenseLayer:
-        def wide(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(torch.float32, copy=True)
-
-        def wide_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else wide(tensor)
-
-        return cls(
-            matrices={name: wide(getattr(weights, f"{name}_weight")) for name in MATRICES},
-            biases={name: wide_or_none(getattr(weights, f"{name}_bias")) for name in MATRICES},
-            input_norm_E=wide(weights.input_norm_E),
-            post_norm_E=wide(weights.post_norm_E),
-            q_norm_D=wide_or_none(weights.q_norm_D),
-            k_norm_D=wide_or_none(weights.k_norm_D),
-        )
 
 
 class InputStatistics:

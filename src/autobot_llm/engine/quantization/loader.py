@@ -87,28 +87,48 @@ class QuantizedModelLoader:
         that is no model.
         """
         kind = self.config.type
-        source = Path(model).expanduser()
         if kind is QuantizationType.NONE:
             return LoadedModel(self._source(model), "unquantized", "", "no quantization was asked for")
-        if source.is_dir() and (stored := load_config(source).quantization) is not None:
-            return LoadedModel(source, "already quantized", "its publisher", f"the folder is {stored.scheme.name}")
-        for name in variants_of(str(model), kind):
-            if (found := self._hub.fetch(name)) is not None and self._fits(found):
-                return LoadedModel(found, "known variant", "its publisher", f"{name} is a known {kind.value} variant")
-        source = self._source(model)
-        folder = cache_dir / "quantized" / f"{source.name}-{kind.value}-{self._key(source)}"
-        if (folder / "config.json").is_file():
-            by = _maker(folder)
-            return LoadedModel(folder, "cache", by, f"quantized before by {by}")
+        if (found := self.find(model, cache_dir)) is not None:
+            return found
         if kind.needs_calibration and self._text is None:
             raise ConfigurationError(
                 f"{kind.value} needs a text to calibrate with: AUTOBOT_QUANTIZATION_CALIBRATION; w4 and fp8 need none"
             )
+        source = self._source(model)
+        folder = self._cached(source, cache_dir)
         made = quantize_to(
             source, folder, self.config, self._text, cache_dir,
             compressor_mode=self._mode, on_progress=self._on_progress, environ=self._environ,
         )  # fmt: skip
         return LoadedModel(folder, "quantized now", made.by, f"quantized now by {made.by}")
+
+    def find(self, model: str | Path, cache_dir: Path) -> LoadedModel | None:
+        """What is there already: the model itself, a known variant, one that was made before. Makes nothing.
+
+        Raises ConfigurationError where `model` is neither a folder nor a name that the hub knows.
+        """
+        if (variant := self.find_variant(model)) is not None:
+            return variant
+        folder = self._cached(self._source(model), cache_dir)
+        if not (folder / "config.json").is_file():
+            return None
+        by = _maker(folder)
+        return LoadedModel(folder, "cache", by, f"quantized before by {by}")
+
+    def find_variant(self, model: str | Path) -> LoadedModel | None:
+        """A published variant of the type, or the model itself where it is quantized."""
+        kind, source = self.config.type, Path(model).expanduser()
+        if source.is_dir() and (stored := load_config(source).quantization) is not None:
+            return LoadedModel(source, "already quantized", "its publisher", f"the folder is {stored.scheme.name}")
+        for name in variants_of(str(model), kind):
+            if (found := self._hub.fetch(name)) is not None and self._fits(found):
+                return LoadedModel(found, "known variant", "its publisher", f"{name} is a known {kind.value} variant")
+        return None
+
+    def _cached(self, source: Path, cache_dir: Path) -> Path:
+        """Where a model that was made of `source` is kept."""
+        return cache_dir / "quantized" / f"{source.name}-{self.config.type.value}-{self._key(source)}"
 
     def _source(self, model: str | Path) -> Path:
         source = Path(model).expanduser()
@@ -184,9 +204,11 @@ def _by_llm_compressor(
     start = time.monotonic()
     if folder.exists():
         raise ConfigurationError(f"{folder} exists already: name another folder, or remove it")
+    tell = on_progress or (lambda what, done, total: None)
+    if mode == "install" and not compressor.is_installed(cache_dir):
+        tell("llm-compressor is being installed, once: 1.5 GB", 0, 0)
     python = compressor.environment(cache_dir, may_install=mode == "install", environ=environ)
-    if on_progress is not None:
-        on_progress("by llm-compressor", 0, 0)
+    tell("by llm-compressor", 0, 0)
     sequences = sequences_BL.tolist() if sequences_BL is not None and config.type.needs_calibration else []
     compressor.compress(python, source, folder, config, sequences, environ)
     _note_maker(folder, LLM_COMPRESSOR)

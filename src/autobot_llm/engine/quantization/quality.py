@@ -7,6 +7,7 @@ here as they are on a GPU, whichever step answers requests.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -31,25 +32,31 @@ STEP_TOKENS = 256
 PROMPT_TOKENS = 64
 CONTINUED_TOKENS = 32
 MAX_CONTINUATIONS = 16
+TIMED_PROMPTS = 4  # each decoded by both models in turn
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Figures on `num_tokens` predicted tokens. `kl` in nats, from the unquantized model, the mean over tokens.
+    """Figures on `num_tokens` predicted tokens.
 
+    `perplexity_change_error` is the standard error of the change over the windows, which both models read; None for a
+    single one. `kl` in nats, from the unquantized model, the mean over tokens.
     `exact_continuations` of `num_continuations` greedy continuations of 32 tokens are the same text.
-    `tokens_per_second` is decoding alone, on the step that answers requests here.
+    `tokens_per_second` is decoding one request alone, on the step that answers requests here; `speedup` is the median
+    of the ratios of continuations that both models decoded one right after the other.
     """
 
     num_tokens: int
     perplexity: float
     perplexity_before: float
+    perplexity_change_error: float | None
     kl: float
     top1_agreement: float
     exact_continuations: int
     num_continuations: int
     tokens_per_second: float
     tokens_per_second_before: float
+    speedup: float
     step: str
 
     @property
@@ -72,38 +79,70 @@ def compare(
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Quality:
     """Measure folder `after` against folder `before` on a text that neither was calibrated on."""
+    (quality,) = compare_all(
+        before, [after], text, cache_dir, num_windows=num_windows, length=length, on_progress=on_progress
+    )
+    return quality
+
+
+def compare_all(
+    before: Path,
+    after: Sequence[Path],
+    text: str,
+    cache_dir: Path,
+    *,
+    num_windows: int = 32,
+    length: int = 512,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Quality]:
+    """Measure several folders against the same one, which reads the text once for all of them."""
     tell = on_progress or (lambda what, done, total: None)
-    reference, candidate = (_engine(folder, cache_dir, "off") for folder in (before, after))
+    reference, *candidates = engines = [_engine(folder, cache_dir, "off") for folder in (before, *after)]
     try:
         length = min(length, reference.config.max_position_embeddings)
         windows_BL = sequences_of(text, reference.tokenizer, num_sequences=num_windows, length=length)
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums_CWF = torch.zeros(len(candidates), len(windows_BL), 4, dtype=torch.float64)
         for i, ids in enumerate(windows_BL.tolist()):
             tell("windows compared", i, len(windows_BL))
-            for ours, theirs in zip(_logits(candidate, ids), _logits(reference, ids), strict=True):
-                sums += _differences(ours[0], theirs[0], ours[1])
+            for steps in zip(*(_logits(engine, ids) for engine in engines), strict=True):
+                (theirs_RV, ids_R), *ours = steps
+                for found_F, (ours_RV, _) in zip(sums_CWF[:, i], ours, strict=True):
+                    found_F += _differences(ours_RV, theirs_RV, ids_R)
         tell("windows compared", len(windows_BL), len(windows_BL))
+        tell("continuations", 0, 0)
         prompts = [ids[:PROMPT_TOKENS] for ids in windows_BL.tolist()[:MAX_CONTINUATIONS]]
-        texts = [_continue(engine, prompts)[0] for engine in (candidate, reference)]
+        expected, *continued = [_continue(engine, prompts)[0] for engine in engines]
     finally:
-        reference.close()
-        candidate.close()
-    speeds = [_speed(folder, cache_dir, prompts) for folder in (after, before)]
-    num_tokens = windows_BL.numel() - len(windows_BL)
-    if not math.isfinite(float(sums.sum())):
-        raise ConfigurationError(f"{after}: the model's logits are not numbers")
-    nll, nll_before, kl, agreed = (sums / num_tokens).tolist()
+        for engine in engines:
+            engine.close()
+    num_tokens = windows_BL.shape[1] - 1
+    found = []
+    for folder, sums_WF, texts in zip(after, sums_CWF, continued, strict=True):
+        if not math.isfinite(float(sums_WF.sum())):
+            raise ConfigurationError(f"{folder}: the model's logits are not numbers")
+        same = sum(ours == theirs for ours, theirs in zip(texts, expected, strict=True))
+        speed = _speed(folder, before, cache_dir, prompts[:TIMED_PROMPTS])
+        found.append(_quality(sums_WF / num_tokens, num_tokens, same, len(prompts), speed))
+    return found
+
+
+def _quality(means_WF: torch.Tensor, num_tokens: int, num_same: int, num_continuations: int, speed: _Speed) -> Quality:
+    """Of the mean figures of each window, which has `num_tokens` predicted tokens."""
+    nll, nll_before, kl, agreed = means_WF.mean(0).tolist()
+    change_W = means_WF[:, 0] - means_WF[:, 1]
     return Quality(
-        num_tokens=num_tokens,
+        num_tokens=num_tokens * len(means_WF),
         perplexity=math.exp(nll),
         perplexity_before=math.exp(nll_before),
+        perplexity_change_error=float(change_W.std() / math.sqrt(len(change_W))) if len(change_W) > 1 else None,
         kl=kl,
         top1_agreement=agreed,
-        exact_continuations=sum(ours == theirs for ours, theirs in zip(*texts, strict=True)),
-        num_continuations=len(prompts),
-        tokens_per_second=speeds[0][0],
-        tokens_per_second_before=speeds[1][0],
-        step=speeds[0][1],
+        exact_continuations=num_same,
+        num_continuations=num_continuations,
+        tokens_per_second=speed.tokens_per_second,
+        tokens_per_second_before=speed.tokens_per_second_before,
+        speedup=speed.ratio,
+        step=speed.step,
     )
 
 
@@ -143,28 +182,46 @@ def _differences(ours_RV: torch.Tensor, theirs_RV: torch.Tensor, ids_R: torch.Te
 
 
 def _continue(engine: Engine, prompts: Sequence[list[int]]) -> tuple[list[str], float]:
-    """Greedy continuations, one after the other, and the tokens per second of decoding."""
-    texts, num_tokens, seconds = [], 0, 0.0
+    """Greedy continuations, all at once, and for a single prompt the tokens per second after the step that read it."""
+    texts, num_tokens = [""] * len(prompts), [0] * len(prompts)
     params = SamplingParams(max_tokens=CONTINUED_TOKENS, temperature=0.0)
     for number, prompt in enumerate(prompts):
         engine.add(number, EngineRequest(prompt_ids=prompt, params=(params,)), RequestStats())
-        text, first, num_so_far = "", 0.0, 0
-        while engine.has_work:
-            for output in engine.step():
-                if output.error is not None:
-                    raise output.error
-                text, num_so_far = text + output.text, output.num_tokens
-            first = first or time.perf_counter()
-        texts.append(text)
-        num_tokens += num_so_far - 1  # the first one comes with the prompt
-        seconds += time.perf_counter() - first
-    return texts, num_tokens / seconds if seconds else 0.0
+    first, num_first = 0.0, 0
+    while engine.has_work:
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            texts[output.request_id] += output.text
+            num_tokens[output.request_id] = output.num_tokens
+        if not first:
+            first, num_first = time.perf_counter(), sum(num_tokens)
+    seconds = time.perf_counter() - first
+    return texts, (sum(num_tokens) - num_first) / seconds if seconds else 0.0
 
 
-def _speed(folder: Path, cache_dir: Path, prompts: Sequence[list[int]]) -> tuple[float, str]:
-    engine = _engine(folder, cache_dir, "auto")
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    tokens_per_second: float
+    tokens_per_second_before: float
+    ratio: float
+    step: str
+
+
+def _speed(after: Path, before: Path, cache_dir: Path, prompts: Sequence[list[int]]) -> _Speed:
+    """Both take turns, so that what else the machine does meets both."""
+    ours, theirs = (_engine(folder, cache_dir, "auto") for folder in (after, before))
     try:
-        _continue(engine, prompts[:1])  # warm
-        return _continue(engine, prompts)[1], f"{engine.executor.name}: {engine.executor.reason}"
+        for engine in (ours, theirs):
+            _continue(engine, prompts[:1])  # warm
+        pairs = [(_continue(ours, [prompt])[1], _continue(theirs, [prompt])[1]) for prompt in prompts]
+        ratios = [one / other for one, other in pairs if other]
+        return _Speed(
+            tokens_per_second=statistics.median(one for one, _ in pairs),
+            tokens_per_second_before=statistics.median(other for _, other in pairs),
+            ratio=statistics.median(ratios) if ratios else 0.0,
+            step=f"{ours.executor.name}: {ours.executor.reason}",
+        )
     finally:
-        engine.close()
+        ours.close()
+        theirs.close()

@@ -1,27 +1,31 @@
 """Turn a model folder into a quantized one, layer by layer. Knows the order of the work; each step is elsewhere.
 
 Every layer is read through the layers before it as they are after quantization, so that its scales and its rounding
-answer to what it will really see.
+answer to what it will really see. In memory are the hidden states of the calibration text and the layer at hand.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from autobot_llm.engine.models.config import ModelConfig, load_config
-from autobot_llm.engine.models.weights import DecoderWeights, load_weights
+from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.quantization.gptq import gptq
 from autobot_llm.engine.quantization.layerwise import MATRICES, DenseLayer, InputStatistics, LayerMath
 from autobot_llm.engine.quantization.reading import decode_module
 from autobot_llm.engine.quantization.rounding import round_to_nearest
 from autobot_llm.engine.quantization.scaling import scale_for_activations, smooth
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType, Scheme, scheme_of
+from autobot_llm.engine.quantization.source import StoredModel, modules_of
 from autobot_llm.engine.quantization.weight import QuantizedWeight
 from autobot_llm.engine.quantization.writing import (
     FolderWriter,
@@ -32,6 +36,7 @@ from autobot_llm.engine.quantization.writing import (
 from autobot_llm.errors import ConfigurationError
 
 BATCH_TOKENS = 4096  # of one forward pass through a layer
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +74,14 @@ def quantize_folder(
     model = load_config(source)
     scheme = scheme_of(config)
     _check(model, config, scheme, source, sequences_BL)
-    weights = load_weights(source, model, dtype=None, device="cpu", on_progress=lambda *n: tell("weights", *n))
-    work = _Work(model, config, scheme, weights, sequences_BL)
+    stored_model = StoredModel(source, model)
     num_layers, num_resumed = model.num_layers, 0
-    with FolderWriter(folder, _fingerprint(source, config, sequences_BL), num_layers).opened() as writer:
+    fingerprint = _fingerprint(source, config, sequences_BL)
+    with FolderWriter(folder, fingerprint, num_layers).opened() as writer, _freed_memory_given_back():
+        rest = stored_model.rest()
+        writer.write_layer(num_layers, rest)
+        work = _Work(model, config, scheme, stored_model, rest.pop("model.embed_tokens.weight"), sequences_BL)
+        rest.clear()
         for index in range(num_layers):
             tell("layers quantized", index, num_layers)
             if (stored := writer.stored_layer(index)) is not None:
@@ -80,7 +89,7 @@ def quantize_folder(
                 num_resumed += 1
             else:
                 writer.write_layer(index, work.quantize(index))
-        writer.write_layer(num_layers, _rest(weights, model))
+        stored_model.refuse_changed_files()
         tell("layers quantized", num_layers, num_layers)
         num_bytes = writer.finish(source, quantization_config(scheme))
     return QuantizedFolder(
@@ -90,7 +99,7 @@ def quantize_folder(
         seconds=time.monotonic() - start,
         num_resumed_layers=num_resumed,
         num_bytes=num_bytes,
-        num_bytes_before=weights.num_bytes,
+        num_bytes_before=stored_model.num_bytes,
         num_linear_bytes=work.num_linear_bytes,
         num_linear_bytes_before=work.num_linear_bytes_before,
     )
@@ -98,7 +107,7 @@ def quantize_folder(
 
 def describe(source: Path, folder: Path, *, by: str, seconds: float) -> QuantizedFolder:
     """The same of a folder that somebody else quantized. Raises ModelLoadError for one that we cannot read."""
-    before = load_weights(source, load_config(source), dtype=None, device="cpu")
+    before = StoredModel(source, load_config(source))
     model = load_config(folder)
     if model.quantization is None:
         raise ConfigurationError(f"{folder} is not quantized")
@@ -118,6 +127,23 @@ def describe(source: Path, folder: Path, *, by: str, seconds: float) -> Quantize
     )
 
 
+@contextmanager
+def _freed_memory_given_back() -> Iterator[None]:
+    """Let glibc give the system what is freed in blocks of a megabyte or more; other systems' libraries are let be.
+
+    It learns to keep blocks of up to 32 MB for itself, and the holes between a layer's matrices grow with every layer.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it would have come to by itself
+
+
 class _Work:
     """The layers of one model on their way, and the hidden states that enter the next one."""
 
@@ -126,25 +152,26 @@ class _Work:
         model: ModelConfig,
         config: QuantizationConfig,
         scheme: Scheme,
-        weights: DecoderWeights,
+        source: StoredModel,
+        embed_VE: torch.Tensor,
         sequences_BL: torch.Tensor | None,
     ) -> None:
         self._model = model
         self._config = config
         self._scheme = scheme
-        self._weights = weights
+        self._source = source
+        # In the model's own type, as the model itself passes them on: the largest thing in memory here.
         self._hidden_BLE: torch.Tensor | None = None
         self.num_linear_bytes = self.num_linear_bytes_before = 0
         if config.type.reads_calibration and sequences_BL is not None:
-            self._hidden_BLE = torch.nn.functional.embedding(sequences_BL, weights.embed_VE).float()
+            self._hidden_BLE = torch.nn.functional.embedding(sequences_BL, embed_VE)
             self._math = LayerMath(model, sequences_BL.shape[1])
             self._batch_size = max(1, BATCH_TOKENS // sequences_BL.shape[1])
 
     @torch.inference_mode()
     def quantize(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer, by the names that they are stored under."""
-        layer = DenseLayer.of(self._weights.layers[index])
-        dtype = self._weights.dtype
+        layer, dtype = self._source.layer(index), self._source.dtype
         seen: dict[str, InputStatistics] = {}
         if self._hidden_BLE is not None:
             seen = {name: InputStatistics(layer.matrices[name].shape[1]) for name in MATRICES}
@@ -153,7 +180,7 @@ class _Work:
             smooth(layer, seen, self._config.smooth_quant_alpha, dtype)
         elif self._config.type is QuantizationType.AWQ:
             scale_for_activations(layer, seen, self._scheme, self._model, dtype)
-        quantized = {name: self._rounded(layer.matrices[name], seen.get(name), dtype) for name in MATRICES}
+        quantized = {name: self._rounded(layer.matrices[name], seen.pop(name, None), dtype) for name in MATRICES}
         tensors = _layer_tensors(self._model, index, layer, quantized, dtype)
         self._finish(layer, index, quantized)
         return tensors
@@ -161,12 +188,11 @@ class _Work:
     @torch.inference_mode()
     def replay(self, index: int, stored: Mapping[str, torch.Tensor]) -> None:
         """Pass the hidden states through a layer that an earlier run quantized."""
-        prefix, dtype = f"model.layers.{index}.", self._weights.dtype
-        layer = DenseLayer.of(self._weights.layers[index])
+        prefix, layer, dtype = f"model.layers.{index}.", self._source.layer(index), self._source.dtype
         quantized = {}
-        for name, modules in _modules(self._model).items():
+        for name, modules in modules_of(self._model).items():
             parts = []
-            for module, rows in modules:
+            for module, rows in modules.items():
                 own = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith(f"{prefix}{module}.weight")}
                 shape = (rows.stop - rows.start, layer.matrices[name].shape[1])
                 parts.append(decode_module(own, stored_quantization(self._scheme), *shape, dtype))
@@ -191,9 +217,9 @@ class _Work:
     def _finish(self, layer: DenseLayer, index: int, quantized: Mapping[str, QuantizedWeight]) -> None:
         for name, weight in quantized.items():
             self.num_linear_bytes += weight.num_bytes
-            self.num_linear_bytes_before += weight.numel() * self._weights.dtype.itemsize
+            self.num_linear_bytes_before += weight.numel() * self._source.dtype.itemsize
             if self._hidden_BLE is not None:
-                layer.matrices[name] = weight.dequantize(self._weights.dtype).float()
+                layer.matrices[name] = weight.dequantize(self._source.dtype).float()
         self._pass_on(layer, index, None, keep=True)
 
     def _pass_on(
@@ -202,24 +228,9 @@ class _Work:
         if self._hidden_BLE is None:
             return
         for batch in torch.split(self._hidden_BLE, self._batch_size):
-            after = self._math.forward(layer, index, batch, seen)
+            after = self._math.forward(layer, index, batch.float(), seen)
             if keep:
                 batch.copy_(after)
-
-
-def _modules(model: ModelConfig) -> dict[str, tuple[tuple[str, slice], ...]]:
-    """The stored modules of each matrix, and their rows in it."""
-    q, kv, size = model.num_heads * model.head_size, model.num_kv_heads * model.head_size, model.intermediate_size
-    return {
-        "qkv": (
-            ("self_attn.q_proj", slice(0, q)),
-            ("self_attn.k_proj", slice(q, q + kv)),
-            ("self_attn.v_proj", slice(q + kv, q + 2 * kv)),
-        ),
-        "o": (("self_attn.o_proj", slice(0, model.hidden_size)),),
-        "gate_up": (("mlp.gate_proj", slice(0, size)), ("mlp.up_proj", slice(size, 2 * size))),
-        "down": (("mlp.down_proj", slice(0, model.hidden_size)),),
-    }
 
 
 def _layer_tensors(
@@ -237,18 +248,11 @@ def _layer_tensors(
         "self_attn.k_norm": layer.k_norm_D,
     }
     tensors = {f"{prefix}.{name}.weight": norm.to(dtype) for name, norm in norms.items() if norm is not None}
-    for name, modules in _modules(model).items():
-        for module, rows in modules:
+    for name, modules in modules_of(model).items():
+        for module, rows in modules.items():
             tensors |= stored_tensors(f"{prefix}.{module}", quantized[name].rows(rows.start, rows.stop))
             if (bias := layer.biases[name]) is not None:
                 tensors[f"{prefix}.{module}.bias"] = bias[rows].to(dtype)
-    return tensors
-
-
-def _rest(weights: DecoderWeights, model: ModelConfig) -> dict[str, torch.Tensor]:
-    tensors = {"model.embed_tokens.weight": weights.embed_VE, "model.norm.weight": weights.norm_E}
-    if not model.tie_word_embeddings:
-        tensors["lm_head.weight"] = weights.lm_head_VE
     return tensors
 
 
@@ -280,7 +284,7 @@ def _fingerprint(source: Path, config: QuantizationConfig, sequences_BL: torch.T
     }
     read = b"" if sequences_BL is None else sequences_BL.numpy().tobytes()
     return {
-        "format": 1,
+        "format": 2,
         "source": str(source.resolve()),
         "files": files,
         "config": asdict(config),

@@ -35,9 +35,9 @@ QUANTIZED_MODEL_REGISTRY: Mapping[str, tuple[KnownVariant, ...]] = {
 }
 
 SUFFIXES: Mapping[QuantizationType, tuple[str, ...]] = {
-    QuantizationType.W8A8: ("-int8",),
-    QuantizationType.W8: ("-int8",),
-    QuantizationType.W4: ("-int4", "-gptq", "-awq"),
+    QuantizationType.W8A8: ("-int8", "-w8a8"),  # the second as `autobot-llm quantize` names it
+    QuantizationType.W8: ("-int8", "-w8"),
+    QuantizationType.W4: ("-int4", "-w4", "-gptq", "-awq"),
     QuantizationType.GPTQ: ("-gptq",),
     QuantizationType.AWQ: ("-awq",),
     QuantizationType.FP8: ("-fp8",),

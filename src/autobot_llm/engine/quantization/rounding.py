@@ -9,7 +9,11 @@ import torch
 from autobot_llm.engine.quantization.scheme import Scheme
 from autobot_llm.engine.quantization.weight import FP8, QuantizedWeight
 
-SEARCHED_SHARES = tuple(1 - 0.025 * i for i in range(17))  # of the full range, down to 60 %
+# Ranges tried, as shares of the full one. A whole number gains by clipping a few large ones; a float, whose steps are
+# shares of the number, by where within an octave the numbers fall among its steps.
+SEARCHED_SHARES = {"int": tuple(1 - 0.025 * i for i in range(17)), "float": tuple(2 ** (i / 8) for i in range(8))}
+# Rounding holds several float32 copies of so many, and not of a whole matrix. A GPU wants more work at a time.
+NUMBERS_AT_A_TIME, ON_A_GPU = 1 << 22, 1 << 24
 SMALLEST_ACTIVATION = 1e-8  # of a token of zeros
 
 
@@ -24,19 +28,23 @@ def choose_scales(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """scales_OG, rounded to `scale_dtype`, and for asymmetric schemes zero_points_OG.
 
-    `search` tries ranges smaller than the full one and takes that of the least squared error, in which inputs count by
-    `importance_I`: clipping the few largest numbers often costs less than coarser steps for all. The scale is rounded
-    before the error is taken, as it is what a reader will have.
+    `search` tries other ranges than the full one and takes that of the least squared error, in which inputs count by
+    `importance_I`. The scale is rounded before the error is taken, as it is what a reader will have.
     """
-    groups_OGS = _grouped(weight_OI, scheme)
+    rows = _some_rows(weight_OI, scheme)
+    if len(rows) > 1:
+        found = [choose_scales(part, scheme, scale_dtype, search=search, importance_I=importance_I) for part in rows]
+        zeros = [zeros_OG for _, zeros_OG in found if zeros_OG is not None]
+        return torch.cat([scales_OG for scales_OG, _ in found]), torch.cat(zeros) if zeros else None
+    groups_OGS = _grouped(weight_OI.float(), scheme)
     weights_OGS = None if importance_I is None else _grouped(importance_I.unsqueeze(0), scheme)
     low = groups_OGS.amin(-1).clamp_(max=0)
     high = groups_OGS.amax(-1).clamp_(min=0)
     best = _scale(low, high, scheme, scale_dtype)
-    if not search or scheme.kind == "float":  # a float's steps shrink with the number, so clipping gains nothing
+    if not search:
         return _for_storage(best, scheme)
     least = _error(groups_OGS, *best, scheme, weights_OGS)
-    for share in SEARCHED_SHARES[1:]:
+    for share in SEARCHED_SHARES[scheme.kind][1:]:
         candidate = _scale(low * share, high * share, scheme, scale_dtype)
         error = _error(groups_OGS, *candidate, scheme, weights_OGS)
         better = error < least
@@ -54,7 +62,7 @@ def round_to_nearest(
     importance_I: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Each number to the nearest one that the scheme can hold. `dtype` is the matrix's, and that of its scales."""
-    scales_OG, zeros_OG = choose_scales(weight_OI.float(), scheme, dtype, search=search, importance_I=importance_I)
+    scales_OG, zeros_OG = choose_scales(weight_OI, scheme, dtype, search=search, importance_I=importance_I)
     return round_with(weight_OI, scales_OG, zeros_OG, scheme, dtype)
 
 
@@ -69,8 +77,14 @@ def round_with(
     num_outputs, num_inputs = weight_OI.shape
     scales = scales_OG.expand(num_outputs, -1)
     zeros = torch.zeros_like(scales, dtype=torch.float32) if zeros_OG is None else zeros_OG.float()
-    values_OGS = _rounded(_in_groups(weight_OI.float(), scheme.group_size), scales.float(), zeros, scheme)
-    values_OI = values_OGS.flatten(1)[:, :num_inputs]
+    dtype_of_values = FP8 if scheme.kind == "float" else torch.int8
+    values_OI = torch.empty(weight_OI.shape, dtype=dtype_of_values, device=weight_OI.device)
+    start = 0
+    for part in _some_rows(weight_OI, scheme):
+        rows = slice(start, start + len(part))
+        values_OGS = _rounded(_in_groups(part.float(), scheme.group_size), scales[rows].float(), zeros[rows], scheme)
+        values_OI[rows] = values_OGS.flatten(1)[:, :num_inputs].to(dtype_of_values)
+        start = rows.stop
     return QuantizedWeight.from_values(values_OI, scales.to(dtype).contiguous(), zeros_OG, scheme, dtype=dtype)
 
 
@@ -82,6 +96,14 @@ def round_activations(x_TI: torch.Tensor, kind: Literal["int8", "fp8"]) -> tuple
         return (x_TI.float() / scale_T1).round_().clamp_(-128, 127).to(torch.int8), scale_T1
     scale_T1 = largest_T1 / 448
     return (x_TI.float() / scale_T1).clamp_(-448, 448).to(FP8), scale_T1
+
+
+def _some_rows(weight_OI: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, ...]:
+    """A matrix in parts of a bounded size; whole where its outputs share a scale."""
+    if scheme.granularity == "tensor":
+        return (weight_OI,)
+    most = NUMBERS_AT_A_TIME if weight_OI.device.type == "cpu" else ON_A_GPU
+    return torch.split(weight_OI, max(1, most // weight_OI.shape[1]))
 
 
 def _grouped(weight_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:

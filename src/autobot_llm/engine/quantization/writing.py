@@ -8,7 +8,6 @@ beside it, which a later run with the same inputs goes on from; a run with other
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,18 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from autobot_llm.engine.models.checkpoint import INDEX_FILE
 from autobot_llm.engine.quantization.detection import StoredQuantization
+from autobot_llm.engine.quantization.folders import COPIED_FILES, locked
 from autobot_llm.engine.quantization.packing import pack_columns, pack_rows
 from autobot_llm.engine.quantization.scheme import Scheme
 from autobot_llm.engine.quantization.weight import QuantizedWeight
 from autobot_llm.errors import ConfigurationError
 
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _STATE, _LOCK = "state.json", "lock"
 
 
@@ -52,10 +45,11 @@ class FolderWriter:
             raise ConfigurationError(f"{self._folder} exists already: name another folder, or remove it")
         try:
             self._partial.mkdir(parents=True, exist_ok=True)
-            with (self._partial / _LOCK).open("w") as lock:
-                _lock(lock.fileno(), self._folder)
+            with locked(self._partial / _LOCK, wait=False):
                 self._start_anew_unless_same()
                 yield self
+        except BlockingIOError as error:
+            raise ConfigurationError(f"{self._folder} is being written by another process") from error
         except KeyboardInterrupt:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
@@ -110,18 +104,6 @@ class FolderWriter:
 
     def _file_name(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{self._num_layers + 1:05}.safetensors"
-
-
-def _lock(file: int, folder: Path) -> None:
-    """Held until the file is closed, or its process ends."""
-    if os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigurationError(f"{folder} is being written by another process") from error
 
 
 def stored_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:

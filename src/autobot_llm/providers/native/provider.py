@@ -25,12 +25,18 @@ from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.service import EngineService
 from autobot_llm.engine.speculative.build import SpeculationOptions
-from autobot_llm.errors import ConfigurationError, ModelNotFoundError, ProviderUnavailable, UnsupportedError
+from autobot_llm.errors import (
+    ConfigurationError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ProviderUnavailable,
+    UnsupportedError,
+)
 from autobot_llm.providers.base import ModelInfo, OnProgress, ProviderStatus, ScoredToken
 from autobot_llm.providers.native.answer_shape import AnswerShape, answer_shape
 from autobot_llm.providers.native.embedding import embed_inputs
 from autobot_llm.providers.native.from_engine import Answer
-from autobot_llm.providers.native.load_or_quantize import quantized_weights
+from autobot_llm.providers.native.load_or_quantize import quantized_weights, variant_of
 from autobot_llm.providers.native.optimizations import running_optimizations
 from autobot_llm.providers.native.scoring import score_text
 from autobot_llm.providers.native.to_engine import encode_prompt, sampling_params
@@ -169,7 +175,10 @@ class NativeProvider:
         """Names, sizes and times of the model's files, as they were when this was first asked."""
         name = model or self._default
         if name not in self._revisions and name in self._folders:
-            found = [(file.name, file.stat()) for file in sorted(self._folders[name].iterdir())]
+            folder = self._folders[name]
+            with contextlib.suppress(ModelLoadError):  # which a request will say better
+                folder = variant_of(self._settings, folder)
+            found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
             self._revisions[name] = repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in found])
         return self._revisions.get(name, "")
 

@@ -19,8 +19,8 @@ from autobot_llm.providers.native.provider import model_folder
 from autobot_llm.settings.child import child_environment
 
 TAIL_SHARE = 0.1  # of the calibration text, kept for measuring where no other text is given
-# What a type may cost in perplexity before it is called a loss: half as much again as the bars of the project.
-ACCEPTED_CHANGE = {"w8a8": 0.0075, "w8": 0.005, "w4": 0.075, "gptq": 0.075, "awq": 0.075, "fp8": 0.012}
+# What a type may cost in perplexity before it is called a loss: the bars of the project.
+ACCEPTED_CHANGE = {"w8a8": 0.005, "w8": 0.005, "w4": 0.05, "gptq": 0.05, "awq": 0.05, "fp8": 0.008}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _verdict(kind: str, made: QuantizedFolder, quality: Quality | None) -> Itera
         yield f"worse: perplexity is {100 * change:.2f} % higher, and {100 * limit:.2f} % is what {kind} may cost"
     else:
         yield f"{smaller}, for {100 * change:+.2f} % of perplexity (lossy; {100 * limit:.2f} % is the limit)"
-    faster = quality.tokens_per_second / quality.tokens_per_second_before if quality.tokens_per_second_before else 0.0
+    faster = quality.speedup
     if faster < 0.97:
         yield f"decoding here is slower: {faster:.2f} times the speed"
     elif faster <= 1.03:
