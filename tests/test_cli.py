@@ -447,9 +447,7 @@ def test_serve_says_how_to_use_it_answers_and_stops_cleanly(tmp_path: Path, cach
         assert lines["step"]
         assert lines["step reason"]
         assert "AUTOBOT_VLLM_MULTI_STEP (no effect on provider native, only on vllm)" in lines["no effect"]
-        assert (
-            "1,024 tokens of a sequence, half of them the most attended ones, lossy" in lines["kv cache optimization"]
-        )
+        assert "1,024 tokens of a sequence, half of them the most attended ones, lossy" in lines["kv saving"]
         assert lines["API"].endswith("/v1")
         body = re.search(r"-d '(.*)'$", lines["try"])
         assert body is not None

@@ -460,4 +460,4 @@ async def test_the_report_says_what_a_smaller_cache_saved() -> None:
     num_left = int(figures["num_evicted_blocks"]) * 16
     assert num_left >= num_tokens - 64
     assert line.bytes_saved == num_tokens * 8192 - (num_tokens - num_left) * 2112
-    assert str(details["kv_cache_optimization"]).startswith("keys and values are stored as int8")
+    assert str(details["kv_saving"]).startswith("keys and values are stored as int8")

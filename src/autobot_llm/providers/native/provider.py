@@ -123,7 +123,7 @@ class NativeProvider:
             "kv_cache": f"{num_cache_tokens:,} tokens, {num_sequences:.1f} sequences of full length",
         }
         if engine.cache is not None and (smaller := "; ".join(engine.cache.lines())):
-            details["kv_cache_optimization"] = smaller
+            details["kv_saving"] = smaller
         if isinstance(engine.executor, DescribedExecutor):
             details |= engine.executor.description.lines()
         details["speculation"] = engine.speculation_reason
