@@ -132,3 +132,10 @@ def test_the_package_says_that_it_is_typed_and_carries_its_licence() -> None:
     licence = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in licence
     assert "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_what_is_shipped_beside_the_code_has_a_card_and_stays_small() -> None:
+    folders = [folder for folder in (SOURCE / "assets").iterdir() if (folder / "config.json").exists()]
+    assert {folder.name for folder in folders} == {"tiny", "tiny-draft", "tiny-eagle3", "tiny-medusa"}
+    assert all("CC BY-SA 4.0" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8") for folder in folders)
+    assert sum(file.stat().st_size for file in (SOURCE / "assets").rglob("*") if file.is_file()) < 50_000_000

@@ -433,7 +433,7 @@ def test_models_lists_the_embedded_model(run: Run) -> None:
 
 
 def test_serve_says_how_to_use_it_answers_and_stops_cleanly(tmp_path: Path, cache: Path) -> None:
-    env = environment(cache, AUTOBOT_KV_HEAVY_HITTERS="5")
+    env = environment(cache, AUTOBOT_KV_HEAVY_HITTERS="0.5", AUTOBOT_VLLM_MULTI_STEP="4")
     start = time.perf_counter()
     with started(["serve", "--port", "0"], tmp_path, env) as process:
         assert process.stdout is not None
@@ -446,7 +446,10 @@ def test_serve_says_how_to_use_it_answers_and_stops_cleanly(tmp_path: Path, cach
         assert lines["model"] == "tiny"
         assert lines["step"]
         assert lines["step reason"]
-        assert "AUTOBOT_KV_HEAVY_HITTERS (no effect yet)" in lines["no effect"]
+        assert "AUTOBOT_VLLM_MULTI_STEP (no effect on provider native, only on vllm)" in lines["no effect"]
+        assert (
+            "1,024 tokens of a sequence, half of them the most attended ones, lossy" in lines["kv cache optimization"]
+        )
         assert lines["API"].endswith("/v1")
         body = re.search(r"-d '(.*)'$", lines["try"])
         assert body is not None

@@ -74,7 +74,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cuda_graphs": ("on", "on", "2"),
     "kv_cache_dtype": ("int8", "int8", "int9"),
     "kv_sliding_window": ("4096", 4096, "-1"),
-    "kv_heavy_hitters": ("64", 64, "x"),
+    "kv_heavy_hitters": ("0.5", 0.5, "1.5"),
     "speculation_enabled": ("0", False, "2"),
     "speculation_method": ("ngram", "ngram", "guess"),
     "speculation_draft_model": ("tiny-draft", "tiny-draft", None),
@@ -360,9 +360,9 @@ def test_rows_tell_where_a_value_came_from() -> None:
 
 def test_settings_without_effect_are_listed_only_when_the_user_set_them() -> None:
     assert ineffective_settings(load()) == []
-    native = load({"AUTOBOT_KV_SLIDING_WINDOW": "64", "AUTOBOT_DEVICE": "cpu"})
+    native = load({"AUTOBOT_VLLM_MULTI_STEP": "4", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(native)] == [
-        ("AUTOBOT_KV_SLIDING_WINDOW", "no effect yet")
+        ("AUTOBOT_VLLM_MULTI_STEP", "no effect on provider native, only on vllm")
     ]
     remote = load({"AUTOBOT_LLM_PROVIDER": "openai", "AUTOBOT_DEVICE": "cpu"})
     assert [(row.variable, row.effect) for row in ineffective_settings(remote)] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from autobot_llm.engine.engine import Engine
@@ -10,10 +11,20 @@ from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
+from autobot_llm.settings.registry import user_cache_dir
 
 TINY = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"
 MAX_MODEL_LEN = 320
+KERNELS = user_cache_dir(os.environ) / "kernels"  # as in conftest.py: before a test has a cache folder of its own
 BLOCK_BYTES = 2 * 8 * 2 * 64 * 16 * 4  # keys and values, layers, heads, head size, tokens, float32
+
+
+def with_kernels(cache_dir: Path) -> Path:
+    """The folder, where the compiled step is now found that is made once for all tests."""
+    if not (link := cache_dir / "kernels").exists():
+        KERNELS.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(KERNELS)
+    return cache_dir
 
 
 def tiny_engine(
@@ -24,7 +35,7 @@ def tiny_engine(
         dataclasses.replace(
             EngineOptions(
                 folder=TINY,
-                cache_dir=cache_dir,
+                cache_dir=with_kernels(cache_dir),
                 device="cpu",
                 compiled_step="on" if compiled else "off",
                 prefix_caching=prefix_caching,

@@ -44,6 +44,8 @@ class FakeDevice:
         self.block_size = block_size
         self.pool: BlockPool | None = None
         """Where given, every write is checked against it: one owner, and nothing that others may find."""
+        self.window = 0
+        """So many tokens its model looks back; 0: it sees everything."""
         self.is_closed = False
 
     def execute(self, batch: StepBatch) -> torch.Tensor:
@@ -86,6 +88,8 @@ class FakeDevice:
         logits_TV: dict[int, Any] = {}
         for s, (first, end) in enumerate(itertools.pairwise(batch.query_starts.tolist())):
             num_positions = int(batch.context_lens[s])
+            num_evicted = int(batch.positions_T[first]) - (num_positions - (end - first))
+            assert num_evicted == 0 or (self.window and num_evicted > 0)
             for t in range(first, end):
                 pending = int(batch.pending_rows_T[t])
                 token = last_tokens[pending] if pending >= 0 else int(batch.ids_T[t])
@@ -96,8 +100,8 @@ class FakeDevice:
                        for p in range(num_positions)]  # fmt: skip
             for t in range(first, end):
                 seen = self.seen_by(batch, t, first, num_positions - (end - first))
-                assert batch.positions_T[t] == len(seen) - 1
-                logits_TV[t] = logits_of(tuple(context[i] for i in seen))
+                assert batch.positions_T[t] == len(seen) - 1 + num_evicted
+                logits_TV[t] = logits_of(tuple([context[i] for i in seen][-self.window :]))
         return np.array([logits_TV[row] for row in batch.logit_rows_R.tolist()], np.float32).reshape(-1, VOCAB_SIZE)
 
     def seen_by(self, batch: StepBatch, token: int, first: int, num_before: int) -> Sequence[int]:

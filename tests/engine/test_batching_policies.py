@@ -331,7 +331,7 @@ def test_an_aborted_sequence_leaves_no_swapped_blocks_behind() -> None:
 
 def test_blocks_come_back_as_they_were_and_elsewhere() -> None:
     attention = SdpaAttention(load_config(TINY), num_blocks=6, block_size=SIZE, dtype=torch.float32, device="cpu")
-    tensors = (*attention.storage.keys_NKD, *attention.storage.values_NKD)
+    tensors = attention.storage.numbers_2LNKD.flatten(0, 1).unbind()
     for tensor_NKD in tensors:
         tensor_NKD.normal_()
     before = [tensor_NKD.clone() for tensor_NKD in tensors]

@@ -253,13 +253,13 @@ def test_a_nan_left_in_a_freed_block_reaches_nobody(llama: CompiledExecutor) -> 
     """The new owner's masked positions must not multiply what an earlier owner left behind."""
     token_ids = np.random.default_rng(5).integers(0, 1000, 5).tolist()
     clean = run(llama, (sequence(token_ids, [0]), 0, 5))
-    llama.keys[:] = np.nan
-    llama.values[:] = np.nan
+    llama.cache.keys_LBKDP.fill_(np.nan)
+    llama.cache.values_LBKPD.fill_(np.nan)
     try:
         assert np.array_equal(run(llama, (sequence(token_ids, [0]), 0, 5)), clean)
     finally:
-        llama.keys[:] = 0
-        llama.values[:] = 0
+        llama.cache.keys_LBKDP.zero_()
+        llama.cache.values_LBKPD.zero_()
 
 
 def test_a_head_size_the_kernel_does_not_cover_is_refused_with_its_reason(tmp_path: Path, kernels: Path) -> None:

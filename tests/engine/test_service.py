@@ -188,8 +188,7 @@ def test_nan_in_the_cache_does_not_reach_the_blocks_next_owners(tmp_path: Path) 
 
     def poison(batch: StepBatch, logits_RV: torch.Tensor) -> None:
         logits_RV[:] = torch.nan
-        for tensor_NKD in (*attention.storage.keys_NKD, *attention.storage.values_NKD):
-            tensor_NKD[batch.slots_T] = torch.nan
+        attention.storage.numbers_2LNKD[:, :, batch.slots_T] = torch.nan
 
     def two_answers(first_id: int) -> list[str]:
         """Of two lengths, so that they are computed together with padding."""

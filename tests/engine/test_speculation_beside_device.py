@@ -44,7 +44,7 @@ class Now(Always):
     def wants_offer(self) -> bool:
         return self._rng.random() < self._chance
 
-    def may_pay(self, free: Histories, credit_of: CreditOf) -> bool:
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
         return self._rng.random() < self._chance
 
     def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:

@@ -162,7 +162,8 @@ def test_every_method_gives_the_answers_without_it(
     expected = answers(engine, asked, together=True, outputs=outputs)
     for method in METHODS:
         engine.speculator = speculator(method, draft, outputs)
-        assert answers(engine, asked, together=True) == expected, method
+        some = slice(None, None, 2 if method == "trees" else 1)  # they take the most time
+        assert answers(engine, asked[some], together=True) == expected[some], method
         assert method == "auto" or engine.speculator.num_accepted > 0
         assert answers(engine, asked[::NUM_EACH], together=False) == expected[::NUM_EACH], method
 
@@ -304,20 +305,22 @@ def test_in_torch_an_answer_differs_only_where_two_tokens_are_nearly_equal(tmp_p
         )
         for task in ("Repeat this text.", "Tell me a story.", "Who sat by the river?")
     ]
-    found = []
-    for method in (None, NgramProposer):
-        eager.speculator = None if method is None else Speculator(5, make_free=method, policy=Always(5))
-        driver = Driver(eager)
+    plain = Driver(eager)
+    for i, request in enumerate(asked):
+        plain.add(i, request)
+    plain.run()
+    outputs = {tuple(request.prompt_ids): plain.token_ids[i, 0] for i, request in enumerate(asked)}
+    for method in (Speculator(5, make_free=NgramProposer, policy=Always(5)), guessing(outputs)):
+        eager.speculator = method
+        drafted = Driver(eager)
         for i, request in enumerate(asked):
-            driver.add(i, request)
-        driver.run()
-        found.append(driver)
-    plain, drafted = found
-    assert eager.speculator is not None and eager.speculator.num_accepted >= 5
-    for key, expected in plain.token_ids.items():
-        pairs = zip(drafted.token_ids[key], expected, strict=False)
-        place = next((i for i, (got, wanted) in enumerate(pairs) if got != wanted), None)
-        assert place is None or plain.gaps[key][place] < ROUNDING
-        assert place is not None or drafted.token_ids[key] == expected
+            drafted.add(i, request)
+        drafted.run()
+        assert method.num_accepted >= 5
+        for key, expected in plain.token_ids.items():
+            pairs = zip(drafted.token_ids[key], expected, strict=False)
+            place = next((i for i, (got, wanted) in enumerate(pairs) if got != wanted), None)
+            assert place is None or plain.gaps[key][place] < ROUNDING
+            assert place is not None or drafted.token_ids[key] == expected
     eager.speculator = None
     eager.close()

@@ -1,5 +1,6 @@
 """Drafts that branch: whatever their shape, and however a step with them meets the scheduler, the answers are those
-without drafts."""
+without drafts, token by token and seed by seed. So sampled answers are distributed as those are, and there is no
+statistical test of trees beside that of test_speculation.py: see acceptance.py."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def plain() -> Iterator[Engine]:
 @pytest.fixture(scope="module", params=["auto", "off"], ids=["graphs", "launches"])
 def executor(request: pytest.FixtureRequest) -> Iterator[GpuExecutor]:
     options = GpuOptions(TINY, "triton", request.param, 0.5, 64 * 2**20, features=KINDS)
-    made, _ = build_gpu_executor(CONFIG, options, GpuLimits(16, 1024, 512), torch.device("cuda"), None)
+    made, _ = build_gpu_executor(CONFIG, options, GpuLimits(16, 1024, 512), torch.device("cuda", 0), None)
     yield made
     made.close()
 

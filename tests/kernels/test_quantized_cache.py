@@ -15,7 +15,6 @@ from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.rotary import (
     BLOCK_SIZE,
-    quantize_positions,
     rotate_and_store,
     rotate_and_store_reference,
 )
@@ -23,6 +22,7 @@ from autobot_llm.engine.kv_cache.storage import (
     QUANTIZED_DTYPES,
     PagedStorage,
     bytes_per_block,
+    quantize_positions,
     take_blocks,
 )
 from autobot_llm.engine.models.config import load_config

@@ -281,6 +281,8 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "max_model_len": 100,
         "cpu_threads": 1,
         "kv_cache_dtype": "int8",
+        "kv_sliding_window": 64,
+        "kv_heavy_hitters": 0.5,
         "cache_dir": Path("/cache"),
     }
     defaults = {setting.field: setting.default for setting in SETTINGS}
@@ -420,8 +422,6 @@ async def test_the_start_lines_and_the_report_of_a_gpu_name_its_attention_and_gr
         device="a GPU",
         attention="triton",
         attention_reason="the only one that is installed",
-        cache_dtype="int8",
-        is_cache_rounded=num_graphs > 0,
         num_graphs=num_graphs,
         graphs_reason="switched off",
         capture_seconds=2.34,
@@ -433,13 +433,31 @@ async def test_the_start_lines_and_the_report_of_a_gpu_name_its_attention_and_gr
         service.engine.executor = DescribedExecutor(service.engine.executor, description)
         details = provider.status().details
         answer = await llm.chat_completion(FOX, max_tokens=2)
-        running = {outcome.name: outcome.applied for outcome in provider.optimizations()}
     assert details["device"] == "a GPU"
     assert details["attention"] == "triton (the only one that is installed)"
     assert details["cuda_graphs"] == line
     assert str(details["kv_cache"]).endswith(" sequences of full length")
     outcomes = {outcome.name: outcome for outcome in answer.optimizations}
     assert (outcomes["cuda_graphs"].applied, outcomes["cuda_graphs"].reason) == (num_graphs > 0, line)
-    assert running["kv_cache_optimization"] is (num_graphs > 0)
-    assert details.get("keys and values") == ("int8, lossy" if num_graphs else None)
     assert outcomes["flash_attention"].applied
+
+
+async def test_the_report_says_what_a_smaller_cache_saved() -> None:
+    settings = native_settings(kv_cache_dtype="int8", kv_sliding_window=32)
+    provider = NativeProvider(settings)
+    async with LLMInterface(settings, providers={"native": provider}) as llm:
+        answer = await llm.chat_completion(
+            [{"role": "user", "content": "A fox ran. " * 30}], max_tokens=20, temperature=0
+        )
+        figures = provider.metrics()
+        (running,) = (line for line in provider.optimizations() if line.name == "kv_cache_optimization")
+        details = provider.status().details
+    (line,) = (line for line in answer.optimizations if line.name == "kv_cache_optimization")
+    assert line.applied and line.lossy and running.applied and running.lossy
+    assert "int8, 2,112 bytes a token instead of 8,192" in line.reason
+    assert "a window of 32 tokens" in line.reason and "tokens had left the cache" in line.reason
+    num_tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens
+    num_left = int(figures["num_evicted_blocks"]) * 16
+    assert num_left >= num_tokens - 64
+    assert line.bytes_saved == num_tokens * 8192 - (num_tokens - num_left) * 2112
+    assert str(details["kv_cache_optimization"]).startswith("keys and values are stored as int8")

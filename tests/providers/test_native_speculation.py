@@ -28,7 +28,7 @@ async def answer(llm: LLMInterface, **fields: Any) -> LLMResponse:
 
 async def test_the_report_the_status_and_the_figures_say_what_drafts_did(tmp_path: Path) -> None:
     answers = {}
-    for method in ("none", "ngram", "draft", "auto"):
+    for method in ("none", "ngram", "draft", "eagle3", "auto"):
         async with LLMInterface(settings(tmp_path, speculation_method=method)) as llm:
             answers[method] = [(await answer(llm, temperature=0.0)).content for _ in range(3)]
             answers[method].append((await answer(llm, temperature=0.8, seed=5)).content)
@@ -47,13 +47,23 @@ async def test_the_report_the_status_and_the_figures_say_what_drafts_did(tmp_pat
                 assert figures["num_draft_tokens"] >= figures["num_accepted_tokens"] > 0
                 assert 0 < figures["speculation_acceptance_rate"] <= 1
                 assert "acceptance of ngram" in details
+            elif method == "eagle3":
+                assert details["speculation"].startswith(method)
     assert all(found == answers["none"] for found in answers.values())
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"speculation_method": "medusa"}, "AUTOBOT_SPECULATION_METHOD='medusa': there are no such heads for tiny"),
+        ({"speculation_heads": "/no/such/folder"}, "AUTOBOT_SPECULATION_HEADS='/no/such/folder': expected"),
+        (
+            {"speculation_method": "medusa", "speculation_heads": str(ASSETS / "tiny-eagle3")},
+            "AUTOBOT_SPECULATION_HEADS='.*tiny-eagle3': .*no tensor of Medusa heads",
+        ),
+        (
+            {"speculation_method": "eagle3", "speculation_heads": str(ASSETS / "tiny-draft")},
+            "AUTOBOT_SPECULATION_HEADS='.*tiny-draft': .*num_hidden_layers=2",
+        ),
         ({"speculation_draft_model": "/no/such/folder"}, "AUTOBOT_SPECULATION_DRAFT_MODEL='/no/such/folder': expected"),
     ],
 )
@@ -66,11 +76,30 @@ async def test_what_cannot_draft_is_refused_at_the_start(
     await llm.aclose()
 
 
+async def test_heads_that_lie_nowhere_are_asked_for_by_name(tmp_path: Path) -> None:
+    """A model of one's own, without heads: by name it says what to do, and auto does without."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (ASSETS / "tiny").iterdir():
+        (model / file.name).symlink_to(file)
+    named = LLMInterface(settings(tmp_path, default_model=str(model), speculation_method="eagle3"))
+    with pytest.raises(ConfigurationError, match="no model-eagle3 lies beside .*autobot-llm train eagle3"):
+        await named.initialize()
+    await named.aclose()
+    (tmp_path / "model-medusa").symlink_to(ASSETS / "tiny-medusa")
+    for overrides, method in (({}, "medusa"), ({"speculation_heads": str(ASSETS / "tiny-eagle3")}, "eagle3")):
+        async with LLMInterface(settings(tmp_path, default_model=str(model), **overrides)) as llm:
+            await answer(llm, temperature=0.0)
+            details = llm.get_all_provider_status()["native"].details
+            assert f"ngram and {method}" in details["speculation"]
+
+
 def test_every_setting_of_speculation_reaches_the_engine(tmp_path: Path) -> None:
     asked = settings(
         tmp_path,
         speculation_method="draft",
         speculation_draft_model="tiny-draft",
+        speculation_heads=ASSETS / "tiny-medusa",
         speculation_num_tokens=7,
         speculation_use_ngram=False,
         speculation_min_acceptance_rate=0.4,
@@ -82,6 +111,6 @@ def test_every_setting_of_speculation_reaches_the_engine(tmp_path: Path) -> None
         False,
         0.4,
     )
-    assert options.draft_model == ASSETS / "tiny-draft"
+    assert options.draft_model == ASSETS / "tiny-draft" and options.heads == ASSETS / "tiny-medusa"
     assert speculation_options(settings(tmp_path, speculation_enabled=False)).method == "none"
     assert speculation_options(settings(tmp_path)).method == "auto"

@@ -80,8 +80,7 @@ for name, shape in expected_shapes(config).items():
 with_weights = resident()
 cpu = torch.device("cpu")
 attention = SdpaAttention(config, num_blocks=num_blocks, block_size=16, dtype=torch.bfloat16, device=cpu)
-for part in (*attention.storage.keys_NKD, *attention.storage.values_NKD):
-    part.fill_(1)
+attention.storage.numbers_2LNKD.fill_(1)
 print(json.dumps([with_weights - before, resident() - with_weights]))
 """
 
@@ -132,7 +131,7 @@ def test_recommendations_fit_the_card(tmp_path: Path) -> None:
     assert "--quantization" not in vllm.text
     assert ollama.text.startswith("MODEL-fp16")
     native, vllm, ollama = recommend(make_plan(folder, 12 * GIB), card_named("4070"))
-    assert native.text == "" and "a CPU runs int8 and int4" in native.reason
+    assert native.text == "AUTOBOT_QUANTIZATION_TYPE=fp8 autobot-llm serve --model model --max-model-len 19968"
     assert "--quantization fp8" in vllm.text and "--max-model-len" in vllm.text
     assert ollama.text == "MODEL-q8_0 with num_ctx=8192"
     _, vllm, _ = recommend(make_plan(folder, 12 * GIB), card_named("3060"))
@@ -141,6 +140,27 @@ def test_recommendations_fit_the_card(tmp_path: Path) -> None:
     assert "vllm serve model-gptq" in vllm.text
     assert ollama.text == "MODEL-q4_K_M with num_ctx=8192"
     assert [one.text for one in recommend(make_plan(folder, 3 * GIB))] == ["", "", ""]
+
+
+def test_a_window_holds_more_and_longer_sequences(tmp_path: Path) -> None:
+    """A sequence of 32,768 tokens looks back 4,096, and a quarter of that is read at a time."""
+    whole = make_plan(folder_of(tmp_path, MISTRAL), 24 * GIB)
+    asked = make_plan(tmp_path / "model", 24 * GIB, sliding_window=4096)
+    assert (whole.window, asked.window, asked.is_window_lossy) == (0, 4096, True)
+    for before, after in zip(whole.rows, asked.rows, strict=True):
+        assert after.cache_bytes == before.cache_bytes
+        num_kept = -(-(4095 + 15 + 1024) // 16) * 16
+        assert after.sequences[32768] == after.cache_bytes // after.kv_bytes_per_token // num_kept
+        assert after.sequences[32768] >= 5 * before.sequences[32768]
+        assert after.sequences[2048] == before.sequences[2048]
+    assert make_plan(tmp_path / "model", 20 * GIB, sliding_window=4096).rows[0].max_context == 32768
+    assert 0 < make_plan(tmp_path / "model", 20 * GIB).rows[0].max_context < 32768
+    assert "--kv-sliding-window 4096" in recommend(asked)[0].text
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**MISTRAL, "sliding_window": 4096}))
+    own = make_plan(tmp_path / "model", 24 * GIB)
+    assert own.rows == asked.rows and not own.is_window_lossy
+    with pytest.raises(ConfigurationError, match="AUTOBOT_KV_SLIDING_WINDOW=7: expected 0 "):
+        make_plan(tmp_path / "model", 24 * GIB, sliding_window=7)
 
 
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:

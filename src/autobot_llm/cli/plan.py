@@ -26,6 +26,7 @@ PIPED_WIDTH = 200
 Examples:
   autobot-llm plan DIR --gpu 4090
   autobot-llm plan DIR/config.json --gpu-memory 8GiB
+  autobot-llm plan DIR --gpu 4090 --kv-sliding-window 4096
   autobot-llm plan DIR --gpu H100 --json
 
 config.json is all that is read. 4 and 8 bits are of the layers' matrices; the embedding and the head stay whole.""",
@@ -35,8 +36,12 @@ config.json is all that is read. 4 and 8 bits are of the layers' matrices; the e
 @click.option("--gpu-memory", help="Its memory: 8GiB, 24GB ...")
 @click.option("--workload", type=click.Choice(["interactive", "batch", "mixed"]), default="mixed", show_default=True,
               help="How many sequences share a step: steps need memory, too.")  # fmt: skip
+@click.option("--kv-sliding-window", type=click.IntRange(min=0), default=0, metavar="TOKENS",
+              help="Look back so many tokens at most (lossy): AUTOBOT_KV_SLIDING_WINDOW of our engine.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def plan(model: Path, gpu: str | None, gpu_memory: str | None, workload: str, as_json: bool) -> None:
+def plan(
+    model: Path, gpu: str | None, gpu_memory: str | None, workload: str, kv_sliding_window: int, as_json: bool
+) -> None:
     """Show how many sequences of which length fit beside MODEL's weights, at each quantization.
 
     MODEL is a folder with a config.json, that file, or "tiny". Nothing is loaded and no GPU is needed.
@@ -49,7 +54,7 @@ def plan(model: Path, gpu: str | None, gpu_memory: str | None, workload: str, as
     memory = int(card.memory_gib * GIB) if card is not None else _size(gpu_memory or "")
     if str(model) == "tiny" and not model.exists():
         model = Path(__file__).parents[1] / "assets" / "tiny"
-    found = make_plan(model, memory, workload=workload)
+    found = make_plan(model, memory, workload=workload, sliding_window=kv_sliding_window)
     recommended = recommend(found, card)
     if as_json:
         click.echo(msgspec.json.encode(_document(found, recommended, card)))
@@ -96,7 +101,10 @@ def _print(found: Plan, recommended: tuple[Recommendation, ...]) -> None:
         table.add_row(row.weights, row.kv_cache, weights, per_token, steps, cache if row.fits else "-", *counts)
     Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
     click.echo("Under each context: how many sequences of that length fit at once. Steps: activations and CUDA graphs.")
-    click.echo("vLLM and Ollama have 8-bit KV caches. Our engine has none yet, and on a GPU it keeps weights whole.")
+    click.echo("Weights of fewer bits and 8-bit KV caches are lossy.")
+    if found.window:
+        whose = "AUTOBOT_KV_SLIDING_WINDOW, lossy; our engine alone" if found.is_window_lossy else "the model's own"
+        click.echo(f"Of a sequence those tokens stay that a window of {found.window:,} looks back to ({whose}).")
     for one in recommended:
         click.echo(f"{click.style(f'{one.engine:<8}', bold=True)}{one.text or '-'}\n        {one.reason}")
 

@@ -30,6 +30,8 @@ Examples:
   autobot-llm serve --model ~/models/Qwen3-0.6B --port 9000
   autobot-llm serve --model ~/models/Mistral-7B --workload interactive --max-model-len 8192
   autobot-llm serve --model ~/models/Mistral-7B --gpu-memory-utilization 0.5 --attention-backend triton
+  autobot-llm serve --kv-cache-dtype int8 --kv-sliding-window 4096
+  autobot-llm serve --kv-heavy-hitters 0.5
   autobot-llm serve --speculation ngram
   autobot-llm serve --cached-prefixes '["You are a librarian. Answer in one sentence."]'
   autobot-llm serve --provider vllm --launch --model ~/models/Mistral-7B
@@ -63,6 +65,16 @@ Examples:
     "--speculation",
     "speculation_method",
     help="auto, ngram, draft, medusa, eagle3 or none, instead of AUTOBOT_SPECULATION_METHOD.",
+)
+@click.option("--kv-cache-dtype", help="auto, int8 or fp8 (lossy), instead of AUTOBOT_KV_CACHE_DTYPE.")
+@click.option(
+    "--kv-sliding-window",
+    help="Tokens that attention looks back at most (lossy), instead of AUTOBOT_KV_SLIDING_WINDOW.",
+)
+@click.option(
+    "--kv-heavy-hitters",
+    help="Tokens of a sequence, or a share of its context, that stay in the cache (lossy), instead of "
+    "AUTOBOT_KV_HEAVY_HITTERS.",
 )
 @click.option("--cuda-graphs", help="auto, on or off, instead of AUTOBOT_CUDA_GRAPHS.")
 @click.option(

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from autobot_llm.engine.attention.sdpa import HostBlocks, SdpaAttention
+from autobot_llm.engine.attention.summing import SummingAttention
 from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.batching.preemption import SwappedBlocks
 from autobot_llm.engine.executor import FeatureKinds, Features
@@ -68,6 +69,10 @@ class EagerExecutor:
     def copy_in(self, swapped: SwappedBlocks, block_ids: Sequence[int]) -> None:
         assert isinstance(swapped, HostBlocks), "blocks come back to the executor that gave them"
         self._attention.copy_in(swapped, block_ids)
+
+    def evict(self, block_ids: Sequence[int], num_kept: int, num_candidates: int) -> None:
+        assert isinstance(self._attention, SummingAttention), "nobody knows what was attended to"
+        self._attention.evict(block_ids, num_kept, num_candidates)
 
     def close(self) -> None:
         """Nothing to release: the cache goes with the attention backend."""

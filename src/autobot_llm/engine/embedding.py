@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
+from autobot_llm.engine.batching.retention import give_blocks_back, take_blocks_beside_the_schedule
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import HiddenExecutor
 from autobot_llm.engine.sequence import SamplingParams, Sequence
@@ -102,7 +103,8 @@ class TextEmbedding:
         for text in self._texts[self._first : self._first + scheduler.max_num_seqs]:
             if not num_left or not self._has_blocks(engine, text):
                 break
-            num_tokens = min(num_left, text.num_tokens - text.num_done)
+            limit = scheduler.retention.policy.longest_step(text.num_done, num_left)
+            num_tokens = min(limit, text.num_tokens - text.num_done)
             step.append((text, num_tokens))
             num_left -= num_tokens
         if not step:
@@ -111,15 +113,14 @@ class TextEmbedding:
 
     @staticmethod
     def _has_blocks(engine: Engine, text: _Text) -> bool:
-        pool = engine.scheduler.block_pool
-        if not text.sequence.block_ids:
-            text.sequence.block_ids = array("i", pool.allocate(-(-text.num_tokens // pool.block_size)) or ())
-        return bool(text.sequence.block_ids)
+        scheduler = engine.scheduler
+        return take_blocks_beside_the_schedule(
+            text.sequence, text.num_done, MAX_STEP_TOKENS, scheduler.retention, scheduler.block_pool
+        )
 
     @staticmethod
     def _free(engine: Engine, text: _Text) -> None:
-        block_ids, text.sequence.block_ids = text.sequence.block_ids, array("i")
-        engine.scheduler.block_pool.free(block_ids)
+        give_blocks_back(text.sequence, engine.scheduler.block_pool)
 
 
 class _Text:

@@ -13,6 +13,7 @@ from autobot_llm.engine.batching.drafts import straighten
 from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.choice import Choice, info_of
+from autobot_llm.engine.description import CacheDescription
 from autobot_llm.engine.detokenizer import Detokenizer
 from autobot_llm.engine.executor import Executor, Features, LaunchedStep, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
@@ -56,6 +57,7 @@ class Engine:
         sampler: Sampler,
         *,
         bytes_per_block: int,
+        cache: CacheDescription | None = None,
         speculator: Speculator | None = None,
         speculation_reason: str = "switched off",
         clock: Callable[[], float] = time.perf_counter,
@@ -64,6 +66,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         self.bytes_per_block = bytes_per_block
+        self.cache = cache
         self.num_steps = 0
         self.num_generated_tokens = 0
         self._clock = clock
@@ -386,6 +389,7 @@ class Engine:
     def _forget(self, choice: Choice) -> None:
         sequence, stats = choice.sequence, choice.stats
         stats.num_preemptions += sequence.num_preemptions
+        stats.num_evicted_tokens += sequence.num_evicted_tokens
         if choice.index == 0:
             stats.num_cached_tokens = sequence.num_cached_tokens
             stats.first_scheduled_time = sequence.first_scheduled_time

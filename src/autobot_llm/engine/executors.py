@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from autobot_llm.engine.attention.sdpa import SdpaAttention
+from autobot_llm.engine.attention.summing import SummingAttention
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.eager import EagerExecutor
 from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
@@ -37,7 +38,7 @@ def _num_blocks(
     config: ModelConfig, options: EngineOptions, sizes: Sizes, device: torch.device, block_bytes: int
 ) -> int:
     """Blocks of a cache that nothing measured has sized: see NUM_FULL_SEQUENCES."""
-    blocks_per_sequence = -(-sizes.max_model_len // BLOCK_SIZE)
+    blocks_per_sequence = -(-sizes.max_cached_tokens // BLOCK_SIZE)
     memory = options.kv_cache_memory or min(
         int(_free_memory(device) * KV_MEMORY_SHARE), NUM_FULL_SEQUENCES * blocks_per_sequence * block_bytes
     )
@@ -67,11 +68,14 @@ def make_executor(
     cache_dtype: torch.dtype,
     block_bytes: int,
     on_progress: OnProgress | None,
+    sums_attention: bool = False,
     features: FeatureKinds = NO_FEATURES,
 ) -> tuple[Executor, int]:
     """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch.
 
-    `features`: what the steps on a GPU are to keep; others are told step by step."""
+    With `sums_attention`, which a GPU does not do, it is an Evictor. `features`: what the steps on a GPU are to keep;
+    others are told step by step.
+    """
     if device.type == "cuda":
         if options.compiled_step == "on":
             raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
@@ -88,7 +92,7 @@ def make_executor(
         make: Callable[..., Executor] = partial(make_eager_executor, reason=why_eager)
     else:
         num_blocks = _num_blocks(config, options, sizes, device, block_bytes)
-        make = make_cpu_executor
+        make = partial(make_cpu_executor, cache_dtype=cache_dtype, sums_attention=sums_attention)
     try:
         return make(config, options, sizes, device, num_blocks, on_progress), num_blocks
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -122,7 +126,7 @@ def _gpu_executor(
             features=features,
             quantization=options.quantization,
         ),
-        GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len),
+        GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.max_cached_tokens),
         device,
         on_progress,
     )
@@ -136,18 +140,30 @@ def make_cpu_executor(
     device: torch.device,
     num_blocks: int,
     on_progress: OnProgress | None,
+    cache_dtype: torch.dtype = torch.float32,
+    sums_attention: bool = False,
 ) -> Executor:
-    """The compiled step where it can run, else torch, and why."""
+    """The compiled step where it can run, else torch, and why. With `sums_attention` it is an Evictor."""
     why_eager = "switched off by AUTOBOT_COMPILED_STEP"
     if options.compiled_step != "off":
         try:
-            return _compiled_executor(config, options, sizes, num_blocks, on_progress)
+            return _compiled_executor(config, options, sizes, num_blocks, on_progress, cache_dtype, sums_attention)
         except CannotCompileError as error:
             if options.compiled_step == "on":
                 raise ConfigurationError(f"AUTOBOT_COMPILED_STEP='on': {error}") from error
             log.warning("torch runs the steps, several times slower than the compiled step: %s", error)
             why_eager = str(error)
-    return make_eager_executor(config, options, sizes, device, num_blocks, on_progress, reason=why_eager)
+    return make_eager_executor(
+        config,
+        options,
+        sizes,
+        device,
+        num_blocks,
+        on_progress,
+        reason=why_eager,
+        cache_dtype=cache_dtype,
+        sums_attention=sums_attention,
+    )
 
 
 def _compiled_executor(
@@ -156,6 +172,8 @@ def _compiled_executor(
     sizes: Sizes,
     num_blocks: int,
     on_progress: OnProgress | None,
+    cache_dtype: torch.dtype,
+    sums_attention: bool,
 ) -> CompiledExecutor:
     check_coverage(config)
     library = load_library(options.cache_dir)  # before the weights, which may take minutes
@@ -170,6 +188,8 @@ def _compiled_executor(
         max_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
         num_threads=options.cpu_threads,
+        cache_dtype=cache_dtype,
+        sums_attention=sums_attention,
     )
 
 
@@ -214,6 +234,8 @@ def make_eager_executor(
     on_progress: OnProgress | None,
     *,
     reason: str,
+    cache_dtype: torch.dtype | None = None,
+    sums_attention: bool = False,
 ) -> EagerExecutor:
     dtype = torch.float32 if device.type == "cpu" else None
     if device.type == "cpu":
@@ -222,7 +244,15 @@ def make_eager_executor(
         weights = load_weights(options.folder, config, dtype=dtype, device=device, on_progress=_of_weights(on_progress))
     if device.type == "cpu" and options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
-    attention = SdpaAttention(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=weights.dtype, device=device)
+    attention = (SummingAttention if sums_attention else SdpaAttention)(
+        config,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        dtype=weights.dtype,
+        device=device,
+        cache_dtype=cache_dtype,
+        sums_attention=sums_attention,
+    )
     decoder = Decoder(config, weights, max_context=sizes.max_model_len)
     quantization = weights.quantization
     if quantization is None and config.quantization is not None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from autobot_llm.engine.batching.preemption import SwapSpace
+from autobot_llm.engine.batching.retention import Evictor, HeavyHitters, KeepsAll, Retention, SlidingWindow
 from autobot_llm.engine.batching.scheduler import Scheduler
-from autobot_llm.engine.description import OnProgress
+from autobot_llm.engine.description import CacheDescription, OnProgress
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import (
     NO_FEATURES,
@@ -24,18 +25,26 @@ from autobot_llm.engine.executor import (
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.kv_cache.policy import CachePolicy
 from autobot_llm.engine.kv_cache.storage import bytes_per_block
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.options import (
     EngineOptions,
     Sizes,
     choose_cache_dtype,
+    choose_cache_policy,
     choose_device,
     choose_sizes,
 )
 from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.sampler import Sampler
-from autobot_llm.engine.speculative.build import Target, build_speculator, make_draft_model, wanted_features
+from autobot_llm.engine.speculative.build import (
+    Target,
+    build_speculator,
+    make_draft_model,
+    no_speculation_beside_heavy_hitters,
+    wanted_features,
+)
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.tokenizer import Tokenizer
 from autobot_llm.errors import ConfigurationError, ModelLoadError
@@ -55,16 +64,19 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
             f"{options.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     device = choose_device(options)
-    sizes = choose_sizes(config, options, device)
+    config, policy = choose_cache_policy(config, options, device)
+    sizes = choose_sizes(config, options, device, policy)
     # A CPU computes in float32, whatever the checkpoint holds; a GPU in the checkpoint's own type.
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.checkpoint_dtype or "float32")
     cache_dtype = choose_cache_dtype(config, options, dtype, device)
     block_bytes = bytes_per_block(config, BLOCK_SIZE, cache_dtype)
     kinds = NO_FEATURES if device.type == "cpu" else wanted_features(options.speculation, options.folder, config)
     executor, num_blocks = make_executor(
-        config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress, kinds
-    )
-    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=options.prefix_caching, scattered=device.type == "cuda")
+        config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress,
+        sums_attention=policy.heavy_hitters > 0, features=kinds,
+    )  # fmt: skip
+    prefix_caching = options.prefix_caching and not policy.heavy_hitters  # whose blocks change while they are used
+    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching, scattered=device.type == "cuda")
     scheduler = Scheduler(
         pool,
         max_num_seqs=sizes.max_num_seqs,
@@ -73,6 +85,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         max_waiting_time_ms=sizes.max_waiting_time_ms,
         scheduling_policy=sizes.scheduling_policy,
         swap_space=_swap_space(options, executor, device, block_bytes),
+        retention=_retention(policy, executor),
     )
     log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
     target = _target(
@@ -80,13 +93,17 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         tokenizer,
         options,
         sizes,
-        num_blocks,
+        max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE)),  # a draft model keeps whole sequences
         features=_features_of(executor, kinds, device),
         stream=getattr(executor, "stream", None),
     )
     make_draft = partial(_draft_executor, options, sizes, device)
     try:
-        speculator, speculation_reason = build_speculator(options.speculation, target, make_draft)
+        speculator, speculation_reason = (
+            no_speculation_beside_heavy_hitters(options.speculation)
+            if policy.heavy_hitters
+            else build_speculator(options.speculation, target, make_draft)
+        )
     except BaseException:
         executor.close()
         raise
@@ -98,9 +115,23 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         scheduler,
         Sampler(config.vocab_size),
         bytes_per_block=block_bytes,
+        cache=CacheDescription(
+            policy=policy,
+            dtype=str(cache_dtype).removeprefix("torch."),
+            is_rounded=cache_dtype != dtype,
+            bytes_per_token=block_bytes // BLOCK_SIZE,
+            plain_bytes_per_token=bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE,
+        ),
         speculator=speculator,
         speculation_reason=speculation_reason,
     )
+
+
+def _retention(policy: CachePolicy, executor: Executor) -> Retention:
+    if policy.heavy_hitters:
+        assert isinstance(executor, Evictor), "it was asked to sum attention"
+        return HeavyHitters(policy, executor)
+    return SlidingWindow(policy) if policy.window else KeepsAll()
 
 
 def _features_of(executor: Executor, kinds: FeatureKinds, device: torch.device) -> FeatureKinds | None:
@@ -113,7 +144,7 @@ def _features_of(executor: Executor, kinds: FeatureKinds, device: torch.device) 
 def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -> DraftModel:
     """A draft model for the model in `folder`, without that model. Raises what `load_engine` does."""
     config, device = load_config(folder), choose_device(options)
-    sizes = choose_sizes(config, options, device)
+    sizes = choose_sizes(config, options, device, CachePolicy())
     num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
     options = replace(options, folder=folder)
     target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, features=NO_FEATURES)
@@ -154,7 +185,8 @@ def _draft_executor(
     context: int,
     num_blocks: int,
 ) -> tuple[Executor, int]:
-    options, sizes = replace(options, folder=folder), replace(sizes, max_model_len=context)
+    options = replace(options, folder=folder)
+    sizes = replace(sizes, max_model_len=context, max_cached_tokens=context)
     if device.type == "cpu":
         return make_cpu_executor(config, options, sizes, device, num_blocks, None), num_blocks
     dtype = getattr(torch, config.checkpoint_dtype or "float32")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from autobot_llm.engine.gpu.graph_sizes import (
     BYTES_PER_GRAPH,
     decode_graph_sizes,
+    long_graph_sizes,
     prompt_graph_sizes,
     tree_graph_sizes,
 )
@@ -51,6 +52,7 @@ class MemoryDemand:
 
     `activation_bytes` is the peak of a step above the weights, as the allocator reserved it; `graph_bytes` is what
     captured graphs hold. `num_weight_bytes_each` is the size of one number, in the weights and in the cache.
+    A sequence has at most `max_cached_tokens` of its `max_model_len` in the cache at once; None: all of them.
     `utilization` is the share of the device's total that all of it may take; `cache_bytes` replaces it by a size of
     the cache alone.
     """
@@ -64,6 +66,7 @@ class MemoryDemand:
     max_num_seqs: int
     utilization: float
     cache_bytes: int | None = None
+    max_cached_tokens: int | None = None
     num_weight_bytes_each: int = 2
 
     @property
@@ -73,7 +76,10 @@ class MemoryDemand:
 
     @property
     def blocks_per_sequence(self) -> int:
-        return -(-self.max_model_len // self.block_size)
+        num_tokens = self.max_model_len
+        if self.max_cached_tokens is not None:
+            num_tokens = min(num_tokens, self.max_cached_tokens)
+        return -(-num_tokens // self.block_size)
 
     @property
     def sequence_bytes(self) -> int:
@@ -155,7 +161,13 @@ def weight_bytes(config: ModelConfig, num_bytes_each: int, scheme: Scheme | None
 
 
 def estimated_graph_bytes(
-    config: ModelConfig, *, max_num_seqs: int, num_batched_tokens: int, num_bytes_each: int, takes_trees: bool = False
+    config: ModelConfig,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_batched_tokens: int,
+    num_bytes_each: int,
+    takes_trees: bool = False,
 ) -> int:
     """What the captured graphs of a GPU hold: one set of tensors that all of them share, and their kernels."""
     sizes = decode_graph_sizes(max_num_seqs)
@@ -166,8 +178,10 @@ def estimated_graph_bytes(
         num_rows=sizes[-1],
         num_bytes_each=num_bytes_each,
     )
-    num_tree_sizes = len(tree_graph_sizes(num_batched_tokens)) if takes_trees else 0
-    return shared + BYTES_PER_GRAPH * (len(sizes) + len(prompt_sizes) + num_tree_sizes)
+    num_graphs = len(sizes) + len(long_graph_sizes(max_num_seqs, max_model_len)) + len(prompt_sizes)
+    if takes_trees:
+        num_graphs += len(tree_graph_sizes(num_batched_tokens))
+    return shared + BYTES_PER_GRAPH * num_graphs
 
 
 def estimated_activation_bytes(

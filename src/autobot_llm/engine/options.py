@@ -8,8 +8,10 @@ from typing import Literal
 
 import torch
 
+from autobot_llm.engine.batching.draft_tree import MAX_TREE_TOKENS
 from autobot_llm.engine.batching.profiles import SchedulingPolicy, get_batching_config
 from autobot_llm.engine.gpu.options import why_not_fused
+from autobot_llm.engine.kv_cache.policy import CachePolicy, choose_policy
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.speculative.build import SpeculationOptions
@@ -37,7 +39,11 @@ class EngineOptions:
     scheduling_policy: Literal["fcfs", "priority"] | None = None  # the workload's
     preemption: Literal["auto", "recompute", "swap"] = "auto"  # swap on a GPU
     swap_memory: int = 4 * 2**30  # bytes of the host's memory
-    kv_cache_dtype: Literal["auto", "int8", "fp8", "float16"] = "auto"  # the model's own; on a GPU also 8 bits
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "float16"] = "auto"  # the model's own
+    kv_sliding_window: int = 0  # tokens that every layer looks back at most; 0: as the model does
+    kv_heavy_hitters: float = (
+        0  # tokens of a sequence that stay in the cache, or up to 1 a share of its context; 0: all
+    )
     kv_cache_memory: int | None = None  # bytes; on a CPU see executors.py, on a GPU what the share leaves
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory, for everything
     attention_backend: Literal["auto", "triton", "flashinfer", "flash_attention", "sdpa"] = "auto"  # on a GPU
@@ -49,9 +55,13 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the options come to for this model: the profile's values where they name none."""
+    """What the options come to for this model: the profile's values where they name none.
+
+    A sequence has at most `max_cached_tokens` of its `max_model_len` in the cache at once.
+    """
 
     max_model_len: int
+    max_cached_tokens: int
     max_num_seqs: int
     max_num_batched_tokens: int
     max_waiting_time_ms: float
@@ -76,18 +86,41 @@ def choose_cache_dtype(
     if asked in ("auto", own):
         return dtype
     if asked == "float16":
-        expected = "auto" if device.type == "cpu" else "auto, int8 or fp8"
-        raise ConfigurationError(f"AUTOBOT_KV_CACHE_DTYPE='float16': the model computes in {own}; expected {expected}")
-    why_not = "this engine runs on a CPU" if device.type == "cpu" else why_not_fused(config, dtype)
+        raise ConfigurationError(
+            f"AUTOBOT_KV_CACHE_DTYPE='float16': the model computes in {own}; expected auto, int8 or fp8"
+        )
+    why_not = None if device.type == "cpu" else why_not_fused(config, dtype)
     if why_not is not None:
         raise ConfigurationError(
-            f"AUTOBOT_KV_CACHE_DTYPE={asked!r}: keys and values are rounded by the GPU kernels only, and {why_not}; "
+            f"AUTOBOT_KV_CACHE_DTYPE={asked!r}: on a GPU the fused kernels alone round keys and values, and {why_not}; "
             "expected auto"
         )
     return torch.int8 if asked == "int8" else torch.float8_e4m3fn
 
 
-def choose_sizes(config: ModelConfig, options: EngineOptions, device: torch.device) -> Sizes:
+def choose_cache_policy(
+    config: ModelConfig, options: EngineOptions, device: torch.device
+) -> tuple[ModelConfig, CachePolicy]:
+    """What stays in the cache, and the model as it then attends. Raises ConfigurationError."""
+    if options.kv_heavy_hitters and device.type != "cpu":
+        raise ConfigurationError(
+            f"AUTOBOT_KV_HEAVY_HITTERS={options.kv_heavy_hitters:g}: the GPU kernels do not tell what was attended to; "
+            "expected 0, or AUTOBOT_DEVICE=cpu"
+        )
+    if 0 < options.kv_sliding_window < MAX_TREE_TOKENS and device.type != "cpu":
+        raise ConfigurationError(
+            f"AUTOBOT_KV_SLIDING_WINDOW={options.kv_sliding_window}: on a GPU expected 0, or at least the "
+            f"{MAX_TREE_TOKENS} tokens that a tree of guesses may have"
+        )
+    return choose_policy(
+        config,
+        sliding_window=options.kv_sliding_window,
+        heavy_hitters=options.kv_heavy_hitters,
+        max_model_len=options.max_model_len or config.max_position_embeddings,
+    )
+
+
+def choose_sizes(config: ModelConfig, options: EngineOptions, device: torch.device, policy: CachePolicy) -> Sizes:
     """Raises ConfigurationError for a context that the model does not have."""
     max_model_len = options.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
@@ -99,10 +132,13 @@ def choose_sizes(config: ModelConfig, options: EngineOptions, device: torch.devi
     max_num_batched_tokens = profile.max_num_batched_tokens
     if device.type == "cpu":
         max_num_batched_tokens = min(max_num_batched_tokens, MAX_NUM_BATCHED_TOKENS_ON_CPU)
+    max_num_batched_tokens = max(options.max_num_batched_tokens or max_num_batched_tokens, max_num_seqs)
+    max_new_tokens = min(policy.max_new_tokens or max_num_batched_tokens, max_num_batched_tokens)
     return Sizes(
         max_model_len=max_model_len,
+        max_cached_tokens=policy.most_tokens(max_model_len, max_new_tokens),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(options.max_num_batched_tokens or max_num_batched_tokens, max_num_seqs),
+        max_num_batched_tokens=max_num_batched_tokens,
         max_waiting_time_ms=options.max_waiting_time_ms or profile.max_waiting_time_ms,
         scheduling_policy=options.scheduling_policy or profile.scheduling_policy,
     )

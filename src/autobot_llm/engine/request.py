@@ -65,6 +65,8 @@ class RequestStats:
     queue_position: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_evicted_tokens: int = 0
+    """Those of all choices that had left the cache before their answers ended."""
     largest_batch: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

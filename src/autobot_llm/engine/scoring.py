@@ -7,7 +7,6 @@ thread, in blocks of its own that nobody else finds.
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
+from autobot_llm.engine.batching.retention import give_blocks_back, take_blocks_beside_the_schedule
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.errors import ContextLengthError, EngineError, OverloadedError
@@ -41,32 +41,30 @@ class PromptScoring:
         Raises ContextLengthError for more tokens than the model's context, OverloadedError where the KV cache has no
         room beside those who use it now, and EngineError for NaN.
         """
-        self._allocate(engine)
+        self._take_blocks(engine)
         start = len(self.logprobs)
         num_rows = max(1, LOGIT_BYTES // (4 * engine.config.vocab_size))
         limit = min(num_rows, MAX_STEP_TOKENS, engine.scheduler.max_num_batched_tokens)
+        limit = engine.scheduler.retention.policy.longest_step(start, limit)
         if (num_tokens := min(limit, self._num_wanted - start)) > 0:
             self.logprobs += self._step(engine, start, num_tokens)
         return len(self.logprobs) == self._num_wanted
 
     def release(self, engine: Engine) -> None:
         """Give the blocks back."""
-        block_ids, self._sequence.block_ids = self._sequence.block_ids, array("i")
-        engine.scheduler.block_pool.free(block_ids)
+        give_blocks_back(self._sequence, engine.scheduler.block_pool)
 
-    def _allocate(self, engine: Engine) -> None:
+    def _take_blocks(self, engine: Engine) -> None:
         num_tokens, limit = self._num_wanted + 1, engine.scheduler.max_model_len
-        if self._sequence.block_ids:
-            return
         if num_tokens > limit:
             raise ContextLengthError(
                 f"a text of {num_tokens:,} tokens cannot be scored: the model's context is {limit:,}"
             )
-        pool = engine.scheduler.block_pool
-        block_ids = pool.allocate(-(-num_tokens // pool.block_size))
-        if block_ids is None:
+        scheduler, num_done = engine.scheduler, len(self.logprobs)
+        if not take_blocks_beside_the_schedule(
+            self._sequence, num_done, MAX_STEP_TOKENS, scheduler.retention, scheduler.block_pool
+        ):
             raise OverloadedError("the KV cache has no room for a text to be scored", retry_after=1.0)
-        self._sequence.block_ids = array("i", block_ids)
 
     # R rows whose logits are wanted, V vocabulary
     def _step(self, engine: Engine, start: int, num_tokens: int) -> list[float]:

@@ -61,6 +61,9 @@ class Sequence:
     `pending_row` is then the row of that step which samples it, else NO_ROW. `epoch` counts how often the sequence
     lost its blocks, so that what a step says of blocks it no longer has can be told apart.
 
+    `num_evicted_tokens` of the computed tokens have left the cache again (batching/retention.py), so `block_ids` hold
+    as many fewer: unless it is 0, block_ids[i] is not that of tokens [16 i, 16 i + 16).
+
     `draft_ids` are guesses at the tokens after the last one, to be computed and verified in the next step. Where they
     branch, `draft_parents` says which follows which (draft_tree.py); it is empty for a line.
 
@@ -70,8 +73,9 @@ class Sequence:
 
     __slots__ = (
         "arrival_time", "block_ids", "draft_ids", "draft_parents", "epoch", "first_scheduled_time", "id", "leader",
-        "matcher", "max_num_tokens", "num_cached_tokens", "num_computed_tokens", "num_preemptions",
-        "num_prompt_tokens", "params", "pending_row", "priority", "published", "queue_position", "salt", "token_ids",
+        "matcher", "max_num_tokens", "num_cached_tokens", "num_computed_tokens", "num_evicted_tokens",
+        "num_preemptions", "num_prompt_tokens", "params", "pending_row", "priority", "published", "queue_position",
+        "salt", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +99,7 @@ class Sequence:
         self.matcher = None if params.grammar is None else params.grammar.start()
         self.priority = priority
         self.num_computed_tokens = 0
+        self.num_evicted_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.pending_row = NO_ROW
@@ -114,3 +119,12 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def fill_in(self, position: int, token: int | None) -> None:
+        """Replace the placeholder at this position by what was sampled; None: drop it and what follows."""
+        if len(self.token_ids) == position + 1:  # else a later step goes on from this token
+            self.pending_row = NO_ROW
+        if token is None:
+            del self.token_ids[position:]
+        else:
+            self.token_ids[position] = token

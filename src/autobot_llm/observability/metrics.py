@@ -261,6 +261,9 @@ PROVIDER_METRICS = (
     _figure("autobot_llm_engine_free_blocks", "num_free_blocks", "gauge", "KV cache blocks that nobody holds."),
     _figure("autobot_llm_engine_blocks", "num_blocks", "gauge", "KV cache blocks in all."),
     _figure("autobot_llm_engine_preemptions", "num_preemptions", "counter", "Sequences put back for want of blocks."),
+    _figure(
+        "autobot_llm_engine_evicted_blocks", "num_evicted_blocks", "counter", "Blocks that answers under way let go."
+    ),
     _figure("autobot_llm_engine_steps", "num_steps", "counter", "Steps of the engine."),
     _figure(
         "autobot_llm_engine_generated_tokens",

@@ -191,19 +191,26 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "kv_cache_dtype": About(
-        "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy (our engine: on a GPU).",
+        "How keys and values are stored; auto is the model's own type, int8 and fp8 are lossy.",
         "engine/kv_cache",
         LOCAL,
         now=True,
         later_on=OLLAMA,
     ),
     "kv_sliding_window": About(
-        "Tokens that attention looks back (lossy); 0 is the model's own window.", "engine/kv_cache", NATIVE
-    ),
-    "kv_heavy_hitters": About(
-        "Most attended tokens that stay in the KV cache beside the recent ones (lossy); 0 is off.",
+        "Tokens that attention looks back at most (lossy); 0 is the model's own window. What no layer looks back to "
+        "leaves the cache.",
         "engine/kv_cache",
         NATIVE,
+        now=True,
+    ),
+    "kv_heavy_hitters": About(
+        "Tokens of a sequence that stay in the KV cache, half of them recent ones, half those of the others that were "
+        "attended to most (lossy); up to 1 it is a share of the context, 0 is off. On a CPU, without prefix caching "
+        "and speculation.",
+        "engine/kv_cache",
+        NATIVE,
+        now=True,
     ),
     # Speculation
     "speculation_enabled": About(
@@ -228,8 +235,8 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "speculation_heads": About(
-        "Folder of Medusa heads or of an EAGLE-3 draft of the model, for the methods medusa and eagle3; unset takes "
-        "`<model>-medusa` or `<model>-eagle3` beside the model.",
+        "Folder of Medusa heads or of an EAGLE-3 draft of the model, for the methods medusa, eagle3 and auto; unset "
+        "takes `<model>-medusa` or `<model>-eagle3` beside the model.",
         "engine/speculative",
         NATIVE,
         now=True,

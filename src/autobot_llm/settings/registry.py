@@ -21,6 +21,7 @@ from autobot_llm.settings.about import ABOUT
 from autobot_llm.settings.meaning import About, ProviderName
 from autobot_llm.settings.values import (
     BadValue,
+    Budget,
     Count,
     Dollars,
     Duration,
@@ -126,7 +127,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cache_dir: Path = msgspec.field(default_factory=lambda: user_cache_dir(os.environ))
     kv_cache_dtype: Literal["auto", "int8", "fp8", "float16"] = "auto"
     kv_sliding_window: WholeNumber = 0
-    kv_heavy_hitters: WholeNumber = 0
+    kv_heavy_hitters: Budget = 0
 
     # Speculation
     speculation_enabled: bool = True

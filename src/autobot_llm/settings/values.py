@@ -26,6 +26,10 @@ Dollars = Annotated[float, Meta(gt=0)]
 Size = Annotated[int, Meta(ge=1, le=2**62, extra={"reads": "size"})]
 Milliseconds = Annotated[float, Meta(gt=0)]
 Text = Annotated[str, Meta(min_length=1)]
+Budget = Annotated[
+    Annotated[int, Meta(ge=0)] | Annotated[float, Meta(gt=0, le=1)],
+    Meta(extra={"reads": "number", "expected": "a whole number of tokens, 0 (off), or a share of the context up to 1"}),
+]
 Texts = Annotated[
     tuple[Text, ...],
     Meta(extra={"reads": "texts", "expected": "a JSON list of texts, or @ and the path of a file that holds one"}),
@@ -146,7 +150,11 @@ def read_texts(text: str) -> object:
         return _NOT_A_VALUE
 
 
-_READERS: Mapping[str | None, Callable[[str], object]] = {"size": read_size, "texts": read_texts}
+_READERS: Mapping[str | None, Callable[[str], object]] = {
+    "size": read_size,
+    "texts": read_texts,
+    "number": _read_number,
+}
 
 
 def expected(kind: Any) -> str:

@@ -72,7 +72,8 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """A decode step in device memory (int32). `max_queries` bounds the query rows of a sequence.
+    """A decode step in device memory (int32). `max_queries` bounds the query rows of a sequence;
+    `is_long` says that contexts are thousands of tokens long, which another tile is best for.
 
     The items say all that our kernels need; a step that is captured also has what other kernels do: sequence s owns
     query rows [query_starts[s], query_starts[s + 1]), and `context_lens_S` include the step's own tokens, with 0 for
@@ -82,12 +83,13 @@ class PagedBatch:
     block_tables_SB: torch.Tensor
     items_I8: torch.Tensor
     max_queries: int
+    is_long: bool = False
     query_starts: torch.Tensor | None = None
     context_lens_S: torch.Tensor | None = None
     tree_rows_T4: torch.Tensor | None = None
 
     @classmethod
-    def over(cls, arrays: Mapping[str, torch.Tensor], max_queries: int) -> PagedBatch:
+    def over(cls, arrays: Mapping[str, torch.Tensor], max_queries: int, *, is_long: bool = False) -> PagedBatch:
         """Take the tensors named in `decode_sizes` for one: they stay the caller's, who rewrites them each step."""
         return cls(
             query_starts=arrays["query_starts"],
@@ -95,6 +97,7 @@ class PagedBatch:
             block_tables_SB=arrays["block_tables"],
             items_I8=arrays["items"],
             max_queries=max_queries,
+            is_long=is_long,
         )
 
 
@@ -208,8 +211,8 @@ def fill_tree_rows(rows_T4: Int32Array, batch: StepBatch) -> None:
     num_queries = np.diff(batch.query_starts)
     rows_T4[:num_tokens, :2] = np.where(is_in_tree_T, masks_T, np.uint64(1)).view(np.int32).reshape(-1, 2)
     first_new_T = (batch.context_lens - num_queries).repeat(num_queries)
-    rows_T4[:num_tokens, 2] = np.where(is_in_tree_T, first_new_T, batch.positions_T)
-    rows_T4[:num_tokens, 3] = batch.positions_T
+    rows_T4[:num_tokens, 3] = places_T = batch.places
+    rows_T4[:num_tokens, 2] = np.where(is_in_tree_T, first_new_T, places_T)
 
 
 def trees_of(batch: StepBatch) -> npt.NDArray[np.bool_] | None:

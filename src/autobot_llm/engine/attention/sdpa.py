@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from autobot_llm.engine.batching.plan import Int32Array, Int64Array, StepBatch, UInt64Array
-from autobot_llm.engine.kv_cache.storage import KVStorage
+from autobot_llm.engine.kv_cache.storage import KVStorage, SlotCache
 from autobot_llm.engine.models.config import ModelConfig
 
 MAX_PADDING = 2
@@ -76,13 +76,16 @@ class SdpaMetadata:
 
 @dataclass(frozen=True, slots=True)
 class HostBlocks:
-    """SwappedBlocks: keys of every layer, then values, each B blocks as they lay in the cache."""
+    """SwappedBlocks: of each tensor of the cache B blocks as they lay there."""
 
-    content: torch.Tensor
+    content: tuple[torch.Tensor, ...]
 
 
 class SdpaAttention:
-    """AttentionBackend for any device that torch has. It owns a cache of num_blocks * block_size slots."""
+    """AttentionBackend for any device that torch has. It owns a cache of num_blocks * block_size slots.
+
+    `dtype` is what it computes in, `cache_dtype` what keys and values are stored as, if that is something else.
+    """
 
     name = "sdpa"
 
@@ -94,8 +97,12 @@ class SdpaAttention:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        cache_dtype: torch.dtype | None = None,
+        sums_attention: bool = False,
     ) -> None:
-        self.storage = KVStorage.allocate(config, num_blocks, block_size, dtype, device)
+        self.storage = storage = KVStorage.allocate(
+            config, num_blocks, block_size, cache_dtype or dtype, device, sums_attention=sums_attention
+        )
         self._block_size = block_size
         self._dtype = dtype
         self._device = torch.device(device)
@@ -104,8 +111,13 @@ class SdpaAttention:
         self._head_size = config.head_size
         self._window_of = config.sliding_windows
         self._windows = sorted(set(config.sliding_windows))
-        self._keys = self.storage.keys_NKD
-        self._values = self.storage.values_NKD
+        self._keys = storage.keys
+        self._values = storage.values
+        # each with all slots in its first dimension
+        parts = [cache for pair in zip(self._keys, self._values, strict=True) for cache in pair]
+        self._tensors = [cache.numbers_NKD for cache in parts]
+        self._tensors += [cache.scales_NK for cache in parts if cache.scales_NK is not None]
+        self._tensors += [] if storage.attention_LNK is None else list(storage.attention_LNK)
 
     def prepare(self, batch: StepBatch) -> SdpaMetadata:
         slots_T = torch.from_numpy(batch.slots_T).to(self._device)
@@ -121,8 +133,8 @@ class SdpaAttention:
         self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, metadata: SdpaMetadata
     ) -> torch.Tensor:
         keys, values, window = self._keys[layer], self._values[layer], self._window_of[layer]
-        keys.index_copy_(0, metadata.slots_T, k_TKD)
-        values.index_copy_(0, metadata.slots_T, v_TKD)
+        keys.write(metadata.slots_T, k_TKD)
+        values.write(metadata.slots_T, v_TKD)
         if metadata.single is not None:
             return self._attend_single(q_THD, keys, values, metadata.single, window)
         if len(metadata.groups) == 1 and metadata.groups[0].rows is None:
@@ -139,33 +151,31 @@ class SdpaAttention:
     def discard(self, block_ids: list[int]) -> None:
         """Zero these blocks: a masked position still enters attention as 0 * value, which must not be 0 * NaN."""
         blocks = self._to_device(block_ids)
-        for tensor_NKD in (*self._keys, *self._values):
-            self._by_block(tensor_NKD).index_fill_(0, blocks, 0)
+        for tensor in self._tensors:
+            self._by_block(tensor).index_fill_(0, blocks, 0)
 
     def move(self, slots_from_M: Int64Array, slots_to_M: Int64Array) -> None:
         """Copy slots of every layer to others, all at once."""
         slots_from, slots_to = self._to_device(slots_from_M), self._to_device(slots_to_M)
-        for tensor_NKD in (*self._keys, *self._values):
-            tensor_NKD.index_copy_(0, slots_to, tensor_NKD.index_select(0, slots_from))
+        for tensor in self._tensors:
+            tensor.index_copy_(0, slots_to, tensor.index_select(0, slots_from))
 
     def copy_out(self, block_ids: Sequence[int]) -> HostBlocks:
         """Copy blocks of every layer to host memory."""
         blocks = self._to_device(block_ids)
-        gathered = [self._by_block(tensor_NKD).index_select(0, blocks) for tensor_NKD in (*self._keys, *self._values)]
-        return HostBlocks(torch.stack(gathered).cpu())
+        return HostBlocks(tuple(self._by_block(tensor).index_select(0, blocks).cpu() for tensor in self._tensors))
 
     def copy_in(self, swapped: HostBlocks, block_ids: Sequence[int]) -> None:
         """Write blocks that were copied out to these, as many."""
         blocks = self._to_device(block_ids)
-        content = swapped.content.to(self._device)
-        for tensor_NKD, content_BSKD in zip((*self._keys, *self._values), content, strict=True):
-            self._by_block(tensor_NKD).index_copy_(0, blocks, content_BSKD)
+        for tensor, content in zip(self._tensors, swapped.content, strict=True):
+            self._by_block(tensor).index_copy_(0, blocks, content.to(self._device))
 
-    def _by_block(self, cache_NKD: torch.Tensor) -> torch.Tensor:
-        return cache_NKD.view(-1, self._block_size, self._num_kv_heads, self._head_size)
+    def _by_block(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(-1, self._block_size, *tensor.shape[1:])
 
     def _attend_single(
-        self, q_1HD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: _Context, window: int
+        self, q_1HD: torch.Tensor, keys: SlotCache, values: SlotCache, context: _Context, window: int
     ) -> torch.Tensor:
         k_LKD, v_LKD = self._gather(keys, context), self._gather(values, context)
         if 0 < window < context.num_slots:
@@ -177,7 +187,7 @@ class SdpaAttention:
         return out_1KGD.reshape(q_1HD.shape)
 
     def _attend_group(
-        self, q_SHD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _DecodeGroup, window: int
+        self, q_SHD: torch.Tensor, keys: SlotCache, values: SlotCache, group: _DecodeGroup, window: int
     ) -> torch.Tensor:
         num_sequences = group.num_sequences
         shape_SLKD = (num_sequences, group.num_positions, self._num_kv_heads, self._head_size)
@@ -188,7 +198,7 @@ class SdpaAttention:
         return out_SKGD.reshape(q_SHD.shape)
 
     def _attend_span(
-        self, q_THD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: _Span, window: int
+        self, q_THD: torch.Tensor, keys: SlotCache, values: SlotCache, span: _Span, window: int
     ) -> torch.Tensor:
         mask_TL = span.masks[window]
         out_1HTD = F.scaled_dot_product_attention(
@@ -201,13 +211,11 @@ class SdpaAttention:
         )
         return out_1HTD[0].transpose(0, 1)
 
-    def _gather(self, cache_NKD: torch.Tensor, context: _Context) -> torch.Tensor:
+    def _gather(self, cache: SlotCache, context: _Context) -> torch.Tensor:
         """Keys or values of a context, one sequence below the other; a view where they lie in a row."""
         if context.blocks is None:
-            return cache_NKD.narrow(0, context.first_slot, context.num_slots)
-        block_size, num_kv_heads, head_size = self._block_size, self._num_kv_heads, self._head_size
-        blocks = cache_NKD.view(-1, block_size * num_kv_heads * head_size).index_select(0, context.blocks)
-        return blocks.view(-1, num_kv_heads, head_size).narrow(0, 0, context.num_slots)
+            return cache.row_of_slots(context.first_slot, context.num_slots)
+        return cache.slots_of_blocks(context.blocks, self._block_size).narrow(0, 0, context.num_slots)
 
     def _context(self, block_table_B: Int32Array, num_positions: int) -> _Context:
         """One sequence's context: a slice of the cache where its blocks lie in a row."""
@@ -268,7 +276,7 @@ class SdpaAttention:
         first_position = num_positions - (stop - start)
         context = self._context(batch.block_tables_SB[sequence], num_positions)
         if batch.tree_masks_T is not None and batch.tree_masks_T[start]:
-            masks = self._tree_masks(batch.positions_T[start:stop], batch.tree_masks_T[start:stop], first_position)
+            masks = self._tree_masks(batch.places[start:stop], batch.tree_masks_T[start:stop], first_position)
             return _Span(start=start, stop=stop, context=context, masks=masks)
         last_T1 = torch.arange(first_position, num_positions).unsqueeze(1)
         masks = {
@@ -281,12 +289,12 @@ class SdpaAttention:
 
     # T new tokens of one sequence, L slots: those of the first positions, then one for each new token
     def _tree_masks(
-        self, positions_T: Int32Array, masks_T: UInt64Array, num_before: int
+        self, places_T: Int32Array, masks_T: UInt64Array, num_before: int
     ) -> dict[int, torch.Tensor | None]:
-        """Additive masks TL of a tree, for each sliding window: distances are those of positions, not of slots."""
+        """Additive masks TL of a tree, for each sliding window, which counts places on a path, not slots."""
         sees_TT = masks_T[:, None] >> np.arange(len(masks_T), dtype=np.uint64) & np.uint64(1) == 1
         sees_TL = np.concatenate((np.ones((len(masks_T), num_before), np.bool_), sees_TT), axis=1)
-        distances_TL = positions_T[:, None] - np.concatenate((np.arange(num_before), positions_T))
+        distances_TL = places_T[:, None] - np.concatenate((np.arange(num_before), places_T))
         return {
             window: self._additive(torch.from_numpy(~(sees_TL & (distances_TL < window)) if window else ~sees_TL))
             for window in self._windows

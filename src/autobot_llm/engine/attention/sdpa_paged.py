@@ -98,7 +98,7 @@ def spans_of(batch: StepBatch, device: torch.device) -> tuple[Span, ...]:
         if has_tree_S is not None and has_tree_S[s]:
             assert batch.tree_masks_T is not None
             masks_Q = torch.from_numpy(batch.tree_masks_T[start:stop].view(np.int64)).to(device)
-            positions_Q = torch.from_numpy(batch.positions_T[start:stop]).to(device)
+            positions_Q = torch.from_numpy(batch.places[start:stop]).to(device)
         spans.append(Span(start, stop, int(batch.context_lens[s]), tables_SB[s], masks_Q, positions_Q))
     return tuple(spans)
 

@@ -35,7 +35,7 @@ def add_drafts(
         budget //= 2
     num_added = 0
     for i, item in enumerate(scheduled):
-        sequence, start = item.sequence, item.start
+        sequence, start = item.sequence, item.start - item.sequence.num_evicted_tokens
         most = sequence.max_num_tokens - len(sequence.token_ids) - 1
         num_draft = max(0, min(_num_usable(sequence, most), budget - num_added))
         num_blocks = -(-(start + 1 + num_draft) // pool.block_size) - len(sequence.block_ids)
@@ -86,13 +86,12 @@ def straighten(plan: StepPlan, batch: StepBatch, paths: SequenceABC[SequenceABC[
 
 def drop_rejected(sequence: Sequence, stop: int, num_rejected: int, pool: BlockPool) -> None:
     """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need."""
-    sequence.draft_ids = []
-    sequence.draft_parents = []
+    sequence.draft_ids, sequence.draft_parents = [], []
     if not num_rejected:
         return
     del sequence.token_ids[stop - num_rejected : stop]
     sequence.num_computed_tokens = stop - num_rejected
-    num_blocks = -(-sequence.num_computed_tokens // pool.block_size)
+    num_blocks = -(-(sequence.num_computed_tokens - sequence.num_evicted_tokens) // pool.block_size)
     if num_blocks < len(sequence.block_ids):
         pool.free(sequence.block_ids[num_blocks:])
         del sequence.block_ids[num_blocks:]

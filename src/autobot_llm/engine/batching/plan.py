@@ -54,8 +54,8 @@ class StepBatch:
     """A step's inputs as packed arrays, built once and read by every layer.
 
     Sequence s owns packed tokens [query_starts[s], query_starts[s + 1]); its context after this step is
-    context_lens[s] tokens, stored in blocks block_tables[s]. Token t goes to cache slot slots_T[t] =
-    block * block_size + offset. Unused entries of block_tables are 0 and must not be read.
+    context_lens[s] tokens, all or those it keeps, stored in blocks block_tables[s]. Token t goes to cache slot
+    slots_T[t] = block * block_size + offset. Unused entries of block_tables are 0 and must not be read.
 
     Where pending_rows_T[t] is not -1, the host does not know token t yet: it is the one that row pending_rows_T[t]
     (of R) of the step launched last before this one samples, and ids_T[t] is -1.
@@ -84,6 +84,14 @@ class StepBatch:
     def num_sequences(self) -> int:
         return len(self.context_lens)
 
+    @property
+    def places(self) -> Int32Array:
+        """T positions less what a sequence has let go: places in its table, or on their path where they are a tree."""
+        num_new_S = np.diff(self.query_starts)
+        num_evicted_S = self.positions_T[self.query_starts[:-1]] - (self.context_lens - num_new_S)
+        places_T: Int32Array = self.positions_T - num_evicted_S.repeat(num_new_S).astype(np.int32)
+        return places_T
+
 
 class BatchBuilder:
     """`build_batch`, step after step. Where the same sequences as before decode one more token, which is nearly always,
@@ -96,6 +104,7 @@ class BatchBuilder:
         self._epochs: tuple[int, ...] = ()
         self._pending_rows: list[int] = []
         self._num_blocks: list[int] = []
+        self._num_evicted: list[int] = []
 
     def build(self, plan: StepPlan) -> StepBatch:
         """Pack the scheduled tokens of a plan; each plan once, in order."""
@@ -104,13 +113,16 @@ class BatchBuilder:
             return build_batch(plan.scheduled, self._block_size)
         sequences, _starts, _counts, _samples, epochs, _drafts = zip(*plan.scheduled, strict=True)
         pending_rows = [sequence.pending_row for sequence in sequences]
-        if before is None or sequences != self._sequences or epochs != self._epochs:
+        num_evicted = [sequence.num_evicted_tokens for sequence in sequences]
+        is_later = sequences == self._sequences and epochs == self._epochs and num_evicted == self._num_evicted
+        if before is None or not is_later:
             self._sequences, self._epochs = sequences, epochs
             self._batch = build_batch(plan.scheduled, self._block_size)
         else:
             self._batch = self._one_later(before, plan.scheduled, pending_rows)
         self._pending_rows = pending_rows
         self._num_blocks = [len(sequence.block_ids) for sequence in sequences]
+        self._num_evicted = num_evicted
         return self._batch
 
     def _one_later(
@@ -124,7 +136,7 @@ class BatchBuilder:
         return StepBatch(
             ids_T=tokens.ids_T,
             positions_T=positions_T,
-            slots_T=_slots(tables_SB, positions_T, self._block_size),
+            slots_T=_slots(tables_SB, before.context_lens, self._block_size),
             query_starts=before.query_starts,
             context_lens=before.context_lens + np.int32(1),
             block_tables_SB=tables_SB,
@@ -169,8 +181,9 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
         if num_draft:
             ids_T[end - num_draft : end] = sequence.draft_ids[:num_draft]
         positions_T[row:end] = positions
-        blocks = block_tables_SB[s, positions // block_size].astype(np.int64)
-        slots_T[row:end] = blocks * block_size + positions % block_size
+        places = positions - sequence.num_evicted_tokens
+        blocks = block_tables_SB[s, places // block_size].astype(np.int64)
+        slots_T[row:end] = blocks * block_size + places % block_size
         if tree_masks_T is not None and num_draft and sequence.draft_parents:
             parents = sequence.draft_parents[:num_draft]
             assert num_new_tokens == 1 + num_draft <= draft_tree.MAX_TREE_TOKENS
@@ -188,7 +201,9 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
         positions_T=positions_T,
         slots_T=slots_T,
         query_starts=query_starts,
-        context_lens=np.array([item.start + item.num_tokens for item in scheduled], np.int32),
+        context_lens=np.array(
+            [item.start + item.num_tokens - item.sequence.num_evicted_tokens for item in scheduled], np.int32
+        ),
         block_tables_SB=block_tables_SB,
         logit_rows_R=np.array(logit_rows, np.int64),
         pending_rows_T=pending_rows_T,
@@ -209,16 +224,16 @@ def _single_token_batch(
     """The common case, everybody decodes: no Python per sequence beyond reading its fields."""
     num_sequences = len(scheduled)
     starts = [item.start for item in scheduled]
-    positions_T = np.array(starts, np.int32)
+    places_T = np.array([item.start - item.sequence.num_evicted_tokens for item in scheduled], np.int32)
     rows_T = np.arange(num_sequences, dtype=np.int64)
     samples = [item.samples for item in scheduled]
     tokens = _tokens_of(scheduled)
     return StepBatch(
         ids_T=tokens.ids_T,
-        positions_T=positions_T,
-        slots_T=_slots(block_tables_SB, positions_T, block_size),
+        positions_T=np.array(starts, np.int32),
+        slots_T=_slots(block_tables_SB, places_T, block_size),
         query_starts=np.arange(num_sequences + 1, dtype=np.int32),
-        context_lens=positions_T + np.int32(1),
+        context_lens=places_T + np.int32(1),
         block_tables_SB=block_tables_SB,
         logit_rows_R=rows_T if all(samples) else rows_T[samples],
         pending_rows_T=tokens.pending_rows_T,
@@ -238,7 +253,7 @@ def _tokens_of(scheduled: SequenceABC[ScheduledSequence]) -> _Tokens:
     )
 
 
-def _slots(block_tables_SB: Int32Array, positions_S: Int32Array, block_size: int) -> Int64Array:
-    """Where a sequence's token at this position goes, one for each sequence."""
-    blocks_S = block_tables_SB[np.arange(len(positions_S)), positions_S // block_size]
-    return blocks_S.astype(np.int64) * block_size + positions_S % block_size
+def _slots(block_tables_SB: Int32Array, places_S: Int32Array, block_size: int) -> Int64Array:
+    """Where a sequence's token at this place of its table goes, one for each sequence."""
+    blocks_S = block_tables_SB[np.arange(len(places_S)), places_S // block_size]
+    return blocks_S.astype(np.int64) * block_size + places_S % block_size

@@ -90,11 +90,11 @@ def count_victims(
     max_num_seqs: int,
 ) -> int | None:
     """How many of the running, from the tail, have to go so that `head` gets a seat and its blocks; None where those
-    of lower priority do not have enough. `num_blocks` says how many blocks so many tokens take.
+    of lower priority do not have enough. `num_blocks` says how many blocks a sequence of so many tokens takes.
     """
     lower = [s for s in reversed(running) if level_of(s) > level_of(head)]
     # as admission will count, after every running sequence has taken its blocks
-    num_lacking = {s.id: num_blocks(len(s.token_ids)) - len(s.block_ids) for s in running}
+    num_lacking = {s.id: max(0, num_blocks(len(s.token_ids)) - len(s.block_ids)) for s in running}
     num_spare = pool.num_free - sum(num_lacking.values()) - num_blocks(len(head.token_ids))
     num_running = len(running)
     for num_victims in range(len(lower) + 1):

@@ -38,8 +38,13 @@ def get_batching_config(name: str) -> BatchingConfig:
     return BATCHING_PROFILES.get(name, BATCHING_PROFILES["mixed"])
 
 
-def check_limits(pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-    """Raise ConfigurationError for limits of which some running sequence could not advance."""
+def check_limits(
+    pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_kept_tokens: int
+) -> None:
+    """Raise ConfigurationError for limits of which some running sequence could not advance.
+
+    A sequence of `max_model_len` tokens has at most `num_kept_tokens` of them in the cache at once.
+    """
     if max_num_seqs < 1:
         raise ConfigurationError(f"max_num_seqs={max_num_seqs}: expected at least 1")
     if max_num_batched_tokens < max_num_seqs:
@@ -47,9 +52,17 @@ def check_limits(pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int
             f"max_num_batched_tokens={max_num_batched_tokens}: expected at least max_num_seqs={max_num_seqs}, "
             "so that every running sequence gets a token in each step"
         )
-    num_blocks_needed = -(-max_model_len // pool.block_size)
+    num_blocks_needed = -(-num_kept_tokens // pool.block_size)
     if max_model_len < 1 or num_blocks_needed > pool.num_blocks:
         raise ConfigurationError(
             f"max_model_len={max_model_len} needs {num_blocks_needed} KV cache blocks and there are "
             f"{pool.num_blocks}: expected 1 to {pool.num_blocks * pool.block_size} tokens"
         )
+
+
+def check_policy(scheduling_policy: str, max_waiting_time_ms: float | None) -> None:
+    """Raise ConfigurationError for a policy that there is not, and for a time that is none."""
+    if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
+        raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
+    if scheduling_policy not in ("fcfs", "priority"):
+        raise ConfigurationError(f"scheduling_policy={scheduling_policy!r}: expected fcfs or priority")

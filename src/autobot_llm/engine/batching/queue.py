@@ -35,6 +35,14 @@ class WaitingQueue:
         """The next one to be admitted; None where nobody waits, or followers alone."""
         return next(iter(self._levels[self._order[0]].values())) if self._order else None
 
+    def join(self, running: OrderedDict[int, Sequence], sequence: Sequence) -> None:
+        """Put a sequence behind the running ones of its own priority, and before those of lower ones."""
+        level = self.level_of(sequence)
+        later = [s.id for s in running.values() if self.level_of(s) > level] if self.heeds_priority else ()
+        running[sequence.id] = sequence
+        for sequence_id in later:
+            running.move_to_end(sequence_id)
+
     def level_of(self, sequence: Sequence) -> int:
         """A sequence's place among the priorities; lower goes sooner."""
         return sequence.priority if self.heeds_priority else 0

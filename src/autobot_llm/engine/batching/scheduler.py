@@ -42,17 +42,19 @@ from collections.abc import Sequence as SequenceABC
 from autobot_llm.engine.batching.drafts import add_drafts, drop_rejected
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.batching.preemption import SwapSpace, count_victims
-from autobot_llm.engine.batching.prefixes import publish_full_blocks, will_publish
-from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits
+from autobot_llm.engine.batching.prefixes import publish_full_blocks, take_prefix, will_publish
+from autobot_llm.engine.batching.profiles import SchedulingPolicy, check_limits, check_policy
 from autobot_llm.engine.batching.queue import WaitingQueue
+from autobot_llm.engine.batching.retention import KeepsAll, Retention, give_up, take_blocks
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, Sequence
-from autobot_llm.errors import ConfigurationError, ContextLengthError
+from autobot_llm.errors import ContextLengthError
 
 
 class Scheduler:
-    """Continuous batching over one block pool. `num_preemptions` counts all so far.
+    """Continuous batching over one block pool. `num_preemptions` counts all so far, `num_evicted_blocks` the blocks
+    that running sequences let go, as `retention` says.
 
     `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` the tokens of one step, `max_model_len` the
     tokens of one sequence, its answer included; `max_waiting_time_ms` what prompts add to a step of others (None: no
@@ -69,17 +71,19 @@ class Scheduler:
         max_waiting_time_ms: float | None = None,
         scheduling_policy: SchedulingPolicy = "fcfs",
         swap_space: SwapSpace | None = None,
+        retention: Retention | None = None,
     ) -> None:
-        check_limits(block_pool, max_num_seqs, max_num_batched_tokens, max_model_len)
-        if max_waiting_time_ms is not None and max_waiting_time_ms <= 0:
-            raise ConfigurationError(f"max_waiting_time_ms={max_waiting_time_ms}: expected a time above 0")
-        if scheduling_policy not in ("fcfs", "priority"):
-            raise ConfigurationError(f"scheduling_policy={scheduling_policy!r}: expected fcfs or priority")
+        self.retention: Retention = retention or KeepsAll()
+        self._max_new_tokens = self.retention.policy.longest_step(0, max_num_batched_tokens)
+        num_kept_tokens = self.retention.policy.most_tokens(max_model_len, self._max_new_tokens)
+        check_limits(block_pool, max_num_seqs, max_num_batched_tokens, max_model_len, num_kept_tokens)
+        check_policy(scheduling_policy, max_waiting_time_ms)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.max_waiting_time_ms = max_waiting_time_ms
         self.num_preemptions = 0
+        self.num_evicted_blocks = 0
         self.block_pool = block_pool
         self.swap_space = swap_space
         self.step_cost = StepCost()
@@ -110,6 +114,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """The most blocks that a sequence of full length holds at once."""
+        return self._most_blocks(self.max_model_len)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence and set its `queue_position`, the number of sequences that wait before it.
@@ -154,9 +163,9 @@ class Scheduler:
         if self._waiting.head is not None:
             self._plan_admissions(scheduled, budget, num_blocks_lacking)
         if not scheduled:
-            # Admission left a block for everything the admitted prompts lack. Decoding sequences may have used some
-            # up; they give them back when they leave. So without any decoding there is room for the first prompt.
-            assert not self._running or self._has_ending()
+            # Admission left a block for everything the admitted prompts lack. Decoding sequences that used some up give
+            # them back; so without any there is room for the first prompt, or, in a window, when a step is resolved.
+            assert not self._running or self._has_ending() or self.retention.policy.max_new_tokens is not None
             return None
         num_prompt_tokens = sum(item.num_tokens for item in scheduled[num_decodes:])
         num_tokens = num_decodes + num_draft_tokens + num_prompt_tokens
@@ -172,9 +181,8 @@ class Scheduler:
             if samples:
                 sequence.token_ids.extend(sequence.draft_ids[:num_draft])
                 sequence.token_ids.append(UNKNOWN_TOKEN)
-                row += num_draft
-                sequence.pending_row = row
-                row += 1
+                sequence.pending_row = row + num_draft
+                row += 1 + num_draft
 
     def resolve(
         self, plan: StepPlan, tokens: SequenceABC[int | None], num_accepted: SequenceABC[int] | None = None
@@ -201,13 +209,14 @@ class Scheduler:
                     drop_rejected(sequence, stop, num_rejected, self.block_pool)
                     stop -= num_rejected
             if samples and (has_blocks or sequence in self._waiting):
-                self._fill_in(sequence, stop, token)
+                sequence.fill_in(stop, token)
             if not has_blocks:
                 continue
             if publishes and stop // size > len(sequence.published):
                 publish_full_blocks(sequence, stop, self.block_pool)
                 if num_tokens > 1:
                     self._refused = None
+            self.num_evicted_blocks += self.retention.trim(sequence, stop, self.block_pool)
             if stop >= sequence.num_prompt_tokens and self._waiting.has_followers(sequence):
                 self._waiting.release(sequence)
         assert next(sampled, None) is None, "more tokens than sampling sequences"
@@ -248,7 +257,7 @@ class Scheduler:
             if num_tokens == sequence.max_num_tokens:
                 assert sequence.pending_row != NO_ROW, f"sequence {sequence.id} is complete: finish it"
                 continue
-            if start == len(sequence.block_ids) * size and not self._make_room(sequence):
+            if start - sequence.num_evicted_tokens == len(sequence.block_ids) * size and not self._make_room(sequence):
                 continue
             scheduled.append(ScheduledSequence(sequence, start, 1, True, sequence.epoch))
         return scheduled
@@ -283,13 +292,13 @@ class Scheduler:
         is_contended = len(lagging) > 1 or self._may_admit()
         num_blocks_lacking = 0
         for sequence in lagging:
-            start = sequence.num_computed_tokens
+            start = sequence.num_computed_tokens - sequence.num_evicted_tokens
             num_slots = (len(sequence.block_ids) + self.block_pool.num_free) * self._block_size
             num_tokens = min(self._chunk(sequence, budget, is_contended), num_slots - start)
             if num_tokens > 0:
                 scheduled.append(self._schedule(sequence, num_tokens))
                 budget -= num_tokens
-            num_blocks_lacking += self._num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)
+            num_blocks_lacking += self._num_lacking(sequence)
         return budget, num_blocks_lacking
 
     def _plan_admissions(self, scheduled: list[ScheduledSequence], budget: int, num_blocks_lacking: int) -> None:
@@ -300,7 +309,7 @@ class Scheduler:
             num_tokens = self._chunk(sequence, budget, self._may_admit())
             scheduled.append(self._schedule(sequence, num_tokens))
             budget -= num_tokens
-            num_blocks_lacking += self._num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)
+            num_blocks_lacking += self._num_lacking(sequence)
 
     def _admit(self, sequence: Sequence, num_blocks_lacking: int) -> bool:
         """Move the head of the queue to the running ones with the blocks it has already, if memory allows.
@@ -314,38 +323,27 @@ class Scheduler:
         num_spare_blocks = pool.num_free - num_reserved
         if self._refused is not None and self._refused[0] == sequence.id and num_spare_blocks <= self._refused[1]:
             return False
-        num_blocks = self._num_blocks(len(sequence.token_ids))
         num_swapped = 0 if self.swap_space is None else self.swap_space.num_blocks_of(sequence)
-        # The last token is always computed, for its logits.
-        prefix = [] if num_swapped else pool.match(sequence.token_ids, sequence.salt, len(sequence.token_ids) - 1)
-        block_ids = [entry.block_id for entry in prefix]
-        if num_blocks - len(block_ids) + num_reserved > pool.num_free:
-            pool.free(block_ids)
+        num_blocks = max(num_swapped, self._most_blocks(len(sequence.token_ids)))
+        if not num_swapped:
+            take_prefix(sequence, pool)
+            self.retention.trim(sequence, sequence.num_computed_tokens, pool)
+        if num_blocks - len(sequence.block_ids) + num_reserved > pool.num_free:
+            if not num_swapped:
+                give_up(sequence, pool)
             self._refused = (sequence.id, num_spare_blocks)
             return False
         self._refused = None
         self._waiting.remove(sequence)
-        self._start_running(sequence)
+        self._waiting.join(self._running, sequence)
         if num_swapped:
             self._bring_back(sequence, num_swapped)
             return True
-        sequence.block_ids = array("i", block_ids)
-        sequence.published = prefix
-        sequence.num_computed_tokens = len(block_ids) * self._block_size
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             pool.count_lookup(len(sequence.token_ids), sequence.num_cached_tokens)
             sequence.first_scheduled_time = time.monotonic()
         return True
-
-    def _start_running(self, sequence: Sequence) -> None:
-        """Put a sequence behind those of its own priority, and before those of lower ones."""
-        level_of = self._waiting.level_of
-        level = level_of(sequence)
-        later = [s.id for s in self._running.values() if level_of(s) > level] if self._waiting.heeds_priority else ()
-        self._running[sequence.id] = sequence
-        for sequence_id in later:
-            self._running.move_to_end(sequence_id)
 
     def _bring_back(self, sequence: Sequence, num_swapped: int) -> None:
         assert self.swap_space is not None
@@ -361,19 +359,23 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int, is_contended: bool) -> int:
         num_tokens = len(sequence.token_ids) - sequence.num_computed_tokens
         if is_contended and num_tokens > self._longest_chunk:
-            return (budget + 1) // 2
-        return min(num_tokens, budget)
+            budget = (budget + 1) // 2
+        return min(num_tokens, self.retention.policy.longest_step(sequence.num_computed_tokens, budget))
 
     def _schedule(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         stop = start + num_tokens
-        block_ids = self.block_pool.allocate(max(0, self._num_blocks(stop) - len(sequence.block_ids)))
-        assert block_ids is not None, "a chunk is cut to the free blocks first"
-        sequence.block_ids.extend(block_ids)
+        has_blocks = take_blocks(sequence, stop, self.block_pool)
+        assert has_blocks, "a chunk is cut to the free blocks first"
         return ScheduledSequence(sequence, start, num_tokens, stop == len(sequence.token_ids), sequence.epoch)
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+    def _most_blocks(self, num_tokens: int) -> int:
+        """The most blocks that a sequence of so many tokens holds at once."""
+        return -(-self.retention.policy.most_tokens(num_tokens, self._max_new_tokens) // self._block_size)
+
+    def _num_lacking(self, sequence: Sequence) -> int:
+        """How many more blocks a sequence may hold at once before its tokens are computed."""
+        return max(0, self._most_blocks(len(sequence.token_ids)) - len(sequence.block_ids))
 
     def _preempt_for_the_head(self) -> None:
         """Make a seat and blocks for the head of the queue where those of lower priority have enough of them."""
@@ -385,7 +387,7 @@ class Scheduler:
             list(self._running.values()),
             self.block_pool,
             level_of=self._waiting.level_of,
-            num_blocks=self._num_blocks,
+            num_blocks=self._most_blocks,
             max_num_seqs=self.max_num_seqs,
         )
         for _ in range(num_victims or 0):
@@ -393,8 +395,10 @@ class Scheduler:
 
     def _preempt_last(self) -> Sequence:
         _, sequence = self._running.popitem()
+        if self.swap_space is not None:  # with what the step under way leaves of it
+            self.num_evicted_blocks += self.retention.trim(sequence, sequence.num_computed_tokens, self.block_pool)
         if self.swap_space is None or not self.swap_space.take_in(sequence):
-            sequence.num_computed_tokens = 0
+            give_up(sequence, self.block_pool)
         self._drop_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -403,20 +407,12 @@ class Scheduler:
         return sequence
 
     def _drop_blocks(self, sequence: Sequence) -> None:
-        sequence.draft_ids = []
-        sequence.draft_parents = []
+        sequence.draft_ids, sequence.draft_parents = [], []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
-        sequence.published = []
+        # what it had let go before will not be computed again if the rest comes back
+        del sequence.published[sequence.num_evicted_tokens // self._block_size :]
         sequence.epoch += 1
-
-    def _fill_in(self, sequence: Sequence, position: int, token: int | None) -> None:
-        if len(sequence.token_ids) == position + 1:  # else a later step goes on from this token
-            sequence.pending_row = NO_ROW
-        if token is None:
-            del sequence.token_ids[position:]
-        else:
-            sequence.token_ids[position] = token
 
     def _holds(self, sequence: Sequence) -> bool:
         return sequence.id in self._running or sequence in self._waiting

@@ -25,7 +25,7 @@ from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions
 from autobot_llm.engine.gpu.packing import WeightPacker
 from autobot_llm.engine.gpu.warm_up import num_compiled_kernels, warm_up
 from autobot_llm.engine.kernels.gpu.launch import compile_ahead
-from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, PagedStorage, bytes_per_block
+from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
 from autobot_llm.engine.memory import (
     CachePlan,
     DeviceMemory,
@@ -126,6 +126,7 @@ class _Builder:
             block_bytes=bytes_per_block(self._config, BLOCK_SIZE, self._cache_dtype),
             block_size=BLOCK_SIZE,
             max_model_len=limits.max_model_len,
+            max_cached_tokens=limits.max_cached_tokens,
             max_num_seqs=limits.max_num_seqs,
             utilization=options.memory_utilization,
             cache_bytes=options.cache_memory,
@@ -176,8 +177,6 @@ class _Builder:
             device=torch.cuda.get_device_name(self._device),
             attention=executor.attention.name,
             attention_reason=executor.attention.reason,
-            cache_dtype=str(self._cache_dtype).removeprefix("torch."),
-            is_cache_rounded=self._cache_dtype in QUANTIZED_DTYPES,
             num_graphs=len(executor.graphs.keys),
             graphs_reason=f"attention by {executor.attention.name} cannot be captured"
             if self._uses_graphs
@@ -221,6 +220,7 @@ class _Builder:
         return estimated_graph_bytes(
             self._config,
             max_num_seqs=self._limits.max_num_seqs,
+            max_model_len=self._limits.max_model_len,
             num_batched_tokens=self._limits.max_num_batched_tokens,
             num_bytes_each=self._dtype.itemsize,
             takes_trees=self._options.features != NO_FEATURES,

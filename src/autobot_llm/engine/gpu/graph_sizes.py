@@ -7,6 +7,11 @@ from bisect import bisect_left
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 """Numbers of sequences with a graph of their own; others are padded to the next."""
 
+LONG_SIZES = (4, 8, 16, 32, 64)
+LONG_CONTEXT = 4096
+"""These numbers of sequences have a second graph, for contexts of so many tokens on average: the tile that reads short
+ones best takes a quarter longer for 16,384."""
+
 PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Numbers of tokens in a step with prompts that has a graph: up to there, it takes about as long to launch as to
 compute."""
@@ -37,6 +42,13 @@ def decode_graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
     """The sizes to capture for so many sequences at most: the last one holds them all, up to the largest size."""
     last = padded_size(max_num_seqs) or DECODE_SIZES[-1]
     return tuple(size for size in DECODE_SIZES if size <= last)
+
+
+def long_graph_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
+    """Of these, the ones with a second graph for long contexts."""
+    if max_model_len < LONG_CONTEXT:
+        return ()
+    return tuple(size for size in decode_graph_sizes(max_num_seqs) if size in LONG_SIZES)
 
 
 def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:

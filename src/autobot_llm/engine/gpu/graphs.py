@@ -35,6 +35,7 @@ class CUDAGraphManager(Generic[Result]):
             raise ValueError(f"warmup_steps={warmup_steps}: expected at least 1, or compilation would be captured")
         self.warmup_steps = warmup_steps
         self._captured: dict[Hashable, _Captured[Result]] = {}
+        self._stream: torch.cuda.Stream | None = None
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     @property
@@ -76,11 +77,17 @@ class CUDAGraphManager(Generic[Result]):
         if not self._captured:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
 
+    def _stream_of(self, device: torch.device) -> torch.cuda.Stream:
+        """Not the default one, which cannot be captured; one for all, since libraries keep memory for each stream."""
+        if self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
+
     def _capture(self, forward_fn: Callable[[torch.Tensor], Result], input_tensor: torch.Tensor) -> _Captured[Result]:
         if input_tensor.device.type != "cuda":
             raise ValueError(f"a CUDA graph's input must be on a CUDA device, and this one is on {input_tensor.device}")
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(input_tensor.device)  # capturing the default stream is not allowed
+        stream = self._stream_of(input_tensor.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.warmup_steps):

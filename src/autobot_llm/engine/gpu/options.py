@@ -19,11 +19,12 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class GpuLimits:
-    """The largest step, and the longest sequence, in tokens."""
+    """The largest step, and the longest sequence, in tokens; of that at most `max_cached_tokens` are in the cache."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    max_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.gpu.decoder import DecoderInputs
 from autobot_llm.engine.gpu.graph_sizes import (
+    LONG_CONTEXT,
     MAX_PROMPTS,
     decode_graph_sizes,
+    long_graph_sizes,
     num_logit_rows,
     padded_size,
     prompt_graph_sizes,
@@ -35,8 +37,9 @@ from autobot_llm.engine.gpu.staging import FetchedStaging, Layout
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-DECODE, PROMPTS, TREES = "decode", "prompts", "trees"
-"""One token for every sequence; few tokens of prompts or of drafts; the same where a draft may be a tree."""
+DECODE, LONG, PROMPTS, TREES = "decode", "long", "prompts", "trees"
+"""One token for every sequence; the same after long contexts; few tokens of prompts or of drafts; the same where a
+draft may be a tree."""
 
 
 # T packed tokens, R rows whose logits are wanted
@@ -89,10 +92,11 @@ class StepGraphs:
         self._window = window
         self._item_cut = ItemCut()
         self._graphs: dict[str, StepGraph] = {}
-        self._sizes: dict[str, tuple[int, ...]] = dict.fromkeys((DECODE, PROMPTS, TREES), ())
+        self._sizes: dict[str, tuple[int, ...]] = dict.fromkeys((DECODE, LONG, PROMPTS, TREES), ())
         if attention.can_capture:
             self._sizes[DECODE] = decode_graph_sizes(limits.max_num_seqs)
         if attention.can_capture and isinstance(attention, TritonPagedAttention):
+            self._sizes[LONG] = long_graph_sizes(limits.max_num_seqs, limits.max_model_len)
             self._sizes[PROMPTS] = prompt_graph_sizes(limits.max_num_batched_tokens)
             self._sizes[TREES] = tree_graph_sizes(limits.max_num_batched_tokens) if takes_trees else ()
         self._layouts = {
@@ -121,7 +125,10 @@ class StepGraphs:
         num_rows = len(batch.logit_rows_R)
         if batch.num_tokens == batch.num_sequences == num_rows:
             size = padded_size(num_rows, self.sizes(DECODE))
-            return None if size is None else self._graphs[f"{DECODE} {size}"]
+            if size is None:
+                return None
+            is_long = size in self.sizes(LONG) and int(batch.context_lens.sum()) >= LONG_CONTEXT * num_rows
+            return self._graphs[f"{LONG if is_long else DECODE} {size}"]
         kind = PROMPTS if batch.tree_masks_T is None else TREES
         size = padded_size(batch.num_tokens, self.sizes(kind))
         if size is None or batch.num_sequences > self.max_prompts or num_rows > num_logit_rows(size):
@@ -143,7 +150,7 @@ class StepGraphs:
         return host
 
     def _layout(self, kind: str, size: int) -> Layout:
-        if kind == DECODE:
+        if kind in (DECODE, LONG):
             num_items = size + self._num_spare_items
             sizes = decode_sizes(size, max_queries=1, table_width=self._table_width, num_items=num_items)
         else:
@@ -158,7 +165,8 @@ class StepGraphs:
         slots = tuple(layout.on_host(slot) for slot in staging.slots)
         inputs = inputs_of(tensors, last_tokens)
         if inputs.logit_rows_R is None:
-            return StepGraph(key, layout, slots, inputs, PagedBatch.over(tensors, max_queries=1), None)
+            batch = PagedBatch.over(tensors, max_queries=1, is_long=key.startswith(LONG))
+            return StepGraph(key, layout, slots, inputs, batch, None)
         assert isinstance(self._attention, TritonPagedAttention)
         return StepGraph(key, layout, slots, inputs, None, self._attention.prepare_prompts(tensors))
 

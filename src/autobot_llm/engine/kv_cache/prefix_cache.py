@@ -28,6 +28,7 @@ CACHED_PREFIXES: tuple[str, ...] = ()
 engine. AUTOBOT_CACHED_PREFIXES names them."""
 
 MAX_PINNED_SHARE = 0.5
+_SWITCHED_OFF = ("AUTOBOT_PREFIX_CACHING is false", "true")
 _REQUEST_ID = -1  # no request of a service has it
 _ENDINGS = ("a", "1")  # what a user may begin with
 
@@ -82,15 +83,16 @@ class PrefixCacheManager:
         self._prefixes = tuple(dict.fromkeys(prefixes))
         self._pinned: list[_Pinned] = []
         if self._prefixes and not self._pool.prefix_caching:
+            policy = engine.scheduler.retention.policy
+            off, on = ("AUTOBOT_KV_HEAVY_HITTERS is set", "0") if policy.heavy_hitters else _SWITCHED_OFF
             raise ConfigurationError(
-                f"AUTOBOT_CACHED_PREFIXES names {len(self._prefixes)} prefixes and AUTOBOT_PREFIX_CACHING is false: "
-                "expected true, or no prefixes"
+                f"AUTOBOT_CACHED_PREFIXES names {len(self._prefixes)} prefixes and {off}: expected {on}, or no prefixes"
             )
 
     @property
     def max_pinned_blocks(self) -> int:
         """At most half of the cache, and never so much that a sequence of full length does not fit beside it."""
-        num_for_a_sequence = -(-self._engine.scheduler.max_model_len // self._pool.block_size)
+        num_for_a_sequence = self._engine.scheduler.blocks_per_sequence
         return min(int(self._pool.num_blocks * MAX_PINNED_SHARE), self._pool.num_blocks - num_for_a_sequence)
 
     def warm(self, salts: Iterable[str] = ("",)) -> int:

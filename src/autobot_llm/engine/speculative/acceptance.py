@@ -68,6 +68,13 @@ class _Drafted(NamedTuple):
         return 1 + len(self.draft_ids)
 
     @property
+    def is_sampled_at_once(self) -> bool:
+        """Whether all rows are sampled together, or one position after the other where the tokens before matter. Of a
+        tree most rows are beside the path, and a row that is drawn costs about half of what computing it costs."""
+        params = self.sequence.params
+        return is_stateless(params) and (params.is_greedy or not self.parents)
+
+    @property
     def offsets(self) -> SequenceABC[int]:
         """How far behind the sequence's last token each row's token is."""
         return (0, *depths(self.parents)) if self.parents else range(self.num_rows)
@@ -85,7 +92,7 @@ def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[Sch
     """The verdict on each item that samples. Sequences and matchers are as they were when this returns."""
     drafted = list(_drafted(scheduled))
     verdicts = [Verdict([], []) for _ in drafted]
-    free = [one for one in drafted if is_stateless(one.sequence.params)]
+    free = [one for one in drafted if one.is_sampled_at_once]
     if free:
         rows = [row for one in free for row in range(one.row, one.row + one.num_rows)]
         sequences = [one.sequence for one in free for _ in range(one.num_rows)]
@@ -96,14 +103,14 @@ def verify(sampler: Sampler, logits_RV: torch.Tensor, scheduled: SequenceABC[Sch
             _follow(one, outcomes[start : start + one.num_rows], verdicts[one.place])
             start += one.num_rows
     if len(free) < len(drafted):
-        _walk(sampler, logits_RV, [one for one in drafted if not is_stateless(one.sequence.params)], verdicts)
+        _walk(sampler, logits_RV, [one for one in drafted if not one.is_sampled_at_once], verdicts)
     return verdicts
 
 
 def row_offsets(item: ScheduledSequence) -> SequenceABC[int]:
-    """How far behind the sequence's last token that of each of an item's rows is, which their noise depends on."""
-    parents = item.sequence.draft_parents[: item.num_draft]
-    return (0, *depths(parents)) if parents else range(item.num_draft + 1)
+    """How far behind the sequence's last token those of an item's rows are: their noise depends on it."""
+    (drafted,) = _drafted([item])
+    return drafted.offsets
 
 
 def verify_sampled(sampled: SampledRows, scheduled: SequenceABC[ScheduledSequence]) -> list[Verdict]:
@@ -140,7 +147,7 @@ def _follow(drafted: _Drafted, outcomes: SequenceABC[Outcome], verdict: Verdict)
 
 
 def _walk(sampler: Sampler, logits_RV: torch.Tensor, all_drafted: list[_Drafted], verdicts: list[Verdict]) -> None:
-    """One position after the other, where penalties, a minimum length or a grammar look at the tokens before: the
+    """One position after the other, since penalties, a minimum length or a grammar look at the tokens before: the
     sequences go along, and are taken back at the end."""
     num_walked = [0] * len(all_drafted)
     num_taken = [0] * len(all_drafted)  # by the matchers

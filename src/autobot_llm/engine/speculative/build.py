@@ -16,7 +16,14 @@ from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.speculative.draft_model import DraftModel
-from autobot_llm.engine.speculative.heads import HeadsMethod, features_of, find_heads, make_eagle, make_medusa
+from autobot_llm.engine.speculative.heads import (
+    HeadsMethod,
+    features_of,
+    find_heads,
+    make_eagle,
+    make_medusa,
+    method_of,
+)
 from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
 from autobot_llm.engine.speculative.ngram import LOOKUP_MAX, NgramProposer
 from autobot_llm.engine.speculative.pairs import check_draft, find_draft
@@ -75,11 +82,13 @@ MakeExecutor = Callable[[Path, ModelConfig, int, int], tuple[Executor, int]]
 def wanted_features(options: SpeculationOptions, folder: Path, config: ModelConfig) -> FeatureKinds:
     """What the steps of the model in `folder` have to keep for the method that `build_speculator` will choose: to be
     known before a GPU's steps are captured. Nothing for heads that cannot be read, which it will say."""
-    is_auto = options.method == "auto" and not (options.draft_model or find_draft(folder))
+    named = options.heads if options.method in ("auto", *_BY_PREFERENCE) else None
+    is_auto = options.method == "auto" and named is None and not (options.draft_model or find_draft(folder))
+    asked_for = method_of(named) if options.method == "auto" and named is not None else options.method
     for method in _BY_PREFERENCE:
-        if method not in HEADS_ON_GPU or not (is_auto or options.method == method):
+        if method not in HEADS_ON_GPU or not (is_auto or asked_for == method):
             continue
-        heads = (options.heads if options.method == method else None) or find_heads(folder, method)
+        heads = named or find_heads(folder, method)
         if heads is not None:
             try:
                 return features_of(method, heads, config)
@@ -111,8 +120,19 @@ def build_speculator(
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 
 
+def no_speculation_beside_heavy_hitters(options: SpeculationOptions) -> tuple[None, str]:
+    """Raises ConfigurationError for a method that is asked for: what guesses attended to cannot be taken back."""
+    why = "AUTOBOT_KV_HEAVY_HITTERS counts what every token attended to, and guesses would count"
+    if options.method not in ("auto", "none"):
+        raise ConfigurationError(f"AUTOBOT_SPECULATION_METHOD={options.method!r}: {why}; expected auto or none")
+    return None, why
+
+
 def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> CostlyProposer | None:
-    """The method that is asked for; for auto a draft model, else EAGLE-3, else Medusa, whatever there is."""
+    """The method that is asked for; for auto the heads that are named, else a draft model, EAGLE-3 or Medusa, the
+    first that is there."""
+    if options.method == "auto" and options.heads is not None:
+        return _heads(method_of(options.heads), options, target)
     if options.method == "medusa" or options.method == "eagle3":
         return _heads(options.method, options, target)
     if options.method not in ("auto", "draft"):
@@ -126,10 +146,10 @@ def _costly(options: SpeculationOptions, target: Target, make_executor: MakeExec
 
 def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> CostlyProposer | None:
     """Raises ConfigurationError where the method is asked for by name and cannot be had."""
-    is_asked_for = options.method == method
-    named = options.heads if is_asked_for else None
+    named = options.heads
+    is_asked_for = options.method == method or named is not None
     folder = named or find_heads(target.folder, method)
-    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}"
+    setting = f"AUTOBOT_SPECULATION_METHOD={method!r}" if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
     if folder is None:
         if not is_asked_for:
             return None
@@ -152,8 +172,7 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
         if not is_asked_for:
             log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
             return None
-        where = setting if named is None else f"AUTOBOT_SPECULATION_HEADS={str(named)!r}"
-        raise ConfigurationError(f"{where}: {error}") from error
+        raise ConfigurationError(f"{setting}: {error}") from error
 
 
 def _draft_model(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> DraftModel | None:

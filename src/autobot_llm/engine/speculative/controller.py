@@ -52,7 +52,7 @@ PROBE_SHARE = 0.005
 PROBE_GRANT = 8.0  # plain steps, for the first looks at a costly method
 PROBE_MOST = 64.0  # plain steps: no more is saved up
 PROBE_TOKENS = 2
-OFFER_EVERY = 16  # steps, while a costly method is not in use
+PROBE_EVERY = 16  # steps that are not waited for, before one is waited for to look at a costly method
 CATCH_UP_STEPS = 32
 """Steps over which a costly method's catching up with a sequence is expected to pay."""
 
@@ -101,8 +101,8 @@ class DraftPolicy(Protocol):
         """What to verify; None: nothing."""
         ...
 
-    def may_pay(self, free: Histories, credit_of: CreditOf) -> bool:
-        """Whether free drafts like these may be verified. Decides nothing."""
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
+        """Whether `decide` may find something to verify. Decides nothing."""
         ...
 
 
@@ -115,7 +115,7 @@ class Always:
     def wants_offer(self) -> bool:
         return True
 
-    def may_pay(self, free: Histories, credit_of: CreditOf) -> bool:
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
         return True
 
     def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision:
@@ -137,6 +137,7 @@ class Controller:
         self._num_since_plain = 0
         self._num_since_draft = 0
         self._num_since_offer = 0
+        self._offer_every = priors.offer_every
         self._uses_costly = False
         self._num_asked = 1  # tokens, in depth, of the costly method when it was last asked
         self._is_probing = False
@@ -183,15 +184,20 @@ class Controller:
 
     def wants_offer(self) -> bool:
         self._num_since_offer += 1
-        return self._uses_costly or self._num_since_offer >= OFFER_EVERY
+        return self._uses_costly or self._num_since_offer >= self._offer_every
 
-    def may_pay(self, free: Histories, credit_of: CreditOf) -> bool:
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
         plain = self.costs.plain(len(free))
         if plain is None or self._num_since_plain >= REFRESH:
             return False
-        return self._best_free(free, plain, credit_of)[0] is not None or (
-            self._num_since_draft >= RETRY and _likely(free) is not None
-        )
+        decision, seconds = self._best_free(free, plain, credit_of)
+        if decision is not None or (self._num_since_draft >= RETRY and _likely(free) is not None):
+            return True
+        if costly is None:
+            return False
+        decision, _ = self._best_costly(free, costly, None, seconds, plain, credit_of)
+        is_due = self._num_since_draft >= PROBE_EVERY
+        return decision is not None or (is_due and self._probe_seconds(costly, plain) <= (self._allowance or 0.0))
 
     def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
         self._is_probing = False
@@ -204,8 +210,10 @@ class Controller:
         if costly is None:
             return decision
         self._num_since_offer = 0
-        decision = self._best_costly(free, costly, decision, seconds, plain, credit_of)
+        decision, catch_up = self._best_costly(free, costly, decision, seconds, plain, credit_of)
         self._uses_costly = decision is not None and decision.num_costly > 0
+        if self._uses_costly and self._allowance is not None:
+            self._allowance -= catch_up
         decision = self._probe(costly, plain) if decision is None else decision
         if decision is not None and decision.num_costly:
             self._num_asked = decision.num_costly
@@ -255,8 +263,9 @@ class Controller:
         seconds: float,
         plain: float,
         credit_of: CreditOf,
-    ) -> Decision | None:
-        """The costly method for every sequence that has no likelier free draft, as far ahead as pays."""
+    ) -> tuple[Decision | None, float]:
+        """The costly method for every sequence that has no likelier free draft, as far ahead as pays; and the seconds
+        that it has to catch up for. `decision` and its seconds are what there is without it."""
         num_sequences = len(free)
         share = plain / num_sequences
         num_free = [0] * num_sequences if decision is None else decision.num_free
@@ -267,13 +276,13 @@ class Controller:
         ]
         per_pass = self.costly_costs.per_pass(len(chosen)) if chosen else None
         if per_pass is None or self._allowance is None:
-            return decision
+            return decision, 0.0
         least = (self._added_by_costly(num_sequences, len(chosen), 1) + per_pass) / len(chosen)
         balances = {i: credit_of(i).balance(self._now, share) for i in chosen}
         chosen = [i for i in chosen if balances[i] >= least]
         catch_up = sum(costly.lags[i] - 1 for i in chosen) * self.costly_costs.per_token_behind(per_pass)
         if not chosen or catch_up > self._allowance:
-            return decision
+            return decision, 0.0
         affordable = min(balances[i] for i in chosen) * len(chosen)
         is_chosen = set(chosen)
         survivals = [
@@ -294,9 +303,7 @@ class Controller:
             if these < best_seconds:
                 kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
                 best, best_seconds = Decision(kept, length, chosen), these
-        if best is not decision:
-            self._allowance -= catch_up
-        return best
+        return best, catch_up
 
     def _added_by_costly(self, num_sequences: int, num_chosen: int, length: int) -> float:
         """Seconds that verifying the costly method's drafts of that depth adds, for so many of the sequences."""
@@ -304,17 +311,18 @@ class Controller:
 
     def _probe(self, costly: CostlyOffer, plain: float) -> Decision | None:
         """Try the costly method on the sequence that it lags behind least, where the allowance has the time."""
-        num_sequences = len(costly.lags)
-        nearest = min(range(num_sequences), key=costly.lags.__getitem__)
-        per_pass = self.costly_costs.per_pass(1)
-        per_pass = plain if per_pass is None else per_pass
-        seconds = PROBE_TOKENS * per_pass + self.costs.added(num_sequences, PROBE_TOKENS)
-        seconds += (costly.lags[nearest] - 1) * self.costly_costs.per_token_behind(per_pass)
+        seconds = self._probe_seconds(costly, plain)
         if self._allowance is None or seconds > self._allowance:
             return None
         self._allowance -= seconds
         self._is_probing = True
-        return Decision([0] * num_sequences, PROBE_TOKENS, [nearest])
+        return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(min(costly.lags))])
+
+    def _probe_seconds(self, costly: CostlyOffer, plain: float) -> float:
+        per_pass = self.costly_costs.per_pass(1)
+        per_pass = plain if per_pass is None else per_pass
+        seconds = PROBE_TOKENS * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
+        return seconds + (min(costly.lags) - 1) * self.costly_costs.per_token_behind(per_pass)
 
     def _candidates(self, survivals: SequenceABC[SequenceABC[float]], plain: float, own: float) -> Iterator[list[int]]:
         """Lengths that may be the best: each sequence's by its own time, and the likeliest tokens of all as long as

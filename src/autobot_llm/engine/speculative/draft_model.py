@@ -54,6 +54,8 @@ class DraftModel:
         shadow = self._shadows.get(sequence.id)
         if shadow is None:
             return len(sequence.token_ids)
+        if sequence.token_ids[-1] == UNKNOWN_TOKEN:
+            return len(sequence.token_ids) - min(shadow.num_prompt_tokens, shadow.num_computed_tokens)
         self._follow(shadow, sequence)
         return len(shadow.token_ids) - shadow.num_computed_tokens
 
@@ -74,6 +76,9 @@ class DraftModel:
                 drafting = self._pass(drafting)
         drafts = (_known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
         return [Draft(token_ids) if token_ids else None for token_ids in drafts]
+
+    def num_passes(self, num_tokens: int) -> int:
+        return num_tokens
 
     def forget(self, sequence: Sequence) -> None:
         shadow = self._shadows.pop(sequence.id, None)

@@ -10,6 +10,7 @@ and grammars are left to the target.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,14 @@ NUM_CANDIDATES = 64
 _NEVER = np.float32(-1e30)
 
 
+class Ranked(NamedTuple):
+    """The target's ids_RN, best guess first, and the logarithms of the chances that they are right, in float32: what
+    the guesser takes them for, given the noise where they are drawn."""
+
+    ids_RN: npt.NDArray[np.int64]
+    log_chances_RN: npt.NDArray[np.float32]
+
+
 # R rows, V the guesser's vocabulary, N ranks, C candidates
 def rank_guesses(
     logits_RV: torch.Tensor,
@@ -32,14 +41,23 @@ def rank_guesses(
     num_ranks: int,
     *,
     ids_V: npt.NDArray[np.int64] | None = None,
-) -> npt.NDArray[np.int64]:
-    """The target's ids_RN, best guess first. Row r is for a request with params[r], at the index positions[r] of its
-    sequence. `ids_V` are the target's ids of the guesser's tokens; None: they are the same."""
+) -> Ranked:
+    """The best guesses. Row r is for a request with params[r], at the index positions[r] of its sequence. `ids_V` are
+    the target's ids of the guesser's tokens; None: they are the same."""
+    logits_RV = logits_RV.float()
     best = logits_RV.topk(min(num_candidates(params, num_ranks), logits_RV.shape[1]), dim=-1)
     ids_RC: npt.NDArray[np.int64] = best.indices.cpu().numpy()
-    return rank_candidates(
-        ids_RC if ids_V is None else ids_V[ids_RC], best.values.float().cpu().numpy(), params, positions, num_ranks
-    )
+    if ids_V is not None:
+        ids_RC = ids_V[ids_RC]
+    scores_RC = best.values.cpu().numpy()
+    log_chances_RC = (best.values - logits_RV.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
+    for r, each in enumerate(params):
+        if not each.is_greedy:
+            drawn_C = _drawn(scores_RC[r], ids_RC[r], each, positions[r])
+            order_C = np.argsort(-drawn_C, kind="stable")
+            drawn_C = drawn_C[order_C] - drawn_C[order_C[0]]
+            ids_RC[r], log_chances_RC[r] = ids_RC[r][order_C], drawn_C - np.log(np.exp(drawn_C).sum())
+    return Ranked(ids_RC[:, :num_ranks], log_chances_RC[:, :num_ranks])
 
 
 def num_candidates(params: SequenceABC[SamplingParams], num_ranks: int) -> int:
@@ -54,7 +72,7 @@ def rank_candidates(
     positions: SequenceABC[int],
     num_ranks: int,
 ) -> npt.NDArray[np.int64]:
-    """The same from the best tokens of each row and their logits, the best first."""
+    """The ids_RN of `rank_guesses` from the best tokens of each row and their logits, the best first."""
     is_drawn = [not each.is_greedy for each in params]
     if not any(is_drawn):
         return ids_RC[:, :num_ranks]

@@ -42,6 +42,11 @@ def find_heads(folder: Path, method: HeadsMethod) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
+def method_of(heads_folder: Path) -> HeadsMethod:
+    """What the heads in a folder are for, by the names of its files."""
+    return "medusa" if any(heads_folder.glob("medusa_lm_head.*")) else "eagle3"
+
+
 def features_of(method: HeadsMethod, heads_folder: Path, config: ModelConfig) -> FeatureKinds:
     """What a method reads of the model's steps. Raises ModelLoadError for what its files say of that."""
     if method == "medusa":
@@ -83,8 +88,11 @@ def make_medusa(
     return MedusaProposer(on_device, accuracies, breadth=TREE_CANDIDATES, max_rows=MAX_ROWS)
 
 
-def make_eagle(heads_folder: Path, folder: Path, config: ModelConfig, max_model_len: int) -> EagleProposer:
-    """The EAGLE-3 draft of `heads_folder` for the model in `folder`. Raises ModelLoadError where it does not fit."""
+def make_eagle(
+    heads_folder: Path, folder: Path, config: ModelConfig, max_model_len: int, *, breadth: int = 1
+) -> EagleProposer:
+    """The EAGLE-3 draft of `heads_folder` for the model in `folder`; `breadth` of its trees as of EagleProposer. Raises
+    ModelLoadError where it does not fit."""
     embeddings = load_embeddings(folder, config)
     draft = load_eagle(
         heads_folder,
@@ -105,4 +113,4 @@ def make_eagle(heads_folder: Path, folder: Path, config: ModelConfig, max_model_
         raise ModelLoadError(
             f"{heads_folder}: eagle_aux_hidden_state_layer_ids={list(layers)}: the model has {config.num_layers} layers"
         )
-    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len)
+    return EagleProposer(draft, embeddings.embed_VE, layers, max_model_len=max_model_len, breadth=breadth)

@@ -24,17 +24,24 @@ CAUTION = 1.0
 class Priors:
     """What costs are taken for before anything was measured.
 
-    `draft_token`: what a draft token adds to a step, in a sequence's share of a plain one. `token_behind`: what a
-    costly method takes for a token that it catches up with, in its passes.
+    `drafted_step`: what a step with drafts takes longer, however few there are, in plain steps. `draft_token`: what a
+    draft token adds to that, in a sequence's share of a plain one. `token_behind`: what a costly method takes for a
+    token that it catches up with, in its passes; `twice_as_many`: how much longer its pass takes for two sequences than
+    for one. `offer_every`: steps from one look to the next at a costly method that is not in use.
     """
 
+    drafted_step: float
     draft_token: float
     token_behind: float
+    twice_as_many: float
+    offer_every: int
 
 
-ON_CPU = Priors(draft_token=0.25, token_behind=0.25)
-ON_GPU = Priors(draft_token=0.02, token_behind=1 / 256)
-"""A step reads all weights whatever it computes: a few tokens more hardly add to it."""
+ON_CPU = Priors(drafted_step=0.0, draft_token=0.25, token_behind=0.25, twice_as_many=2.0, offer_every=16)
+ON_GPU = Priors(drafted_step=0.12, draft_token=0.02, token_behind=1 / 256, twice_as_many=1.1, offer_every=1)
+"""A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
+before the next one, and kernels of several rows are a little slower (docs/results/speculation_gpu.md). A look costs
+the host alone, and it is not the host that steps wait for."""
 
 _NUM_PLAIN, _NUM_EXTRA = 9, 15
 
@@ -180,15 +187,22 @@ class StepCosts:
         if (known := self._extra_costs.get((size, number))) is not None:
             return known
         near = {
-            abs(math.log2(other / size)) * 4 + abs(math.log2(count / number)): each
+            abs(math.log2(other / size)) * 4 + abs(math.log2(count / number)): (each, count)
             for (other, count), each in self._extra_costs.items()
             if size <= 4 * other <= 16 * size
         }
-        if near:
-            return near[min(near)]
-        if self._seconds_per_prompt_token is not None:
-            return self._seconds_per_prompt_token
-        return self._plain_costs[num_sequences] / num_sequences * self._priors.draft_token
+        expected = self._expected_per_token(num_sequences, num_draft_tokens)
+        if not near:
+            return expected
+        each, count = near[min(near)]
+        return each * expected / self._expected_per_token(num_sequences, count)
+
+    def _expected_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
+        plain = self._plain_costs[num_sequences]
+        each = self._seconds_per_prompt_token
+        if each is None:
+            each = plain / num_sequences * self._priors.draft_token
+        return each + plain * self._priors.drafted_step / num_draft_tokens
 
 
 class CostlyCosts:
@@ -234,7 +248,7 @@ class CostlyCosts:
             return None
         size = num_sequences.bit_length()
         nearest = min(known, key=lambda other: abs(other - size))
-        return known[nearest] * 2.0 ** max(0, size - nearest)
+        return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
 
     def per_token_behind(self, per_pass: float) -> float:
         return float(median(self._catch_up)) if self._catch_up else per_pass * self._priors.token_behind

@@ -98,11 +98,16 @@ class CostlyProposer(Protocol):
         ...
 
     def lag(self, sequence: Sequence) -> int:
-        """How many tokens it has to catch up with before it can draft for a sequence: at least 1."""
+        """How many tokens it has to catch up with before it can draft for a sequence, whose last one may not be known
+        yet: at least 1."""
         ...
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """A draft for each, at most that many tokens deep; None where it has no room for a sequence now."""
+        ...
+
+    def num_passes(self, num_tokens: int) -> int:
+        """How often its model runs for drafts so deep: what a draft costs is measured by the pass."""
         ...
 
     def forget(self, sequence: Sequence) -> None: ...

@@ -133,11 +133,7 @@ class Speculator:
             if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
-        offer = None
-        if costly is not None and self._policy.wants_offer():
-            offer = CostlyOffer(
-                [self._usable(costly.name, _kind(s)) for s in sequences], [costly.lag(s) for s in sequences]
-            )
+        offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
         decision = self._policy.decide(histories, offer, lambda i: self._credit(sequences[i]))
         if decision is None:
             return
@@ -168,16 +164,13 @@ class Speculator:
     def is_promising(self, sequences: list[Sequence]) -> bool:
         """Whether drafts after tokens that a step under way samples may be worth waiting for these. The sequences'
         other tokens are known."""
-        free = self._free
-        if self._costly is not None and self._policy.wants_offer():
-            return True
-        if free is None:
+        free, costly = self._free, self._costly
+        drafts = [None if free is None else free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
+        histories = [None if draft is None or free is None else self._usable(free.name, draft.kind) for draft in drafts]
+        offer = None if costly is None else self._offer(costly, sequences)
+        if offer is None and all(history is None for history in histories):
             return False
-        drafts = [free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
-        histories = [None if draft is None else self._usable(free.name, draft.kind) for draft in drafts]
-        return any(history is not None for history in histories) and self._policy.may_pay(
-            histories, lambda i: self._credit(sequences[i])
-        )
+        return self._policy.may_pay(histories, offer, lambda i: self._credit(sequences[i]))
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
@@ -231,7 +224,9 @@ class Speculator:
         start = self.clock()
         drafts = costly.propose(sequences, num_tokens)
         self.drafting_seconds = self.clock() - start
-        self.controller.costly_costs.record(len(sequences), num_tokens, num_behind, self.drafting_seconds)
+        self.controller.costly_costs.record(
+            len(sequences), costly.num_passes(num_tokens), num_behind, self.drafting_seconds
+        )
         given = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft is not None:
@@ -251,6 +246,10 @@ class Speculator:
         if credit is None:
             credit = self._credits[sequence.id] = Credit()
         return credit
+
+    def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
+        histories = [self._usable(costly.name, _kind(sequence)) for sequence in sequences]
+        return CostlyOffer(histories, [costly.lag(sequence) for sequence in sequences])
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
         history = self._history(method, kind)

@@ -11,6 +11,7 @@ from autobot_llm.engine.request import Output, RequestStats
 from autobot_llm.engine.tool_calls.json_call import CallArguments, Piece, Text
 from autobot_llm.engine.tool_calls.parser import ToolCallParser
 from autobot_llm.providers.native.answer_shape import Tools
+from autobot_llm.providers.native.optimizations import why_no_prefixes
 from autobot_llm.report import OptimizationOutcome
 from autobot_llm.types import ChoiceEnd, Finish, FinishReason, TextDelta, Timings, TokenLogprob, ToolCallDelta, Usage
 
@@ -106,7 +107,7 @@ class Answer:
         pool = engine.scheduler.block_pool
         cached = stats.num_cached_tokens
         if not pool.prefix_caching:
-            reason = "switched off by AUTOBOT_PREFIX_CACHING"
+            reason = why_no_prefixes(engine)
         elif cached:
             reason = f"{cached} of {self._num_prompt_tokens} prompt tokens were in the cache"
         else:
@@ -123,6 +124,8 @@ class Answer:
             else "nobody else was being served",
         )
         yield self._speculation()
+        if (line := self._cache()) is not None:
+            yield line
         executor = engine.executor
         yield OptimizationOutcome(name="compiled_step", applied=executor.name == "compiled", reason=executor.reason)
         if isinstance(executor, DescribedExecutor):
@@ -133,6 +136,23 @@ class Answer:
                 applied=gpu.attention != "sdpa",
                 reason=f"{gpu.attention}: {gpu.attention_reason}",
             )
+
+    def _cache(self) -> OptimizationOutcome | None:
+        """What a smaller cache saved for this answer when it was longest; None where nothing makes it smaller."""
+        cache, num_evicted = self._engine.cache, self._stats.num_evicted_tokens
+        lines = [] if cache is None else list(cache.lines())
+        if cache is None or not lines:
+            return None
+        num_tokens = sum(self._num_prompt_tokens + count for count in self._num_tokens.values())
+        left = f"; {num_evicted:,} of {num_tokens:,} tokens had left the cache" if cache.policy.num_kept_tokens else ""
+        saved = cache.bytes_saved(num_tokens, num_evicted)
+        return OptimizationOutcome(
+            name="kv_cache_optimization",
+            applied=saved > 0,
+            reason="; ".join(lines) + left,
+            bytes_saved=saved or None,
+            lossy=cache.is_lossy and saved > 0,
+        )
 
     def _speculation(self) -> OptimizationOutcome:
         """What drafts did for this answer. The time is an estimate from measured plain steps of as many sequences."""

@@ -11,6 +11,13 @@ from autobot_llm.report import OptimizationOutcome
 _NOT_BUILT = ("medusa_heads",)
 
 
+def why_no_prefixes(engine: Engine) -> str:
+    """Why the engine's pool finds no prefixes."""
+    if engine.cache is not None and engine.cache.policy.heavy_hitters:
+        return "AUTOBOT_KV_HEAVY_HITTERS changes what blocks hold while they are used"
+    return "switched off by AUTOBOT_PREFIX_CACHING"
+
+
 def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
     """A line for every optimization of weights and kernels that the router knows."""
     scheduler, executor = engine.scheduler, engine.executor
@@ -20,7 +27,7 @@ def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
         applied=prefix_caching,
         reason="equal beginnings of a tenant's prompts are computed once"
         if prefix_caching
-        else "switched off by AUTOBOT_PREFIX_CACHING",
+        else why_no_prefixes(engine),
     )
     yield OptimizationOutcome(
         name="continuous_batching",
@@ -33,15 +40,17 @@ def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
         yield OptimizationOutcome(
             name="flash_attention", applied=gpu.attention != "sdpa", reason=f"{gpu.attention}: {gpu.attention_reason}"
         )
+    else:
+        for name in ("cuda_graphs", "flash_attention"):
+            yield OptimizationOutcome(name=name, applied=False, reason=f"the engine runs on a CPU: {executor.name}")
+    if engine.cache is not None:
+        lines = list(engine.cache.lines())
         yield OptimizationOutcome(
             name="kv_cache_optimization",
-            applied=gpu.is_cache_rounded,
-            reason=f"keys and values are stored as {gpu.cache_dtype}"
-            + (", lossy, because AUTOBOT_KV_CACHE_DTYPE says so" if gpu.is_cache_rounded else ", as computed"),
+            applied=bool(lines),
+            reason="; ".join(lines) or f"keys and values are stored as {engine.cache.dtype}, as computed, and all stay",
+            lossy=engine.cache.is_lossy,
         )
-    else:
-        for name in ("cuda_graphs", "flash_attention", "kv_cache_optimization"):
-            yield OptimizationOutcome(name=name, applied=False, reason=f"the engine runs on a CPU: {executor.name}")
     scheme = executor.quantization if isinstance(executor, TellsQuantization) else None
     yield OptimizationOutcome(
         name="quantization",

@@ -103,16 +103,21 @@ class NativeProvider:
         if service.state != "ready" or engine is None:
             return ProviderStatus(name=self.name, state=service.state, message=str(service.failure or ""))
         scheduler = engine.scheduler
-        num_cache_tokens = scheduler.block_pool.num_blocks * scheduler.block_pool.block_size
+        pool = scheduler.block_pool
+        num_cache_tokens, num_sequences = (
+            pool.num_blocks * pool.block_size,
+            pool.num_blocks / scheduler.blocks_per_sequence,
+        )
         details: dict[str, float | int | str] = {
             "model": self._default,
             "step": engine.executor.name,
             "step_reason": engine.executor.reason,
             "max_model_len": scheduler.max_model_len,
             "max_num_seqs": scheduler.max_num_seqs,
-            "kv_cache": f"{num_cache_tokens:,} tokens, {num_cache_tokens / scheduler.max_model_len:.1f} sequences of "
-            "full length",
+            "kv_cache": f"{num_cache_tokens:,} tokens, {num_sequences:.1f} sequences of full length",
         }
+        if engine.cache is not None and (smaller := "; ".join(engine.cache.lines())):
+            details["kv_cache_optimization"] = smaller
         if isinstance(engine.executor, DescribedExecutor):
             details |= engine.executor.description.lines()
         details["speculation"] = engine.speculation_reason
@@ -148,6 +153,7 @@ class NativeProvider:
             "num_running": sum(scheduler.num_running for scheduler in schedulers),
             "num_waiting": sum(scheduler.num_waiting for scheduler in schedulers),
             "num_preemptions": sum(scheduler.num_preemptions for scheduler in schedulers),
+            "num_evicted_blocks": sum(scheduler.num_evicted_blocks for scheduler in schedulers),
             "num_blocks": sum(pool.num_blocks for pool in pools),
             "num_free_blocks": sum(pool.num_free for pool in pools),
             "kv_cache_memory_mb": sum(engine.kv_cache_bytes for engine in engines) / 1e6,
@@ -304,6 +310,8 @@ def engine_options(settings: Settings, folder: Path) -> EngineOptions:
         preemption=settings.preemption,
         swap_memory=settings.swap_memory,
         kv_cache_dtype=settings.kv_cache_dtype,
+        kv_sliding_window=settings.kv_sliding_window,
+        kv_heavy_hitters=settings.kv_heavy_hitters,
         kv_cache_memory=settings.kv_cache_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         attention_backend=settings.attention_backend,

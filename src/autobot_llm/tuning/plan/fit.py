@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autobot_llm.engine.batching.profiles import get_batching_config
+from autobot_llm.engine.kv_cache.policy import CachePolicy, choose_policy
 from autobot_llm.engine.memory import (
     DeviceMemory,
     MemoryDemand,
@@ -32,7 +33,8 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to store weights and cache, all in bytes. `sequences` holds for each context how many fit at once.
+    """One way to store weights and cache, all in bytes. `sequences` holds for each context how many fit at once; of
+    their tokens those are in the cache that the plan's window leaves there.
 
     `max_context` is the longest single sequence; 0: the weights alone are too large.
     """
@@ -55,7 +57,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A model on a device of `memory_bytes`, with steps of `num_batched_tokens` for up to `max_num_seqs`."""
+    """A model on a device of `memory_bytes`, with steps of `num_batched_tokens` for up to `max_num_seqs`.
+
+    `window`: how far back its layers look, by themselves or because it was asked for, so that what is before that
+    leaves the cache; 0 where some layer sees everything. `is_window_lossy`: it is narrower than the model's own.
+    """
 
     model: str
     model_type: str
@@ -64,20 +70,25 @@ class Plan:
     memory_bytes: int
     max_num_seqs: int
     num_batched_tokens: int
+    window: int
+    is_window_lossy: bool
     rows: tuple[Row, ...]
 
 
-def make_plan(model: Path, memory_bytes: int, *, workload: str = "mixed") -> Plan:
+def make_plan(model: Path, memory_bytes: int, *, workload: str = "mixed", sliding_window: int = 0) -> Plan:
     """Plan from the config.json in `model`, a folder, or from that file itself; weights are not needed.
 
-    Raises ModelLoadError for a configuration that the engine does not know.
+    With a `sliding_window` (AUTOBOT_KV_SLIDING_WINDOW) every layer looks back so many tokens at most. Raises
+    ModelLoadError for a configuration that the engine does not know, ConfigurationError for a window that cannot be.
     """
     folder = model.parent if model.name == "config.json" else model
     config = load_config(folder)
+    longest = config.max_position_embeddings
+    config, policy = choose_policy(config, sliding_window=sliding_window, heavy_hitters=0, max_model_len=longest)
     profile = get_batching_config(workload)
     each = _BYTES_EACH[config.checkpoint_dtype or "bfloat16"]
     rows = [
-        _row(config, memory_bytes, each, name, scheme, kv, profile.max_num_seqs, profile.max_num_batched_tokens)
+        _row(config, policy, memory_bytes, each, name, scheme, kv, profile.max_num_seqs, profile.max_num_batched_tokens)
         for name, scheme in _weights(config)
         for kv in ("16-bit" if each == 2 else "32-bit", "8-bit")
     ]
@@ -89,6 +100,8 @@ def make_plan(model: Path, memory_bytes: int, *, workload: str = "mixed") -> Pla
         memory_bytes=memory_bytes,
         max_num_seqs=profile.max_num_seqs,
         num_batched_tokens=profile.max_num_batched_tokens,
+        window=policy.window,
+        is_window_lossy=policy.is_window_asked,
         rows=tuple(rows),
     )
 
@@ -103,6 +116,7 @@ def _weights(config: ModelConfig) -> list[tuple[str, Scheme | None]]:
 
 def _row(
     config: ModelConfig,
+    policy: CachePolicy,
     memory_bytes: int,
     each: int,
     name: str,
@@ -121,7 +135,11 @@ def _row(
             config, num_batched_tokens=num_batched_tokens, num_rows=max_num_seqs, num_bytes_each=each
         ),
         graph_bytes=estimated_graph_bytes(
-            config, max_num_seqs=max_num_seqs, num_batched_tokens=num_batched_tokens, num_bytes_each=each
+            config,
+            max_num_seqs=max_num_seqs,
+            max_model_len=config.max_position_embeddings,
+            num_batched_tokens=num_batched_tokens,
+            num_bytes_each=each,
         ),
         block_bytes=per_token * BLOCK_SIZE,
         block_size=BLOCK_SIZE,
@@ -136,6 +154,7 @@ def _row(
         num_tokens = 0
     longest = config.max_position_embeddings
     contexts = sorted({context for context in CONTEXTS if context < longest} | {longest})
+    kept = {context: _num_cached(context, policy, num_batched_tokens) for context in contexts}
     return Row(
         weights=name,
         kv_cache=kv,
@@ -145,6 +164,13 @@ def _row(
         graph_bytes=demand.graph_bytes,
         reserve_bytes=CONTEXT_BYTES + memory.reserve,
         cache_bytes=num_tokens * per_token,
-        max_context=min(num_tokens, longest),
-        sequences={context: num_tokens // context for context in contexts},
+        max_context=longest if kept[longest] <= num_tokens else num_tokens,
+        sequences={context: num_tokens // kept[context] for context in contexts},
     )
+
+
+def _num_cached(context: int, policy: CachePolicy, num_batched_tokens: int) -> int:
+    """The most tokens that a sequence of this length has in the cache at once; whole blocks where not all stay."""
+    num_new = min(policy.max_new_tokens or num_batched_tokens, num_batched_tokens)
+    most = policy.most_tokens(context, num_new)
+    return context if most == context else -(-most // BLOCK_SIZE) * BLOCK_SIZE

@@ -24,7 +24,7 @@ class Recommendation:
 
 def recommend(plan: Plan, card: Card | None = None) -> tuple[Recommendation, ...]:
     """For our engine, vLLM and Ollama: the most faithful way in which the wanted context fits once."""
-    return (_native(plan), _vllm(plan, card), _ollama(plan))
+    return (_native(plan, card), _vllm(plan, card), _ollama(plan))
 
 
 def _first_that_fits(rows: list[Row], plan: Plan) -> Row | None:
@@ -35,16 +35,20 @@ def _first_that_fits(rows: list[Row], plan: Plan) -> Row | None:
     return chosen if chosen is not None and chosen.fits else None
 
 
-def _native(plan: Plan) -> Recommendation:
-    # on a GPU our engine computes with whole weights and a cache of their type
-    row = _first_that_fits([row for row in plan.rows if row is plan.rows[0]], plan)
+def _native(plan: Plan, card: Card | None) -> Recommendation:
+    row = _first_that_fits(list(plan.rows), plan)
     if row is None:
-        return Recommendation(
-            "native", "", "does not fit: on a GPU our engine keeps weights whole; a CPU runs int8 and int4 weights"
-        )
-    length = "" if row.max_context >= plan.max_context else f"AUTOBOT_MAX_MODEL_LEN={_rounded(row.max_context)} "
+        return Recommendation("native", "", "does not fit at 4 bits either: a larger card")
+    eight = "fp8" if card is None or card.has_fp8 else "int8"
+    kind = {"8-bit": eight, "4-bit": "int4"}.get(row.weights)
+    setting = "" if kind is None else f"AUTOBOT_QUANTIZATION_TYPE={kind} "
+    options = "" if row.max_context >= plan.max_context else f" --max-model-len {_rounded(row.max_context)}"
+    options += " --kv-cache-dtype int8" if row.kv_cache == "8-bit" else ""
+    options += f" --kv-sliding-window {plan.window}" if plan.is_window_lossy else ""
     return Recommendation(
-        "native", f"{length}autobot-llm serve --model {plan.model}", f"{row.weights} weights: {_room(row)}"
+        "native",
+        f"{setting}autobot-llm serve --model {plan.model}{options}",
+        f"{row.weights} weights, KV cache {row.kv_cache}: {_room(row)}",
     )
 
 

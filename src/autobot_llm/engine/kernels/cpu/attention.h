@@ -3,54 +3,51 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
+#include "cache.h"
 #include "vectors.h"
-
-constexpr int kBlock = 16;  // tokens in a cache block; also the lanes of a vector of scores
-
-// Keys [layer][block][kv head][head_size][kBlock] (a vector of scores reads them lane by lane), values
-// [layer][block][kv head][kBlock][head_size].
-struct PagedCache {
-    float *keys, *values;
-    int64_t num_blocks, num_kv_heads, head_size;
-
-    float* key_block(int64_t layer, int64_t block, int64_t head) const { return keys + offset(layer, block, head); }
-    float* value_block(int64_t layer, int64_t block, int64_t head) const { return values + offset(layer, block, head); }
-
-    // Copies the key and the value of one slot to another.
-    void move(int64_t layer, int64_t head, int64_t from, int64_t to) const {
-        const float* key = key_block(layer, from / kBlock, head) + from % kBlock;
-        float* new_key = key_block(layer, to / kBlock, head) + to % kBlock;
-        for (int64_t d = 0; d < head_size; ++d) new_key[d * kBlock] = key[d * kBlock];
-        std::memcpy(value_block(layer, to / kBlock, head) + to % kBlock * head_size,
-                    value_block(layer, from / kBlock, head) + from % kBlock * head_size, head_size * sizeof(float));
-    }
-
-  private:
-    int64_t offset(int64_t layer, int64_t block, int64_t head) const {
-        return ((layer * num_blocks + block) * num_kv_heads + head) * head_size * kBlock;
-    }
-};
 
 // The blocks of one token's context: those of a table and, from `first_own` on, copies that lie one behind the other.
 struct Context {
-    const PagedCache& cache;
-    int64_t layer, head;
+    const float *cached_keys, *cached_values;  // of the cache's first block, where it is of floats
+    int64_t stride;                            // from one of the cache's blocks to the next
     const int32_t* table;
-    int64_t first_own;
+    int64_t head_size, first_own;
     const float *own_keys, *own_values;
+    const PagedCache* rounded;  // null where it is of floats
+    int64_t layer, head;
+    float* wide;       // room for a block that was rounded
+    float* attention;  // what the tokens of the cache's first block were given, or null
+
+    Context(const PagedCache& cache, int64_t layer, int64_t head, const int32_t* table, float* wide)
+        : cached_keys(nullptr),
+          cached_values(nullptr),
+          stride(cache.num_kv_heads * cache.head_size * kBlock),
+          table(table),
+          head_size(cache.head_size),
+          first_own(std::numeric_limits<int64_t>::max()),
+          own_keys(nullptr),
+          own_values(nullptr),
+          rounded(cache.stored == Stored::kFloat ? nullptr : &cache),
+          layer(layer),
+          head(head),
+          wide(wide),
+          attention(cache.attention ? cache.attention_of(layer, 0, head) : nullptr) {
+        if (rounded) return;
+        cached_keys = cache.read_keys(layer, 0, head, nullptr);
+        cached_values = cache.read_values(layer, 0, head, nullptr);
+    }
 
     const float* keys(int64_t b) const {
-        return b < first_own ? cache.key_block(layer, table[b], head) : own_keys + own(b);
+        if (b >= first_own) return own_keys + (b - first_own) * head_size * kBlock;
+        return rounded ? rounded->read_keys(layer, table[b], head, wide) : cached_keys + table[b] * stride;
     }
     const float* values(int64_t b) const {
-        return b < first_own ? cache.value_block(layer, table[b], head) : own_values + own(b);
+        if (b >= first_own) return own_values + (b - first_own) * head_size * kBlock;
+        return rounded ? rounded->read_values(layer, table[b], head, wide) : cached_values + table[b] * stride;
     }
-
-  private:
-    int64_t own(int64_t b) const { return (b - first_own) * cache.head_size * kBlock; }
+    float* given(int64_t b) const { return attention + table[b] * (stride / head_size); }
 };
 
 // Scores of NG query heads against one block's keys: lanes are the block's tokens.
@@ -92,8 +89,8 @@ void weigh_block(const float* weights, int64_t ld_weights, const float* values, 
 
 // NG query heads of one token over tokens [first, length): scores, softmax, weighted values.
 template <int NG>
-void attend_heads(const Context& context, const float* q, int64_t first, int64_t length, float* scores, float* out) {
-    const int64_t size = context.cache.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
+void attend_heads(const Context context, const float* q, int64_t first, int64_t length, float* scores, float* out) {
+    const int64_t size = context.head_size, first_block = first / kBlock, end_block = (length + kBlock - 1) / kBlock;
     const int64_t ld = end_block * kBlock;
     const Int16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Float16 minus_infinity = Float16{} - std::numeric_limits<float>::infinity();
@@ -132,5 +129,10 @@ void attend_heads(const Context& context, const float* q, int64_t first, int64_t
     for (int g = 0; g < NG; ++g) {
         const float denominator = sum16(total[g]);
         for (int64_t d = 0; d < size; ++d) out[g * size + d] /= denominator;
+        if (!context.attention) continue;
+        for (int64_t b = first_block; b < end_block; ++b) {
+            float* given = context.given(b);
+            store(given, load<Float16>(given) + load<Float16>(scores + g * ld + b * kBlock) / denominator);
+        }
     }
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("step.cpp")
-HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in ("attention", "linear", "threads", "vectors"))
+HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in ("attention", "cache", "linear", "threads", "vectors"))
 # -march=native, because the step is built where it runs. Never -ffast-math: the order of operations is a promise.
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
 COMPILE_TIMEOUT = 120.0

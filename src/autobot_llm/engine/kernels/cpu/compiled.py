@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError
+from autobot_llm.engine.kernels.cpu.cache import STORED_AS, CompiledCache
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
@@ -55,7 +56,11 @@ class _Config(ctypes.Structure):
         ("rms_norm_eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("layers", "embedding", "norm")),
         ("lm_head", _Linear),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("cos", "sin", "keys", "values", "key_scales", "value_scales", "attention")
+        ),
+        ("stored", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -185,7 +190,8 @@ class CompiledExecutor:
 
     `library` is the compiled step (build.py). Raises CannotCompileError for a model whose shapes it does not cover.
     `num_threads` None: the quickest count for one-token steps, found by trying. Memory: the packed weights, and
-    `num_blocks` blocks of 16 tokens of keys and values, touched when first used.
+    `num_blocks` blocks of 16 tokens of keys and values, touched when first used; of `cache_dtype`, which is float32 or
+    one of QUANTIZED_DTYPES. With `sums_attention` it is an Evictor, and a sequence's tokens attend on one thread.
     """
 
     name = "compiled"
@@ -200,6 +206,8 @@ class CompiledExecutor:
         max_tokens: int,
         max_model_len: int,
         num_threads: int | None = None,
+        cache_dtype: torch.dtype = torch.float32,
+        sums_attention: bool = False,
     ) -> None:
         check_coverage(config)
         self._library = library
@@ -214,9 +222,7 @@ class CompiledExecutor:
         )
         cos_PD, sin_PD = rope_tables(config, max_model_len)
         half = config.head_size // 2  # both halves of a row are alike
-        cache_size = config.num_layers * num_blocks * config.num_kv_heads * config.head_size * BLOCK_SIZE
-        # calloc'ed: pages that no block has used yet take no memory
-        self.keys, self.values = np.zeros(cache_size, np.float32), np.zeros(cache_size, np.float32)
+        self.cache = cache = CompiledCache.allocate(config, num_blocks, cache_dtype, sums_attention=sums_attention)
         self._config = _Config(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -235,8 +241,12 @@ class CompiledExecutor:
             lm_head=packer.linear(weights.lm_head_VE, None),
             cos=packer.pointer(cos_PD[:, :half]),
             sin=packer.pointer(sin_PD[:, :half]),
-            keys=self.keys.ctypes.data,
-            values=self.values.ctypes.data,
+            keys=cache.keys_LBKDP.data_ptr(),
+            values=cache.values_LBKPD.data_ptr(),
+            key_scales=None if cache.key_scales_LBKP is None else cache.key_scales_LBKP.data_ptr(),
+            value_scales=None if cache.value_scales_LBKP is None else cache.value_scales_LBKP.data_ptr(),
+            attention=None if cache.attention_LBKP is None else cache.attention_LBKP.data_ptr(),
+            stored=STORED_AS[cache_dtype],
         )
         self._kept = (layers, packer)
         self.num_threads = num_threads or fastest_num_threads(self._time_with, max_num_threads())
@@ -255,6 +265,10 @@ class CompiledExecutor:
         hidden_RE = torch.empty(len(batch.logit_rows_R), self._hidden_size)
         self._run(self._model, batch, hidden_RE=hidden_RE)
         return hidden_RE
+
+    def evict(self, block_ids: Sequence[int], num_kept: int, num_candidates: int) -> None:
+        """See Evictor; for a cache that sums attention."""
+        self.cache.evict(block_ids, num_kept, num_candidates)
 
     def execute_with_features(self, batch: StepBatch, wanted: FeatureKinds) -> tuple[torch.Tensor, Features]:
         logits_RV = torch.empty(len(batch.logit_rows_R), self._vocab_size)

@@ -43,7 +43,11 @@ struct Config {
     const float* norm;
     Linear lm_head;
     const float *cos, *sin;  // [positions][head_size / 2]
-    float *keys, *values;    // see PagedCache
+    // See PagedCache; scales are null where `stored` is 0.
+    void *keys, *values;
+    uint16_t *key_scales, *value_scales;
+    float* attention;
+    int64_t stored;
 };
 
 struct Batch {
@@ -87,7 +91,8 @@ class Model {
   public:
     Model(const Config& config, int num_threads)
         : c_(config),
-          cache_{config.keys, config.values, config.num_blocks, config.num_kv_heads, config.head_size},
+          cache_{config.keys,       config.values,     config.key_scales,   config.value_scales, config.attention,
+                 config.num_blocks, config.num_kv_heads, config.head_size, static_cast<Stored>(config.stored)},
           layers_(config.layers, config.layers + config.num_layers),
           num_threads_(num_threads),
           barrier_(num_threads),
@@ -104,6 +109,7 @@ class Model {
         for (auto& scratch : scratch_) {
             scratch.normed.resize(kReplicatedRows * c_.hidden_size);
             scratch.q.resize(group() * c_.head_size);
+            if (c_.stored) scratch.wide.resize(kBlock * c_.head_size);
             scratch.path_keys.resize(kPathBlocks * kBlock * c_.head_size);
             scratch.path_values.resize(kPathBlocks * kBlock * c_.head_size);
         }
@@ -148,7 +154,7 @@ class Model {
     static constexpr int64_t kPathBlocks = (kBlock - 1 + 64 + kBlock - 1) / kBlock;  // a begun block, 64 tokens behind
 
     struct Scratch {
-        std::vector<float> normed, scores, q, path_keys, path_values;
+        std::vector<float> normed, scores, q, wide, path_keys, path_values;
     };
 
     int64_t group() const { return c_.num_heads / c_.num_kv_heads; }
@@ -252,7 +258,8 @@ class Model {
     }
 
     // Work items are (token, key/value head) pairs. Where each sequence has one token, an item writes its own key and
-    // attends at once; otherwise all keys of the step are written first.
+    // attends at once; otherwise all keys of the step are written first. Where attention is summed up, the tokens of a
+    // sequence do so one after the other.
     void attention(int64_t l, int thread) {
         const int64_t num_items = batch_.num_tokens * c_.num_kv_heads;
         const int64_t grain = all_single_ ? 1 : 4;
@@ -261,6 +268,7 @@ class Model {
             Range mine(num_items, thread, num_threads_);
             for (int64_t i = mine.begin; i < mine.end; ++i) write_cache(l, i / c_.num_kv_heads, i % c_.num_kv_heads);
             barrier_.wait();
+            if (cache_.attention) return attend_in_order(l, scratch);
         }
         for (;;) {
             const int64_t begin = counters_[l].fetch_add(grain, std::memory_order_relaxed);
@@ -273,16 +281,22 @@ class Model {
         }
     }
 
+    void attend_in_order(int64_t l, Scratch& scratch) {
+        const int64_t num_items = batch_.num_sequences * c_.num_kv_heads;
+        for (int64_t i; (i = counters_[l].fetch_add(1, std::memory_order_relaxed)) < num_items;) {
+            const int64_t sequence = i / c_.num_kv_heads, head = i % c_.num_kv_heads;
+            for (int64_t t = batch_.query_starts[sequence]; t < batch_.query_starts[sequence + 1]; ++t)
+                attend(l, t, head, scratch);
+        }
+    }
+
     void write_cache(int64_t l, int64_t token, int64_t head) {
         const int64_t size = c_.head_size, half = size / 2, position = batch_.positions[token];
         float* key = &qkv_[token * ld_qkv_ + (c_.num_heads + head) * size];
         const float* value = key + c_.num_kv_heads * size;
         if (layers_[l].k_norm) rms_norm(key, layers_[l].k_norm, size, c_.rms_norm_eps, key);
         rotate(key, c_.cos + position * half, c_.sin + position * half, half);
-        const int64_t block = batch_.slots[token] / kBlock, offset = batch_.slots[token] % kBlock;
-        float* keys = cache_.key_block(l, block, head) + offset;
-        for (int64_t d = 0; d < size; ++d) keys[d * kBlock] = key[d];
-        std::memcpy(cache_.value_block(l, block, head) + offset * size, value, size * sizeof(float));
+        cache_.write(l, head, batch_.slots[token], key, value);
     }
 
     void attend(int64_t l, int64_t token, int64_t head, Scratch& scratch) {
@@ -299,7 +313,7 @@ class Model {
             rotate(one, rotation_cos, rotation_sin, half);
             for (int64_t d = 0; d < size; ++d) one[d] *= scale;
         }
-        const int64_t length = position + 1, window = layers_[l].window;
+        const int64_t length = num_before(sequence_of_[token]) + num_seen(token), window = layers_[l].window;
         const int64_t first = window ? std::max<int64_t>(0, length - window) : 0;
         const Context context = context_of(l, token, head, scratch);
         float* out = &attended_[(token * c_.num_heads + head * group) * size];
@@ -317,27 +331,38 @@ class Model {
         }
     }
 
+    // Places in the cache before a sequence's new tokens. It may have let go of some, so that positions do not tell.
+    int64_t num_before(int64_t sequence) const {
+        return batch_.context_lens[sequence] - (batch_.query_starts[sequence + 1] - batch_.query_starts[sequence]);
+    }
+
+    // How many of its sequence's new tokens a token sees, itself included.
+    int64_t num_seen(int64_t token) const {
+        const uint64_t mask = batch_.tree_masks ? batch_.tree_masks[token] : 0;
+        return mask ? std::popcount(mask) : token - batch_.query_starts[sequence_of_[token]] + 1;
+    }
+
     // A token of a tree sees its own path, whose keys do not lie in order: its last blocks are put together for it, as
     // they would lie if the path were all there is. So its sums are those of a line, bit by bit.
     Context context_of(int64_t l, int64_t token, int64_t head, Scratch& scratch) {
         const int64_t sequence = sequence_of_[token], size = c_.head_size, block_size = size * kBlock;
-        Context context{cache_, l, head, batch_.block_tables + sequence * batch_.max_blocks,
-                        std::numeric_limits<int64_t>::max(), nullptr, nullptr};
+        Context context(cache_, l, head, batch_.block_tables + sequence * batch_.max_blocks, scratch.wide.data());
         const uint64_t mask = batch_.tree_masks ? batch_.tree_masks[token] : 0;
         if (!mask) return context;
         float *keys = scratch.path_keys.data(), *values = scratch.path_values.data();
-        int64_t position = batch_.positions[token] + 1 - std::popcount(mask);  // of the sequence's first new token
-        const int64_t first_own = position / kBlock, first_token = batch_.query_starts[sequence];
-        if (position % kBlock) {
+        int64_t place = num_before(sequence);  // of the sequence's first new token
+        const int64_t first_own = place / kBlock, first_token = batch_.query_starts[sequence];
+        if (place % kBlock) {
             std::memcpy(keys, context.keys(first_own), block_size * sizeof(float));
             std::memcpy(values, context.values(first_own), block_size * sizeof(float));
         }
-        for (uint64_t rest = mask; rest; rest &= rest - 1, ++position) {
-            const int64_t seen = first_token + std::countr_zero(rest);
-            const float* key = &qkv_[seen * ld_qkv_ + (c_.num_heads + head) * size];  // write_cache has rotated it
-            const int64_t block = (position / kBlock - first_own) * block_size, lane = position % kBlock;
-            for (int64_t d = 0; d < size; ++d) keys[block + d * kBlock + lane] = key[d];
-            std::memcpy(values + block + lane * size, key + c_.num_kv_heads * size, size * sizeof(float));
+        for (uint64_t rest = mask; rest; rest &= rest - 1, ++place) {
+            const int64_t slot = batch_.slots[first_token + std::countr_zero(rest)];
+            const int64_t block = (place / kBlock - first_own) * block_size, lane = place % kBlock;
+            const float* key = cache_.read_keys(l, slot / kBlock, head, scratch.wide.data()) + slot % kBlock;
+            for (int64_t d = 0; d < size; ++d) keys[block + d * kBlock + lane] = key[d * kBlock];
+            const float* value = cache_.read_values(l, slot / kBlock, head, scratch.wide.data()) + slot % kBlock * size;
+            std::memcpy(values + block + lane * size, value, size * sizeof(float));
         }
         context.first_own = first_own;
         context.own_keys = keys;

@@ -17,7 +17,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
-from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, SCALE_DTYPE, scales_of
+from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, SCALE_DTYPE, quantize_positions, scales_of
 
 BLOCK_SIZE = 16
 """Positions in a block of the cache. A slot is block * BLOCK_SIZE + the position's place in it."""
@@ -206,14 +206,3 @@ def rotate_and_store_reference(
         numbers = as_bytes[..., : BLOCK_SIZE * head_size].view(*as_bytes.shape[:2], BLOCK_SIZE, head_size)
         numbers[blocks, :, places] = numbers_TKD.view(torch.int8)
         cache.view(SCALE_DTYPE)[..., -BLOCK_SIZE:][blocks, :, places] = scales_TK
-
-
-def quantize_positions(part_TKD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel stores: numbers TKD of one byte each, and scales TK in bfloat16, one for each head of a token."""
-    limit = 127.0 if dtype == torch.int8 else 448.0
-    wide = part_TKD.float()
-    scales_TK1 = (wide.abs().amax(-1, keepdim=True) / limit).to(SCALE_DTYPE)
-    scaled = (wide * (1.0 / torch.where(scales_TK1 == 0, 1.0, scales_TK1.float()))).clamp(-limit, limit)
-    if dtype == torch.int8:
-        scaled = (scaled + torch.where(scaled >= 0, 0.5, -0.5)).trunc()
-    return scaled.to(dtype), scales_TK1.squeeze(-1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
+from autobot_llm.engine.speculative.eagle.growth import Growth
 from autobot_llm.engine.speculative.eagle.model import EagleDraft, draft_rope
 from autobot_llm.engine.speculative.medusa.tree import CandidateTree
 from autobot_llm.errors import ContextLengthError
@@ -26,16 +27,6 @@ class EagleTree:
     tree: CandidateTree
     tokens_N: torch.Tensor
     log_probabilities_N: torch.Tensor
-
-
-@dataclass(slots=True)
-class _Node:
-    token: int
-    parent: int  # among the nodes of the draft; 0 is the root
-    rank: int
-    depth: int
-    log_probability: float
-    row: int = -1  # its row behind the verified ones, once it was expanded
 
 
 class EagleDrafter:
@@ -101,45 +92,36 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def tree(self, num_nodes: int, *, max_depth: int, top_k: int) -> EagleTree:
-        """The most probable tree of at most `num_nodes` nodes, the root included.
-
-        Level by level, the `top_k` best tokens after each of the `top_k` most probable nodes are found; of all nodes
-        found the most probable stay. A parent is never less probable than its child, so they form a tree. Source:
-        EAGLE-2 (arXiv 2406.16858).
-        """
-        feature_1E = self._ready()
-        device, first = feature_1E.device, self._num_computed
-        nodes = [_Node(self._next_token, -1, 0, 0, 0.0)]
-        frontier, features_ME, num_rows = [0], feature_1E, first
+        """The most probable tree of at most `num_nodes` nodes, the root included: `top_k` tokens after each of `top_k`
+        nodes of a level (growth.py)."""
+        features_ME = self._ready()
+        device, first = features_ME.device, self._num_computed
+        growth = Growth(self._next_token)
+        num_rows = first
         for depth in range(1, max_depth + 1):
             log_MW = self._draft.logits(features_ME).float().log_softmax(dim=-1)
             best = log_MW.topk(min(top_k, log_MW.shape[1]), dim=-1)
-            tokens, shares = self._target_ids_W[best.indices].tolist(), best.values.tolist()
-            level = []
-            for i, parent in enumerate(frontier):
-                for rank, (token, share) in enumerate(zip(tokens[i], shares[i], strict=True)):
-                    level.append(len(nodes))
-                    nodes.append(_Node(token, parent, rank, depth, nodes[parent].log_probability + share))
+            growth.add_level(self._target_ids_W[best.indices].tolist(), best.values.tolist())
             if depth == max_depth:
                 break
-            expanded = sorted(level, key=lambda node: -nodes[node].log_probability)[:top_k]
-            if num_rows + len(expanded) > self._max_context:
+            parents = growth.advance(top_k, num_rows)
+            num_expanded = len(growth.frontier)
+            if num_rows + num_expanded > self._max_context:
                 break
-            place = {node: i for i, node in enumerate(frontier)}
-            parents_M = torch.tensor([place[nodes[node].parent] for node in expanded], device=device)
-            mask_ML = torch.zeros(len(expanded), num_rows + len(expanded), dtype=torch.bool, device=device)
+            mask_ML = torch.zeros(num_expanded, num_rows + num_expanded, dtype=torch.bool, device=device)
             mask_ML[:, :first] = True
-            for i, node in enumerate(expanded):
-                nodes[node].row = num_rows + i
-                ancestor = node
-                while ancestor > 0:
-                    mask_ML[i, nodes[ancestor].row] = True
-                    ancestor = nodes[ancestor].parent
-            ids_M = torch.tensor([nodes[node].token for node in expanded], device=device)
+            for i, node in enumerate(growth.frontier):
+                mask_ML[i, growth.rows_to(node)] = True
+            ids_M = torch.tensor([growth.nodes[node].token for node in growth.frontier], device=device)
             positions_M = torch.full_like(ids_M, first + depth - 1)
-            features_ME = self._forward(ids_M, features_ME[parents_M], positions_M, num_rows, mask_ML)
-            frontier, num_rows = expanded, num_rows + len(expanded)
-        return _most_probable(nodes, num_nodes, device)
+            features_ME = self._forward(ids_M, features_ME[parents], positions_M, num_rows, mask_ML)
+            num_rows += num_expanded
+        kept = growth.best(num_nodes)
+        return EagleTree(
+            CandidateTree(tuple(node.parent for node in kept), tuple(node.rank for node in kept)),
+            torch.tensor([node.token for node in kept], device=device),
+            torch.tensor([node.log_probability for node in kept], device=device),
+        )
 
     def _ready(self) -> torch.Tensor:
         assert self._feature_1E is not None, "extend comes before a draft"
@@ -172,18 +154,3 @@ class EagleDrafter:
         embedded_TE = F.embedding(ids_T, self._embed_VE)
         returned: torch.Tensor = self._draft(embedded_TE, features_TE, cos_sin, attend)
         return returned
-
-
-def _most_probable(nodes: list[_Node], num_nodes: int, device: torch.device) -> EagleTree:
-    found = range(1, len(nodes))
-    best = sorted(found, key=lambda node: (-nodes[node].log_probability, nodes[node].depth))[: num_nodes - 1]
-    kept = [0, *sorted(best, key=lambda node: (nodes[node].depth, node))]
-    number = {node: i for i, node in enumerate(kept)}
-    return EagleTree(
-        CandidateTree(
-            parents=(-1, *(number[nodes[node].parent] for node in kept[1:])),
-            ranks=tuple(nodes[node].rank for node in kept),
-        ),
-        torch.tensor([nodes[node].token for node in kept], device=device),
-        torch.tensor([nodes[node].log_probability for node in kept], device=device),
-    )

@@ -1,4 +1,4 @@
-"""EAGLE-3 as a method of the engine: chains for many sequences at once. Knows the draft, features and tokens; knows
+"""EAGLE-3 as a method of the engine: trees for many sequences at once. Knows the draft, features and tokens; knows
 nothing of schedules. Its slow twin is EagleDrafter.
 
 Features are taken as the target computes them, and kept until somebody wants a draft: then the layer catches up with
@@ -13,16 +13,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.eagle.cache import DraftCache, Part, run_layer
+from autobot_llm.engine.speculative.eagle.growth import Growth
 from autobot_llm.engine.speculative.eagle.model import EagleDraft, draft_rope
 from autobot_llm.engine.speculative.guesses import rank_guesses
+from autobot_llm.engine.speculative.medusa.config import TREE_CANDIDATES
 from autobot_llm.engine.speculative.proposer import Computed, Draft
 
+MAX_BRANCHES = 8
+"""Tokens that are looked at after each node, and nodes of a level that go on."""
 MAX_BYTES = 256 * 2**20
 """Of all windows together: keys and values, and features that the layer has not taken in."""
 
@@ -46,9 +51,21 @@ class _Window:
         return self.cache.first_position + self.num_rows + self.num_waiting
 
 
+class _Drafting(NamedTuple):
+    """A sequence that is drafted for, and its tree."""
+
+    sequence: Sequence
+    window: _Window
+    growth: Growth
+
+
 class EagleProposer:
-    """CostlyProposer of the likeliest chain. `embed_VE` are the target's embeddings, `feature_layers` the layers whose
-    streams the draft reads (see EagleConfig); `max_model_len` bounds the positions."""
+    """CostlyProposer of the most probable trees.
+
+    A draft that is asked to be d tokens deep has at most `breadth` * d of them, and no more than TREE_CANDIDATES with
+    its root; with a `breadth` of 1 it is a chain. `embed_VE` are the target's embeddings, `feature_layers` the layers
+    whose streams the draft reads (see EagleConfig); `max_model_len` bounds the positions.
+    """
 
     name = "eagle3"
 
@@ -59,14 +76,16 @@ class EagleProposer:
         feature_layers: tuple[int, ...],
         *,
         max_model_len: int,
+        breadth: int = 1,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.wanted: FeatureKinds | None = FeatureKinds(layers=feature_layers)
         self.draft = draft
         self.embed_VE = embed_VE
-        self._target_ids_W = draft.target_ids.numpy()
+        self._target_ids_W = draft.target_ids.cpu().numpy()
         self._max_model_len = max_model_len
-        self._rope_PD = draft_rope(draft.config, max_model_len, torch.float32, "cpu")
+        self._rope_PD = draft_rope(draft.config, max_model_len, torch.float32, embed_VE.device)
+        self._breadth = breadth
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._windows: OrderedDict[int, _Window] = OrderedDict()  # least recently drafted for first
@@ -82,7 +101,9 @@ class EagleProposer:
             window, end = self._windows.get(sequence.id), start + len(token_rows)
             if window is None or not window.cache.first_position <= start <= window.end:
                 self.forget(sequence)
-                window = self._windows[sequence.id] = _Window(DraftCache(self.draft.config.layer, start))
+                window = self._windows[sequence.id] = _Window(
+                    DraftCache(self.draft.config.layer, start, self.embed_VE.device)
+                )
             num_known = window.end - start  # computed once more, after a preemption
             if num_known < len(token_rows):
                 streams_TF = features.streams_TF[token_rows[num_known:]]  # a copy
@@ -96,32 +117,28 @@ class EagleProposer:
         return 1 if window is None else max(1, window.num_waiting)
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
-        """One pass over what waits of every sequence, then one for each further token. Nothing for a sequence that
+        """One pass over what waits of every sequence, then one for each further level. Nothing for a sequence that
         was not seen, and nothing beyond the context."""
-        drafts = [list[int]() for _ in sequences]
-        drafting = [i for i, sequence in enumerate(sequences) if self._is_known(sequence, num_tokens)]
-        if not drafting:
-            return [None] * len(sequences)
-        windows = [self._windows[sequences[i].id] for i in drafting]
-        for i in drafting:
-            self._windows.move_to_end(sequences[i].id)
-        self._catch_up([window for window in windows if window.waiting])
-        features_SE = torch.stack([window.feature_E for window in windows if window.feature_E is not None])
-        for depth in range(num_tokens):
-            if depth:
-                parts = [
-                    Part(window.cache, window.num_rows + depth - 1, drafts[i][-1:])
-                    for i, window in zip(drafting, windows, strict=True)
-                ]
-                features_SE = run_layer(self.draft, self.embed_VE, self._rope_PD, parts, features_SE)
-            for i, token_id in zip(
-                drafting, self._choose([sequences[i] for i in drafting], features_SE, depth), strict=True
-            ):
-                drafts[i].append(token_id)
-        for window in windows:
+        drafts: list[Draft | None] = [None] * len(sequences)
+        places = [i for i, sequence in enumerate(sequences) if self._is_known(sequence, num_tokens)]
+        if not places:
+            return drafts
+        drafting = [
+            _Drafting(sequences[i], self._windows[sequences[i].id], Growth(sequences[i].token_ids[-1])) for i in places
+        ]
+        for sequence, _window, _growth in drafting:
+            self._windows.move_to_end(sequence.id)
+        self._grow(drafting, num_tokens)
+        num_nodes = min(1 + self._breadth * num_tokens, TREE_CANDIDATES)
+        for i, (_sequence, window, growth) in zip(places, drafting, strict=True):
+            kept = growth.best(num_nodes)[1:]
+            drafts[i] = Draft([node.token for node in kept], parents=[node.parent - 1 for node in kept])
             self._count(window)
         self._make_room()
-        return [Draft(token_ids) if token_ids else None for token_ids in drafts]
+        return drafts
+
+    def num_passes(self, num_tokens: int) -> int:
+        return num_tokens
 
     def forget(self, sequence: Sequence) -> None:
         self._drop(sequence.id)
@@ -155,16 +172,39 @@ class EagleProposer:
             window.waiting = []
 
     @torch.inference_mode()
-    def _choose(self, sequences: list[Sequence], features_SE: torch.Tensor, depth: int) -> list[int]:
-        ids_S1 = rank_guesses(
-            self.draft.logits(features_SE),
+    def _grow(self, drafting: list[_Drafting], max_depth: int) -> None:
+        """The trees of all, a pass for each level after the first."""
+        self._catch_up([window for _, window, _ in drafting if window.waiting])
+        features_ME = torch.stack([window.feature_E for _, window, _ in drafting if window.feature_E is not None])
+        num_branches, tree_rows = min(self._breadth, MAX_BRANCHES), 0
+        for depth in range(max_depth):
+            if depth:
+                parts, parents, begin = list[Part](), list[int](), 0
+                for _sequence, window, growth in drafting:
+                    num_before, first_row = len(growth.frontier), window.num_rows + tree_rows
+                    parents += [begin + place for place in growth.advance(num_branches, first_row)]
+                    begin += num_before
+                    ids = [growth.nodes[node].token for node in growth.frontier]
+                    visible = None if num_branches == 1 else [growth.rows_to(node) for node in growth.frontier]
+                    parts.append(Part(window.cache, first_row, ids, window.num_rows, depth, visible))
+                tree_rows += len(parts[0].ids)
+                features_ME = run_layer(self.draft, self.embed_VE, self._rope_PD, parts, features_ME[parents])
+            self._add_level(drafting, features_ME, depth, num_branches)
+
+    def _add_level(self, drafting: list[_Drafting], features_ME: torch.Tensor, depth: int, num_branches: int) -> None:
+        sequences = [sequence for sequence, _, growth in drafting for _ in growth.frontier]
+        ids_MN, log_chances_MN = rank_guesses(
+            self.draft.logits(features_ME),
             [sequence.params for sequence in sequences],
             [len(sequence.token_ids) + depth for sequence in sequences],
-            1,
+            num_branches,
             ids_V=self._target_ids_W,
         )
-        chosen: list[int] = ids_S1[:, 0].tolist()
-        return chosen
+        begin = 0
+        for _sequence, _window, growth in drafting:
+            rows = slice(begin, begin + len(growth.frontier))
+            begin += len(growth.frontier)
+            growth.add_level(ids_MN[rows].tolist(), log_chances_MN[rows].tolist())
 
     def _count(self, window: _Window) -> None:
         feature_bytes = window.waiting[0][0].shape[1] * 4 if window.waiting else 0

@@ -103,6 +103,9 @@ class MedusaProposer:
             drafts[i] = Draft(ids_KSN[heads, place, ranks].tolist(), parents=parents)
         return drafts
 
+    def num_passes(self, num_tokens: int) -> int:
+        return 1
+
     def tree(self, num_tokens: int, num_sequences: int) -> CandidateTree:
         """The tree of so many tokens' depth for each of so many sequences."""
         depth = min(num_tokens, self.heads.num_heads)
