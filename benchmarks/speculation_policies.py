@@ -106,6 +106,9 @@ class RecordedDraft:
     def lag(self, sequence: Sequence) -> int:
         return max(1, len(sequence.token_ids) - self._num_seen.get(sequence.id, 0))
 
+    def num_passes(self, num_tokens: int) -> int:
+        return num_tokens
+
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         num_behind = sum(self.lag(sequence) - 1 for sequence in sequences)
         self._clock.spend((num_tokens * (0.25 + 0.15 * len(sequences)) + 0.04 * num_behind) / 1e3)

@@ -117,5 +117,5 @@ class Setup:
 def touch(*executors: Any) -> None:
     """Have the caches' memory now: a page's first use takes as long as ten steps, whoever's turn it is."""
     for executor in executors:
-        executor.keys.fill(0)
-        executor.values.fill(0)
+        executor.cache.keys_LBKDP.zero_()
+        executor.cache.values_LBKPD.zero_()

@@ -366,3 +366,14 @@ def test_a_tree_costs_all_of_its_tokens_and_a_line_its_own() -> None:
     costs.record_tokens(2, 4, 2 * 31)
     assert costs.tokens(2, 4) == costs.tokens(3, 2) == 31
     assert costs.tokens(1, 4) == 4
+
+
+def test_a_method_that_drafts_in_one_pass_pays_for_one() -> None:
+    controller = measured()
+    controller.costly_costs.record(1, 1, 0, PLAIN)
+    likely = [history(3, 4)]
+    in_one = controller.decide([None], CostlyOffer(likely, [1], lambda _: 1), rich())
+    assert in_one is not None and in_one.num_costly == 3
+    assert controller.wants_offer()
+    controller.decide([None], CostlyOffer(likely, [1]), rich())
+    assert not controller.wants_offer(), "three passes cost more than three right tokens are worth: a probe at most"

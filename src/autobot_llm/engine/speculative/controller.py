@@ -86,10 +86,12 @@ CreditOf = Callable[[int], Credit]
 
 @dataclass(frozen=True, slots=True)
 class CostlyOffer:
-    """What a costly method has to offer each sequence, and how many tokens it lags behind."""
+    """What a costly method has to offer each sequence, how many tokens it lags behind, and the passes that drafts of
+    some depth take it; as many as that, unless it says otherwise."""
 
     histories: Histories
     lags: list[int]
+    num_passes: Callable[[int], int] = int
 
 
 class DraftPolicy(Protocol):
@@ -143,7 +145,7 @@ class Controller:
         self._offer_every = priors.offer_every
         self._is_shared = priors.is_shared
         self._uses_costly = False
-        self._num_asked = 1  # tokens, in depth, of the costly method when it was last asked
+        self._num_passes = 1  # of the costly method when it was last asked
         self._is_probing = False
         self._now = 0.0  # a sequence's time in the engine: its share of every step, as if all had been plain
         self._allowance: float | None = None  # for probes and catching up; None: no plain step was measured yet
@@ -176,7 +178,7 @@ class Controller:
         each = self.costs.added(num_sequences, num_tokens) / num_tokens
         num_costly = sum(result.is_costly for result in results)
         per_pass = self.costly_costs.per_pass(num_costly) if num_costly else None
-        drafting = 0.0 if per_pass is None else self._num_asked * per_pass / num_costly
+        drafting = 0.0 if per_pass is None else self._num_passes * per_pass / num_costly
         gains = [
             result.num_right * worth - result.num_tokens * each - drafting * result.is_costly for result in results
         ]
@@ -232,7 +234,7 @@ class Controller:
             self._allowance -= catch_up
         decision = self._probe(costly, plain) if decision is None else decision
         if decision is not None and decision.num_costly:
-            self._num_asked = decision.num_costly
+            self._num_passes = costly.num_passes(decision.num_costly)
         return decision
 
     def _balance_of(self, credit_of: CreditOf, num_sequences: int, share: float) -> Callable[[int], float]:
@@ -318,7 +320,7 @@ class Controller:
         shared = plain - own * num_sequences + catch_up / CATCH_UP_STEPS
         best, best_seconds = decision, seconds / MARGIN if decision is None else seconds
         for length in range(1, self._max_tokens + 1):
-            drafting = length * per_pass
+            drafting = costly.num_passes(length) * per_pass
             if self._added_by_costly(num_sequences, len(chosen), length) + drafting > affordable:
                 break
             tokens = self.costly_costs.tokens(len(chosen), length)
@@ -346,7 +348,7 @@ class Controller:
     def _probe_seconds(self, costly: CostlyOffer, plain: float) -> float:
         per_pass = self.costly_costs.per_pass(1)
         per_pass = plain if per_pass is None else per_pass
-        seconds = PROBE_TOKENS * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
+        seconds = costly.num_passes(PROBE_TOKENS) * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
         return seconds + (min(costly.lags) - 1) * self.costly_costs.per_token_behind(per_pass)
 
     def _candidates(self, survivals: SequenceABC[SequenceABC[float]], plain: float, own: float) -> Iterator[list[int]]:

@@ -201,7 +201,8 @@ class StepCosts:
         if not near:
             return expected
         each, count = near[min(near)]
-        return each * expected / self._expected_per_token(num_sequences, count)
+        expected_there = self._expected_per_token(num_sequences, count)
+        return each * expected / expected_there if expected_there else each
 
     def _expected_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
         plain = self._plain_costs[num_sequences]

@@ -249,7 +249,7 @@ class Speculator:
 
     def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
         histories = [self._usable(costly.name, _kind(sequence)) for sequence in sequences]
-        return CostlyOffer(histories, [costly.lag(sequence) for sequence in sequences])
+        return CostlyOffer(histories, [costly.lag(sequence) for sequence in sequences], costly.num_passes)
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
         history = self._history(method, kind)
