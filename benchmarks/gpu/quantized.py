@@ -41,9 +41,9 @@ SMALL_BYTES = 6e9
 SMALL_SETTINGS: Mapping[str, object] = {
     "kv_cache_dtype": "int8",
     "max_model_len": 8192,
-    "kv_cache_memory": 544 * 2**20,  # one sequence of 8,192 tokens takes 520 MiB
-    "max_num_seqs": 2,
-    "max_num_batched_tokens": 256,
+    "kv_cache_memory": 521 * 2**20,  # one sequence of 8,192 tokens takes 520 MiB
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 128,
 }
 
 

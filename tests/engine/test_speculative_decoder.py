@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def test_a_vocabulary_that_differs_in_two_tokens_is_refused_by_name(other_vocabu
 
 @pytest.mark.parametrize("method", ["medusa", "eagle3"])
 def test_a_method_without_heads_is_refused_where_it_is_asked_for(method: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=f"AUTOBOT_SPECULATION_METHOD='{method}': there are no such heads"):
-        load_engine(options(tmp_path, speculation=SpeculationOptions(method=method)))
+    with pytest.raises(ConfigurationError, match=f"AUTOBOT_SPECULATION_METHOD='{method}': no tiny-draft-{method} lies beside"):
+        load_engine(replace(options(tmp_path, speculation=SpeculationOptions(method=method)), folder=DRAFT))
 
 
 def test_auto_takes_what_there_is(tmp_path: Path) -> None:

@@ -108,10 +108,30 @@ def test_a_trees_logits_are_those_of_its_paths(executor: GpuExecutor, num_nodes:
         path = draft_tree.path_to(parents, node)
         sequence.draft_ids, sequence.draft_parents = [ids[each] for each in path], []
         line = build_batch([ScheduledSequence(sequence, 149, 1 + len(path), True, 0, len(path))], 16)
-        expected_RV = executor.execute(line)
+        expected_RV = executor.execute(line).clone()
         found_RV = logits_RV[[0, *(each + 1 for each in path)]]
-        error = (found_RV - expected_RV).norm(dim=-1) / expected_RV.norm(dim=-1)
-        assert float(error.max()) < 0.02, f"path {path}: relative error {error.tolist()}"
+        error = relative(found_RV, expected_RV)
+        # Rounding to bfloat16 shows most where logits are small: one row was 2.1 % off beside others of 0.4 to 0.8. So
+        # what a row may differ by is what the same line differs by when its tokens are computed one by one.
+        rounding = relative(one_by_one(executor, sequence, sequence.draft_ids), expected_RV)
+        bounds = rounding.mul(2).clamp(min=0.02)
+        assert bool((error < bounds).all()), f"path {path}: {error.tolist()} off, one by one {rounding.tolist()}"
+
+
+def relative(found_RV: torch.Tensor, expected_RV: torch.Tensor) -> torch.Tensor:
+    return (found_RV - expected_RV).norm(dim=-1) / expected_RV.norm(dim=-1)
+
+
+def one_by_one(executor: GpuExecutor, sequence: Sequence, ids: list[int]) -> torch.Tensor:
+    """The logits after the sequence's last token and after each of `ids`, a step for each."""
+    start, drafts, sequence.draft_ids = len(sequence.token_ids) - 1, sequence.draft_ids, []
+    sequence.token_ids += ids
+    places = range(start, start + 1 + len(ids))
+    steps = [build_batch([ScheduledSequence(sequence, place, 1, True)], 16) for place in places]
+    rows_RV = torch.cat([executor.execute(step).clone() for step in steps])
+    del sequence.token_ids[start + 1 :]
+    sequence.draft_ids = drafts
+    return rows_RV
 
 
 def test_after_the_move_a_path_is_as_if_it_had_been_a_line(executor: GpuExecutor) -> None:

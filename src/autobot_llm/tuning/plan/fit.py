@@ -27,8 +27,8 @@ UTILIZATION = 0.9  # the default of AUTOBOT_GPU_MEMORY_UTILIZATION
 # to card by some hundred MiB; this is on the safe side of an H100's.
 CONTEXT_BYTES = 600 * 2**20
 _BYTES_EACH = {"float32": 4, "bfloat16": 2, "float16": 2}
-# A scale in float32 for keys, and one for values, of each token and head.
-_SCALE_BYTES = 4
+# A scale of 16 bits for keys, and one for values, of each token and head.
+_SCALE_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
