@@ -93,7 +93,8 @@ def test_a_vocabulary_that_differs_in_two_tokens_is_refused_by_name(other_vocabu
 
 @pytest.mark.parametrize("method", ["medusa", "eagle3"])
 def test_a_method_without_heads_is_refused_where_it_is_asked_for(method: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=f"AUTOBOT_SPECULATION_METHOD='{method}': no tiny-draft-{method} lies beside"):
+    refusal = f"AUTOBOT_SPECULATION_METHOD='{method}': no tiny-draft-{method} lies beside"
+    with pytest.raises(ConfigurationError, match=refusal):
         load_engine(replace(options(tmp_path, speculation=SpeculationOptions(method=method)), folder=DRAFT))
 
 
