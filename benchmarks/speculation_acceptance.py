@@ -21,9 +21,9 @@ from speculation_setup import MODEL, Setup
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.load import load_draft_model
 from autobot_llm.engine.sequence import SamplingParams
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.heads import find_heads, make_eagle, make_medusa
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.speculator import Speculator
 
 CATEGORIES = ("story", "chat", "copy", "code", "long_prefix")

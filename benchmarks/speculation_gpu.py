@@ -33,13 +33,14 @@ from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import PipelinedExecutor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.quantization.scheme import QuantizationType
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sampler import SamplingArraysBuilder
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import Method, SpeculationOptions
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.measurements import ON_GPU
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.providers.native.provider import engine_options
 from autobot_llm.settings import load_settings
@@ -240,11 +241,11 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=5, help="most tokens of a draft (5)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--sampled", action="store_true", help="at batch 1 sampled, too")
-    parser.add_argument("--quantization", default="none", help="AUTOBOT_QUANTIZATION_TYPE of the model")
+    parser.add_argument("--quantization", default="none", help="what weights become at load: fp8, w8a8, w8, w4")
     arguments = parser.parse_args()
     settings = load_settings(
         env_file=None,
-        environ={"AUTOBOT_QUANTIZATION_TYPE": arguments.quantization},
+        environ={},
     )
     given: dict[Method, Path | None] = {
         "medusa": arguments.heads,
@@ -255,9 +256,13 @@ def main() -> None:
     heads = arguments.heads or arguments.eagle
     speculation = SpeculationOptions(method, arguments.draft, heads, arguments.num_tokens)
     start = time.perf_counter()
-    engine = load_engine(
-        dataclasses.replace(engine_options(settings, arguments.model), prefix_caching=False, speculation=speculation)
+    options = dataclasses.replace(
+        engine_options(settings, arguments.model),
+        prefix_caching=False,
+        speculation=speculation,
+        quantization=QuantizationType(arguments.quantization),
     )
+    engine = load_engine(options)
     print(f"{torch.cuda.get_device_name()}; loaded in {time.perf_counter() - start:.1f} s; {engine.speculation_reason}")
     gc.freeze()
     every = methods(engine, arguments.num_tokens)

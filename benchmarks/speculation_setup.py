@@ -12,10 +12,10 @@ from autobot_llm.engine.load import load_draft_model, load_engine
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.heads import make_eagle, make_medusa
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.speculator import Speculator
 
 MODEL = Path(__file__).parents[1] / "src" / "autobot_llm" / "assets" / "tiny"

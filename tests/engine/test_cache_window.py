@@ -30,7 +30,7 @@ from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.scoring import PromptScoring
 from autobot_llm.engine.speculative.build import SpeculationOptions
-from autobot_llm.engine.speculative.controller import Always
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.errors import ConfigurationError
 

@@ -21,8 +21,8 @@ from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sampler import SampledToken, Sampler
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.proposer import Draft
 from autobot_llm.engine.speculative.speculator import Speculator
 

@@ -16,9 +16,9 @@ from test_speculation import Guesser
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
-from autobot_llm.engine.speculative.controller import Always, CostlyOffer, CreditOf, Decision, Histories
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import Always, CostlyOffer, CreditOf, Decision, Histories
 from autobot_llm.engine.speculative.proposer import Draft
 from autobot_llm.engine.speculative.speculator import Speculator
 

@@ -13,20 +13,11 @@ from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.controller import (
-    MARGIN,
-    PROBE_GRANT,
-    PROBE_SHARE,
-    REFRESH,
-    RETRY,
-    Controller,
-    CostlyOffer,
-    CreditOf,
-    DraftResult,
-)
+from autobot_llm.engine.speculative.controller import MARGIN, PROBE_GRANT, PROBE_SHARE, REFRESH, RETRY, Controller
 from autobot_llm.engine.speculative.credit import GRANT_STEPS, LOSS_SHARE, MOST_STEPS, Credit
 from autobot_llm.engine.speculative.measurements import ENOUGH, HISTORY, AcceptanceHistory, CostlyCosts, StepCosts
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import CostlyOffer, CreditOf, DraftResult
 from autobot_llm.engine.speculative.speculator import Speculator
 
 PLAIN, EXTRA = 1.2e-3, 0.3e-3

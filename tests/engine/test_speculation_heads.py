@@ -21,12 +21,12 @@ from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.eagle.drafting import EagleDrafter
 from autobot_llm.engine.speculative.eagle.proposer import EagleProposer
 from autobot_llm.engine.speculative.heads import find_heads, make_eagle, make_medusa
 from autobot_llm.engine.speculative.medusa.proposer import MedusaProposer
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.training.forward import Model

@@ -23,9 +23,9 @@ from autobot_llm.engine.load import load_draft_model, load_engine
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.sequence import SamplingParams
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.speculator import Speculator
 
 PROMPTS = Path(__file__).parents[2] / "benchmarks" / "data" / "dev_prompts.jsonl"
@@ -249,7 +249,8 @@ def test_what_trees_leave_in_the_prefix_cache_is_what_plain_steps_leave_there(
         executor, pool = fresh.executor, fresh.scheduler.block_pool
         assert isinstance(executor, CompiledExecutor)
         shape = (fresh.config.num_layers, pool.num_blocks, -1)
-        keys, values = executor.keys.reshape(shape), executor.values.reshape(shape)
+        cache = executor.cache
+        keys, values = cache.keys_LBKDP.numpy().reshape(shape), cache.values_LBKPD.numpy().reshape(shape)
         found.append(
             {
                 key: (keys[:, entry.block_id].tobytes(), values[:, entry.block_id].tobytes())

@@ -30,7 +30,7 @@ from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.sampler import SampledToken, Sampler
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.acceptance import verify
-from autobot_llm.engine.speculative.controller import Always
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.possible import possible
 from autobot_llm.engine.speculative.proposer import Draft
 from autobot_llm.engine.speculative.speculator import Speculator

@@ -17,9 +17,9 @@ from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import SpeculationOptions
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.eagle.device_proposer import DeviceEagleProposer
 from autobot_llm.engine.speculative.heads import find_heads, make_eagle
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.proposer import Computed
 from autobot_llm.engine.speculative.speculator import Speculator
 

@@ -22,8 +22,8 @@ from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.sampler import SamplingArraysBuilder
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import SpeculationOptions
-from autobot_llm.engine.speculative.controller import Always
 from autobot_llm.engine.speculative.medusa.proposer import MedusaProposer
+from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.speculator import Speculator
 
 pytestmark = pytest.mark.gpu

@@ -29,11 +29,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple, Protocol
 
-from autobot_llm.engine.speculative.credit import Credit
 from autobot_llm.engine.speculative.measurements import (
     ENOUGH,
     ON_CPU,
@@ -42,6 +39,7 @@ from autobot_llm.engine.speculative.measurements import (
     Priors,
     StepCosts,
 )
+from autobot_llm.engine.speculative.policy import CostlyOffer, CreditOf, Decision, DraftResult, Histories
 
 REFRESH = 128
 MARGIN = 1.03
@@ -57,76 +55,6 @@ PROBE_EVERY = 16  # steps that are not waited for, before one is waited for to l
 LIKELY = 0.5
 CATCH_UP_STEPS = 32
 """Steps over which a costly method's catching up with a sequence is expected to pay."""
-
-
-class Decision(NamedTuple):
-    """`num_free[i]`: tokens of sequence i's free draft to verify. `num_costly`: tokens that the costly method drafts
-    for each sequence of `costly_for`; 0: it is not run."""
-
-    num_free: list[int]
-    num_costly: int = 0
-    costly_for: SequenceABC[int] = ()
-
-
-class DraftResult(NamedTuple):
-    """What became of a sequence's draft: its tokens, how many were right, and whether the costly method made it."""
-
-    credit: Credit
-    num_tokens: int
-    num_right: int
-    is_costly: bool
-
-
-Histories = SequenceABC[AcceptanceHistory | None]
-"""How drafts like each sequence's went; None where it has none, or one that may not be used."""
-
-CreditOf = Callable[[int], Credit]
-"""What the sequence at a place can afford."""
-
-
-@dataclass(frozen=True, slots=True)
-class CostlyOffer:
-    """What a costly method has to offer each sequence, how many tokens it lags behind, and the passes that drafts of
-    some depth take it; as many as that, unless it says otherwise."""
-
-    histories: Histories
-    lags: list[int]
-    num_passes: Callable[[int], int] = int
-
-
-class DraftPolicy(Protocol):
-    """Who decides."""
-
-    def wants_offer(self) -> bool:
-        """Whether the costly method is to be asked in this step."""
-        ...
-
-    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
-        """What to verify; None: nothing."""
-        ...
-
-    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
-        """Whether `decide` may find something to verify after the token that is under way. Decides nothing."""
-        ...
-
-
-class Always:
-    """DraftPolicy for tests and measurements: as many tokens as there are, whatever they cost; the free draft first."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
-
-    def wants_offer(self) -> bool:
-        return True
-
-    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
-        return True
-
-    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision:
-        num_free = [0 if history is None else self._num_tokens for history in free]
-        if costly is None:
-            return Decision(num_free)
-        return Decision(num_free, self._num_tokens, [i for i, number in enumerate(num_free) if number == 0])
 
 
 class Controller:
@@ -290,26 +218,43 @@ class Controller:
         plain: float,
         credit_of: CreditOf,
     ) -> tuple[Decision | None, float]:
-        """The costly method for every sequence that has no likelier free draft, as far ahead as pays; and the seconds
-        that it has to catch up for. `decision` and its seconds are what there is without it."""
+        """The costly method for every sequence that it can draft for, or for those that have no likelier free draft, as
+        far ahead as pays; and the seconds that it has to catch up for. `decision` and its seconds are what there is
+        without it."""
+        num_free = [0] * len(free) if decision is None else decision.num_free
+        able = [i for i, its in enumerate(costly.histories) if its is not None]
+        lacking = [i for i in able if num_free[i] == 0]
+        best, best_seconds, catch_up = decision, seconds / MARGIN if decision is None else seconds, 0.0
+        for chosen in (able,) if len(lacking) in (0, len(able)) else (able, lacking):
+            found = self._costly_for(chosen, free, num_free, costly, best_seconds, plain, credit_of)
+            if found is not None:
+                best, best_seconds, catch_up = found
+        return best, catch_up
+
+    def _costly_for(
+        self,
+        chosen: list[int],
+        free: Histories,
+        num_free: list[int],
+        costly: CostlyOffer,
+        best_seconds: float,
+        plain: float,
+        credit_of: CreditOf,
+    ) -> tuple[Decision, float, float] | None:
+        """The best length of the costly method for these sequences, its seconds, and those of catching up; None where
+        none is better than `best_seconds`."""
         num_sequences = len(free)
         share = plain / num_sequences
-        num_free = [0] * num_sequences if decision is None else decision.num_free
-        chosen = [
-            i
-            for i, (mine, its) in enumerate(zip(free, costly.histories, strict=True))
-            if its is not None and (num_free[i] == 0 or mine is None or mine.first_chance < its.first_chance)
-        ]
         per_pass = self.costly_costs.per_pass(len(chosen)) if chosen else None
         if per_pass is None or self._allowance is None:
-            return decision, 0.0
+            return None
         least = (self._added_by_costly(num_sequences, len(chosen), 1) + per_pass) / len(chosen)
         balance_of = self._balance_of(credit_of, num_sequences, share)
         balances = {i: balance_of(i) for i in chosen}
         chosen = [i for i in chosen if balances[i] >= least]
         catch_up = sum(costly.lags[i] - 1 for i in chosen) * self.costly_costs.per_token_behind(per_pass)
         if not chosen or catch_up > self._allowance:
-            return decision, 0.0
+            return None
         affordable = min(balances[i] for i in chosen) * len(chosen)
         is_chosen = set(chosen)
         survivals = [
@@ -318,7 +263,7 @@ class Controller:
         ]
         own = self.costs.own_share(num_sequences)
         shared = plain - own * num_sequences + catch_up / CATCH_UP_STEPS
-        best, best_seconds = decision, seconds / MARGIN if decision is None else seconds
+        best: Decision | None = None
         for length in range(1, self._max_tokens + 1):
             drafting = costly.num_passes(length) * per_pass
             if self._added_by_costly(num_sequences, len(chosen), length) + drafting > affordable:
@@ -330,7 +275,7 @@ class Controller:
             if these < best_seconds:
                 kept = [0 if i in is_chosen else number for i, number in enumerate(num_free)]
                 best, best_seconds = Decision(kept, length, chosen), these
-        return best, catch_up
+        return None if best is None else (best, best_seconds, catch_up)
 
     def _added_by_costly(self, num_sequences: int, num_chosen: int, length: int) -> float:
         """Seconds that verifying the costly method's drafts of that depth adds, for so many of the sequences."""

@@ -98,12 +98,14 @@ class AcceptanceHistory:
     def survival(self) -> list[float]:
         """A cautious estimate of the chance that a draft is right up to and including each position."""
         if self._survival is None:
-            chance, rate = 1.0, PRIOR_RATE
+            chance, rate, seen = 1.0, PRIOR_RATE, 0.0
             self._survival = []
             for passed, tried in zip(self._num_passed, self._num_tried, strict=True):
                 number = tried + PRIOR_WEIGHT
                 rate = (passed + PRIOR_WEIGHT * rate) / number
-                chance *= max(0.0, rate - CAUTION * math.sqrt(rate * (1.0 - rate) / number))
+                # A position that was not reached is taken for what the one before is: else nobody would ever try it.
+                seen = max(number, seen / 2)
+                chance *= max(0.0, rate - CAUTION * math.sqrt(rate * (1.0 - rate) / seen))
                 self._survival.append(chance)
         return self._survival
 

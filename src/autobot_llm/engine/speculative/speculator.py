@@ -18,12 +18,18 @@ from autobot_llm.engine.executor import Executor, FeatureExecutor, Features
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
-from autobot_llm.engine.speculative.controller import Controller, CostlyOffer, DraftPolicy, DraftResult
+from autobot_llm.engine.speculative.controller import Controller
 from autobot_llm.engine.speculative.credit import Credit
 from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
+from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
 from autobot_llm.engine.speculative.possible import possible
 from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer, Draft, FreeProposer
+
+LATEST = 0.25
+"""What a text's latest draft counts in how often its drafts are right."""
+
+_HABITS = ("seldom right", "sometimes right", "often right", "nearly always right")
 
 
 @dataclass(slots=True)
@@ -91,6 +97,7 @@ class Speculator:
         self._features = Features()  # of the step at hand
         self.clock = clock
         self._credits: dict[int, Credit] = {}  # by sequence id
+        self._success: dict[int, float] = {}  # of a costly method's tokens, by sequence id, the latest counting most
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
 
@@ -201,13 +208,17 @@ class Speculator:
                 is_costly = self._free is None or method != self._free.name
                 results.append(DraftResult(self._credit(item.sequence), item.num_draft, number, is_costly))
                 if is_costly:  # a free method is observed whatever is verified
-                    self._history(method, kind).record(min(depth, number + 1), number)
+                    tried = min(depth, number + 1)
+                    self._history(method, kind).record(tried, number)
+                    before = self._success.get(item.sequence.id, number / tried)
+                    self._success[item.sequence.id] = before + LATEST * (number / tried - before)
         if plan.num_prompt_tokens == 0:
             self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
             self.controller.settle(num_scheduled, results)
 
     def forget(self, sequence: Sequence) -> None:
         self._credits.pop(sequence.id, None)
+        self._success.pop(sequence.id, None)
         if self._free is not None:
             self._free.forget(sequence)
         if self._costly is not None:
@@ -230,7 +241,7 @@ class Speculator:
         given = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft is not None:
-                self._give(sequence, draft, costly.name, _kind(sequence), takes_trees)
+                self._give(sequence, draft, costly.name, self._kind(sequence), takes_trees)
                 given += len(sequence.draft_ids)
         if given:
             self.controller.costly_costs.record_tokens(len(sequences), num_tokens, given)
@@ -247,8 +258,15 @@ class Speculator:
             credit = self._credits[sequence.id] = Credit()
         return credit
 
+    def _kind(self, sequence: Sequence) -> str:
+        """Of a costly method's drafts: a model agrees with another's best token more often than with a drawn one, and
+        with some texts more often than with others."""
+        success = self._success.get(sequence.id)
+        habit = "new" if success is None else _HABITS[min(int(success * len(_HABITS)), len(_HABITS) - 1)]
+        return f"{'greedy' if sequence.params.is_greedy else 'sampled'}, {habit}"
+
     def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
-        histories = [self._usable(costly.name, _kind(sequence)) for sequence in sequences]
+        histories = [self._usable(costly.name, self._kind(sequence)) for sequence in sequences]
         return CostlyOffer(histories, [costly.lag(sequence) for sequence in sequences], costly.num_passes)
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
@@ -282,8 +300,3 @@ def _computed(plan: StepPlan, verdicts: SequenceABC[Verdict]) -> Iterator[Comput
         if sequence.epoch == epoch:
             yield Computed(sequence, start, rows, chosen_from)
         row += num_tokens
-
-
-def _kind(sequence: Sequence) -> str:
-    """A model agrees with another's best token more often than with a drawn one."""
-    return "greedy" if sequence.params.is_greedy else "sampled"

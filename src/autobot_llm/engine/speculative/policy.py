@@ -1,0 +1,81 @@
+"""Who decides what is drafted and verified: what a policy is told, and what it answers. Knows no costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from autobot_llm.engine.speculative.credit import Credit
+from autobot_llm.engine.speculative.measurements import AcceptanceHistory
+
+
+class Decision(NamedTuple):
+    """`num_free[i]`: tokens of sequence i's free draft to verify. `num_costly`: tokens that the costly method drafts
+    for each sequence of `costly_for`; 0: it is not run."""
+
+    num_free: list[int]
+    num_costly: int = 0
+    costly_for: SequenceABC[int] = ()
+
+
+class DraftResult(NamedTuple):
+    """What became of a sequence's draft: its tokens, how many were right, and whether the costly method made it."""
+
+    credit: Credit
+    num_tokens: int
+    num_right: int
+    is_costly: bool
+
+
+Histories = SequenceABC[AcceptanceHistory | None]
+"""How drafts like each sequence's went; None where it has none, or one that may not be used."""
+
+CreditOf = Callable[[int], Credit]
+"""What the sequence at a place can afford."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostlyOffer:
+    """What a costly method has to offer each sequence, how many tokens it lags behind, and the passes that drafts of
+    some depth take it; as many as that, unless it says otherwise."""
+
+    histories: Histories
+    lags: list[int]
+    num_passes: Callable[[int], int] = int
+
+
+class DraftPolicy(Protocol):
+    """Who decides."""
+
+    def wants_offer(self) -> bool:
+        """Whether the costly method is to be asked in this step."""
+        ...
+
+    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
+        """What to verify; None: nothing."""
+        ...
+
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
+        """Whether `decide` may find something to verify after the token that is under way. Decides nothing."""
+        ...
+
+
+class Always:
+    """DraftPolicy for tests and measurements: as many tokens as there are, whatever they cost; the free draft first."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def wants_offer(self) -> bool:
+        return True
+
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
+        return True
+
+    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision:
+        num_free = [0 if history is None else self._num_tokens for history in free]
+        if costly is None:
+            return Decision(num_free)
+        return Decision(num_free, self._num_tokens, [i for i, number in enumerate(num_free) if number == 0])
