@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.ngram import PAUSE, NgramProposer, SuffixIndex, continuation
+from autobot_llm.engine.speculative.ngram import MOST_PAUSE, NgramProposer, SuffixIndex, continuation
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
@@ -78,11 +78,11 @@ def test_a_text_whose_guesses_are_seldom_right_is_looked_at_now_and_then_until_t
     for token_id in range(5, 65):
         asked += proposer.propose(sequence, 4) is not None
         sequence.token_ids += [token_id, 1]
-    assert 20 < asked < 40, "1 has always occurred, and what follows it is always new"
+    assert 8 < asked < 25, "1 has always occurred, and what follows it is always new"
     kinds = []
     for token_id in sequence.token_ids[20:60]:
         draft = proposer.propose(sequence, 4)
         kinds.append(None if draft is None else draft.kind)
         sequence.token_ids.append(token_id)
-    assert all(kind is not None for kind in kinds[PAUSE + 4 :]), "what is right is looked at every time"
+    assert all(kind is not None for kind in kinds[MOST_PAUSE + 4 :]), "what is right is looked at every time"
     assert kinds[-1] == "run of 16 or more, often right"

@@ -12,13 +12,14 @@ part is saved only where everybody gets ahead: a draft for one of many must be w
 be served at the expense of the others. For a lone sequence it is (plain + c) / (1 + g), the time of a token. All of it
 is measured: chances by method and kind of draft, seconds by size of step (measurements.py).
 
-The guarantee. Expectations may be wrong, so no draft is longer than what its sequence can afford to lose whole: one
-step, and 1 % of its time, and what drafts have gained it lately (credit.py). So whatever is drafted and however wrong
-it is, drafts cost an answer at most 1 % and the time of one token more than they gain it. (On a GPU, where sequences
-share nearly all of a step, that holds for the answers of a batch together.) What is found out at the engine's expense
-comes besides: looks at a costly method, for at most PROBE_SHARE of the time and PROBE_GRANT steps; two tokens every
-RETRY steps; and learning what each size of step costs. Counted in measured costs, that is: where none is known for a
-plain step there is nothing to lose against, so a plain step is what is run then, and once every REFRESH drafted ones.
+The guarantee. Expectations may be wrong, so no draft is longer than what its sequence can afford to lose whole: three
+quarters of a step, half a per cent of its time, and what drafts have gained it lately (credit.py). So whatever is
+drafted and however wrong it is, drafts cost an answer at most that much more than they gain it. (On a GPU, where
+sequences share nearly all of a step, that holds for the answers of a batch together.) What is found out at the engine's
+expense comes besides: looks at a costly method, for at most PROBE_SHARE of the time and PROBE_GRANT steps; two tokens
+every RETRY steps; and learning what each size of step costs. Counted in measured costs, that is: where none is known
+for a plain step there is nothing to lose against, so a plain step is what is run then, and once every REFRESH drafted
+ones.
 
 What is switched off is looked at again. Free drafts are compared with what came even where they were not verified; a
 costly method is tried on one sequence whenever the allowance for it has the time.
@@ -189,6 +190,9 @@ class Controller:
             for i, history in enumerate(free)
             if history is not None and history.first_chance > least_chance
         ]
+        own = self.costs.own_share(num_sequences)
+        if len(likely) < num_sequences:  # nothing that all share is saved, so each has to be worth its own time
+            likely = [(i, history) for i, history in likely if history.first_chance * own > each]
         if not likely:
             return None, plain
         each = self.costs.added(num_sequences, len(likely)) / len(likely)
@@ -200,7 +204,6 @@ class Controller:
                 survivals[i] = history.survival()[:affordable]
         if not any(survivals):
             return None, plain
-        own = self.costs.own_share(num_sequences)
         shared = plain - own * num_sequences
         best, best_seconds = None, plain / MARGIN
         for lengths in self._candidates(survivals, plain, own):

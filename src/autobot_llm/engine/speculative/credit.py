@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-GRANT_STEPS = 1.0
+GRANT_STEPS = 0.75
 """What a new sequence may lose, in its shares of a plain step: enough to find out what its drafts are worth."""
 
-LOSS_SHARE = 0.01
+LOSS_SHARE = 0.005
 """Of its time, what it may lose besides."""
 
 MOST_STEPS = 4.0

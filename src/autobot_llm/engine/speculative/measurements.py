@@ -50,6 +50,7 @@ before the next one, and kernels of several rows are a little slower (docs/resul
 the host alone, and it is not the host that steps wait for."""
 
 _NUM_PLAIN, _NUM_EXTRA = 9, 15
+_PLAIN_EVERY = 4
 
 
 class AcceptanceHistory:
@@ -134,6 +135,7 @@ class StepCosts:
         self._priors = priors
         self._plain: dict[int, deque[float]] = {}
         self._plain_costs: dict[int, float] = {}
+        self._num_plain = 0
         self._extra: dict[tuple[int, int], deque[float]] = {}
         self._extra_costs: dict[tuple[int, int], float] = {}
         self._added: dict[tuple[int, int], float] = {}
@@ -145,6 +147,10 @@ class StepCosts:
             plain = self._plain.get(num_sequences)
             if plain is None:
                 plain = self._plain[num_sequences] = deque(maxlen=_NUM_PLAIN)
+            elif len(plain) == _NUM_PLAIN:
+                self._num_plain += 1
+                if self._num_plain % _PLAIN_EVERY:  # looking at each takes longer than it is worth
+                    return
             plain.append(seconds)
             self._plain_costs[num_sequences] = _lower_quartile(plain)
             return

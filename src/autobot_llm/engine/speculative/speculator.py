@@ -26,6 +26,8 @@ from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, Draf
 from autobot_llm.engine.speculative.possible import possible
 from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer, Draft, FreeProposer
 
+MOST_REST = 4  # steps
+
 LATEST = 0.25
 """What a text's latest draft counts in how often its drafts are right."""
 
@@ -96,6 +98,9 @@ class Speculator:
         self._wanted = None if costly is None else costly.wanted
         self._features = Features()  # of the step at hand
         self.clock = clock
+        # To look at many sequences in vain takes a few per cent of a small model's step: some steps pass unlooked at.
+        self._looking_costs = not priors.is_shared
+        self._num_to_rest = 0
         self._credits: dict[int, Credit] = {}  # by sequence id
         self._success: dict[int, float] = {}  # of a costly method's tokens, by sequence id, the latest counting most
         # by sequence id: method, kind and the parents of a tree, of the step at hand
@@ -132,18 +137,26 @@ class Speculator:
         self.drafting_seconds = 0.0
         if not sequences:
             return
+        for sequence in sequences:
+            sequence.draft_ids, sequence.draft_parents = [], []
+        if self._num_to_rest:
+            self._num_to_rest -= 1
+            return
+        self._num_to_rest = min(len(sequences) // 2, MOST_REST) if self._looking_costs else 0
         free, costly = self._free, self._costly
         drafts: list[Draft | None] = [None] * len(sequences)
         histories: list[AcceptanceHistory | None] = [None] * len(sequences)
         for i, sequence in enumerate(sequences):
-            sequence.draft_ids, sequence.draft_parents = [], []
             if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
         offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
+        if offer is None and histories.count(None) == len(histories):
+            return
         decision = self._policy.decide(histories, offer, lambda i: self._credit(sequences[i]))
         if decision is None:
             return
+        self._num_to_rest = 0
         self._drafted_by.clear()
         for sequence, draft, number in zip(sequences, drafts, decision.num_free, strict=True):
             if number and draft is not None and free is not None:
