@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -112,6 +113,18 @@ class Check(Driver):
     def open_requests(self) -> list[int]:
         return list(self.engine._requests)
 
+    def play(self, actions: Iterable[Arrival | Steps | Abort]) -> None:
+        """Does what a random schedule says; the requests left open are for `finish`."""
+        for action in actions:
+            match action:
+                case Arrival():
+                    self.arrive(action)
+                case Steps(num_steps):
+                    for _ in range(num_steps):
+                        self.step()
+                case Abort(which) if self.open_requests():
+                    self.abort(self.open_requests()[which % len(self.open_requests())])
+
     def step(self) -> None:
         super().step()
         pool = self.engine.scheduler.block_pool
@@ -155,6 +168,19 @@ class Steps:
 @dataclass(frozen=True)
 class Abort:
     which: int
+
+
+def crowded_arrival(rng: random.Random) -> Arrival:
+    """A request of the crowded schedules, where everything that can go wrong is known to happen."""
+    return Arrival(
+        prefix=rng.randrange(3),
+        num_shared=rng.randrange(15),
+        own=tuple(rng.choices(range(20, 26), k=rng.randint(1, 5))),
+        max_tokens=rng.randint(1, 12),
+        num_choices=rng.choice([1, 1, 2, 3]),
+        stop=rng.choice([(), ("7",), ("&", ":", "=")]),
+        temperature=rng.choice([0.0, 1.0]),
+    )
 
 
 arrivals = st.builds(

@@ -131,15 +131,7 @@ def test_features_are_those_of_their_tokens_and_answers_those_without_drafts(
     )
     engine.speculator = Speculator(MAX_DRAFT, costly=watching, policy=Now(MAX_DRAFT, seed, chance), clock=lambda: 0.0)
     check = Check(engine)
-    for action in actions:
-        match action:
-            case Arrival():
-                check.arrive(action)
-            case Steps(num_steps):
-                for _ in range(num_steps):
-                    check.step()
-            case Abort(which) if check.open_requests():
-                check.abort(check.open_requests()[which % len(check.open_requests())])
+    check.play(actions)
     check.finish()
     assert not watching.known, "something is kept of sequences that have left"
 

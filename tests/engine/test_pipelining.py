@@ -79,15 +79,7 @@ def test_any_schedule_gives_the_answers_that_each_request_gets_alone(
         scheduling_policy=scheduling_policy,
     )
     check = Check(engine)
-    for action in actions:
-        match action:
-            case Arrival():
-                check.arrive(action)
-            case Steps(num_steps):
-                for _ in range(num_steps):
-                    check.step()
-            case Abort(which) if check.open_requests():
-                check.abort(check.open_requests()[which % len(check.open_requests())])
+    check.play(actions)
     check.finish()
     assert isinstance(engine.executor, FakePipelinedDevice)
     assert engine.executor.most_unwaited <= 2

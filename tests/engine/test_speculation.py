@@ -15,7 +15,7 @@ from engines import Driver, num_leaked_blocks
 from fake_device import VOCAB_SIZE, FakeDevice, logits_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schedules import END_TOKEN, SIZE, Abort, Arrival, Check, Steps, actions, alone, engine_on
+from schedules import END_TOKEN, SIZE, Abort, Arrival, Check, Steps, actions, alone, crowded_arrival, engine_on
 
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.request import EngineRequest, RequestStats
@@ -94,15 +94,7 @@ def test_any_schedule_gives_the_answers_without_drafts(
         scheduling_policy=scheduling_policy,
     )
     check = Check(guessing(engine, skill, num_blocks, num_tokens))
-    for action in actions:
-        match action:
-            case Arrival():
-                check.arrive(action)
-            case Steps(num_steps):
-                for _ in range(num_steps):
-                    check.step()
-            case Abort(which) if check.open_requests():
-                check.abort(check.open_requests()[which % len(check.open_requests())])
+    check.play(actions)
     check.finish()
 
 
@@ -121,17 +113,7 @@ def test_crowded_schedules_with_drafts_preempt_swap_share_stop_and_abort() -> No
         )
         check = Check(guessing(engine, 0.8, seed))
         for _ in range(12):
-            check.arrive(
-                Arrival(
-                    prefix=rng.randrange(3),
-                    num_shared=rng.randrange(15),
-                    own=tuple(rng.choices(range(20, 26), k=rng.randint(1, 5))),
-                    max_tokens=rng.randint(1, 12),
-                    num_choices=rng.choice([1, 1, 2, 3]),
-                    stop=rng.choice([(), ("7",), ("&", ":", "=")]),
-                    temperature=rng.choice([0.0, 1.0]),
-                )
-            )
+            check.arrive(crowded_arrival(rng))
             for _ in range(rng.randrange(4)):
                 check.step()
             if check.open_requests() and rng.random() < 0.2:

@@ -110,15 +110,7 @@ def test_any_schedule_gives_the_answers_without_drafts(
         scheduling_policy=scheduling_policy,
     )
     check = Check(engine)
-    for action in actions:
-        match action:
-            case Arrival():
-                check.arrive(action)
-            case Steps(num_steps):
-                for _ in range(num_steps):
-                    check.step()
-            case Abort(which) if check.open_requests():
-                check.abort(check.open_requests()[which % len(check.open_requests())])
+    check.play(actions)
     check.finish()
     if draft is not None:
         assert isinstance(draft.executor, FakePipelinedDevice)

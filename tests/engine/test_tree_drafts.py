@@ -17,7 +17,7 @@ from grammars import compiled
 from guessed_trees import TreeGuesser, guessed_tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schedules import END_TOKEN, SIZE, Abort, Arrival, Check, Steps, actions, engine_on
+from schedules import END_TOKEN, SIZE, Abort, Arrival, Check, Steps, actions, crowded_arrival, engine_on
 
 from autobot_llm.engine.batching import draft_tree
 from autobot_llm.engine.batching.draft_tree import MAX_TREE_TOKENS, ROOT
@@ -92,15 +92,7 @@ def test_any_schedule_gives_the_answers_without_trees(
         num_swap_blocks=num_swap_blocks,
     )
     check = Check(guessing(engine, num_blocks, num_tokens)[0])
-    for action in actions:
-        match action:
-            case Arrival():
-                check.arrive(action)
-            case Steps(num_steps):
-                for _ in range(num_steps):
-                    check.step()
-            case Abort(which) if check.open_requests():
-                check.abort(check.open_requests()[which % len(check.open_requests())])
+    check.play(actions)
     check.finish()
 
 
@@ -124,17 +116,7 @@ def test_crowded_schedules_with_trees_preempt_swap_share_stop_and_move() -> None
         )
         check = Check(engine)
         for _ in range(12):
-            check.arrive(
-                Arrival(
-                    prefix=rng.randrange(3),
-                    num_shared=rng.randrange(15),
-                    own=tuple(rng.choices(range(20, 26), k=rng.randint(1, 5))),
-                    max_tokens=rng.randint(1, 12),
-                    num_choices=rng.choice([1, 1, 2, 3]),
-                    stop=rng.choice([(), ("7",), ("&", ":", "=")]),
-                    temperature=rng.choice([0.0, 1.0]),
-                )
-            )
+            check.arrive(crowded_arrival(rng))
             for _ in range(rng.randrange(4)):
                 check.step()
             if check.open_requests() and rng.random() < 0.2:
