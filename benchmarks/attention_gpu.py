@@ -41,7 +41,7 @@ from autobot_llm.engine.attention.sdpa_paged import FreshKernel, SdpaPagedAttent
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeTile, DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.prefill_attention import PrefillTile, fresh_prefill, paged_prefill, plan_tiles
-from autobot_llm.engine.kernels.gpu.rotary import quantize_positions
+from autobot_llm.engine.kv_cache.storage import quantize_positions
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP_SIZE = NUM_HEADS // NUM_KV_HEADS

@@ -208,6 +208,7 @@ def test_a_window_no_narrower_than_the_context_is_none() -> None:
 
 def test_windows_of_some_layers_alone_free_nothing_and_lose_nothing() -> None:
     config = dataclasses.replace(load_config(TINY), sliding_windows=(0, 32) * 4)
+    assert choose_policy(config, sliding_window=5000, heavy_hitters=0, max_model_len=320) == (config, CachePolicy())
     assert choose_policy(config, sliding_window=0, heavy_hitters=0, max_model_len=320) == (config, CachePolicy())
     config = dataclasses.replace(config, sliding_windows=(64, 32) * 4)
     _, policy = choose_policy(config, sliding_window=0, heavy_hitters=0, max_model_len=320)

@@ -15,7 +15,7 @@ from test_speculation import Guesser
 
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
-from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
+from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.policy import Always, CostlyOffer, CreditOf, Decision, Histories
@@ -133,6 +133,24 @@ def test_a_draft_model_equal_to_its_target_is_always_right(temperature: float) -
         assert (driver.texts[i, 0], end.num_tokens, end.end) == expected
     assert speculator.num_proposed > 0
     assert speculator.num_accepted == speculator.num_proposed
+
+
+def test_a_draft_whose_logits_are_broken_is_not_gone_on_with() -> None:
+    """Where two prompts take two steps, the first one's token is looked at before the next pass is launched."""
+    draft = draft_model(40, max_tokens=8)
+    assert isinstance(draft.executor, FakePipelinedDevice)
+
+    def fault(number: int, logits_RV: Any) -> None:
+        if number == 0:
+            logits_RV[0] = float("nan")
+
+    draft.executor.fault = fault
+    sequences = [
+        Sequence(i, list(range(20 + i, 27 + i)), SamplingParams(max_tokens=9, temperature=0.0)) for i in (0, 1)
+    ]
+    broken, good = draft.propose(sequences, 3)
+    assert broken is None or not broken.token_ids
+    assert good is not None and len(good.token_ids) == 3
 
 
 def test_nothing_is_waited_for_while_nothing_is_drafted() -> None:

@@ -11,7 +11,6 @@ from autobot_llm.engine.kernels.gpu.linear import (
     linear_reference,
 )
 from autobot_llm.engine.kernels.gpu.many_tiles import HOPPER, NARROW, Library, ManyTile, Way, choose_way
-from autobot_llm.engine.kernels.gpu.quantized import PackedWeight
 from autobot_llm.engine.kernels.gpu.quantized_many import (
     dequantize,
     format_of,
@@ -20,6 +19,7 @@ from autobot_llm.engine.kernels.gpu.quantized_many import (
     multiply_many,
     round_rows,
 )
+from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
 
 ON_GPU = torch.cuda.is_available()

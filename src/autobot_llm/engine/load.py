@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,56 +77,58 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
         config, options, sizes, device, dtype, cache_dtype, block_bytes, on_progress,
         sums_attention=policy.heavy_hitters > 0, features=kinds,
     )  # fmt: skip
-    prefix_caching = options.prefix_caching and not policy.heavy_hitters  # whose blocks change while they are used
-    pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching, scattered=device.type == "cuda")
-    scheduler = Scheduler(
-        pool,
-        max_num_seqs=sizes.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
-        max_model_len=sizes.max_model_len,
-        max_waiting_time_ms=sizes.max_waiting_time_ms,
-        scheduling_policy=sizes.scheduling_policy,
-        swap_space=_swap_space(options, executor, device, block_bytes),
-        retention=_retention(policy, executor),
-    )
-    log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
-    target = _target(
-        config,
-        tokenizer,
-        options,
-        sizes,
-        max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE)),  # a draft model keeps whole sequences
-        features=_features_of(executor, kinds, device),
-        place=_place(executor, options),
-    )
-    make_draft = partial(_draft_executor, options, sizes, device)
-    try:
+    with ExitStack() as made:
+        made.callback(executor.close)
+        prefix_caching = options.prefix_caching and not policy.heavy_hitters  # whose blocks change while they are used
+        pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching, scattered=device.type == "cuda")
+        scheduler = Scheduler(
+            pool,
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            max_model_len=sizes.max_model_len,
+            max_waiting_time_ms=sizes.max_waiting_time_ms,
+            scheduling_policy=sizes.scheduling_policy,
+            swap_space=_swap_space(options, executor, device, block_bytes),
+            retention=_retention(policy, executor),
+        )
+        log.info("%s: %s step (%s), %d cache blocks", options.folder.name, executor.name, executor.reason, num_blocks)
+        target = _target(
+            config,
+            tokenizer,
+            options,
+            sizes,
+            max(num_blocks, -(-sizes.max_model_len // BLOCK_SIZE)),  # a draft model keeps whole sequences
+            features=_features_of(executor, kinds, device),
+            place=_place(executor, options),
+        )
+        make_draft = partial(_draft_executor, options, sizes, device)
         speculator, speculation_reason = (
             no_speculation_beside_heavy_hitters(options.speculation)
             if policy.heavy_hitters
             else build_speculator(options.speculation, target, make_draft)
         )
-    except BaseException:
-        executor.close()
-        raise
-    log.info("speculation: %s", speculation_reason)
-    return Engine(
-        config,
-        tokenizer,
-        executor,
-        scheduler,
-        Sampler(config.vocab_size),
-        bytes_per_block=block_bytes,
-        cache=CacheDescription(
-            policy=policy,
-            dtype=str(cache_dtype).removeprefix("torch."),
-            is_rounded=cache_dtype != dtype,
-            bytes_per_token=block_bytes // BLOCK_SIZE,
-            plain_bytes_per_token=bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE,
-        ),
-        speculator=speculator,
-        speculation_reason=speculation_reason,
-    )
+        if speculator is not None:
+            made.callback(speculator.close)
+        log.info("speculation: %s", speculation_reason)
+        engine = Engine(
+            config,
+            tokenizer,
+            executor,
+            scheduler,
+            Sampler(config.vocab_size),
+            bytes_per_block=block_bytes,
+            cache=CacheDescription(
+                policy=policy,
+                dtype=str(cache_dtype).removeprefix("torch."),
+                is_rounded=cache_dtype != dtype,
+                bytes_per_token=block_bytes // BLOCK_SIZE,
+                plain_bytes_per_token=bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE,
+            ),
+            speculator=speculator,
+            speculation_reason=speculation_reason,
+        )
+        made.pop_all()  # from here on the engine closes them
+    return engine
 
 
 def _retention(policy: CachePolicy, executor: Executor) -> Retention:

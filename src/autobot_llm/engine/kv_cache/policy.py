@@ -105,14 +105,14 @@ def choose_policy(
             "the places of what is kept do not tell how far back it was; expected 0"
         )
     own = config.sliding_windows
-    if sliding_window:
+    if 0 < sliding_window < max_model_len:  # a wider one hides nothing
         config = replace(config, sliding_windows=tuple(min(w or sliding_window, sliding_window) for w in own))
     windows = config.sliding_windows
     widest = 0 if 0 in windows else max(windows)
     return config, CachePolicy(
         window=widest if widest < max_model_len else 0,
         heavy_hitters=budget if budget < max_model_len else 0,
-        is_window_asked=windows != own and min(windows) < max_model_len,
+        is_window_asked=windows != own,
     )
 
 

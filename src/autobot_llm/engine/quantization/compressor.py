@@ -143,6 +143,8 @@ def compress(
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial / "lock", wait=False) as lock:
             try:
+                if folder.exists():  # made by another process while this one waited for the environment
+                    raise ConfigurationError(f"{folder} exists already: name another folder, or remove it")
                 _compress(python, source, folder, partial / "model", config, sequences, environ, lock)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

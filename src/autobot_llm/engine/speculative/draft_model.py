@@ -22,7 +22,7 @@ from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
 from autobot_llm.engine.executor import Executor, FeatureKinds, Features, PipelinedExecutor
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
-from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.chain import Chain, known, make_room
 from autobot_llm.engine.speculative.proposer import Computed, Draft
 
@@ -136,6 +136,8 @@ class DraftModel:
         parts: list[ScheduledSequence] = []
         budget = self._max_tokens
         for shadow in shadows:
+            if shadow.token_ids[-1] == UNKNOWN_TOKEN and shadow.pending_row == NO_ROW:
+                continue  # its logits were not good, and not even the device knows the token
             end = len(shadow.token_ids)
             while (missing := end - shadow.num_computed_tokens) > 0:
                 number = min(missing, budget)

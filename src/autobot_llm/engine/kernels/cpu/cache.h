@@ -128,7 +128,7 @@ struct PagedCache {
         std::memcpy(&scale, &bits, sizeof scale);
         const float inverse = 1.0f / (scale == 0.0f ? 1.0f : scale);  // of zeros nothing is left whatever they meet
         for (int64_t d = 0; d < head_size; ++d) {
-            const float scaled = std::min(std::max(x[d] * inverse, -limit), limit);  // NaN becomes -limit: its scale is NaN
+            const float scaled = std::min(std::max(-limit, x[d] * inverse), limit);  // NaN becomes -limit: its scale is NaN
             out[d * stride] = stored == Stored::kInt8
                                   ? static_cast<uint8_t>(static_cast<int8_t>(scaled + (scaled >= 0.0f ? 0.5f : -0.5f)))
                                   : fp8(scaled);

@@ -13,8 +13,7 @@ from autobot_llm.engine.kernels.gpu.launch import launch_options
 from autobot_llm.engine.kernels.gpu.quantized_rows import quantized_rows_kernel
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, prefetchable, split_inputs, workspace
 from autobot_llm.engine.kernels.gpu.tiles import RowsTile
-from autobot_llm.engine.quantization.packed import PackedWeight as PackedWeight
-from autobot_llm.engine.quantization.packed import pack_4_bits as pack_4_bits
+from autobot_llm.engine.quantization.packed import PackedWeight
 
 # With so few rows, or few warps, Triton takes the older matrix instructions: their operand goes from memory to
 # registers sixteen bytes at a time, where Hopper's own takes one-byte numbers two by two.

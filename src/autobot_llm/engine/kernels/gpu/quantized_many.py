@@ -57,6 +57,8 @@ def multiply_many(
     way = choose_way(format_of(weight), rounded, num_rows, out.shape[1], num_inputs, gated, capability)
     if weight.group and isinstance(way, ManyTile) and weight.group % way.block_i:
         way = Library.PARTS  # a step of the kernel lies in one group
+    if way is Library.SCALED and (num_inputs % 16 or weight.num_outputs % 16):
+        way = ManyTile(128, 128, 128, num_warps=8, num_stages=3)  # the library's sizes are multiples of 16
     return multiply_by(
         way, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, rounded=rounded
     )
