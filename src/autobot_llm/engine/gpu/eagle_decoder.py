@@ -4,26 +4,33 @@ returns; knows nothing of sequences. The slow twin is speculative/eagle/model.py
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from autobot_llm.engine.attention.paged import PagedAttention
-from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
+from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.kernels.gpu.draft_input import draft_input
-from autobot_llm.engine.kernels.gpu.linear import linear, linear_add, norm_linear_gated
+from autobot_llm.engine.kernels.gpu.linear import linear, linear_add, norm_linear, norm_linear_gated
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
 from autobot_llm.engine.speculative.eagle.model import EagleDraft
 
 
-# T packed tokens, R rows whose logits are wanted, E hidden size, F three times the target's, W draft vocabulary
-class EagleDecoder(FusedDecoder):
-    """A pass of the layer, and logits over the draft's vocabulary.
+# T packed tokens, E hidden size, F three times the target's, W draft vocabulary
+class EagleTokens(NamedTuple):
+    """Tokens of a pass, by the target's ids, where they stand and which slots of the cache they go to: int32. Slots
+    below 0 are not written."""
 
-    Token t reads the target's feature features_TE[t]. Where its `token_rows_T` is not negative, both token and feature
-    are what that row of the pass before gave: `last_tokens` are ids of the draft, and the feature is what the layer
-    returned there. A pass of at most `max_rows` tokens or rows, padding included.
+    ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+
+
+class EagleDecoder(FusedDecoder):
+    """Passes of the layer: over what the target has computed, and over what the draft continues.
+
+    Each of the latter overwrites what the layer returned in the pass before it, of at most `max_rows` tokens.
     """
 
     def __init__(
@@ -40,39 +47,52 @@ class EagleDecoder(FusedDecoder):
         self._norm_before_residual = draft.config.norm_before_residual
         self._feature_norm_E = draft.midlayer.hidden_norm.weight
         self._fc_weight = draft.fc.weight
-        self._target_ids_W = draft.target_ids.int()
-        shape = (max_rows, self.hidden_size)
-        self.features_TE = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self._returned_RE = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._returned_RE = torch.zeros((max_rows, self.hidden_size), dtype=self.dtype, device=self.device)
 
-    def fuse(self, streams_TF: torch.Tensor) -> torch.Tensor:
-        """Features TE from the target's three streams side by side."""
-        return linear(streams_TF, self._fc_weight)
+    def take_in(self, streams_TF: torch.Tensor, tokens: EagleTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the keys and values of tokens whose features the target has computed, its three streams side by side:
+        all that is ever read of any but a sequence's last. Returns qkv_TC, rotated, and the residual TE."""
+        return self._project(tokens, linear(streams_TF, self._fc_weight), None)
 
-    def _layers(self, inputs: DecoderInputs, metadata: Any, streams_TF: torch.Tensor | None = None) -> torch.Tensor:
-        """What the layer returns of the rows whose logits are wanted; the next pass finds it."""
-        layer, eps = self._weights.layers[0], self._config.rms_norm_eps
-        both_TX, residual_RE = draft_input(
-            inputs.ids_T,
-            inputs.token_rows_T,
-            inputs.last_tokens,
-            self._target_ids_W,
+    def begin(
+        self, streams_TF: torch.Tensor, tokens: EagleTokens, last_rows_S: torch.Tensor, metadata: Any
+    ) -> torch.Tensor:
+        """The same, and float32 logits_SW after the tokens in `last_rows_S`, in whose order attention's `metadata`
+        counts its queries."""
+        qkv_TC, residual_TE = self.take_in(streams_TF, tokens)
+        rows = qkv_TC.index_select(0, last_rows_S), residual_TE.index_select(0, last_rows_S)
+        return self._finish(*rows, metadata)
+
+    def go_on(self, tokens: EagleTokens, rows_T: torch.Tensor, metadata: Any) -> torch.Tensor:
+        """float32 logits_TW after drafted tokens, each with what the pass before returned in one of its rows."""
+        return self._finish(*self._project(tokens, self._returned_RE, rows_T), metadata)
+
+    def _project(
+        self, tokens: EagleTokens, features_RE: torch.Tensor, rows_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self._weights.layers[0]
+        both_TX, residual_TE = draft_input(
+            tokens.ids_T,
+            rows_T,
             self._weights.embed_VE,
-            self.features_TE,
-            self._returned_RE,
+            features_RE,
             layer.input_norm_E,
             self._feature_norm_E,
-            eps,
+            self._config.rms_norm_eps,
             norm_before_residual=self._norm_before_residual,
         )
-        attended_RA = self._attend(0, layer, linear(both_TX, layer.qkv_weight, layer.qkv_bias), inputs, metadata)
-        if inputs.logit_rows_R is not None:
-            residual_RE = residual_RE.index_select(0, inputs.logit_rows_R)
-            attended_RA = attended_RA.index_select(0, inputs.logit_rows_R)
-        linear_add(attended_RA, layer.o_weight, layer.o_bias, residual_RE, out=residual_RE)
-        activated_RF = norm_linear_gated(residual_RE, layer.post_norm_E, eps, layer.gate_up_weight, layer.gate_up_bias)
-        returned_RE = self._returned_RE[: len(residual_RE)]
-        return linear_add(activated_RF, layer.down_weight, layer.down_bias, residual_RE, out=returned_RE)
+        qkv_TC = linear(both_TX, layer.qkv_weight, layer.qkv_bias)
+        self._store(0, layer, qkv_TC, tokens.positions_T, tokens.slots_T)
+        return qkv_TC, residual_TE
+
+    def _finish(self, qkv_TC: torch.Tensor, residual_TE: torch.Tensor, metadata: Any) -> torch.Tensor:
+        weights, eps = self._weights, self._config.rms_norm_eps
+        layer = weights.layers[0]
+        linear_add(self._gathered(0, qkv_TC, metadata), layer.o_weight, layer.o_bias, residual_TE, out=residual_TE)
+        activated_TF = norm_linear_gated(residual_TE, layer.post_norm_E, eps, layer.gate_up_weight, layer.gate_up_bias)
+        returned_TE = self._returned_RE[: len(residual_TE)]
+        linear_add(activated_TF, layer.down_weight, layer.down_bias, residual_TE, out=returned_TE)
+        return norm_linear(returned_TE, weights.norm_E, eps, weights.lm_head_VE, out_dtype=torch.float32)
 
 
 def _weights(draft: EagleDraft, embed_VE: torch.Tensor) -> DecoderWeights:

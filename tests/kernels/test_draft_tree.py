@@ -1,0 +1,70 @@
+"""Trees that grow on the device: every node, parent and chance is that of the plain growth on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, TreeGrower
+from autobot_llm.engine.speculative.eagle.growth import Growth
+
+MAX_DEPTH = 4
+
+
+@pytest.mark.parametrize(("vocab_size", "num_branches"), [(48, 8), (3000, 4)])
+def test_a_tree_is_that_of_the_plain_growth(vocab_size: int, num_branches: int, device: torch.device) -> None:
+    """Whatever the depth, the number of sequences and of nodes that are kept, one after the other in the same buffers;
+    and what the next pass is told is what the plain growth says of its frontier."""
+    rng = np.random.default_rng(vocab_size)
+    target_ids = torch.from_numpy(rng.permutation(9000)[:vocab_size].astype(np.int32)).to(device)
+    grower = TreeGrower(target_ids, max_sequences=3, num_branches=num_branches, max_depth=MAX_DEPTH)
+    for depth, num_sequences, num_chosen in ((4, 3, 31), (1, 2, 5), (3, 1, 63), (2, 3, 1)):
+        twins = [Growth(7) for _ in range(num_sequences)]
+        for level in range(depth):
+            num_rows = num_sequences * (num_branches if level else 1)
+            logits = (3 * rng.standard_normal((num_rows, vocab_size))).astype(np.float32)
+            logits[0, :20] = logits[0, 0]  # equal ones: the first in the vocabulary come first
+            has_next = level + 1 < depth
+            tree_rows = torch.full((num_sequences * num_branches, 4), 77, dtype=torch.int32, device=device)
+            frontier = grower.grow(level, torch.from_numpy(logits).to(device), tree_rows if has_next else None)
+            log_shares = torch.from_numpy(logits).double().log_softmax(dim=-1).numpy()
+            order = np.argsort(-logits, axis=-1, kind="stable")[:, :num_branches]
+            parents: list[int] = []
+            for s, (twin, rows) in enumerate(zip(twins, np.split(np.arange(num_rows), num_sequences), strict=True)):
+                tokens = target_ids.cpu().numpy()[order[rows]].tolist()
+                twin.add_level(tokens, np.take_along_axis(log_shares[rows], order[rows], axis=-1).tolist())
+                if has_next:
+                    num_before = len(twin.frontier)
+                    parents += [s * num_before + place for place in twin.advance(num_branches, num_branches * level)]
+            assert (frontier is not None) == has_next
+            if frontier is not None:
+                nodes = [(twin, node) for twin in twins for node in twin.frontier]
+                assert frontier.ids_M.tolist() == [twin.nodes[node].token for twin, node in nodes]
+                assert frontier.rows_M.tolist() == parents
+                masks = [sum(1 << row for row in twin.rows_to(node)) for twin, node in nodes]
+                found = frontier.tree_rows_M4.cpu().numpy()
+                assert found[:, :2].copy().view(np.uint64).ravel().tolist() == masks
+                assert (found[:, 2:] == 77).all(), "the caller's"
+        out = torch.full((num_sequences, 70, CHOICE_FIELDS), -9, dtype=torch.int32, device=device)
+        grower.choose(depth, torch.tensor([num_chosen], dtype=torch.int32, device=device), out)
+        for found_N3, twin in zip(out.cpu().numpy(), twins, strict=True):
+            kept = twin.best(num_chosen + 1)[1:]
+            assert found_N3[: len(kept), 0].tolist() == [node.token for node in kept]
+            assert found_N3[: len(kept), 1].tolist() == [node.parent - 1 for node in kept]
+            chances = found_N3[: len(kept), 2].copy().view(np.float32)
+            np.testing.assert_allclose(chances, [node.log_probability for node in kept], rtol=1e-5, atol=1e-5)
+            assert (found_N3[len(kept) :] == -9).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's own arithmetic
+def test_bad_logits_give_no_chance(device: torch.device) -> None:
+    target_ids = torch.arange(100, dtype=torch.int32, device=device)
+    grower = TreeGrower(target_ids, max_sequences=2, num_branches=4, max_depth=1)
+    logits = torch.randn(2, 100)
+    logits[1, 30] = torch.nan
+    grower.grow(0, logits.to(device), None)
+    out = torch.zeros((2, 4, CHOICE_FIELDS), dtype=torch.int32, device=device)
+    grower.choose(1, torch.tensor([4], dtype=torch.int32, device=device), out)
+    chances = out.cpu().numpy()[..., 2].copy().view(np.float32)
+    assert np.isfinite(chances[0]).all() and not np.isfinite(chances[1]).all()
