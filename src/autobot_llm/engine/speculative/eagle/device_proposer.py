@@ -132,7 +132,7 @@ class DeviceEagleProposer:
         for sequence_id in wanted:
             self._windows.move_to_end(sequence_id)
         drafting = [w for w in wanted.values() if w.num_waiting and self._make_room(w, depth, wanted)]
-        num_nodes = self.num_nodes(depth, len(drafting))
+        num_nodes = self.num_nodes(depth, len(wanted))
         for start in range(0, len(drafting), self.device.max_sequences):
             self._grow(drafting[start : start + self.device.max_sequences], depth, num_nodes)
         return [self._drafted(wanted.get(s.id), depth) for s in sequences]
