@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from autobot_llm.engine.attention.paged import ItemCut
+from autobot_llm.engine.gpu.eagle_steps import draft_layout, fill_draft, levels_layout
+from autobot_llm.engine.kernels.gpu.draft_levels import write_levels
 from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, TreeGrower
 from autobot_llm.engine.speculative.eagle.growth import Growth
+from autobot_llm.engine.speculative.eagle.on_device import Roots, Taken
 
 MAX_DEPTH = 4
 
@@ -55,6 +59,39 @@ def test_a_tree_is_that_of_the_plain_growth(vocab_size: int, num_branches: int, 
             chances = found_N3[: len(kept), 2].copy().view(np.float32)
             np.testing.assert_allclose(chances, [node.log_probability for node in kept], rtol=1e-5, atol=1e-5)
             assert (found_N3[len(kept) :] == -9).all()
+
+
+def test_levels_see_the_context_and_the_levels_before_them(device: torch.device) -> None:
+    """Whatever the contexts were cut into, and nothing is said of sequences that are not there."""
+    lens, positions, branches, depth, spare_items = [700, 1, 130], [900, 0, 129], 8, 4, 9
+    layout = draft_layout(4, table_width=60, spare_items=spare_items)
+    buffer = np.zeros(layout.num_bytes, np.uint8)
+    host = layout.on_host(buffer)
+    tables = np.random.default_rng(0).permutation(180).astype(np.int32).reshape(3, 60)
+    last_rows = np.arange(3, dtype=np.int32)
+    taken = Taken([], np.ones(3, np.int32), np.array(positions, np.int32), last_rows)
+    roots = Roots(last_rows, np.array(lens, np.int32), tables)
+    fill_draft(host, taken, range(3), roots, 5, cut=ItemCut())
+    level_layout = levels_layout(4, depth, spare_items=spare_items)
+    levels = level_layout.on_device(torch.full((level_layout.num_bytes,), 113, dtype=torch.uint8, device=device))
+    write_levels(layout.on_device(torch.from_numpy(buffer).to(device)), levels, branches)
+    found = {name: array.cpu().numpy() for name, array in levels.items()}
+    for level in range(depth - 1):
+        items_I8 = found["items"][level]
+        assert len(items_I8[items_I8[:, 0] >= 0]) > 3 and (items_I8[items_I8[:, 0] < 0] == -1).all()
+        for s, (length, position) in enumerate(zip(lens, positions, strict=True)):
+            own, nodes, context = (
+                items_I8[items_I8[:, 0] == s],
+                slice(8 * s, 8 * s + 8),
+                length + branches * (level + 1),
+            )
+            assert own[0, 1] == 0 and own[-1, 2] == context and (own[1:, 1] == own[:-1, 2]).all()
+            assert (own[:, 4:] == [len(own), 8 * s, 8, context]).all() and (items_I8[own[:, 3], 0] == s).all()
+            places = length + branches * level + np.arange(branches)
+            assert (found["slots"][level, nodes] == tables[s, places // 16] * 16 + places % 16).all()
+            assert (found["positions"][level, nodes] == position + level + 1).all()
+            assert (found["tree_rows"][level, nodes, 2:] == [length, length + level]).all()
+        assert (found["slots"][level, 24:] == -1).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's own arithmetic

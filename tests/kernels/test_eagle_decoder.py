@@ -9,11 +9,11 @@ import pytest
 import torch
 from model_folders import TINY
 
-from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, ItemCut
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.executor import Features
 from autobot_llm.engine.gpu.eagle_decoder import EagleDecoder, EagleTokens
-from autobot_llm.engine.gpu.eagle_steps import NUM_BRANCHES, draft_layout, fill_draft, num_tree_rows
+from autobot_llm.engine.gpu.eagle_steps import NUM_BRANCHES, draft_layout, fill_draft, levels_layout
 from autobot_llm.engine.gpu.eagle_trees import tree_passes
 from autobot_llm.engine.kernels.gpu.draft_input import draft_input, draft_input_reference
 from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, TreeGrower
@@ -50,9 +50,11 @@ def test_tokens_find_their_features(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, over the rows of no sequence
-@pytest.mark.parametrize(("norm_before_residual", "has_biases"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("norm_before_residual", "has_biases", "rounds"), [(False, False, False), (True, True, False), (True, False, True)]
+)
 def test_trees_are_those_of_the_plain_proposer(
-    norm_before_residual: bool, has_biases: bool, device: torch.device, dtype: torch.dtype
+    norm_before_residual: bool, has_biases: bool, rounds: bool, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Nodes and chances, of two sequences in a draft for four, one of them with a window that begins later; in pieces,
     and twice: what a tree has left in the cache is overwritten."""
@@ -79,7 +81,7 @@ def test_trees_are_those_of_the_plain_proposer(
     storage = PagedStorage.allocate(layer, 16, BLOCK_SIZE, dtype, device)
     shape = AttentionShape(layer.num_heads, layer.num_kv_heads, layer.head_size, layer.sliding_windows)
     attention = TritonPagedAttention(shape, storage.keys, storage.values, max_sequences=4, reason="a test")
-    decoder = EagleDecoder(draft, embed_VE.to(device), storage, attention, max_context=200, max_rows=32)
+    decoder = EagleDecoder(draft, embed_VE.to(device), storage, attention, max_context=200, max_rows=32, rounds=rounds)
     grower = TreeGrower(twin.target_ids.int().to(device), max_sequences=4, num_branches=NUM_BRANCHES, max_depth=4)
 
     firsts, lengths, blocks = (0, 21), (20, 5), ([9, 2, 5, 7], [1, 14, 3, 0])
@@ -108,20 +110,22 @@ def test_trees_are_those_of_the_plain_proposer(
     together = Taken([], *(np.concatenate(arrays) for arrays in zip(*(part[1:] for part in parts), strict=True)))
     roots = Roots(np.array([3, 8], np.int32), np.array(lengths, np.int32), np.array(blocks, np.int32))
     streams_in = torch.cat([torch.zeros(3, 3 * SIZE, dtype=dtype), streams[0][16:], streams[1]]).to(device)
-    for depth in (4, 1, 3):
-        layout = draft_layout(4, depth, table_width=4 + num_tree_rows(depth) // BLOCK_SIZE, spare_items=3)
+    for depth in (2,) if rounds else (3, 1):
+        layout = draft_layout(4, table_width=4, spare_items=3)
         host = np.full(layout.num_bytes, 113, np.uint8)
-        fill_draft(layout.on_host(host), together, range(3, 12), roots, 8 * depth)
+        fill_draft(layout.on_host(host), together, range(3, 12), roots, 8 * depth, cut=ItemCut())
         on_device = layout.on_device(torch.from_numpy(host).to(device))
+        level_layout = levels_layout(4, depth, spare_items=3)
+        levels = level_layout.on_device(torch.full((level_layout.num_bytes,), 113, dtype=torch.uint8, device=device))
         chosen = torch.zeros((4, 64, CHOICE_FIELDS), dtype=torch.int32, device=device)
-        tree_passes(decoder, grower, attention, on_device, depth)(streams_in, chosen)
+        tree_passes(decoder, grower, attention, on_device, levels, depth)(streams_in, chosen)
         expected = proposer.propose(sequences, depth)
         for found_N3, tree in zip(chosen.cpu().numpy(), expected, strict=False):
             assert tree is not None and tree.parents is not None
             number = len(tree.token_ids)
             found, paths = paths_of(found_N3[:number, 0], found_N3[:number, 1]), paths_of(tree.token_ids, tree.parents)
             # of equally good ones others may be kept where rounding differs
-            assert len(found & paths) >= 0.9 * number, (found ^ paths, number)
+            assert len(found ^ paths) <= max(2, (0.4 if rounds else 0.2) * number), (found ^ paths, number)
             assert max(map(len, found)) == depth
 
 

@@ -2,7 +2,8 @@
 written into them. Knows layouts and work lists; captures and launches nothing.
 
 All that the levels of a tree need is known before the first of them runs, but for tokens, features and masks: a level
-has the same number of nodes whatever they are, so their rows in the cache and the contexts they see are set.
+has the same number of nodes whatever they are, so their rows in the cache and the contexts they see are set. So the
+host writes where trees begin, and the device's first kernel what follows from that (kernels/gpu/draft_levels.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autobot_llm.engine.attention.paged import BLOCK_SIZE, ITEM_FIELDS, TREE_FIELDS, plan_items
+from autobot_llm.engine.attention.paged import ITEM_FIELDS, TREE_FIELDS, ItemCut, plan_items
 from autobot_llm.engine.gpu.staging import Layout
 from autobot_llm.engine.speculative.eagle.on_device import Roots, Taken
 
@@ -37,27 +38,45 @@ def num_tree_rows(depth: int) -> int:
 
 
 # T tokens, S sequences, D levels, M nodes of a level of all sequences, I work items
-def draft_layout(num_sequences: int, depth: int, *, table_width: int, spare_items: int) -> Layout:
-    """Arrays of a draft, padded to so many sequences. Those of levels have entries for all but the first."""
-    num_tokens, num_nodes = num_sequences * ROOT_ROWS, num_sequences * NUM_BRANCHES
+def draft_layout(num_sequences: int, *, table_width: int, spare_items: int) -> Layout:
+    """What the host writes of a draft, padded to so many sequences."""
+    tokens, sequences = (num_sequences * ROOT_ROWS,), (num_sequences,)
     shapes: dict[str, tuple[int, ...]] = {
-        "items": (depth, num_sequences + spare_items, ITEM_FIELDS),
+        "items": (num_sequences + spare_items, ITEM_FIELDS),
         "block_tables": (num_sequences, table_width),
-        "stream_rows": (num_tokens,),
-        "ids": (num_tokens,),
-        "positions": (num_tokens,),
-        "slots": (num_tokens,),
-        "last_rows": (num_sequences,),
+        "context_lens": sequences,
+        "root_positions": sequences,
+        "last_rows": sequences,
+        "stream_rows": tokens,
+        "ids": tokens,
+        "positions": tokens,
+        "slots": tokens,
         "num_chosen": (1,),
     }
-    if depth > 1:
-        levels = (depth - 1, num_nodes)
-        shapes |= {"tree_rows": (*levels, TREE_FIELDS), "level_positions": levels, "level_slots": levels}
+    return Layout.of({name: (shape, np.int32) for name, shape in shapes.items()})
+
+
+def levels_layout(num_sequences: int, depth: int, *, spare_items: int) -> Layout:
+    """What the device writes of it: for each level but the first, its work items, and where its nodes stand."""
+    nodes = (depth - 1, num_sequences * NUM_BRANCHES)
+    shapes: dict[str, tuple[int, ...]] = {
+        "items": (depth - 1, num_sequences + spare_items, ITEM_FIELDS),
+        "tree_rows": (*nodes, TREE_FIELDS),
+        "positions": nodes,
+        "slots": nodes,
+    }
     return Layout.of({name: (shape, np.int32) for name, shape in shapes.items()})
 
 
 def fill_draft(
-    host: Arrays, taken: Taken, stream_rows: npt.ArrayLike, roots: Roots, num_chosen: int, *, window: int = 0
+    host: Arrays,
+    taken: Taken,
+    stream_rows: npt.ArrayLike,
+    roots: Roots,
+    num_chosen: int,
+    *,
+    cut: ItemCut,
+    window: int = 0,
 ) -> None:
     """Write a draft into arrays of `draft_layout`, and make what it leaves padding, which touches no cache.
     `stream_rows`: where the features of the tokens lie; `window`: what the layer sees, 0 for all."""
@@ -68,50 +87,26 @@ def fill_draft(
         ("positions", taken.positions_T, 0),
         ("slots", taken.slots_T, -1),
     ):
-        host[name][:num_tokens] = values
-        host[name][num_tokens:] = padding
+        array = host[name]
+        array[:num_tokens] = values
+        array[num_tokens:] = padding
     lens_S, tables_SB = roots.context_lens_S, roots.block_tables_SB
     num_sequences = len(lens_S)
-    host["last_rows"][:num_sequences] = roots.last_rows_S
-    host["last_rows"][num_sequences:] = 0
+    for name, values in (
+        ("context_lens", lens_S),
+        ("last_rows", roots.last_rows_S),
+        ("root_positions", taken.positions_T[roots.last_rows_S]),
+    ):
+        array = host[name]
+        array[:num_sequences] = values
+        array[num_sequences:] = 0
     host["num_chosen"][0] = num_chosen
     host["block_tables"][:num_sequences, : tables_SB.shape[1]] = tables_SB
-    items_DI8 = host["items"]
-    spare_items = items_DI8.shape[1] - len(host["block_tables"])
-    starts = np.arange(num_sequences + 1, dtype=np.int32)
-    num_items = plan_items(items_DI8[0], starts, lens_S, spare_items=spare_items, window=window)
-    items_DI8[:, num_items:] = -1
-    num_levels = len(items_DI8) - 1
-    if num_levels:
-        items_I8 = items_DI8[0, :num_items]
-        _fill_levels(host, items_I8, num_levels, taken.positions_T[roots.last_rows_S], roots)
-
-
-def _fill_levels(host: Arrays, items_I8: npt.NDArray[Any], num_levels: int, positions_S: Any, roots: Roots) -> None:
-    """The levels after the first. Each has the work items of the first, the last one of a sequence so much longer."""
-    lens_S, tables_SB = roots.context_lens_S, roots.block_tables_SB
-    num_sequences, sequences_I = len(lens_S), items_I8[:, 0]
-    levels_L = np.arange(1, num_levels + 1, dtype=np.int32)
-    items_LI8 = host["items"][1:, : len(items_I8)]
-    items_LI8[:] = items_I8
-    items_LI8[:, :, 5] *= NUM_BRANCHES
-    items_LI8[:, :, 6] = NUM_BRANCHES
-    items_LI8[:, :, 7] += (levels_L * NUM_BRANCHES)[:, None]
-    is_last_I = np.append(sequences_I[1:] != sequences_I[:-1], True)
-    items_LI8[:, is_last_I, 2] = items_LI8[:, is_last_I, 7]
-
-    num_nodes = num_sequences * NUM_BRANCHES
-    offsets_LB = np.arange(num_levels * NUM_BRANCHES, dtype=np.int32).reshape(num_levels, 1, NUM_BRANCHES)
-    places_LSB = lens_S[:, None] + offsets_LB
-    blocks_LSB = tables_SB[np.arange(num_sequences)[:, None], places_LSB // BLOCK_SIZE]
-    slots_LSB = blocks_LSB * BLOCK_SIZE + places_LSB % BLOCK_SIZE
-    host["level_slots"][:, :num_nodes] = slots_LSB.reshape(num_levels, num_nodes)
-    host["level_slots"][:, num_nodes:] = -1
-    depths_L11 = levels_L[:, None, None]
-    host["level_positions"][:, :num_nodes].reshape(num_levels, num_sequences, NUM_BRANCHES)[:] = (
-        positions_S[:, None] + depths_L11
-    )
-    host["level_positions"][:, num_nodes:] = 0
-    rows_LSB4 = host["tree_rows"][:, :num_nodes].reshape(num_levels, num_sequences, NUM_BRANCHES, TREE_FIELDS)
-    rows_LSB4[..., 2] = lens_S[:, None]  # before it, all is seen; what is seen behind it, the levels find out
-    rows_LSB4[..., 3] = lens_S[:, None] + depths_L11 - 1
+    items_I8 = host["items"]
+    spare_items = len(items_I8) - len(host["block_tables"])
+    if window:
+        starts = np.arange(num_sequences + 1, dtype=np.int32)
+        num_items = plan_items(items_I8, starts, lens_S, spare_items=spare_items, window=window)
+    else:
+        num_items = cut.write(items_I8, lens_S, spare_items)
+    items_I8[num_items:] = -1

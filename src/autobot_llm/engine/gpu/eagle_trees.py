@@ -15,9 +15,10 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, PagedBatch, full_load
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, ItemCut, PagedBatch, full_load
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.gpu.eagle_decoder import EagleDecoder, EagleTokens
 from autobot_llm.engine.gpu.eagle_steps import (
@@ -28,12 +29,14 @@ from autobot_llm.engine.gpu.eagle_steps import (
     Arrays,
     draft_layout,
     fill_draft,
+    levels_layout,
     num_tree_rows,
 )
 from autobot_llm.engine.gpu.graph_sizes import BYTES_PER_GRAPH, MAX_ROWS, padded_size
 from autobot_llm.engine.gpu.graphs import CUDAGraphManager
 from autobot_llm.engine.gpu.options import DraftPlace
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
+from autobot_llm.engine.kernels.gpu.draft_levels import write_levels
 from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, TreeGrower
 from autobot_llm.engine.kernels.gpu.launch import compile_ahead
 from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
@@ -46,6 +49,9 @@ log = logging.getLogger(__name__)
 _SHARE_FOR_CACHE = 4
 """The draft's cache takes a fourth of what the target and the draft's weights leave."""
 
+import os
+
+ROUNDS = os.environ.get("EAGLE_ROUNDS", "1") == "1"
 _MOST_CHOSEN = 63  # nodes of a tree beside its root
 
 _TOKENS = ("ids", "positions", "slots")
@@ -54,13 +60,14 @@ _TOKENS = ("ids", "positions", "slots")
 # T packed tokens, F three times the target's hidden size, S sequences
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A draft of a size: the layout of its arrays, and views of them in every slot of the host's ring."""
+    """A draft of a size: how many bytes of arrays it brings, views of them in every slot of the host's ring, and its
+    passes over them on the device."""
 
     key: str
-    num_sequences: int
-    depth: int
-    layout: Layout
+    num_bytes: int
     slots: tuple[Arrays, ...]
+    padding: npt.NDArray[np.uint8]
+    passes: Callable[[torch.Tensor], torch.Tensor]
 
 
 class EagleTrees:
@@ -94,11 +101,9 @@ class EagleTrees:
         device = decoder.device
         table_width = -(-(max_context + num_tree_rows(self.max_depth)) // BLOCK_SIZE)
         spare_items = full_load(shape.num_kv_heads, torch.cuda.get_device_properties(device).multi_processor_count)
-        layouts = {
-            (size, depth): draft_layout(size, depth, table_width=table_width, spare_items=spare_items)
-            for size in SIZES
-            for depth in range(1, self.max_depth + 1)
-        }
+        self._layouts = {size: draft_layout(size, table_width=table_width, spare_items=spare_items) for size in SIZES}
+        levels = levels_layout(SIZES[-1], self.max_depth, spare_items=spare_items)
+        self._item_cut = ItemCut()
         with torch.cuda.stream(stream):
             self._grower = TreeGrower(
                 target_ids_W.int(),
@@ -106,20 +111,19 @@ class EagleTrees:
                 num_branches=NUM_BRANCHES,
                 max_depth=self.max_depth,
             )
-            self._staging = FetchedStaging(max(layout.num_bytes for layout in layouts.values()), device)
+            self._staging = FetchedStaging(self._layouts[SIZES[-1]].num_bytes, device)
             self._tokens_staging = Staging(_tokens_layout(max_tokens).num_bytes, device)
             shape_in = (max(MAX_ROWS, SIZES[-1] * ROOT_ROWS), stream_width)
             self._streams_in = torch.zeros(shape_in, dtype=decoder.dtype, device=device)
+            level_bytes = torch.zeros(levels.num_bytes, dtype=torch.uint8, device=device)
         chosen = torch.zeros((SIZES[-1], _MOST_CHOSEN, CHOICE_FIELDS), dtype=torch.int32, pin_memory=True)
         self._chosen_SN3, self._chosen = chosen, chosen.numpy()
         self._arrived = torch.cuda.Event()
         self._drafts = {
-            (size, depth): _Draft(
-                f"{size} trees of {depth}", size, depth, layout,
-                tuple(layout.on_host(slot) for slot in self._staging.slots),
-            )
-            for (size, depth), layout in layouts.items()
-        }  # fmt: skip
+            (size, depth): self._draft(size, depth, levels_layout(size, depth, spare_items=spare_items), level_bytes)
+            for size in SIZES
+            for depth in range(1, self.max_depth + 1)
+        }
 
     def num_tree_rows(self, depth: int) -> int:
         return num_tree_rows(depth)
@@ -127,11 +131,11 @@ class EagleTrees:
     def prepare(self, *, uses_graphs: bool) -> None:
         """Meet every kernel, and capture every draft, the largest first."""
         with compile_ahead(self._decoder.device):
-            self._run_all(lambda draft: self._passes(draft)(self._staging.on_device))
+            self._run_all()
             self._take_in_nothing()
         self._take_in_nothing()
-        self._run_all(self._replay if uses_graphs else lambda draft: self._passes(draft)(self._staging.on_device))
         self._uses_graphs = uses_graphs
+        self._run_all()
 
     def keep(self, streams: list[Streams]) -> torch.Tensor:
         with torch.cuda.stream(self._stream), torch.no_grad():
@@ -151,11 +155,9 @@ class EagleTrees:
         with torch.cuda.stream(self._stream), torch.no_grad():
             stream_rows = self._bring(taken.streams)
             slot = self._staging.next_slot()
-            fill_draft(draft.slots[slot], taken, stream_rows, roots, num_chosen, window=self._window)
-            if self._uses_graphs:
-                self._replay(draft)
-            else:
-                self._passes(draft)(self._staging.on_device)
+            host = draft.slots[slot]
+            fill_draft(host, taken, stream_rows, roots, num_chosen, cut=self._item_cut, window=self._window)
+            self._run(draft)
             self._staging.mark_queued()
             self._arrived.record(self._stream)
         self._arrived.synchronize()
@@ -190,26 +192,41 @@ class EagleTrees:
         arrays = layout.on_device(self._tokens_staging.on_device)
         self._decoder.take_in(streams_TF, EagleTokens(*(arrays[name] for name in _TOKENS)))
 
-    def _passes(self, draft: _Draft) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What a draft runs, over arrays that its first kernel brings."""
-        arrays = draft.layout.on_device(self._staging.on_device)
-        grow = tree_passes(self._decoder, self._grower, self._attention, arrays, draft.depth)
+    def _draft(self, size: int, depth: int, levels: Layout, level_bytes: torch.Tensor) -> _Draft:
+        layout, staging = self._layouts[size], self._staging
+        chosen_SN3 = self._chosen_SN3[:size]
+        grow = tree_passes(
+            self._decoder,
+            self._grower,
+            self._attention,
+            layout.on_device(staging.on_device),
+            levels.on_device(level_bytes),
+            depth,
+        )
 
         def passes(_buffer: torch.Tensor) -> torch.Tensor:
-            self._staging.fetch(draft.layout.num_bytes)
-            grow(self._streams_in, self._chosen_SN3[: draft.num_sequences])
-            return self._chosen_SN3
+            staging.fetch(layout.num_bytes)
+            grow(self._streams_in, chosen_SN3)
+            return chosen_SN3
 
-        return passes
+        slots = tuple(layout.on_host(slot) for slot in staging.slots)
+        padding = np.zeros(layout.num_bytes, np.uint8)
+        for name, array in layout.on_host(padding).items():
+            array[...] = -1 if name in ("items", "slots") else 0
+        return _Draft(f"{size} trees of {depth}", layout.num_bytes, slots, padding, passes)
 
-    def _replay(self, draft: _Draft) -> None:
-        self.graphs.capture(draft.key, self._passes(draft), self._staging.on_device)
+    def _run(self, draft: _Draft) -> None:
+        if self._uses_graphs:
+            self.graphs.capture(draft.key, draft.passes, self._staging.on_device)
+        else:
+            draft.passes(self._staging.on_device)
 
-    def _run_all(self, run: Callable[[_Draft], object]) -> None:
+    def _run_all(self) -> None:
+        """Every draft, for no sequence."""
         with torch.cuda.stream(self._stream), torch.no_grad():
             for draft in reversed(self._drafts.values()):
-                self._staging.fill_all(_padding(draft.layout))
-                run(draft)
+                self._staging.fill_all(draft.padding)
+                self._run(draft)
                 self._stream.synchronize()
             self._staging.resume()
 
@@ -225,29 +242,33 @@ def tree_passes(
     decoder: EagleDecoder,
     grower: TreeGrower,
     attention: TritonPagedAttention,
-    arrays: Mapping[str, torch.Tensor],
+    root: Mapping[str, torch.Tensor],
+    levels: Mapping[str, torch.Tensor],
     depth: int,
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """A function of features and of where the chosen nodes go (`TreeGrower.choose`): it runs every pass of a draft over
-    arrays of `draft_layout`, and may be captured."""
-    attend = partial(PagedBatch, arrays["block_tables"])
-    tree_rows = [*(arrays["tree_rows"][level] for level in range(depth - 1)), None]
-    batches = [attend(arrays["items"][0], 1)]
-    batches += [
-        attend(arrays["items"][level], NUM_BRANCHES, tree_rows_T4=tree_rows[level - 1]) for level in range(1, depth)
-    ]
-    root, *levels = (attention.prepare_captured(batch, {}) for batch in batches)
-    tokens = EagleTokens(*(arrays[name] for name in _TOKENS))
+    arrays of `draft_layout` and `levels_layout`, of which it fills the latter, and may be captured."""
+    attend = partial(PagedBatch, root["block_tables"])
+    root_metadata = attention.prepare_captured(attend(root["items"], 1), {})
+    tree_rows, nodes, metadata = list[torch.Tensor](), list[tuple[torch.Tensor, torch.Tensor]](), []
+    for level in range(depth - 1):
+        tree_rows.append(levels["tree_rows"][level])
+        nodes.append((levels["positions"][level], levels["slots"][level]))
+        batch = attend(levels["items"][level], NUM_BRANCHES, tree_rows_T4=tree_rows[level])
+        metadata.append(attention.prepare_captured(batch, {}))
+    tokens = EagleTokens(*(root[name] for name in _TOKENS))
 
     def passes(streams_in: torch.Tensor, chosen_SN3: torch.Tensor) -> None:
-        streams_TF = streams_in.index_select(0, arrays["stream_rows"])
-        frontier = grower.grow(0, decoder.begin(streams_TF, tokens, arrays["last_rows"], root), tree_rows[0])
-        for level, metadata in enumerate(levels, 1):
+        if depth > 1:
+            write_levels(root, levels, NUM_BRANCHES)
+        streams_TF = streams_in.index_select(0, root["stream_rows"])
+        logits = decoder.begin(streams_TF, tokens, root["last_rows"], root_metadata)
+        for level in range(depth - 1):
+            frontier = grower.grow(level, logits, tree_rows[level])
             assert frontier is not None
-            places = arrays["level_positions"][level - 1], arrays["level_slots"][level - 1]
-            logits_MW = decoder.go_on(EagleTokens(frontier.ids_M, *places), frontier.rows_M, metadata)
-            frontier = grower.grow(level, logits_MW, tree_rows[level])
-        grower.choose(depth, arrays["num_chosen"], chosen_SN3)
+            logits = decoder.go_on(EagleTokens(frontier.ids_M, *nodes[level]), frontier.rows_M, metadata[level])
+        grower.grow(depth - 1, logits, None)
+        grower.choose(depth, root["num_chosen"], chosen_SN3)
 
     return passes
 
@@ -277,7 +298,13 @@ def build_eagle_trees(
         shape, storage.keys, storage.values, max_sequences=SIZES[-1], reason="trees are attended by our own kernels"
     )
     decoder = EagleDecoder(
-        draft, embed_VE, storage, attention, max_context=limits.max_model_len, max_rows=SIZES[-1] * NUM_BRANCHES
+        draft,
+        embed_VE,
+        storage,
+        attention,
+        max_context=limits.max_model_len,
+        max_rows=SIZES[-1] * NUM_BRANCHES,
+        rounds=ROUNDS,
     )
     trees = EagleTrees(
         decoder,
@@ -306,11 +333,3 @@ def _slices(streams: list[Streams]) -> list[torch.Tensor]:
 
 def _tokens_layout(num_tokens: int) -> Layout:
     return Layout.of(dict.fromkeys(_TOKENS, ((num_tokens,), np.int32)))
-
-
-def _padding(layout: Layout) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """The bytes of a draft for no sequence."""
-    padding = np.zeros(layout.num_bytes, np.uint8)
-    for name, array in layout.on_host(padding).items():
-        array[...] = -1 if name in ("items", "slots", "level_slots") else 0
-    return padding
