@@ -126,7 +126,7 @@ class DeviceEagleProposer:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One tree for each. Nothing for a sequence that was not seen, that has no room, and nothing beyond the
-        context. Where nothing new was seen since a draft was made, it is that one, no deeper than it was."""
+        context. Where nothing new was seen since a draft was made, it is that one, as far as it goes."""
         depth = min(num_tokens, self.device.max_depth)
         wanted = {s.id: self._windows[s.id] for s in sequences if self._is_known(s, depth)}
         for sequence_id in wanted:
@@ -135,7 +135,7 @@ class DeviceEagleProposer:
         num_nodes = self.num_nodes(depth, len(wanted))
         for start in range(0, len(drafting), self.device.max_sequences):
             self._grow(drafting[start : start + self.device.max_sequences], depth, num_nodes)
-        return [self._drafted(wanted.get(s.id), depth) for s in sequences]
+        return [self._drafted(wanted.get(s.id), depth, num_nodes) for s in sequences]
 
     def num_nodes(self, depth: int, num_sequences: int) -> int:
         """Of each tree, without its root."""
@@ -159,15 +159,16 @@ class DeviceEagleProposer:
         window, length = self._windows.get(sequence.id), len(sequence.token_ids)
         return window is not None and window.end == length - 1 and length - 1 + depth <= self._max_model_len
 
-    def _drafted(self, window: _Window | None, depth: int) -> Draft | None:
-        """What was made after the window's last token, no deeper than that."""
+    def _drafted(self, window: _Window | None, depth: int, num_nodes: int) -> Draft | None:
+        """What was made after the window's last token, no larger than that."""
         if window is None or window.draft is None or window.draft[0] != len(window.shadow.token_ids):
             return None
         draft = window.draft[1]
         if draft is None or draft.parents is None:
             return draft
         depths = draft_tree.depths(draft.parents)
-        return draft if depths[-1] <= depth else draft.first(sum(each <= depth for each in depths))
+        num_kept = min(sum(each <= depth for each in depths), num_nodes)
+        return draft if num_kept == len(depths) else draft.first(num_kept)
 
     def _make_room(self, window: _Window, depth: int, wanted: dict[int, _Window]) -> bool:
         idle = [other.shadow for i, other in self._windows.items() if i not in wanted and other.shadow.block_ids]
