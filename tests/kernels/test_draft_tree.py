@@ -9,11 +9,61 @@ import torch
 from autobot_llm.engine.attention.paged import ItemCut
 from autobot_llm.engine.gpu.eagle_steps import draft_layout, fill_draft, levels_layout
 from autobot_llm.engine.kernels.gpu.draft_levels import write_levels
-from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, TreeGrower
+from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, Draws, TreeGrower
+from autobot_llm.engine.noise import noise_keys
+from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.engine.speculative.eagle.growth import Growth
 from autobot_llm.engine.speculative.eagle.on_device import Roots, Taken
+from autobot_llm.engine.speculative.guesses import rank_guesses
 
 MAX_DEPTH = 4
+GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
+
+
+def draws_of(params: list[SamplingParams], device: torch.device) -> Draws:
+    """Of sequences whose next token has the index 5."""
+
+    def tensor(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([getattr(each, name) for each in params], dtype=dtype, device=device)
+
+    keys = [noise_keys([(each.seed, 5 + level) for level in range(MAX_DEPTH)])[:, 0].view(np.int64) for each in params]
+    return Draws(
+        torch.tensor([not each.is_greedy for each in params], dtype=torch.int32, device=device),
+        torch.from_numpy(np.stack(keys)).to(device),
+        tensor("temperature", torch.float32),
+        tensor("top_k", torch.int32),
+        tensor("top_p", torch.float32),
+        tensor("min_p", torch.float32),
+    )
+
+
+def test_where_the_target_draws_its_noise_ranks_the_guesses(device: torch.device) -> None:
+    """As speculative/guesses.py does, of as many tokens as are looked at; beside a request that is not drawn."""
+    params = [
+        GREEDY, SamplingParams(max_tokens=9, seed=3), SamplingParams(max_tokens=9, seed=4, temperature=0.6, top_p=0.8),
+        SamplingParams(max_tokens=9, seed=5, temperature=1.5, top_k=6, min_p=0.05),
+    ]  # fmt: skip
+    rng = np.random.default_rng(1)
+    target_ids = np.sort(rng.permutation(500)[:32]).astype(np.int32)
+    grower = TreeGrower(torch.from_numpy(target_ids).to(device), max_sequences=4, num_branches=8, max_depth=MAX_DEPTH)
+    draws = draws_of(params, device)
+    for level in (0, 1):
+        num_each = 8 if level else 1
+        logits_RW = torch.from_numpy(2 * rng.standard_normal((4 * num_each, 32)).astype(np.float32))
+        logits_RW[:, 8:] -= 9.0  # a chunk gives its eight best alone
+        positions, rows_of = [5 + level] * 4 * num_each, [each for each in params for _ in range(num_each)]
+        expected = rank_guesses(logits_RW, rows_of, positions, 8, ids_V=target_ids.astype(np.int64))
+        tree_rows = torch.zeros((32, 4), dtype=torch.int32, device=device)
+        grower.grow(level, logits_RW.to(device), draws, None if level else tree_rows)
+        first, end = (8, 72) if level else (0, 8)
+        found_ids = grower._tokens[:4, first:end].reshape(-1, 8).cpu().numpy()
+        found = grower._chances[:4, first:end].reshape(-1, 8).cpu().numpy()
+        is_likely = (expected.log_chances_RN > -8.0) & (found > -99.0)  # not after what is never taken
+        if level:  # less the chances of their parents
+            found = found - grower._frontier_chances[0, :32].cpu().numpy()[:, None]
+        assert is_likely.sum() > 3 * len(found)
+        assert (found_ids[is_likely] == expected.ids_RN[is_likely]).all()
+        np.testing.assert_allclose(found[is_likely], expected.log_chances_RN[is_likely], atol=0.02)
 
 
 @pytest.mark.parametrize(("vocab_size", "num_branches"), [(48, 8), (3000, 4)])
@@ -23,6 +73,7 @@ def test_a_tree_is_that_of_the_plain_growth(vocab_size: int, num_branches: int, 
     rng = np.random.default_rng(vocab_size)
     target_ids = torch.from_numpy(rng.permutation(9000)[:vocab_size].astype(np.int32)).to(device)
     grower = TreeGrower(target_ids, max_sequences=3, num_branches=num_branches, max_depth=MAX_DEPTH)
+    nobody = draws_of([GREEDY] * 3, device)
     for depth, num_sequences, num_chosen in ((4, 3, 31), (1, 2, 5), (3, 1, 63), (2, 3, 1)):
         twins = [Growth(7) for _ in range(num_sequences)]
         for level in range(depth):
@@ -31,7 +82,7 @@ def test_a_tree_is_that_of_the_plain_growth(vocab_size: int, num_branches: int, 
             logits[0, :20] = logits[0, 0]  # equal ones: the first in the vocabulary come first
             has_next = level + 1 < depth
             tree_rows = torch.full((num_sequences * num_branches, 4), 77, dtype=torch.int32, device=device)
-            frontier = grower.grow(level, torch.from_numpy(logits).to(device), tree_rows if has_next else None)
+            frontier = grower.grow(level, torch.from_numpy(logits).to(device), nobody, tree_rows if has_next else None)
             log_shares = torch.from_numpy(logits).double().log_softmax(dim=-1).numpy()
             order = np.argsort(-logits, axis=-1, kind="stable")[:, :num_branches]
             parents: list[int] = []
@@ -70,7 +121,7 @@ def test_levels_see_the_context_and_the_levels_before_them(device: torch.device)
     tables = np.random.default_rng(0).permutation(180).astype(np.int32).reshape(3, 60)
     last_rows = np.arange(3, dtype=np.int32)
     taken = Taken([], np.ones(3, np.int32), np.array(positions, np.int32), last_rows)
-    roots = Roots(last_rows, np.array(lens, np.int32), tables)
+    roots = Roots(last_rows, np.array(lens, np.int32), tables, [])
     fill_draft(host, taken, range(3), roots, 5, cut=ItemCut())
     level_layout = levels_layout(4, depth, spare_items=spare_items)
     levels = level_layout.on_device(torch.full((level_layout.num_bytes,), 113, dtype=torch.uint8, device=device))
@@ -100,7 +151,7 @@ def test_bad_logits_give_no_chance(device: torch.device) -> None:
     grower = TreeGrower(target_ids, max_sequences=2, num_branches=4, max_depth=1)
     logits = torch.randn(2, 100)
     logits[1, 30] = torch.nan
-    grower.grow(0, logits.to(device), None)
+    grower.grow(0, logits.to(device), draws_of([GREEDY] * 2, device), None)
     out = torch.zeros((2, 4, CHOICE_FIELDS), dtype=torch.int32, device=device)
     grower.choose(1, torch.tensor([4], dtype=torch.int32, device=device), out)
     chances = out.cpu().numpy()[..., 2].copy().view(np.float32)

@@ -108,7 +108,12 @@ def test_trees_are_those_of_the_plain_proposer(
     decoder.take_in(streams[0][:16].to(device), EagleTokens(*arrays))
     parts = [taken(0, 16, 20), taken(1, 0, 5)]
     together = Taken([], *(np.concatenate(arrays) for arrays in zip(*(part[1:] for part in parts), strict=True)))
-    roots = Roots(np.array([3, 8], np.int32), np.array(lengths, np.int32), np.array(blocks, np.int32))
+    roots = Roots(
+        np.array([3, 8], np.int32),
+        np.array(lengths, np.int32),
+        np.array(blocks, np.int32),
+        [(s.params, 0) for s in sequences],
+    )
     streams_in = torch.cat([torch.zeros(3, 3 * SIZE, dtype=dtype), streams[0][16:], streams[1]]).to(device)
     for depth in (2,) if rounds else (3, 1):
         layout = draft_layout(4, table_width=4, spare_items=3)

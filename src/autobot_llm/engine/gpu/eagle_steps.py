@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from autobot_llm.engine.attention.paged import ITEM_FIELDS, TREE_FIELDS, ItemCut, plan_items
 from autobot_llm.engine.gpu.staging import Layout
+from autobot_llm.engine.noise import noise_keys
 from autobot_llm.engine.speculative.eagle.on_device import Roots, Taken
 
 SIZES = (1, 2, 4, 8)
@@ -52,8 +53,14 @@ def draft_layout(num_sequences: int, *, table_width: int, spare_items: int) -> L
         "positions": tokens,
         "slots": tokens,
         "num_chosen": (1,),
+        "is_drawn": sequences,
+        "top_k": sequences,
     }
-    return Layout.of({name: (shape, np.int32) for name, shape in shapes.items()})
+    return Layout.of(
+        {name: (shape, np.int32) for name, shape in shapes.items()}
+        | dict.fromkeys(("temperature", "top_p", "min_p"), (sequences, np.float32))
+        | {"keys": ((num_sequences, MAX_DEPTH), np.int64)}
+    )
 
 
 def levels_layout(num_sequences: int, depth: int, *, spare_items: int) -> Layout:
@@ -101,6 +108,14 @@ def fill_draft(
         array[:num_sequences] = values
         array[num_sequences:] = 0
     host["num_chosen"][0] = num_chosen
+    host["is_drawn"][:] = 0
+    for s, (params, position) in enumerate(roots.draws):
+        if not params.is_greedy:
+            host["is_drawn"][s] = 1
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                host[name][s] = getattr(params, name)
+            keys_D1 = noise_keys([(params.seed, position + level) for level in range(MAX_DEPTH)])
+            host["keys"][s] = keys_D1[:, 0].view(np.int64)
     host["block_tables"][:num_sequences, : tables_SB.shape[1]] = tables_SB
     items_I8 = host["items"]
     spare_items = len(items_I8) - len(host["block_tables"])

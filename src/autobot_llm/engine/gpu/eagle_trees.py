@@ -37,7 +37,7 @@ from autobot_llm.engine.gpu.graphs import CUDAGraphManager
 from autobot_llm.engine.gpu.options import DraftPlace
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
 from autobot_llm.engine.kernels.gpu.draft_levels import write_levels
-from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, TreeGrower
+from autobot_llm.engine.kernels.gpu.draft_tree import CHOICE_FIELDS, Draws, TreeGrower
 from autobot_llm.engine.kernels.gpu.launch import compile_ahead
 from autobot_llm.engine.kv_cache.storage import PagedStorage, bytes_per_block
 from autobot_llm.engine.speculative.eagle.model import EagleDraft
@@ -55,6 +55,7 @@ ROUNDS = os.environ.get("EAGLE_ROUNDS", "1") == "1"
 _MOST_CHOSEN = 63  # nodes of a tree beside its root
 
 _TOKENS = ("ids", "positions", "slots")
+_DRAWS = ("is_drawn", "keys", "temperature", "top_k", "top_p", "min_p")
 
 
 # T packed tokens, F three times the target's hidden size, S sequences
@@ -257,6 +258,7 @@ def tree_passes(
         batch = attend(levels["items"][level], NUM_BRANCHES, tree_rows_T4=tree_rows[level])
         metadata.append(attention.prepare_captured(batch, {}))
     tokens = EagleTokens(*(root[name] for name in _TOKENS))
+    draws = Draws(*(root[name] for name in _DRAWS))
 
     def passes(streams_in: torch.Tensor, chosen_SN3: torch.Tensor) -> None:
         if depth > 1:
@@ -264,10 +266,10 @@ def tree_passes(
         streams_TF = streams_in.index_select(0, root["stream_rows"])
         logits = decoder.begin(streams_TF, tokens, root["last_rows"], root_metadata)
         for level in range(depth - 1):
-            frontier = grower.grow(level, logits, tree_rows[level])
+            frontier = grower.grow(level, logits, draws, tree_rows[level])
             assert frontier is not None
             logits = decoder.go_on(EagleTokens(frontier.ids_M, *nodes[level]), frontier.rows_M, metadata[level])
-        grower.grow(depth - 1, logits, None)
+        grower.grow(depth - 1, logits, draws, None)
         grower.choose(depth, root["num_chosen"], chosen_SN3)
 
     return passes

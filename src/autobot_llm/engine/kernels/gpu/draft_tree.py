@@ -1,9 +1,9 @@
 """A draft tree that grows where the logits are, level by level, without a word to the host. Knows logits, nodes and
 their chances; knows nothing of the network that gives the logits.
 
-The rule is that of speculative/eagle/growth.py, which is the slow twin: the best tokens after each node of the frontier
-are nodes; the most probable of a level are the next frontier; of all nodes the most probable are the tree. Ties fall as
-there: to what was found first.
+The rule is that of speculative/eagle/growth.py, which is the slow twin, with chances as of speculative/guesses.py: the
+best tokens after each node of the frontier are nodes; the most probable of a level are the next frontier; of all nodes
+the most probable are the tree. Ties fall as there: to what was found first.
 
 1. best_of_chunks: the best tokens of each chunk of a row, and the chunk's mass.
 2. grow: the best tokens of each row as nodes, and of them the next frontier: its tokens, whose features it continues,
@@ -25,7 +25,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
-from autobot_llm.engine.kernels.gpu.numerics import id_of, order_of, packed, value_of
+from autobot_llm.engine.kernels.gpu.numerics import exponential_noise, id_of, order_of, packed, value_of
 
 CHOICE_FIELDS = 3
 """Of each chosen node: its token, its parent's number or -1, and the bits of its logarithmic chance in float32."""
@@ -33,6 +33,8 @@ CHOICE_FIELDS = 3
 _CHUNK = tl.constexpr(1024)
 _NOTHING = tl.constexpr(-(1 << 63))  # below everything packed
 _AT_ONCE = tl.constexpr(32)
+_DRAWN_FROM = tl.constexpr(32)  # the likeliest tokens of a row that are looked at where one is drawn
+_NEVER = tl.constexpr(-1e30)
 
 
 # S sequences, B branches, R rows of a sequence (1 or B), W the draft's vocabulary, C candidates of a row, N nodes
@@ -55,13 +57,58 @@ def _best_of_chunks_kernel(  # type: ignore[no-untyped-def]
         values = tl.where(values == best, _NOTHING, values)
 
 
+@triton.jit
+def _best_of_drawn(  # type: ignore[no-untyped-def]
+    candidates, target_ids_ptr, key, temperature, top_k, top_p, min_p, W, R: tl.constexpr, B: tl.constexpr
+):
+    """Ids and chances [R, B] where the target draws: what it will take is weight / noise at its largest, with noise
+    that belongs to its token, so that is what guesses are ranked by, among the likeliest that it may take."""
+    places_K = tl.arange(0, _DRAWN_FROM)[None, :]
+    scale = 1.0 / tl.maximum(temperature, 1e-6)
+    high_R = value_of((tl.max(candidates, 1) >> 32).to(tl.int32))
+    logits = tl.where(candidates == _NOTHING, float("-inf"), value_of((candidates >> 32).to(tl.int32)))
+    mass_R = tl.sum(tl.exp((logits - high_R[:, None]) * scale), 1)
+    before_R = tl.zeros((R,), tl.float32)
+    ids_RK = tl.zeros((R, _DRAWN_FROM), tl.int32)
+    scores_RK = tl.full((R, _DRAWN_FROM), _NEVER, tl.float32)
+    for i in tl.range(0, _DRAWN_FROM):
+        best_R = tl.max(candidates, 1)
+        candidates = tl.where(candidates == best_R[:, None], _NOTHING, candidates)
+        id_R = id_of(best_R, W)
+        logit_R = (value_of((best_R >> 32).to(tl.int32)) - high_R) * scale
+        weight_R = tl.exp(logit_R)
+        is_out_R = (before_R >= top_p * mass_R) | (weight_R < min_p) | ((top_k > 0) & (i >= top_k))
+        is_out_R = (is_out_R & (i > 0)) | (best_R == _NOTHING)
+        before_R += weight_R
+        noise_R = exponential_noise(key, tl.load(target_ids_ptr + id_R).to(tl.int64))
+        score_R = tl.where(is_out_R, _NEVER, logit_R - tl.log(noise_R))
+        ids_RK = tl.where(places_K == i, id_R[:, None], ids_RK)
+        scores_RK = tl.where(places_K == i, score_R[:, None], scores_RK)
+    best_score_R = tl.max(scores_RK, 1)
+    log_mass_R = best_score_R + tl.log(tl.sum(tl.exp(scores_RK - best_score_R[:, None]), 1))
+    ranks_B = tl.arange(0, B)[None, :]
+    ids_RB = tl.zeros((R, B), tl.int32)
+    chances_RB = tl.zeros((R, B), tl.float32)
+    values_RK = packed(order_of(scores_RK), places_K + ids_RK * 0)
+    for rank in tl.static_range(B):
+        best_R = tl.max(values_RK, 1)
+        is_best_RK = values_RK == best_R[:, None]
+        values_RK = tl.where(is_best_RK, _NOTHING, values_RK)
+        id_R = tl.sum(tl.where(is_best_RK, ids_RK, 0), 1)
+        chance_R = value_of((best_R >> 32).to(tl.int32)) - log_mass_R
+        ids_RB = tl.where(ranks_B == rank, id_R[:, None], ids_RB)
+        chances_RB = tl.where(ranks_B == rank, chance_R[:, None], chances_RB)
+    return ids_RB, chances_RB
+
+
 @lean
 @triton.jit(do_not_specialize=["level"])
 def _grow_kernel(  # type: ignore[no-untyped-def]
     bests_ptr, masses_ptr, target_ids_ptr, before_ptr, before_nodes_ptr, before_masks_ptr,
     chances_ptr, nodes_ptr, masks_ptr, ids_ptr, rows_ptr, tree_rows_ptr,
-    all_tokens_ptr, all_chances_ptr, all_parents_ptr, level, num_chunks, W, N,
-    CHUNKS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr,
+    all_tokens_ptr, all_chances_ptr, all_parents_ptr,
+    is_drawn_ptr, keys_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, level, num_chunks, W, N,
+    MAX_DEPTH: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_kernel_start(PDL)
     sequence = tl.program_id(0)
@@ -83,13 +130,21 @@ def _grow_kernel(  # type: ignore[no-untyped-def]
     # the best tokens of each row
     is_candidate = (c < num_chunks * B)[None, :]
     candidates = tl.load(bests_ptr + rows_R[:, None] * (num_chunks * B) + c[None, :], is_candidate, _NOTHING)
-    bests_RB = tl.full((R, B), _NOTHING, tl.int64)
-    for rank in tl.static_range(B):
-        best_R = tl.max(candidates, 1)
-        bests_RB = tl.where((ranks_B == rank)[None, :], best_R[:, None], bests_RB)
-        candidates = tl.where(candidates == best_R[:, None], _NOTHING, candidates)
-    tokens_RB = tl.load(target_ids_ptr + id_of(bests_RB, W))
-    chances_RB = value_of((bests_RB >> 32).to(tl.int32)) - log_mass_R[:, None]
+    if tl.load(is_drawn_ptr + sequence) != 0:
+        ids_RB, chances_RB = _best_of_drawn(
+            candidates, target_ids_ptr, tl.load(keys_ptr + sequence * MAX_DEPTH + level),
+            tl.load(temperature_ptr + sequence), tl.load(top_k_ptr + sequence), tl.load(top_p_ptr + sequence),
+            tl.load(min_p_ptr + sequence), W, R, B,
+        )  # fmt: skip
+    else:
+        bests_RB = tl.full((R, B), _NOTHING, tl.int64)
+        for rank in tl.static_range(B):
+            best_R = tl.max(candidates, 1)
+            bests_RB = tl.where((ranks_B == rank)[None, :], best_R[:, None], bests_RB)
+            candidates = tl.where(candidates == best_R[:, None], _NOTHING, candidates)
+        ids_RB = id_of(bests_RB, W)
+        chances_RB = value_of((bests_RB >> 32).to(tl.int32)) - log_mass_R[:, None]
+    tokens_RB = tl.load(target_ids_ptr + ids_RB)
     r = tl.arange(0, R)
     first_node = 0
     parents_R = tl.full((R,), -1, tl.int32)
@@ -170,6 +225,19 @@ class Frontier:
     tree_rows_M4: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the target chooses after each sequence: as SamplingTensors, with the noise key of each level. Where nothing
+    is drawn (`is_drawn_S` 0, int32), the rest is not looked at."""
+
+    is_drawn_S: torch.Tensor
+    keys_SD: torch.Tensor
+    temperature_S: torch.Tensor
+    top_k_S: torch.Tensor
+    top_p_S: torch.Tensor
+    min_p_S: torch.Tensor
+
+
 class TreeGrower:
     """Trees of up to `max_sequences` at once, `num_branches` (a power of two) wide and at most `max_depth` deep, in
     buffers of its own. `target_ids_W`: the target's id of each of the draft's tokens, int32.
@@ -208,7 +276,9 @@ class TreeGrower:
         """That are found in so many levels, the root aside."""
         return self.num_branches + (depth - 1) * self.num_branches**2
 
-    def grow(self, level: int, logits_RW: torch.Tensor, tree_rows_M4: torch.Tensor | None) -> Frontier | None:
+    def grow(
+        self, level: int, logits_RW: torch.Tensor, draws: Draws, tree_rows_M4: torch.Tensor | None
+    ) -> Frontier | None:
         """Take in the logits of a level, counted from 0; with `tree_rows_M4` there is a next one. The float32 rows are
         contiguous; sequence s has row s at first, then rows from s * B on."""
         branches = self.num_branches
@@ -241,10 +311,17 @@ class TreeGrower:
             self._tokens,
             self._chances,
             self._parents,
+            draws.is_drawn_S,
+            draws.keys_SD,
+            draws.temperature_S,
+            draws.top_k_S,
+            draws.top_p_S,
+            draws.min_p_S,
             level,
             self._num_chunks,
             logits_RW.shape[1],
             self._tokens.shape[1],
+            MAX_DEPTH=draws.keys_SD.shape[1],
             CHUNKS=triton.next_power_of_2(self._num_chunks),
             R=num_rows_each,
             B=branches,

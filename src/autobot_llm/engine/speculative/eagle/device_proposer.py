@@ -6,7 +6,7 @@ its features until somebody wants a draft. A window is a sequence of its own, of
 blocks in a pool of the draft's own; what a tree writes behind it is computed again from the target's features. Where
 blocks or bytes run out, the sequences that were not drafted for lately lose their windows.
 
-Trees are the likeliest ones for sampled requests, too.
+For a request that is drawn the device ranks guesses with the target's noise, as on a CPU.
 """
 
 from __future__ import annotations
@@ -132,9 +132,10 @@ class DeviceEagleProposer:
         for sequence_id in wanted:
             self._windows.move_to_end(sequence_id)
         drafting = [w for w in wanted.values() if w.num_waiting and self._make_room(w, depth, wanted)]
+        params = {s.id: s.params for s in sequences}
         num_nodes = self.num_nodes(depth, len(wanted))
         for start in range(0, len(drafting), self.device.max_sequences):
-            self._grow(drafting[start : start + self.device.max_sequences], depth, num_nodes)
+            self._grow(drafting[start : start + self.device.max_sequences], params, depth, num_nodes)
         return [self._drafted(wanted.get(s.id), depth, num_nodes) for s in sequences]
 
     def num_nodes(self, depth: int, num_sequences: int) -> int:
@@ -175,7 +176,7 @@ class DeviceEagleProposer:
         num_rows = len(window.shadow.token_ids) + self.device.num_tree_rows(depth)
         return make_room(self.pool, window.shadow, num_rows, idle, lambda shadow: self._drop(shadow.id))
 
-    def _grow(self, windows: list[_Window], depth: int, num_nodes: int) -> None:
+    def _grow(self, windows: list[_Window], params: dict[int, SamplingParams], depth: int, num_nodes: int) -> None:
         """Take in what waits, and make the drafts of so many windows as the device takes at a time."""
         self._catch_up(windows)
         taken = [self._take(window, window.num_waiting) for window in windows]
@@ -185,7 +186,8 @@ class DeviceEagleProposer:
         for s, block_ids in enumerate(tables):
             tables_SB[s, : len(block_ids)] = block_ids
         lens_S = np.array([len(window.shadow.token_ids) for window in windows], np.int32)
-        trees = self.device.grow(_joined(taken), Roots(ends_S - 1, lens_S, tables_SB), depth, num_nodes)
+        draws = [(params[window.shadow.id], window.end + 1) for window in windows]
+        trees = self.device.grow(_joined(taken), Roots(ends_S - 1, lens_S, tables_SB, draws), depth, num_nodes)
         for window, (tokens, parents, log_chances) in zip(windows, trees, strict=True):
             is_good = all(map(math.isfinite, log_chances))
             window.draft = len(window.shadow.token_ids), Draft(tokens, parents=parents) if is_good else None

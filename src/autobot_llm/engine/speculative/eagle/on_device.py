@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from autobot_llm.engine.batching.plan import Int32Array
+from autobot_llm.engine.sequence import SamplingParams
 
 
 # T tokens, F three times the target's hidden size, S sequences, B blocks of the longest
@@ -32,11 +33,13 @@ class Taken(NamedTuple):
 
 class Roots(NamedTuple):
     """Where trees begin: the last token of each sequence among those that are taken in with them, and its cache with
-    that token. The table has blocks for `EagleDevice.num_tree_rows` more."""
+    that token. The table has blocks for `EagleDevice.num_tree_rows` more. `draws`: how the target chooses, and the
+    index in its sequence of what it will choose first."""
 
     last_rows_S: Int32Array
     context_lens_S: Int32Array
     block_tables_SB: Int32Array
+    draws: SequenceABC[tuple[SamplingParams, int]]
 
 
 class Tree(NamedTuple):
