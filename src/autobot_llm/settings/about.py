@@ -273,8 +273,8 @@ ABOUT: dict[str, About] = {
         now=True,
     ),
     "llm_compressor": About(
-        "Who quantizes with a calibration text: our own quantizers (off), llm-compressor where its environment was "
-        "made before (installed), or made now (install: 1.5 GB in the cache directory).",
+        "Who quantizes into a folder: our own quantizers (off), which lost less of the embedded model, llm-compressor "
+        "where its environment was made before (installed), or made now (install: 1.5 GB in the cache directory).",
         "providers/native",
         NATIVE,
         now=True,
