@@ -143,7 +143,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, _Header], dict[str, str]]:
         raise ModelLoadError(f"{folder}: {_why_no_safetensors(folder)}")
     try:
         file_of = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.DecodeError) as exc:
+    except (OSError, msgspec.DecodeError, RecursionError) as exc:
         raise ModelLoadError(f"{index}: {exc}") from exc
     headers = {}
     for file_name in sorted(set(file_of.values())):
