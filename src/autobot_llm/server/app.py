@@ -15,8 +15,7 @@ import msgspec
 
 from autobot_llm.errors import AuthenticationError, LLMError
 from autobot_llm.interface import LLMInterface
-from autobot_llm.observability import metrics as metrics_module
-from autobot_llm.observability.metrics import Metrics, RequestRecord
+from autobot_llm.observability.metrics import CONTENT_TYPE, Metrics, RequestRecord
 from autobot_llm.server.answers import Answers, Service
 from autobot_llm.server.anthropic_api import anthropic_api
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header, Receive, Scope, Send
@@ -151,7 +150,7 @@ class App:
         await exchange.reply(200 if state == "ready" else 503, msgspec.json.encode(body))
 
     async def _show_metrics(self, exchange: Exchange, record: RequestRecord) -> None:
-        await exchange.reply(200, self._metrics.page(), content_type=metrics_module.CONTENT_TYPE.encode())
+        await exchange.reply(200, self._metrics.page(), content_type=CONTENT_TYPE.encode())
 
     async def _show_optimizations(self, exchange: Exchange, record: RequestRecord) -> None:
         body = {"object": "list", "data": self._llm.get_optimizations()}
