@@ -17,7 +17,8 @@ from autobot_llm.engine.eager import EagerExecutor
 from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
 from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions, why_not_fused
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError, load_library
-from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE, CompiledExecutor, check_coverage
+from autobot_llm.engine.kernels.cpu.compiled import CompiledExecutor, check_coverage
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import Decoder
 from autobot_llm.engine.models.weights import DecoderWeights, load_weights

@@ -25,9 +25,8 @@ from autobot_llm.engine.executor import (
 )
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
 from autobot_llm.engine.gpu.options import DraftPlace
-from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
-from autobot_llm.engine.kv_cache.policy import CachePolicy
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE, CachePolicy
 from autobot_llm.engine.kv_cache.storage import bytes_per_block
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.options import (

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.kv_cache import policy
 
-BLOCK_SIZE: Final = 16
-"""Positions in a block of the cache: every kernel is built for it."""
+BLOCK_SIZE: Final = policy.BLOCK_SIZE
 
 MAX_DECODE_QUERIES: Final = 16
 """New tokens of one sequence that one decode program takes."""
