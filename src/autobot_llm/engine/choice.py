@@ -68,6 +68,16 @@ class Choice:
             whole.logprobs = tuple(info for part in parts for info in part.logprobs)
         return whole
 
+    def may_end(self, outcomes: SequenceABC[Outcome], num_before: int) -> bool:
+        """Whether these tokens may be the last ones; if not, none of them is."""
+        stop_ids = self.sequence.params.stop_token_ids
+        return (
+            self.detokenizer.has_stop_strings
+            or self.sequence.matcher is not None
+            or num_before + len(outcomes) >= self.sequence.params.max_tokens
+            or any(isinstance(one, SamplingFailure) or one.token_id in stop_ids for one in outcomes)
+        )
+
     def end(self, text: str, reason: EndReason) -> Output:
         stop = self.detokenizer.stop_string if reason == "stop" else None
         logprobs = tuple(self.withheld_logprobs)

@@ -38,11 +38,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _StepInFlight:
-    """A step that was launched, and when."""
+    """A step that was launched, and when. `batch` is there where it has drafts: nothing is planned before their
+    verdict, so its sequences have not been advanced, and some may have left."""
 
     plan: StepPlan
     launched: LaunchedStep
     start_time: float
+    batch: StepBatch | None = None
+
+
+_Judged = list[tuple[Choice, list[Outcome], int]]
+"""What a step with drafts has brought to choices: tokens, and how many they had before."""
 
 
 class Engine:
@@ -145,7 +151,8 @@ class Engine:
         """Advance every sequence the scheduler chooses, and return what became visible.
 
         Where the executor works beside the host, a call launches one step and then waits for the one before it, so the
-        device computes while the host plans, decodes and delivers.
+        device computes while the host plans, decodes and delivers. After a step with drafts it is the other way round:
+        what comes next depends on the verdict, and only the text is made while the device computes again.
         """
         if self._pipelined is not None and self._num_host_sampled == 0:
             if self.speculator is not None:
@@ -168,32 +175,36 @@ class Engine:
         return [] if previous is None else self._resolve(previous)
 
     def _draft_beside_device(self, executor: PipelinedExecutor, speculator: Speculator) -> list[Output]:
-        """Wait for the step under way where drafts after its tokens may pay for that; else go on beside it."""
+        """Wait for the step under way where it has drafts, or where drafts after its tokens may pay for that; else go
+        on beside it."""
         outputs: list[Output] = []
-        begin_time = speculator.clock()
-        if self._in_flight is not None:
-            under_way = [
-                item.sequence
-                for item in self._in_flight.plan.scheduled
-                if item.samples and item.sequence.id in self._choices
-            ]
-            if self._room_for_drafts(len(under_way)) and speculator.is_promising(under_way):
-                outputs = self.settle()
+        judged: _Judged | None = None
+        if self._in_flight is not None and self._is_worth_waiting_for(self._in_flight, speculator):
+            step = self._take_in_flight()
+            if step.batch is None:
+                outputs = self._resolve(step)
+            else:
+                judged = self._judge(speculator, step)
+                if any(choice.may_end(outcomes, num_before) for choice, outcomes, num_before in judged):
+                    outputs, judged = self._tell(judged), None  # who has ended is not planned any more
         if self._in_flight is not None:
             return self._step_beside_device(executor)
-        plan = self._plan_with_drafts(speculator)
-        if plan is None:
-            return outputs
-        if not plan.num_draft_tokens:
-            self._in_flight = self._launch(executor, plan)
-            return outputs
-        scheduled = plan.scheduled
-        rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in row_offsets(item)]
-        sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
-        batch = self._batches.build(plan)
-        launched = executor.launch(batch, sampling)
-        verdicts = verify_sampled(launched.wait(), scheduled)
-        return outputs + self._take_verdict(speculator, plan, batch, verdicts, begin_time, launched.features)
+        begin_time = speculator.clock()
+        plan = self._plan_with_drafts(speculator, may_wait=True)
+        if plan is not None and plan.num_draft_tokens:
+            self._in_flight = self._launch_with_drafts(executor, plan, begin_time)
+        else:
+            speculator.settle()
+            self._in_flight = None if plan is None else self._launch(executor, plan)
+        return outputs if judged is None else self._tell(judged)
+
+    def _is_worth_waiting_for(self, step: _StepInFlight, speculator: Speculator) -> bool:
+        if step.batch is not None:
+            return True
+        under_way = [
+            item.sequence for item in step.plan.scheduled if item.samples and item.sequence.id in self._choices
+        ]
+        return self._room_for_drafts(len(under_way)) > 0 and speculator.is_promising(under_way)
 
     def _room_for_drafts(self, num_sequences: int) -> int:
         """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
@@ -203,11 +214,17 @@ class Engine:
         is_alone = num_sequences == scheduler.num_running and scheduler.num_waiting == 0
         return self._pipelined.room_for_drafts(num_sequences) if is_alone else 0
 
-    def _plan_with_drafts(self, speculator: Speculator) -> StepPlan | None:
+    def _plan_with_drafts(self, speculator: Speculator, *, may_wait: bool = False) -> StepPlan | None:
         decoding = self.scheduler.decoding
         room = self._room_for_drafts(len(decoding))
-        speculator.propose(decoding if room else [], takes_trees=self._mover is not None)
+        speculator.propose(decoding if room else [], takes_trees=self._mover is not None, may_wait=may_wait)
         return self.scheduler.plan(max_draft_tokens=room)
+
+    def _launch_with_drafts(self, executor: PipelinedExecutor, plan: StepPlan, begin_time: float) -> _StepInFlight:
+        rows = [(item.sequence, offset) for item in plan.scheduled if item.samples for offset in row_offsets(item)]
+        sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
+        batch = self._batches.build(plan)
+        return _StepInFlight(plan, executor.launch(batch, sampling), begin_time, batch)
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
         batch = self._batches.build(plan)
@@ -218,6 +235,9 @@ class Engine:
         return _StepInFlight(plan, launched, start_time)
 
     def _resolve(self, step: _StepInFlight) -> list[Output]:
+        if step.batch is not None:
+            assert self.speculator is not None, "who has drafted is there until the verdict"
+            return self._tell(self._judge(self.speculator, step))
         tokens, best_logits = step.launched.wait()
         end_time = self._clock()
         seconds = end_time - max(step.start_time, self._last_end_time)
@@ -254,7 +274,20 @@ class Engine:
             return outputs
         batch = self._batches.build(plan)
         verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
-        return self._take_verdict(speculator, plan, batch, verdicts, begin_time)
+        judged = self._take_verdict(speculator, plan, batch, verdicts)
+        self._learn(speculator, plan, verdicts, speculator.clock() - begin_time)
+        return self._tell(judged)
+
+    def _judge(self, speculator: Speculator, step: _StepInFlight) -> _Judged:
+        """Wait for a step with drafts, and take its verdict."""
+        assert step.batch is not None
+        sampled = step.launched.wait()
+        seconds = speculator.clock() - step.start_time
+        speculator.settle()
+        verdicts = verify_sampled(sampled, step.plan.scheduled)
+        judged = self._take_verdict(speculator, step.plan, step.batch, verdicts, step.launched.features)
+        self._learn(speculator, step.plan, verdicts, seconds)
+        return judged
 
     def _take_verdict(
         self,
@@ -262,17 +295,44 @@ class Engine:
         plan: StepPlan,
         batch: StepBatch,
         verdicts: list[Verdict],
-        begin_time: float,
         features: Features | None = None,
-    ) -> list[Output]:
-        stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
+    ) -> _Judged:
+        """Resolve a step with drafts. Returns what each choice that is still there gets, for `_tell`."""
         if batch.tree_masks_T is not None and self._mover is not None:
             self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
-        num_accepted = [verdict.num_accepted for verdict in verdicts]
-        outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
+        self.scheduler.advance(plan)
+        tokens = _tokens_of([verdict.outcomes[-1] for verdict in verdicts])
+        self.scheduler.resolve(plan, tokens, [verdict.num_accepted for verdict in verdicts])
+        self.num_steps += 1
         speculator.observe(plan, verdicts, features)
-        speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
+        judged: _Judged = []
+        found = iter(verdicts)
+        for item in plan.scheduled:
+            verdict = next(found) if item.samples else None
+            choice = self._choices.get(item.sequence.id)
+            if choice is None:
+                continue
+            choice.stats.largest_batch = max(choice.stats.largest_batch, len(plan.scheduled))
+            if verdict is not None:
+                num_before = item.start + item.num_tokens - item.num_draft - item.sequence.num_prompt_tokens
+                judged.append((choice, verdict.outcomes, num_before))
+        return judged
+
+    def _learn(self, speculator: Speculator, plan: StepPlan, verdicts: list[Verdict], seconds: float) -> None:
+        """Let the speculator see what its drafts came to, unless somebody has left: then the step says little."""
+        choices = [self._choices.get(item.sequence.id) for item in plan.scheduled if item.samples]
+        stats = [choice.stats for choice in choices if choice is not None]
+        if len(stats) == len(choices):
+            speculator.record(plan, [verdict.num_accepted for verdict in verdicts], seconds, stats)
         self._last_end_time = self._clock()
+
+    def _tell(self, judged: _Judged) -> list[Output]:
+        """What choices get of a step with drafts: one output each. What comes after an end is dropped."""
+        outputs = []
+        for choice, outcomes, num_before in judged:
+            output = choice.take_several(outcomes, num_before)
+            self.num_generated_tokens += output.num_tokens - num_before
+            outputs.append(self._noted(choice, output))
         return outputs
 
     def _run_on_host(self, plan: StepPlan) -> list[Output]:
@@ -319,24 +379,6 @@ class Engine:
             outputs.append(self._noted(choice, output))
         return outputs
 
-    def _accept_drafts(self, plan: StepPlan, verdict: list[list[Outcome]], num_accepted: list[int]) -> list[Output]:
-        """Resolve a step with drafts. What a choice gets of it is one output; what comes after its end is dropped."""
-        scheduler, choices = self.scheduler, self._choices
-        scheduler.advance(plan)
-        scheduler.resolve(plan, _tokens_of([found[-1] for found in verdict]), num_accepted)
-        self.num_steps += 1
-        outputs = []
-        outcomes = iter(verdict)
-        for item in plan.scheduled:
-            choice = choices[item.sequence.id]
-            choice.stats.largest_batch = max(choice.stats.largest_batch, len(plan.scheduled))
-            if item.samples:
-                num_before = item.start + item.num_tokens - item.num_draft - item.sequence.num_prompt_tokens
-                output = choice.take_several(next(outcomes), num_before)
-                self.num_generated_tokens += output.num_tokens - num_before
-                outputs.append(self._noted(choice, output))
-        return outputs
-
     def fail_all(self, message: str, cause: BaseException) -> list[Output]:
         """End every request with an error and empty the cache, after a step that raised: its blocks are suspect."""
         self._abandon_in_flight()
@@ -363,11 +405,12 @@ class Engine:
         return step
 
     def _abandon_in_flight(self) -> None:
-        """Wait for a step whose outcome nobody wants any more."""
-        if self._in_flight is None:
-            return
+        """Wait for a step whose outcome nobody wants any more, and for drafts that no step was launched for."""
         try:
-            self._take_in_flight().launched.wait()
+            if self._in_flight is not None:
+                self._take_in_flight().launched.wait()
+            if self.speculator is not None:
+                self.speculator.settle()
         except Exception:
             log.debug("a step that was given up failed, too", exc_info=True)
 

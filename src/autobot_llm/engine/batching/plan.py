@@ -58,7 +58,8 @@ class StepBatch:
     slots_T[t] = block * block_size + offset. Unused entries of block_tables are 0 and must not be read.
 
     Where pending_rows_T[t] is not -1, the host does not know token t yet: it is the one that row pending_rows_T[t]
-    (of R) of the step launched last before this one samples, and ids_T[t] is -1.
+    (of R) of the step launched last before this one samples, and ids_T[t] is -1. Rows from that device's first draft
+    row on are drafts that it has not told yet either (ChainExecutor).
 
     Where a draft is a tree, its tokens have slots in the order of the draft and positions by their depth in the tree.
     Bit j of tree_masks_T[t] then says that token t sees new token j of its sequence: itself, and those before it on its
@@ -180,6 +181,8 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
         ids_T[row : end - num_draft] = sequence.token_ids[start : stop - num_draft]
         if num_draft:
             ids_T[end - num_draft : end] = sequence.draft_ids[:num_draft]
+            if sequence.draft_rows:
+                pending_rows_T[end - num_draft : end] = sequence.draft_rows[:num_draft]
         positions_T[row:end] = positions
         places = positions - sequence.num_evicted_tokens
         blocks = block_tables_SB[s, places // block_size].astype(np.int64)

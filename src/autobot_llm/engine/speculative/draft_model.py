@@ -13,22 +13,30 @@ were not drafted for lately give their blocks up; what is missing is computed ag
 from __future__ import annotations
 
 import dataclasses
+import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
-from autobot_llm.engine.executor import Executor, FeatureKinds, Features, PipelinedExecutor
+from autobot_llm.engine.executor import (
+    ChainExecutor,
+    Executor,
+    FeatureKinds,
+    Features,
+    LaunchedChain,
+    PipelinedExecutor,
+)
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.chain import Chain, known, make_room
-from autobot_llm.engine.speculative.proposer import Computed, Draft
+from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 
 
 class DraftModel:
-    """CostlyProposer over an executor that nobody else uses. `vocab_size` is the target's, which the executor's logits
+    """LaunchingProposer over an executor that nobody else uses. `vocab_size` is the target's, which the executor's logits
     are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
 
     name = "draft"
@@ -43,6 +51,7 @@ class DraftModel:
         self._sampler = Sampler(vocab_size)
         self._sampling_arrays = SamplingArraysBuilder(vocab_size)
         self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
+        self._chains = executor if isinstance(executor, ChainExecutor) else None
         self._max_tokens = max_tokens
         self._max_model_len = max_model_len
         self._shadows: OrderedDict[int, Sequence] = OrderedDict()  # least recently drafted for first
@@ -61,14 +70,7 @@ class DraftModel:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what is missing of every sequence, then one for each further token."""
-        for sequence in sequences:
-            if (shadow := self._shadows.get(sequence.id)) is not None:
-                self._follow(shadow, sequence)
-                self._shadows.move_to_end(sequence.id)
-            else:
-                self._shadows[sequence.id] = self._shadow(sequence)
-        wanted = {s.id for s in sequences}
-        drafting = [s.id for s in sequences if self._make_room(self._shadows[s.id], num_tokens, wanted)]
+        drafting = self._catch_up_with(sequences, num_tokens)
         if self._pipelined is not None:
             self._chain(self._pipelined, [self._shadows[i] for i in drafting], num_tokens)
         else:
@@ -76,6 +78,26 @@ class DraftModel:
                 drafting = self._pass(drafting)
         drafts = (known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
         return [Draft(token_ids) if token_ids else None for token_ids in drafts]
+
+    def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:
+        """The same passes as one launch, where little is missing of every sequence and all have room."""
+        if self._chains is None or not sequences:
+            return None
+        drafting = self._catch_up_with(sequences, num_tokens)
+        shadows = [self._shadows[i] for i in drafting]
+        missing = [len(shadow.token_ids) - shadow.num_computed_tokens for shadow in shadows]
+        if len(drafting) < len(sequences) or not self._chains.takes_chain(missing, num_tokens):
+            return None
+        parts = [ScheduledSequence(s, s.num_computed_tokens, n, True) for s, n in zip(shadows, missing, strict=True)]
+        batch = build_batch(parts, self.pool.block_size)
+        offsets = [offset for offset in range(num_tokens) for _ in shadows]
+        sampling = self._sampling_arrays.build(shadows * num_tokens, offsets)
+        chain = self._chains.launch_chain(batch, sampling, num_tokens)
+        for shadow in shadows:
+            shadow.num_computed_tokens = len(shadow.token_ids) + num_tokens - 1
+            shadow.token_ids.extend([UNKNOWN_TOKEN] * num_tokens)
+        rows = chain.rows.reshape(num_tokens, len(shadows)).T.tolist()
+        return LaunchedDrafts(rows, lambda: self._settle(chain, shadows, num_tokens))
 
     def num_passes(self, num_tokens: int) -> int:
         return num_tokens
@@ -88,6 +110,32 @@ class DraftModel:
 
     def close(self) -> None:
         self.executor.close()
+
+    def _catch_up_with(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[int]:
+        """Follow the sequences; returns the ids of those that have room for so many tokens more."""
+        for sequence in sequences:
+            if (shadow := self._shadows.get(sequence.id)) is not None:
+                self._follow(shadow, sequence)
+                self._shadows.move_to_end(sequence.id)
+            else:
+                self._shadows[sequence.id] = self._shadow(sequence)
+        wanted = {s.id for s in sequences}
+        return [s.id for s in sequences if self._make_room(self._shadows[s.id], num_tokens, wanted)]
+
+    def _settle(
+        self, chain: LaunchedChain, shadows: list[Sequence], num_tokens: int
+    ) -> tuple[list[Draft | None], float]:
+        """Fill in what a chain has drawn."""
+        token_ids, bests = chain.wait()
+        drafts: list[Draft | None] = []
+        for i, shadow in enumerate(shadows):
+            found = [
+                self._target_id(token_ids[row]) if math.isfinite(bests[row]) else UNKNOWN_TOKEN
+                for row in range(i, len(token_ids), len(shadows))
+            ]
+            shadow.token_ids[-num_tokens:] = found
+            drafts.append(Draft(found) if (found := known(found)) else None)
+        return drafts, chain.seconds
 
     def _shadow(self, sequence: Sequence) -> Sequence:
         shadow = Sequence(sequence.id, sequence.token_ids, _plain(sequence.params), salt=sequence.salt)
