@@ -272,6 +272,7 @@ class FakeChainDevice(FakePipelinedDevice):
 
     def launch_chain(self, batch: StepBatch, sampling: SamplingArrays, num_passes: int) -> _LaunchedChain:
         assert (batch.pending_rows_T == -1).all() and self.num_unwaited == 0
+        self.check_writes(batch)
         num_sequences = batch.num_sequences
         step = _LaunchedChain(self, num_passes * num_sequences)
         step.rows = FIRST_DRAFT_ROW + np.arange(step.num_rows)
@@ -284,7 +285,6 @@ class FakeChainDevice(FakePipelinedDevice):
         found: list[int] = []
         bests: list[float] = []
         for number in range(num_passes):
-            self.check_writes(batch)
             logits_RV = self.compute(batch, [])
             if self.fault is not None:
                 self.fault(number, logits_RV)
