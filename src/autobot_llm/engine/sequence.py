@@ -65,8 +65,8 @@ class Sequence:
     as many fewer: unless it is 0, block_ids[i] is not that of tokens [16 i, 16 i + 16).
 
     `draft_ids` are guesses at the tokens after the last one, to be computed and verified in the next step. Where they
-    branch, `draft_parents` says which follows which (draft_tree.py); it is empty for a line. While only the device knows
-    them they are UNKNOWN_TOKEN, and `draft_rows` says where it finds each.
+    branch, `draft_parents` says which follows which (draft_tree.py); it is empty for a line. While only the device
+    knows them they are UNKNOWN_TOKEN, and `draft_rows` says where it finds each.
 
     `leader` is an earlier sequence with the same prompt (another choice of one request): this one waits until the
     leader's prompt is computed, then shares its blocks. `matcher` is where its answer stands in its grammar.

@@ -197,7 +197,7 @@ def fill_decode_arrays(
     items_I8 = arrays["items"]
     spare_items = len(items_I8) - len(lens)
     if cut is not None and not window:
-        num_items = cut.write(items_I8, batch, spare_items)
+        num_items = cut.write(items_I8, batch.context_lens, spare_items)
     else:
         num_items = plan_items(items_I8, batch.query_starts, batch.context_lens, spare_items=spare_items, window=window)
     items_I8[num_items:] = -1
@@ -310,9 +310,8 @@ class ItemCut:
         self._counts_S = np.zeros(0, np.int32)
         self._items_I8 = np.zeros((0, ITEM_FIELDS), np.int32)
 
-    def write(self, items_I8: Int32Array, batch: StepBatch, spare_items: int) -> int:
+    def write(self, items_I8: Int32Array, lens: Int32Array, spare_items: int) -> int:
         """The same as `plan_items`, for a step of one token a sequence; the size may be that of an earlier step."""
-        lens = batch.context_lens
         if len(lens) != len(self._counts_S) or not (-(-lens // self._size) == self._counts_S).all():
             self._size = _item_size(lens, spare_items)
             self._counts_S = -(-lens // self._size)
@@ -326,6 +325,17 @@ class ItemCut:
         kept_I8[:, 7] = lens[kept_I8[:, 0]]
         np.minimum(kept_I8[:, 1] + self._size, kept_I8[:, 7], out=kept_I8[:, 2])
         items_I8[:num_items] = kept_I8
+        return num_items
+
+    def write_passes(self, items_KI8: Int32Array, lens_KS: Int32Array, spare_items: int) -> int:
+        """The same for K steps whose contexts only grow, each cut as the last one: an item that lies behind a context
+        is empty, which a kernel takes for no part of it. Returns the number of items of each."""
+        num_items = self.write(items_KI8[-1], lens_KS[-1], spare_items)
+        last_I8, before_KI8 = items_KI8[-1, :num_items], items_KI8[:-1, :num_items]
+        before_KI8[:] = last_I8
+        ends_KI = lens_KS[:-1, last_I8[:, 0]]
+        before_KI8[:, :, 7] = ends_KI
+        np.minimum(last_I8[:, 1] + self._size, ends_KI, out=before_KI8[:, :, 2])
         return num_items
 
 

@@ -92,7 +92,8 @@ class TritonPagedAttention:
         self._keys, self._values = keys, values
         self._device = keys[0].device
         self._spare_items = full_load(shape.num_kv_heads, _num_processors(self._device))
-        self._max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size)
+        self.group_size = shape.group_size
+        self.max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size)
         self._fresh_kernel = fresh_kernel
         # they never move and never go: graphs hold their addresses
         self._workspaces: dict[int, DecodeWorkspace] = {}
@@ -103,7 +104,7 @@ class TritonPagedAttention:
             return self._prepare_trees(batch)
         num_queries = np.diff(batch.query_starts)
         is_fresh = (num_queries == batch.context_lens) & (num_queries > 1)
-        is_decode = (num_queries <= self._max_queries) & ~is_fresh
+        is_decode = (num_queries <= self.max_queries) & ~is_fresh
         decoding, fresh, prefixed = (
             np.flatnonzero(kind).astype(np.int32) for kind in (is_decode, is_fresh, ~is_decode & ~is_fresh)
         )
@@ -127,10 +128,10 @@ class TritonPagedAttention:
         )
 
     def prepare_captured(self, batch: PagedBatch, arrays: Mapping[str, Int32Array]) -> TritonMetadata:
-        if batch.max_queries > self._max_queries:
+        if batch.max_queries > self.max_queries:
             raise ValueError(
                 f"a step with {batch.max_queries} new tokens of a sequence: the decode kernel takes up to "
-                f"{self._max_queries} where {self._shape.group_size} query heads share keys"
+                f"{self.max_queries} where {self._shape.group_size} query heads share keys"
             )
         return TritonMetadata(decode=batch, workspace=self._workspace(batch.items_I8.shape[0]))
 
@@ -144,7 +145,7 @@ class TritonPagedAttention:
             assert num_tokens <= SPLIT_TOKENS, f"{num_tokens} tokens of steps with trees"
             sizes["tree_rows"] = (num_tokens, TREE_FIELDS)
         if num_tokens <= SPLIT_TOKENS:
-            num_parts = num_sequences + num_tokens // self._max_queries  # each may end with one that is not full
+            num_parts = num_sequences + num_tokens // self.max_queries  # each may end with one that is not full
             return {"items": (num_parts + self._spare_items, ITEM_FIELDS)} | sizes
         num_tiles = num_sequences + -(-num_tokens // self._tokens_per_tile(SMALL_TILE))
         items = (num_sequences + self._spare_items, ITEM_FIELDS)
@@ -176,7 +177,7 @@ class TritonPagedAttention:
         workspace = self._workspace(arrays["items"].shape[0])
         if "tiles" not in arrays:
             trees = arrays.get("tree_rows")
-            decode = PagedBatch(arrays["block_tables"], arrays["items"], self._max_queries, tree_rows_T4=trees)
+            decode = PagedBatch(arrays["block_tables"], arrays["items"], self.max_queries, tree_rows_T4=trees)
             return TritonMetadata(decode=decode, workspace=workspace)
         return TritonMetadata(
             decode=PagedBatch(arrays["block_tables"], arrays["items"], 1),
@@ -184,6 +185,11 @@ class TritonPagedAttention:
             prefixed=_Tiles(arrays["tiles"], SMALL_TILE),
             block_tables_SB=arrays["block_tables"],
         )
+
+    def prepare_pass(self, block_tables_SB: torch.Tensor, items_I8: torch.Tensor, max_queries: int) -> TritonMetadata:
+        """The same for a captured step of few new tokens of each sequence, `max_queries` at most."""
+        decode = PagedBatch(block_tables_SB, items_I8, 1 << (max_queries - 1).bit_length())
+        return TritonMetadata(decode=decode, workspace=self._workspace(items_I8.shape[0]))
 
     def attend(
         self,
@@ -210,7 +216,7 @@ class TritonPagedAttention:
 
     def _prepare_trees(self, batch: StepBatch) -> TritonMetadata:
         """All of a step with trees by the decode kernel, whatever else is in it."""
-        num_parts = batch.num_sequences + batch.num_tokens // self._max_queries
+        num_parts = batch.num_sequences + batch.num_tokens // self.max_queries
         items_I8 = np.empty((num_parts + self._spare_items, ITEM_FIELDS), np.int32)
         rows_T4 = np.empty((batch.num_tokens, TREE_FIELDS), np.int32)
         items_I8 = items_I8[: self._plan_by_queries(items_I8, batch)]
@@ -223,7 +229,7 @@ class TritonPagedAttention:
             items_I8,
             batch.query_starts,
             batch.context_lens,
-            max_queries=self._max_queries,
+            max_queries=self.max_queries,
             spare_items=self._spare_items,
             window=self._shape.widest_window,
             has_tree_S=trees_of(batch),
@@ -254,7 +260,7 @@ class TritonPagedAttention:
         if fitting not in self._workspaces:
             self._workspaces[fitting] = DecodeWorkspace.allocate(
                 fitting,
-                max_queries=self._max_queries,
+                max_queries=self.max_queries,
                 group_size=self._shape.group_size,
                 num_kv_heads=self._shape.num_kv_heads,
                 head_size=self._shape.head_size,

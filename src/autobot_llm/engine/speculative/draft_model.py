@@ -36,8 +36,8 @@ from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDra
 
 
 class DraftModel:
-    """LaunchingProposer over an executor that nobody else uses. `vocab_size` is the target's, which the executor's logits
-    are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
+    """LaunchingProposer over an executor that nobody else uses. `vocab_size` is the target's, which the executor's
+    logits are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
 
     name = "draft"
     wanted: FeatureKinds | None = None

@@ -117,7 +117,7 @@ class CostlyProposer(Protocol):
 
 
 class LaunchedDrafts(NamedTuple):
-    """Drafts that a device computes: `rows` say for each sequence where its steps find the tokens (Sequence.draft_rows).
+    """Drafts that a device computes: `rows` say for each sequence where a step finds the tokens (Sequence.draft_rows).
     `wait`, called once, gives the drafts, and the seconds that they took the device."""
 
     rows: list[list[int]]
