@@ -1,4 +1,4 @@
-"""What the host does between the tokens of a step with drafts and the next launches, beside a device that costs nothing.
+"""What the host does from the tokens of a step with drafts to the next launches, beside a device that costs nothing.
 
 The real engine, scheduler, speculator, draft model, arrays of steps and of chains, and detokenizer (of the embedded
 model), over executors that answer at once. A draft model guesses `--num-tokens` tokens of every sequence, three of them

@@ -27,7 +27,7 @@ from autobot_llm.engine.sequence import SamplingParams, Sequence
 VOCAB, NUM_PASSES, SPARE_ITEMS = 256, 3, 4
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 64, "vocab_size": VOCAB, "initializer_range": 0.3}  # fmt: skip
-LENGTHS, MISSING = (190, 63, 20), (1, 2, 4)
+LENGTHS, MISSING = (130, 63, 20), (1, 2, 4)
 
 
 class Draft:
@@ -155,7 +155,13 @@ def test_the_items_of_all_passes_cover_each_context_as_it_grows(seed: int) -> No
     for _ in range(40):
         lens_KS = lens + np.arange(5, dtype=np.int32)[:, None]
         items_KI8 = np.full((5, len(lens) + spare_items, 8), -77, np.int32)
-        num_items = cut.write_passes(items_KI8, lens_KS, spare_items)
+        num_new = rng.integers(1, 5, len(lens))
+        starts = np.append(0, num_new.cumsum()).astype(np.int32)
+        num_items = cut.write_passes(items_KI8, starts, lens_KS, spare_items)
+        assert (items_KI8[0, :num_items, 5] == starts[items_KI8[0, :num_items, 0]]).all()
+        assert (items_KI8[0, :num_items, 6] == num_new[items_KI8[0, :num_items, 0]]).all()
+        assert (items_KI8[1:, :num_items, 5] == items_KI8[1:, :num_items, 0]).all()
+        assert (items_KI8[1:, :num_items, 6] == 1).all()
         assert (items_KI8[:, num_items:] == -77).all()
         for items_I8, its_lens in zip(items_KI8[:, :num_items], lens_KS, strict=True):
             for s, length in enumerate(its_lens):

@@ -17,6 +17,7 @@ from autobot_llm.engine.attention.paged import (
     MAX_DECODE_QUERIES,
     TREE_FIELDS,
     AttentionShape,
+    ItemCut,
     PagedBatch,
     fill_tree_rows,
     full_load,
@@ -95,6 +96,7 @@ class TritonPagedAttention:
         self.group_size = shape.group_size
         self.max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size)
         self._fresh_kernel = fresh_kernel
+        self._cut = ItemCut()
         # they never move and never go: graphs hold their addresses
         self._workspaces: dict[int, DecodeWorkspace] = {}
         self._workspace(max_sequences + self._spare_items)
@@ -156,7 +158,11 @@ class TritonPagedAttention:
         num_sequences, num_blocks = batch.block_tables_SB.shape
         arrays["block_tables"][:num_sequences, :num_blocks] = batch.block_tables_SB
         if "tiles" not in arrays:
-            num_items = self._plan_by_queries(arrays["items"], batch)
+            starts, lens = batch.query_starts, batch.context_lens
+            if batch.tree_masks_T is None and not self._shape.widest_window and self._takes_whole(starts):
+                num_items = self._cut.write_queries(arrays["items"], starts, lens, self._spare_items)
+            else:
+                num_items = self._plan_by_queries(arrays["items"], batch)
             arrays["items"][num_items:] = -1
             if "tree_rows" in arrays:
                 fill_tree_rows(arrays["tree_rows"], batch)
@@ -213,6 +219,10 @@ class TritonPagedAttention:
             paged_prefill(q_THD, keys, values, tables_SB, work.tiles_W8, out_THD, tile=work.tile, window=window)
         if metadata.decode is not None:
             paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window)
+
+    def _takes_whole(self, query_starts: Int32Array) -> bool:
+        """Whether an item takes all new tokens of each sequence."""
+        return int((query_starts[1:] - query_starts[:-1]).max()) <= self.max_queries
 
     def _prepare_trees(self, batch: StepBatch) -> TritonMetadata:
         """All of a step with trees by the decode kernel, whatever else is in it."""

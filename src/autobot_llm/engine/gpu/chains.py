@@ -42,12 +42,11 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class ChainGraph:
-    """A captured chain of passes over `size` sequences each, the first of `num_tokens` tokens. Pass k leaves the token
-    of sequence s in row k * `rows_per_pass` + s."""
+    """A captured chain of passes over `size` sequences each. Pass k leaves the token of sequence s in row k *
+    `rows_per_pass` + s."""
 
     key: str
     size: int
-    num_tokens: int
     layout: Layout
     slots: tuple[Arrays, ...]
     passes: tuple[_Pass, ...]
@@ -88,9 +87,9 @@ class ChainGraphs:
         self._most_missing = min(attention.max_queries, max(4, MOST_MISSING // attention.group_size))
         self._cut = ItemCut()
         self._sizes = chain_sizes(max_num_seqs, longest)
-        self._graphs: dict[str, ChainGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], ChainGraph] = {}
         self._layouts = {
-            _key(size, number, is_drawn): _layout(size, number, table_width, size + num_spare_items, is_drawn=is_drawn)
+            (size, number, is_drawn): _layout(size, number, table_width, size + num_spare_items, is_drawn=is_drawn)
             for size, longest_of_size in self._sizes.items()
             for number in range(1, longest_of_size + 1)
             for is_drawn in (False, True)
@@ -107,22 +106,19 @@ class ChainGraphs:
 
     def bind(self, on_host: SequenceABC[npt.NDArray[np.uint8]], on_device: torch.Tensor) -> None:
         """Lay the arrays out in the slots of a staging and in its buffer; all chains share them."""
-        for size, longest in self._sizes.items():
-            for number in range(1, longest + 1):
-                for is_drawn in (False, True):
-                    key = _key(size, number, is_drawn)
-                    layout = self._layouts[key]
-                    tensors = layout.on_device(on_device)
-                    passes = tuple(self._pass(tensors, size, k, is_drawn=is_drawn) for k in range(number))
-                    slots = tuple(layout.on_host(slot) for slot in on_host)
-                    self._graphs[key] = ChainGraph(key, size, _num_tokens(size), layout, slots, passes)
+        for (size, number, is_drawn), layout in self._layouts.items():
+            tensors = layout.on_device(on_device)
+            passes = tuple(self._pass(tensors, size, k, is_drawn=is_drawn) for k in range(number))
+            slots = tuple(layout.on_host(slot) for slot in on_host)
+            key = f"{'drawn ' if is_drawn else ''}chain {size} x {number}"
+            self._graphs[size, number, is_drawn] = ChainGraph(key, size, layout, slots, passes)
 
     def find(self, num_missing: SequenceABC[int], num_passes: int, *, is_drawn: bool) -> ChainGraph | None:
         """The captured chain for sequences that miss so many tokens each."""
         size = padded_size(len(num_missing), tuple(self._sizes)) if self.is_captured else None
         if size is None or max(num_missing) > self._most_missing or sum(num_missing) > _num_tokens(size):
             return None
-        return self._graphs.get(_key(size, num_passes, is_drawn))
+        return self._graphs.get((size, num_passes, is_drawn))
 
     def fill(self, chain: ChainGraph, slot: int, batch: StepBatch, sampling: SamplingArrays) -> None:
         """Write a chain that begins with a batch into the arrays of a slot, and make what it leaves padding."""
@@ -134,7 +130,8 @@ class ChainGraphs:
         host["logit_rows"][:num_sequences] = batch.logit_rows_R
         host["logit_rows"][num_sequences:] = 0
         places_KS = batch.context_lens + np.arange(number, dtype=np.int32)[:, None]  # of the tokens that are sampled
-        self._fill_items(host["items"], batch, places_KS)
+        num_items = self._cut.write_passes(host["items"], batch.query_starts, places_KS, self._num_spare_items)
+        host["items"][:, num_items:] = -1
         if number > 1:
             places_KS = places_KS[:-1]
             blocks_KS = batch.block_tables_SB[np.arange(num_sequences), places_KS // BLOCK_SIZE]
@@ -149,13 +146,6 @@ class ChainGraphs:
             host["next_ids"][:] = 0
         if "keys_R" in host:
             _fill_sampling(host, sampling, number, num_sequences)
-
-    def _fill_items(self, items_KI8: npt.NDArray[np.int32], batch: StepBatch, lens_KS: npt.NDArray[np.int32]) -> None:
-        num_items = self._cut.write_passes(items_KI8, lens_KS, self._num_spare_items)
-        items_KI8[:, num_items:] = -1
-        first_I8 = items_KI8[0, :num_items]
-        first_I8[:, 5] = batch.query_starts[first_I8[:, 0]]
-        first_I8[:, 6] = np.diff(batch.query_starts)[first_I8[:, 0]]
 
     def _pass(self, tensors: Mapping[str, torch.Tensor], size: int, number: int, *, is_drawn: bool) -> _Pass:
         width = rows_per_pass(size)
@@ -211,10 +201,6 @@ def padding_of(chain: ChainGraph) -> npt.NDArray[np.uint8]:
         elif name in ("temperature_R", "top_p_R"):
             array[...] = 1
     return padding
-
-
-def _key(size: int, num_passes: int, is_drawn: bool) -> str:
-    return f"{'drawn ' if is_drawn else ''}chain {size} x {num_passes}"
 
 
 def _num_tokens(size: int) -> int:
