@@ -142,8 +142,8 @@ def test_a_chain_computes_what_its_passes_compute(
 
 
 def test_a_chain_is_for_few_missing_tokens_of_few_sequences() -> None:
-    assert chain_sizes(256, 5) == {1: 5, 2: 5, 4: 5, 8: 5, 16: 5, 32: 3}
-    assert chain_sizes(3, 15) == {1: 15, 2: 15, 4: 15}
+    assert chain_sizes(256, 5) == {1: 5, 2: 5, 4: 5, 8: 5, 16: 5}
+    assert chain_sizes(16, 15) == {1: 15, 2: 15, 4: 15, 8: 15, 16: 7}
     assert chain_sizes(100, 0) == {}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
-from autobot_llm.engine.batching.drafts import straighten
 from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.choice import Choice, info_of
@@ -20,17 +19,16 @@ from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sampler import (
     Outcome,
-    SampledToken,
     Sampler,
     SamplingArraysBuilder,
     SamplingFailure,
-    broken_logits,
     needs_host,
 )
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.acceptance import Verdict, row_offsets, verify, verify_sampled
+from autobot_llm.engine.speculative.acceptance import Verdict, outcomes_of, row_offsets, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
+from autobot_llm.engine.verdicts import Judged, learn, take_verdicts, tokens_of
 from autobot_llm.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -45,10 +43,6 @@ class _StepInFlight:
     launched: LaunchedStep
     start_time: float
     batch: StepBatch | None = None
-
-
-_Judged = list[tuple[Choice, list[Outcome], int]]
-"""What a step with drafts has brought to choices: tokens, and how many they had before."""
 
 
 class Engine:
@@ -178,7 +172,7 @@ class Engine:
         """Wait for the step under way where it has drafts, or where drafts after its tokens may pay for that; else go
         on beside it."""
         outputs: list[Output] = []
-        judged: _Judged | None = None
+        judged: Judged | None = None
         if self._in_flight is not None and self._is_worth_waiting_for(self._in_flight, speculator):
             step = self._take_in_flight()
             if step.batch is None:
@@ -238,20 +232,17 @@ class Engine:
         if step.batch is not None:
             assert self.speculator is not None, "who has drafted is there until the verdict"
             return self._tell(self._judge(self.speculator, step))
-        tokens, best_logits = step.launched.wait()
+        sampled = step.launched.wait()
         end_time = self._clock()
         seconds = end_time - max(step.start_time, self._last_end_time)
         self._last_end_time = end_time
         if self.speculator is not None:
             self.speculator.record_plain(step.plan, seconds, self.scheduler.step_cost)
-        if all(map(math.isfinite, best_logits)):
-            outputs = self._accept_all(step.plan, tokens, None, seconds)
+        if all(map(math.isfinite, sampled.best_logits)):
+            outputs = self._accept_all(step.plan, sampled.tokens, None, seconds)
         else:
-            outcomes = [
-                SampledToken(token) if math.isfinite(best) else broken_logits(best)
-                for token, best in zip(tokens, best_logits, strict=True)
-            ]
-            outputs = self._accept_all(step.plan, _tokens_of(outcomes), outcomes, seconds)
+            outcomes = outcomes_of(sampled)
+            outputs = self._accept_all(step.plan, tokens_of(outcomes), outcomes, seconds)
         if self.speculator is not None:
             self.speculator.observe(step.plan, features=step.launched.features)
         return outputs
@@ -274,59 +265,34 @@ class Engine:
             return outputs
         batch = self._batches.build(plan)
         verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
-        judged = self._take_verdict(speculator, plan, batch, verdicts)
-        self._learn(speculator, plan, verdicts, speculator.clock() - begin_time)
-        return self._tell(judged)
+        return self._tell(self._take(speculator, plan, batch, verdicts, begin_time, None))
 
-    def _judge(self, speculator: Speculator, step: _StepInFlight) -> _Judged:
+    def _judge(self, speculator: Speculator, step: _StepInFlight) -> Judged:
         """Wait for a step with drafts, and take its verdict."""
         assert step.batch is not None
         sampled = step.launched.wait()
-        seconds = speculator.clock() - step.start_time
         speculator.settle()
         verdicts = verify_sampled(sampled, step.plan.scheduled)
-        judged = self._take_verdict(speculator, step.plan, step.batch, verdicts, step.launched.features)
-        self._learn(speculator, step.plan, verdicts, seconds)
-        return judged
+        return self._take(speculator, step.plan, step.batch, verdicts, step.start_time, step.launched.features)
 
-    def _take_verdict(
+    def _take(
         self,
         speculator: Speculator,
         plan: StepPlan,
         batch: StepBatch,
         verdicts: list[Verdict],
-        features: Features | None = None,
-    ) -> _Judged:
-        """Resolve a step with drafts. Returns what each choice that is still there gets, for `_tell`."""
-        if batch.tree_masks_T is not None and self._mover is not None:
-            self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
-        self.scheduler.advance(plan)
-        tokens = _tokens_of([verdict.outcomes[-1] for verdict in verdicts])
-        self.scheduler.resolve(plan, tokens, [verdict.num_accepted for verdict in verdicts])
+        begin_time: float,
+        features: Features | None,
+    ) -> Judged:
+        choices = self._choices
+        judged = take_verdicts(plan, batch, verdicts, scheduler=self.scheduler, choices=choices, mover=self._mover)
         self.num_steps += 1
-        speculator.observe(plan, verdicts, features)
-        judged: _Judged = []
-        found = iter(verdicts)
-        for item in plan.scheduled:
-            verdict = next(found) if item.samples else None
-            choice = self._choices.get(item.sequence.id)
-            if choice is None:
-                continue
-            choice.stats.largest_batch = max(choice.stats.largest_batch, len(plan.scheduled))
-            if verdict is not None:
-                num_before = item.start + item.num_tokens - item.num_draft - item.sequence.num_prompt_tokens
-                judged.append((choice, verdict.outcomes, num_before))
+        seconds = speculator.clock() - begin_time
+        learn(speculator, plan, verdicts, seconds, choices=choices, features=features)
+        self._last_end_time = self._clock()
         return judged
 
-    def _learn(self, speculator: Speculator, plan: StepPlan, verdicts: list[Verdict], seconds: float) -> None:
-        """Let the speculator see what its drafts came to, unless somebody has left: then the step says little."""
-        choices = [self._choices.get(item.sequence.id) for item in plan.scheduled if item.samples]
-        stats = [choice.stats for choice in choices if choice is not None]
-        if len(stats) == len(choices):
-            speculator.record(plan, [verdict.num_accepted for verdict in verdicts], seconds, stats)
-        self._last_end_time = self._clock()
-
-    def _tell(self, judged: _Judged) -> list[Output]:
+    def _tell(self, judged: Judged) -> list[Output]:
         """What choices get of a step with drafts: one output each. What comes after an end is dropped."""
         outputs = []
         for choice, outcomes, num_before in judged:
@@ -344,7 +310,7 @@ class Engine:
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)
-        return self._accept_all(plan, _tokens_of(outcomes), outcomes, seconds)
+        return self._accept_all(plan, tokens_of(outcomes), outcomes, seconds)
 
     def _accept_all(
         self, plan: StepPlan, tokens: SequenceABC[int | None], outcomes: list[Outcome] | None, seconds: float
@@ -430,12 +396,8 @@ class Engine:
         self.executor.discard([block_id for block_id in sequence.block_ids if pool.num_references(block_id) == 1])
 
     def _forget(self, choice: Choice) -> None:
-        sequence, stats = choice.sequence, choice.stats
-        stats.num_preemptions += sequence.num_preemptions
-        stats.num_evicted_tokens += sequence.num_evicted_tokens
-        if choice.index == 0:
-            stats.num_cached_tokens = sequence.num_cached_tokens
-            stats.first_scheduled_time = sequence.first_scheduled_time
+        sequence = choice.sequence
+        choice.sum_up()
         del self._choices[sequence.id]
         self._num_host_sampled -= needs_host(sequence.params)
         if self.speculator is not None:
@@ -445,7 +407,3 @@ class Engine:
         if not siblings:
             del self._requests[choice.request_id]
         self._sampler.forget(sequence)
-
-
-def _tokens_of(outcomes: list[Outcome]) -> list[int | None]:
-    return [None if isinstance(outcome, SamplingFailure) else outcome.token_id for outcome in outcomes]

@@ -22,15 +22,15 @@ MAX_PROMPTS = 64
 MAX_ROWS = 128
 """Tokens of such a step up to which it may want the logits of all of them, to verify drafts."""
 
-CHAIN_SIZES = (1, 2, 4, 8, 16, 32)
+CHAIN_SIZES = (1, 2, 4, 8, 16)
 """Numbers of sequences with graphs for the passes of a draft, one for each number of passes."""
 
 BYTES_PER_GRAPH = 16 * 2**20
 """What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
 docs/log.md."""
 
-BYTES_PER_CHAIN = 4 * 2**20
-"""The same for a chain of a draft's passes: a draft has few layers."""
+BYTES_PER_CHAIN = 9 * 2**20
+"""The same for a chain of a draft's passes, of two layers and three passes on average."""
 
 
 def num_logit_rows(num_tokens: int) -> int:
