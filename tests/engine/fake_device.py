@@ -7,6 +7,7 @@ whatever the host changes after a launch, it would see. The other computes at on
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import Int64Array, StepBatch
-from autobot_llm.engine.executor import Features, LaunchedStep, SampledRows, SamplingArrays
+from autobot_llm.engine.executor import Features, LaunchedStep, SampledRows, SamplingArrays, Unverified
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.noise import exponential_noise
 
@@ -179,6 +180,10 @@ class _LaunchedChain(_Launched):
     rows: Any = None
     seconds: float = 0.0
 
+    def wait(self) -> SampledRows:
+        self.device.num_unwaited += 1  # nobody has to wait for a chain
+        return super().wait()
+
 
 class FakePipelinedDevice(FakeDevice):
     """PipelinedExecutor over the same model. `fault(step number, logits_RV)` may raise or spoil the logits."""
@@ -265,35 +270,71 @@ class FakeChainDevice(FakePipelinedDevice):
         self._target = target
         self._queue = target._queue
         self._most_missing = most_missing
-        self.num_chains = 0
+        self.num_chains = self.num_behind = 0
 
     def takes_chain(self, num_missing: Sequence[int], num_passes: int) -> bool:
         return max(num_missing) <= self._most_missing
 
-    def launch_chain(self, batch: StepBatch, sampling: SamplingArrays, num_passes: int) -> _LaunchedChain:
-        assert (batch.pending_rows_T == -1).all() and self.num_unwaited == 0
+    def launch_chain(
+        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+    ) -> _LaunchedChain:
+        assert (batch.pending_rows_T == -1).all()
         self.check_writes(batch)
         num_sequences = batch.num_sequences
         step = _LaunchedChain(self, num_passes * num_sequences)
         step.rows = FIRST_DRAFT_ROW + np.arange(step.num_rows)
-        self.num_unwaited += 1
         self.num_chains += 1
-        self.do(self._run_chain, step, batch, sampling, num_passes)
+        self.num_behind += after is not None
+        self.do(self._run_chain, step, batch, sampling, num_passes, after)
         return step
 
-    def _run_chain(self, step: _Launched, batch: StepBatch, sampling: SamplingArrays, num_passes: int) -> None:
+    def _run_chain(
+        self,
+        step: _Launched,
+        batch: StepBatch,
+        sampling: SamplingArrays,
+        num_passes: int,
+        after: Unverified | None,
+    ) -> None:
         found: list[int] = []
         bests: list[float] = []
+        num_right_S = np.zeros(batch.num_sequences, np.int32)
+        if after is not None:
+            batch, num_right_S = self._moved_on(batch, after)
         for number in range(num_passes):
             logits_RV = self.compute(batch, [])
             if self.fault is not None:
                 self.fault(number, logits_RV)
-            tokens = [sample(logits_V, sampling, len(found) + r) for r, logits_V in enumerate(logits_RV)]
+            rows = [(number + num_right) * len(num_right_S) + s for s, num_right in enumerate(num_right_S.tolist())]
+            tokens = [sample(logits_V, sampling, row) for row, logits_V in zip(rows, logits_RV, strict=True)]
             found += tokens
             bests += [float(logits_V.max()) for logits_V in logits_RV]
             batch = _one_later(batch, tokens, self.block_size)
         self._target.draft_tokens = found
         step.sampled = SampledRows(found, bests)
+
+    def _moved_on(self, batch: StepBatch, after: Unverified) -> tuple[StepBatch, np.ndarray[Any, Any]]:
+        """The batch as the verdict of the target's last step leaves it, and how many drafts were right."""
+        ids_T = batch.ids_T.copy()
+        num_right_S = np.zeros(batch.num_sequences, np.int32)
+        for s, (first, rows) in enumerate(zip(after.first_rows_S.tolist(), after.draft_rows_SN.tolist(), strict=True)):
+            drafts = [self._target.draft_tokens[row - FIRST_DRAFT_ROW] for row in rows]
+            chosen = self._target.last_tokens[first : first + len(drafts) + 1]
+            pairs = zip(drafts, chosen, strict=False)
+            number = num_right_S[s] = next((i for i, (one, other) in enumerate(pairs) if one != other), len(drafts))
+            assert ids_T[2 * s + 1] == -1
+            ids_T[2 * s : 2 * s + 2] = [drafts[number - 1] if number else ids_T[2 * s], chosen[number]]
+        positions_T = batch.positions_T + num_right_S.repeat(2)
+        tables_SB, size = batch.block_tables_SB, self.block_size
+        blocks_T = tables_SB[np.arange(batch.num_sequences).repeat(2), positions_T // size].astype(np.int64)
+        moved = dataclasses.replace(
+            batch,
+            ids_T=ids_T,
+            positions_T=positions_T,
+            slots_T=blocks_T * size + positions_T % size,
+            context_lens=batch.context_lens + num_right_S,
+        )
+        return moved, num_right_S
 
 
 def _one_later(batch: StepBatch, tokens: list[int], block_size: int) -> StepBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as SequenceABC
 from typing import Any
 
 import pytest
@@ -190,6 +191,44 @@ def test_a_chain_draws_what_its_passes_do() -> None:
     assert launched is not None
     drafts, _ = launched.wait()
     assert [len(draft.token_ids) for draft in drafts if draft is not None] == [3, 3, 1]
+
+
+class NeverBehind(DraftModel):
+    """Waits for each verdict before it drafts again."""
+
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_right", [0, 1, 2])
+def test_drafts_behind_a_step_are_those_after_its_verdict(num_right: int, temperature: float, lazy: bool) -> None:
+    """A draft that is wrong at one position of each chain makes the same drafts, whichever way; half of them for
+    nobody to wait for."""
+    figures = []
+    for kind in (DraftModel, NeverBehind):
+        device = FakePipelinedDevice(40, SIZE, lazy=lazy)
+        chains = FakeChainDevice(40, SIZE, device)
+        chains.fault = lambda number, logits_RV: logits_RV.__imul__(-1) if number == num_right else None
+        chains.pool = BlockPool(40, SIZE, prefix_caching=True)
+        draft = kind(chains, chains.pool, vocab_size=VOCAB_SIZE, max_tokens=16, max_model_len=32)
+        speculator = Speculator(3, costly=draft, policy=Always(3), clock=lambda: 0.0)
+        driver = Driver(drafting(device, 40, speculator))
+        arrivals = [Arrival(prefix=i, own=(21 + i,), max_tokens=18, temperature=temperature) for i in range(3)]
+        for i, arrival in enumerate(arrivals):
+            driver.add(i, arrival.request())
+        driver.run()
+        for i, arrival in enumerate(arrivals):
+            (expected,) = alone(repr(arrival), arrival.request).values()
+            assert (driver.texts[i, 0], driver.ended[i, 0].num_tokens, driver.ended[i, 0].end) == expected
+        figures.append((speculator.num_steps, speculator.num_proposed, speculator.num_accepted))
+        if kind is DraftModel:
+            assert chains.num_behind > 2
+            assert chains.num_chains <= speculator.num_steps + 5, "those that were launched are given out"
+        assert draft.pool.num_free == draft.pool.num_blocks
+    assert figures[0] == figures[1]
+    assert num_right == 0 or figures[0][2] > 0
 
 
 def test_who_leaves_while_its_drafts_are_verified_is_gone_at_once() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from model_folders import write_random_model
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, ItemCut, max_items
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepBatch, build_batch
+from autobot_llm.engine.executor import SamplingArrays, Unverified
 from autobot_llm.engine.gpu.chains import ChainGraphs, padding_of, run
 from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS, chain_sizes
@@ -22,9 +22,9 @@ from autobot_llm.engine.kv_cache.storage import PagedStorage
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.sampler import SamplingArraysBuilder
-from autobot_llm.engine.sequence import SamplingParams, Sequence
+from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 
-VOCAB, NUM_PASSES, SPARE_ITEMS = 256, 3, 4
+VOCAB, NUM_PASSES, NUM_DRAFTS, SPARE_ITEMS = 256, 3, 2, 4
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 64, "vocab_size": VOCAB, "initializer_range": 0.3}  # fmt: skip
 LENGTHS, MISSING = (130, 63, 20), (1, 2, 4)
@@ -52,14 +52,15 @@ class Draft:
         return self.decoder.forward(inputs_of(tensors, last_tokens), self.attention.prepare(batch))
 
 
-def sequences_in_part(draft: Draft) -> list[Sequence]:
+def sequences_in_part(draft: Draft, *, is_drawn: bool) -> list[Sequence]:
     """Sequences of which all but the last few tokens are in the cache."""
     rng, found = np.random.default_rng(0), []
     blocks = rng.permutation(32)
     for i, (length, missing) in enumerate(zip(LENGTHS, MISSING, strict=True)):
-        params = SamplingParams(max_tokens=9, temperature=(0.0, 1.0, 0.7)[i], top_p=(1.0, 1.0, 0.8)[i], seed=i)
+        temperature = (0.0, 1.0, 0.7)[i] if is_drawn else 0.0
+        params = SamplingParams(max_tokens=9, temperature=temperature, top_p=(1.0, 1.0, 0.8)[i], seed=i)
         sequence = Sequence(i, rng.integers(5, VOCAB, length).tolist(), params)
-        number = -(-(length + NUM_PASSES) // BLOCK_SIZE)
+        number = -(-(length + NUM_PASSES + NUM_DRAFTS) // BLOCK_SIZE)
         sequence.block_ids.extend(blocks[:number].tolist())
         blocks = blocks[number:]
         sequence.num_computed_tokens = length - missing
@@ -77,68 +78,115 @@ def rest_of(sequences: list[Sequence]) -> StepBatch:
     return build_batch(parts, BLOCK_SIZE)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # attention leaves rows of padding what they are, NaN included
-@pytest.mark.parametrize("is_drawn", [False, True])
-def test_a_chain_computes_what_its_passes_compute(
-    tmp_path: Path, is_drawn: bool, device: torch.device, dtype: torch.dtype
-) -> None:
-    write_random_model(tmp_path, "llama", dtype=str(dtype).removeprefix("torch."), **SIZES)
-    draft, arrays = Draft(tmp_path, device), SamplingArraysBuilder(VOCAB)
-    sequences = sequences_in_part(draft)
-    if not is_drawn:
-        for sequence in sequences:
-            sequence.params = replace(sequence.params, temperature=0.0)
-    cache = draft.storage.cache_L2BK.clone()
-    batch = rest_of(sequences)
-    offsets = [offset for offset in range(NUM_PASSES) for _ in sequences]
-    sampling = arrays.build(sequences * NUM_PASSES, offsets)
-
-    tokens_R = draft.sampler.tokens_R[draft.sampler.max_rows :]
+def chained(
+    draft: Draft, sequences: list[Sequence], batch: StepBatch, sampling: SamplingArrays, after: Unverified | None
+) -> tuple[list[int], torch.Tensor]:
+    """Tokens and best logits of a chain, and the same where nobody is in it, which leaves the cache alone."""
+    is_drawn, num_missing = sampling.any_drawn, np.diff(batch.query_starts).tolist()
     chains = ChainGraphs(
-        draft.attention, tokens_R, longest=NUM_PASSES, max_num_seqs=4, table_width=16, num_spare_items=SPARE_ITEMS
+        draft.attention,
+        draft.sampler.tokens_R,
+        draft.sampler.max_rows,
+        longest=NUM_PASSES,
+        max_num_seqs=4,
+        table_width=16,
+        num_spare_items=SPARE_ITEMS,
     )
     slots = [np.zeros(chains.num_bytes, np.uint8) for _ in range(2)]
-    on_device = torch.zeros(chains.num_bytes, dtype=torch.uint8, device=device)
+    on_device = torch.zeros(chains.num_bytes, dtype=torch.uint8, device=draft.device)
     chains.bind(slots, on_device)
-    assert chains.find(MISSING, NUM_PASSES, is_drawn=is_drawn) is None, "nothing is captured"
+    assert chains.find(num_missing, NUM_PASSES, is_drawn=is_drawn) is None, "nothing is captured"
     chains.is_captured = True
-    chain = chains.find(MISSING, NUM_PASSES, is_drawn=is_drawn)
+    chain = chains.find(num_missing, NUM_PASSES, is_drawn=is_drawn)
     assert chain is not None and chain.size == 4 and len(chain.passes) == NUM_PASSES
     slots[1][: chain.layout.num_bytes] = padding_of(chain)
+    before, tokens_R = draft.storage.cache_L2BK.clone(), draft.sampler.tokens_R.clone()
     on_device.copy_(torch.from_numpy(slots[1]))
-    run(chain, draft.decoder, draft.sampler)  # of nobody
-    assert torch.equal(draft.storage.cache_L2BK, cache), "padding leaves the cache alone"
+    run(chain, draft.decoder, draft.sampler, chains.tokens_R)
+    assert torch.equal(draft.storage.cache_L2BK, before)
+    draft.sampler.tokens_R.copy_(tokens_R)
     slots[1][:] = 77  # what a slot held before
-    chains.fill(chain, 1, batch, sampling)
+    chains.fill(chain, 1, batch, sampling, after)
     on_device.copy_(torch.from_numpy(slots[1]))
-    run(chain, draft.decoder, draft.sampler)
-    rows = torch.from_numpy(chain.rows(3))
-    found, found_bests = tokens_R.cpu()[rows].tolist(), chains.bests_R.cpu()[rows]
-    after = draft.storage.cache_L2BK.clone()
+    run(chain, draft.decoder, draft.sampler, chains.tokens_R)
+    rows = torch.from_numpy(chain.rows(len(sequences)))
+    return chains.drafts_R.cpu()[rows].tolist(), chains.bests_R.cpu()[rows]
 
-    draft.storage.cache_L2BK.copy_(cache)
-    expected: list[int] = []
-    bests = []
+
+def passes(draft: Draft, sequences: list[Sequence]) -> tuple[list[int], torch.Tensor]:
+    """The same, one pass after the other."""
+    tokens, bests = list[int](), []
     for _ in range(NUM_PASSES):
         logits_RV = draft.logits(rest_of(sequences), draft.sampler.tokens_R)
-        one = arrays.build(sequences)
+        one = SamplingArraysBuilder(VOCAB).build(sequences)
         tensors = None
         if one.any_drawn:
-            values = {
-                name: torch.from_numpy(np.ascontiguousarray(getattr(one, name))) for name in SamplingTensors.__slots__
-            }
-            values["keys_R"], values["is_drawn_R"] = values["keys_R"].view(torch.int64), values["is_drawn_R"].int()
-            tensors = SamplingTensors(**{name: value.to(device) for name, value in values.items()})
-        tokens, best = draft.sampler.sample(logits_RV, tensors, any_drawn=is_drawn, any_restricted=is_drawn)
-        expected += tokens.tolist()
-        bests.append(best.cpu().clone())
-        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            arrays = {name: np.ascontiguousarray(getattr(one, name)) for name in SamplingTensors.__slots__}
+            arrays |= {"keys_R": arrays["keys_R"].view(np.int64), "is_drawn_R": arrays["is_drawn_R"].astype(np.int32)}
+            tensors = SamplingTensors(**{name: torch.from_numpy(a).to(draft.device) for name, a in arrays.items()})
+        tokens_R, bests_R = draft.sampler.sample(
+            logits_RV, tensors, any_drawn=one.any_drawn, any_restricted=one.any_drawn
+        )
+        tokens += tokens_R.tolist()
+        bests.append(bests_R.cpu().clone())
+        for sequence, token in zip(sequences, tokens_R.tolist(), strict=True):
             sequence.num_computed_tokens = len(sequence.token_ids)
             sequence.token_ids.append(token)
+    return tokens, torch.cat(bests)
+
+
+def behind(draft: Draft, sequences: list[Sequence]) -> tuple[StepBatch, Unverified]:
+    """A chain behind a step that verifies NUM_DRAFTS drafts of each, of which none, one and two are right. The
+    sequences get the tokens that the step settles."""
+    rng, tokens_R, first = np.random.default_rng(1), draft.sampler.tokens_R, draft.sampler.max_rows
+    lasts = []
+    draft_rows_SN = np.array([[first + 4 * j + i for j in range(NUM_DRAFTS)] for i in range(3)])
+    for i, sequence in enumerate(sequences):
+        base, drafts = len(sequence.token_ids), rng.integers(5, VOCAB, NUM_DRAFTS).tolist()
+        chosen = [*drafts[:i], *(drafts[i:] and [drafts[i] ^ 1]), *rng.integers(5, VOCAB, NUM_DRAFTS).tolist()]
+        tokens_R[torch.from_numpy(draft_rows_SN[i])] = torch.tensor(drafts, dtype=torch.int32, device=draft.device)
+        rows = slice(i * (1 + NUM_DRAFTS), (i + 1) * (1 + NUM_DRAFTS))
+        tokens_R[rows] = torch.tensor(chosen[: 1 + NUM_DRAFTS], dtype=torch.int32, device=draft.device)
+        # the chain before has computed all of the drafts but the last one
+        sequence.token_ids += drafts[:-1]
+        parts = [ScheduledSequence(sequence, sequence.num_computed_tokens, base - 1 - sequence.num_computed_tokens
+                                   + NUM_DRAFTS, True)]  # fmt: skip
+        draft.logits(build_batch(parts, BLOCK_SIZE), torch.zeros(8, dtype=torch.int32, device=draft.device))
+        sequence.token_ids[base:] = [UNKNOWN_TOKEN]
+        lasts.append((base, [*drafts[:i], chosen[i]]))
+    parts = [ScheduledSequence(s, len(s.token_ids) - 2, 2, True) for s in sequences]
+    batch = build_batch(parts, BLOCK_SIZE)
+    for sequence, (base, settled) in zip(sequences, lasts, strict=True):
+        sequence.token_ids[base:] = settled
+        sequence.num_computed_tokens = len(sequence.token_ids) - 2
+    return batch, Unverified(np.arange(3) * (1 + NUM_DRAFTS), draft_rows_SN)
+
+
+# attention leaves rows of padding what they are, NaN included
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("is_behind", [False, True], ids=["after a verdict", "behind a step"])
+def test_a_chain_computes_what_its_passes_compute(
+    tmp_path: Path, is_behind: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    write_random_model(tmp_path, "llama", dtype=str(dtype).removeprefix("torch."), **SIZES)
+    draft = Draft(tmp_path, device)
+    sequences = sequences_in_part(draft, is_drawn=is_behind)
+    num_known = [len(s.token_ids) for s in sequences]
+    batch, after = behind(draft, sequences) if is_behind else (rest_of(sequences), None)
+    cache = draft.storage.cache_L2BK.clone()
+    offsets = [offset for offset in range(NUM_PASSES + NUM_DRAFTS * is_behind) for _ in sequences]
+    if is_behind:  # of the token that each would draw if no draft were right
+        pairs = zip(sequences * (NUM_PASSES + NUM_DRAFTS), offsets, strict=True)
+        offsets = [num_known[s.id] + 1 + offset - len(s.token_ids) for s, offset in pairs]
+    sampling = SamplingArraysBuilder(VOCAB).build(sequences * (len(offsets) // 3), offsets)
+    found, found_bests = chained(draft, sequences, batch, sampling, after)
+    written = draft.storage.cache_L2BK.clone()
+    draft.storage.cache_L2BK.copy_(cache)
+    expected, bests = passes(draft, sequences)
     assert found == expected
-    torch.testing.assert_close(found_bests, torch.cat(bests), rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(after, draft.storage.cache_L2BK, rtol=2e-2, atol=2e-2)
-    assert not torch.equal(after, cache)
+    torch.testing.assert_close(found_bests, bests, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(written, draft.storage.cache_L2BK, rtol=2e-2, atol=2e-2)
+    assert not torch.equal(written, cache)
 
 
 def test_a_chain_is_for_few_missing_tokens_of_few_sequences() -> None:

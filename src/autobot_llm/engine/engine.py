@@ -186,7 +186,7 @@ class Engine:
         begin_time = speculator.clock()
         plan = self._plan_with_drafts(speculator, may_wait=True)
         if plan is not None and plan.num_draft_tokens:
-            self._in_flight = self._launch_with_drafts(executor, plan, begin_time)
+            self._in_flight = self._launch_with_drafts(executor, speculator, plan, begin_time)
         else:
             speculator.settle()
             self._in_flight = None if plan is None else self._launch(executor, plan)
@@ -214,11 +214,16 @@ class Engine:
         speculator.propose(decoding if room else [], takes_trees=self._mover is not None, may_wait=may_wait)
         return self.scheduler.plan(max_draft_tokens=room)
 
-    def _launch_with_drafts(self, executor: PipelinedExecutor, plan: StepPlan, begin_time: float) -> _StepInFlight:
+    def _launch_with_drafts(
+        self, executor: PipelinedExecutor, speculator: Speculator, plan: StepPlan, begin_time: float
+    ) -> _StepInFlight:
         rows = [(item.sequence, offset) for item in plan.scheduled if item.samples for offset in row_offsets(item)]
         sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
         batch = self._batches.build(plan)
-        return _StepInFlight(plan, executor.launch(batch, sampling), begin_time, batch)
+        step = _StepInFlight(plan, executor.launch(batch, sampling), begin_time, batch)
+        if not self.scheduler.num_waiting:  # who waits comes next
+            speculator.launch_behind(plan)
+        return step
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
         batch = self._batches.build(plan)

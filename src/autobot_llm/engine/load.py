@@ -157,7 +157,7 @@ def _place(executor: Executor, options: EngineOptions) -> DraftPlace | None:
         executor.limits,
         options.attention_backend,
         uses_graphs=options.cuda_graphs != "off",
-        draft_tokens=executor.draft_tokens,
+        tokens_R=executor.tokens,
         first_draft_row=executor.first_draft_row,
     )
 
@@ -224,7 +224,7 @@ def _chain_place(target: Target, draft: ModelConfig, longest: int) -> ChainPlace
     place = target.place
     if place is None or draft.vocab_size > target.config.vocab_size:
         return None
-    return ChainPlace(longest, place.stream, place.draft_tokens, place.first_draft_row)
+    return ChainPlace(longest, place.stream, place.tokens_R, place.first_draft_row)
 
 
 def _swap_space(options: EngineOptions, executor: Executor, device: torch.device, block_bytes: int) -> SwapSpace | None:

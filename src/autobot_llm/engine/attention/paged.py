@@ -306,7 +306,7 @@ class ItemCut:
     """
 
     def __init__(self) -> None:
-        self._size = 1
+        self.size = 1
         self._counts_S = np.zeros(0, np.int32)
         self._items_I8 = np.zeros((0, ITEM_FIELDS), np.int32)
         self._sequences_I = self._items_I8[:, 0]  # of the items, and where each ends unless its context does
@@ -346,17 +346,17 @@ class ItemCut:
 
     def _keep(self, lens: Int32Array, spare_items: int) -> int:
         """Cut anew where a context has grown into another item; returns the number of items."""
-        if len(lens) != len(self._counts_S) or not (-(-lens // self._size) == self._counts_S).all():
-            self._size = _item_size(lens, spare_items)
-            self._counts_S = -(-lens // self._size)
+        if len(lens) != len(self._counts_S) or not (-(-lens // self.size) == self._counts_S).all():
+            self.size = _item_size(lens, spare_items)
+            self._counts_S = -(-lens // self.size)
             table_S8 = np.zeros((len(lens), ITEM_FIELDS), np.int32)
             table_S8[:, 0] = table_S8[:, 5] = np.arange(len(lens))
             table_S8[:, 6] = 1
             table_S8[:, 7] = lens
             self._items_I8 = np.empty((int(self._counts_S.sum()), ITEM_FIELDS), np.int32)
-            _write_items(self._items_I8, table_S8, lens, self._size)
+            _write_items(self._items_I8, table_S8, lens, self.size)
             self._sequences_I = self._items_I8[:, 0].copy()
-            self._ends_I = self._items_I8[:, 1] + np.int32(self._size)
+            self._ends_I = self._items_I8[:, 1] + np.int32(self.size)
         return len(self._items_I8)
 
 

@@ -2,7 +2,8 @@
 them. Knows layouts, work lists and the order of passes; captures and launches nothing.
 
 Of all that a pass after the first one reads, only its tokens depend on the pass before, and these stay on the device:
-positions, slots and contexts grow by one. So the host describes all passes at once, and none waits for it.
+positions, slots and contexts grow by one. So the host describes all passes at once, and none waits for it. Nor does the
+chain have to wait for the verdict on the drafts before it: kernels/gpu/follow.py.
 """
 
 from __future__ import annotations
@@ -18,15 +19,23 @@ import torch
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, ITEM_FIELDS, ItemCut
 from autobot_llm.engine.attention.triton_paged import TritonMetadata, TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
-from autobot_llm.engine.executor import SamplingArrays
+from autobot_llm.engine.executor import SamplingArrays, Unverified
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
-from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS, chain_sizes, padded_size
+from autobot_llm.engine.gpu.graph_sizes import LONGEST_CHAIN, MAX_ROWS, chain_sizes, padded_size
 from autobot_llm.engine.gpu.staging import Layout
 from autobot_llm.engine.gpu.step_graphs import Arrays, fill_tokens, token_shapes
+from autobot_llm.engine.kernels.gpu.follow import MOST_DRAFTS, FollowArrays, follow
 from autobot_llm.engine.kernels.gpu.sampling import DeviceSampler, SamplingTensors
 
 MOST_MISSING = 16
 """Query rows of a sequence and key/value head, tokens times heads of a group, that a chain's first pass takes."""
+
+_FOLLOWED = {name: name for name in FollowArrays.__slots__} | {
+    "block_tables_SB": "block_tables",
+    "items_KI8": "items",
+    "keys_KW": "keys_R",
+}
+"""The fields of FollowArrays by what they are called in a layout."""
 
 _LEAST_ROWS = 4  # of a pass, so that whatever belongs to one begins at a multiple of 16 bytes
 
@@ -50,6 +59,7 @@ class ChainGraph:
     layout: Layout
     slots: tuple[Arrays, ...]
     passes: tuple[_Pass, ...]
+    follows: FollowArrays
 
     @property
     def rows_per_pass(self) -> int:
@@ -67,12 +77,14 @@ class ChainGraph:
 
 class ChainGraphs:
     """Every chain of 1 to `longest` passes that is worth capturing, greedy and drawn. Until `bind` there is nothing to
-    fill, and until `is_captured` nothing is found. Tokens go to `tokens_R`, best logits to a tensor beside it."""
+    fill, and until `is_captured` nothing is found. `tokens_R` are the target's; what is drawn goes to those from
+    `first_row` on (`drafts_R`), and best logits to a tensor beside it."""
 
     def __init__(
         self,
         attention: TritonPagedAttention,
         tokens_R: torch.Tensor,
+        first_row: int,
         *,
         longest: int,
         max_num_seqs: int,
@@ -80,8 +92,8 @@ class ChainGraphs:
         num_spare_items: int,
     ) -> None:
         self.is_captured = False
-        self.tokens_R = tokens_R
-        self.bests_R = torch.zeros(len(tokens_R), dtype=torch.float32, device=tokens_R.device)
+        self.tokens_R, self.drafts_R = tokens_R, tokens_R[first_row:]
+        self.bests_R = torch.zeros(len(self.drafts_R), dtype=torch.float32, device=tokens_R.device)
         self._attention = attention
         self._num_spare_items = num_spare_items
         self._most_missing = min(attention.max_queries, max(4, MOST_MISSING // attention.group_size))
@@ -111,7 +123,8 @@ class ChainGraphs:
             passes = tuple(self._pass(tensors, size, k, is_drawn=is_drawn) for k in range(number))
             slots = tuple(layout.on_host(slot) for slot in on_host)
             key = f"{'drawn ' if is_drawn else ''}chain {size} x {number}"
-            self._graphs[size, number, is_drawn] = ChainGraph(key, size, layout, slots, passes)
+            follows = FollowArrays(**{name: tensors.get(field) for name, field in _FOLLOWED.items()})  # type: ignore[arg-type]
+            self._graphs[size, number, is_drawn] = ChainGraph(key, size, layout, slots, passes, follows)
 
     def find(self, num_missing: SequenceABC[int], num_passes: int, *, is_drawn: bool) -> ChainGraph | None:
         """The captured chain for sequences that miss so many tokens each."""
@@ -120,8 +133,16 @@ class ChainGraphs:
             return None
         return self._graphs.get((size, num_passes, is_drawn))
 
-    def fill(self, chain: ChainGraph, slot: int, batch: StepBatch, sampling: SamplingArrays) -> None:
-        """Write a chain that begins with a batch into the arrays of a slot, and make what it leaves padding."""
+    def fill(
+        self,
+        chain: ChainGraph,
+        slot: int,
+        batch: StepBatch,
+        sampling: SamplingArrays,
+        after: Unverified | None = None,
+    ) -> None:
+        """Write a chain that begins with a batch into the arrays of a slot, and make what it leaves padding. `after` as
+        of ChainExecutor."""
         host = chain.slots[slot]
         num_sequences, num_blocks = batch.block_tables_SB.shape
         number = len(chain.passes)
@@ -130,8 +151,17 @@ class ChainGraphs:
         host["logit_rows"][:num_sequences] = batch.logit_rows_R
         host["logit_rows"][num_sequences:] = 0
         places_KS = batch.context_lens + np.arange(number, dtype=np.int32)[:, None]  # of the tokens that are sampled
-        num_items = self._cut.write_passes(host["items"], batch.query_starts, places_KS, self._num_spare_items)
+        num_drafts = 0 if after is None else after.draft_rows_SN.shape[1]
+        lens_KS = places_KS + np.int32(num_drafts)  # at most
+        num_items = self._cut.write_passes(host["items"], batch.query_starts, lens_KS, self._num_spare_items)
         host["items"][:, num_items:] = -1
+        host["first_rows"][:] = -1
+        if after is not None:
+            host["first_rows"][:num_sequences] = after.first_rows_S
+            host["num_drafts"][:num_sequences] = num_drafts
+            host["draft_rows"][:num_sequences, :num_drafts] = after.draft_rows_SN
+            host["first_positions"][:num_sequences] = batch.context_lens - 1
+            host["item_size"][0] = self._cut.size
         if number > 1:
             places_KS = places_KS[:-1]
             blocks_KS = batch.block_tables_SB[np.arange(num_sequences), places_KS // BLOCK_SIZE]
@@ -156,7 +186,7 @@ class ChainGraphs:
             sampling = SamplingTensors(keys_R=tensors["keys_R"][number, :size], **each)
         most_queries = self._most_missing if number == 0 else 1
         metadata = self._attention.prepare_pass(tensors["block_tables"], tensors["items"][number], most_queries)
-        last_tokens = self.tokens_R[max(0, number - 1) * width :][:size]
+        last_tokens = self.drafts_R[max(0, number - 1) * width :][:size]
         if number == 0:
             inputs = DecoderInputs(
                 tensors["ids"],
@@ -175,12 +205,13 @@ class ChainGraphs:
                 last_tokens,
                 None,
             )
-        return _Pass(inputs, metadata, sampling, (self.tokens_R[rows], self.bests_R[rows]))
+        return _Pass(inputs, metadata, sampling, (self.drafts_R[rows], self.bests_R[rows]))
 
 
-def run(chain: ChainGraph, decoder: FusedDecoder, sampler: DeviceSampler) -> torch.Tensor:
-    """Queue all passes; returns the logits of the last one."""
+def run(chain: ChainGraph, decoder: FusedDecoder, sampler: DeviceSampler, tokens_R: torch.Tensor) -> torch.Tensor:
+    """Queue all passes; returns the logits of the last one. `tokens_R` are those of ChainGraphs."""
     logits_RV = torch.empty(0)
+    follow(tokens_R, chain.follows)
     for one in chain.passes:
         logits_RV = decoder.forward(one.inputs, one.metadata)
         is_drawn = one.sampling is not None
@@ -196,7 +227,7 @@ def padding_of(chain: ChainGraph) -> npt.NDArray[np.uint8]:
     """The bytes of a chain without any sequence: valid, and it leaves the cache alone."""
     padding = np.zeros(chain.layout.num_bytes, np.uint8)
     for name, array in chain.layout.on_host(padding).items():
-        if name in ("token_rows", "slots", "items", "next_rows", "next_slots"):
+        if name in ("token_rows", "slots", "items", "next_rows", "next_slots", "first_rows"):
             array[...] = -1
         elif name in ("temperature_R", "top_p_R"):
             array[...] = 1
@@ -215,12 +246,16 @@ def _layout(size: int, num_passes: int, table_width: int, num_items: int, *, is_
         "block_tables": ((size, table_width), np.int32),
         **token_shapes(_num_tokens(size)),
         "logit_rows": ((size,), np.int32),
+        **dict.fromkeys(("first_rows", "num_drafts", "first_positions"), ((width,), np.int32)),
+        "draft_rows": ((width, MOST_DRAFTS), np.int32),
+        "item_size": ((1,), np.int32),
     }
     if num_passes > 1:
         shapes |= dict.fromkeys(("next_positions", "next_slots"), ((num_passes - 1, width), np.int32))
         shapes |= dict.fromkeys(("next_rows", "next_ids"), ((width,), np.int32))
     if is_drawn:
         shapes["keys_R"] = (num_passes, width), np.int64
+        shapes["keys_table"] = (num_passes + LONGEST_CHAIN, width), np.int64
         shapes |= dict.fromkeys(("temperature_R", "top_p_R", "min_p_R"), ((width,), np.float32))
         shapes |= dict.fromkeys(("top_k_R", "is_drawn_R"), ((width,), np.int32))
     return Layout.of(shapes)
@@ -228,7 +263,9 @@ def _layout(size: int, num_passes: int, table_width: int, num_items: int, *, is_
 
 def _fill_sampling(host: Arrays, sampling: SamplingArrays, num_passes: int, num_sequences: int) -> None:
     """Passes differ in their noise alone."""
-    host["keys_R"][:, :num_sequences] = sampling.keys_R.view(np.int64).reshape(num_passes, num_sequences)
+    keys_PS = sampling.keys_R.view(np.int64).reshape(-1, num_sequences)
+    host["keys_table"][: len(keys_PS), :num_sequences] = keys_PS
+    host["keys_R"][:, :num_sequences] = keys_PS[:num_passes]
     for name in SamplingTensors.__slots__:
         if name != "keys_R":
             host[name][:num_sequences] = getattr(sampling, name)[:num_sequences]

@@ -20,7 +20,7 @@ from autobot_llm.engine.attention.paged import PagedAttention, max_items
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
-from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds, Features, SamplingArrays
+from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds, Features, SamplingArrays, Unverified
 from autobot_llm.engine.gpu.chains import ChainGraph, ChainGraphs, run
 from autobot_llm.engine.gpu.chains import padding_of as padding_of_chain
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
@@ -110,6 +110,7 @@ class GpuExecutor:
                 self._chains = ChainGraphs(
                     attention,
                     chain.tokens_R,
+                    chain.first_row,
                     longest=chain.longest,
                     max_num_seqs=limits.max_num_seqs,
                     table_width=-(-limits.max_model_len // storage.block_size),
@@ -192,9 +193,9 @@ class GpuExecutor:
             return LaunchedRows(rows, num_rows, features, self._note_waited)
 
     @property
-    def draft_tokens(self) -> torch.Tensor:
-        """Where a draft leaves tokens for later steps: rows `first_draft_row` and on."""
-        return self._sampler.tokens_R[self.first_draft_row :]
+    def tokens(self) -> torch.Tensor:
+        """What the last step sampled, and from `first_draft_row` on what a draft leaves for later steps."""
+        return self._sampler.tokens_R
 
     @property
     def first_draft_row(self) -> int:
@@ -203,14 +204,16 @@ class GpuExecutor:
     def takes_chain(self, num_missing: SequenceABC[int], num_passes: int) -> bool:
         return self._chains is not None and self._chains.find(num_missing, num_passes, is_drawn=False) is not None
 
-    def launch_chain(self, batch: StepBatch, sampling: SamplingArrays, num_passes: int) -> LaunchedChainRows:
+    def launch_chain(
+        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+    ) -> LaunchedChainRows:
         assert self._chains is not None and self._chain_place is not None
         num_missing = np.diff(batch.query_starts).tolist()
         chain = self._chains.find(num_missing, num_passes, is_drawn=sampling.any_drawn)
         assert chain is not None, f"{num_passes} passes after {num_missing} tokens are not captured"
         with torch.cuda.stream(self.stream), torch.no_grad():
             slot = self._graph_staging.next_slot()
-            self._chains.fill(chain, slot, batch, sampling)
+            self._chains.fill(chain, slot, batch, sampling, after)
             result = self._graph_results.slots[slot]
             result.begun.record(self.stream)
             self._replay_chain(chain)
@@ -304,9 +307,9 @@ class GpuExecutor:
 
         def passes(_buffer: torch.Tensor) -> torch.Tensor:
             self._graph_staging.fetch(chain.layout.num_bytes)
-            logits_RV = run(chain, self._decoder, self._sampler)
+            logits_RV = run(chain, self._decoder, self._sampler, chains.tokens_R)
             ring, turn = self._graph_results, self._graph_staging.device_turn
-            send(chains.tokens_R, chains.bests_R, ring.tokens_pinned, ring.bests_pinned, chain.num_rows, turn=turn)
+            send(chains.drafts_R, chains.bests_R, ring.tokens_pinned, ring.bests_pinned, chain.num_rows, turn=turn)
             return logits_RV
 
         return passes

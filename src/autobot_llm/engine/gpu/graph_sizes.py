@@ -25,6 +25,9 @@ MAX_ROWS = 128
 CHAIN_SIZES = (1, 2, 4, 8, 16)
 """Numbers of sequences with graphs for the passes of a draft, one for each number of passes."""
 
+LONGEST_CHAIN = 15
+"""Passes of such a graph at most."""
+
 BYTES_PER_GRAPH = 16 * 2**20
 """What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
 docs/log.md."""
@@ -65,7 +68,7 @@ def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
 def chain_sizes(max_num_seqs: int, longest: int) -> dict[int, int]:
     """The numbers of sequences to capture a draft's passes for, and the most passes: a step verifies so many tokens."""
     last = padded_size(max_num_seqs, CHAIN_SIZES) or CHAIN_SIZES[-1]
-    lengths = {size: min(longest, MAX_ROWS // size - 1) for size in CHAIN_SIZES if size <= last}
+    lengths = {size: min(longest, LONGEST_CHAIN, MAX_ROWS // size - 1) for size in CHAIN_SIZES if size <= last}
     return {size: length for size, length in lengths.items() if length > 0}
 
 

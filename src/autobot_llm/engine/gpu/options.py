@@ -30,8 +30,8 @@ class GpuLimits:
 
 @dataclass(frozen=True, slots=True)
 class ChainPlace:
-    """Where a draft's passes run in chains of at most `longest`: on the target's stream. What they draw is left in
-    `tokens_R`, for the target's steps, which call them rows `first_row` and on."""
+    """Where a draft's passes run in chains of at most `longest`: on the target's stream. `tokens_R` are the tokens that
+    the target's steps sample and read; what is drawn is left there for them, from row `first_row` on."""
 
     longest: int
     stream: torch.cuda.Stream
@@ -66,7 +66,7 @@ class DraftPlace:
     limits: GpuLimits
     attention_backend: str
     uses_graphs: bool
-    draft_tokens: torch.Tensor
+    tokens_R: torch.Tensor
     first_draft_row: int
 
 

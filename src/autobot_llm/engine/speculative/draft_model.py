@@ -18,6 +18,9 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
+from typing import NamedTuple
+
+import numpy as np
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
 from autobot_llm.engine.executor import (
@@ -27,12 +30,24 @@ from autobot_llm.engine.executor import (
     Features,
     LaunchedChain,
     PipelinedExecutor,
+    Unverified,
 )
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.chain import Chain, known, make_room
 from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
+
+
+class _Chain(NamedTuple):
+    """Passes under way, and for whom."""
+
+    launched: LaunchedChain
+    shadows: list[Sequence]
+    num_tokens: int
+
+    def is_of(self, shadows: list[Sequence], num_tokens: int) -> bool:
+        return self.num_tokens == num_tokens and shadows == self.shadows
 
 
 class DraftModel:
@@ -55,6 +70,8 @@ class DraftModel:
         self._max_tokens = max_tokens
         self._max_model_len = max_model_len
         self._shadows: OrderedDict[int, Sequence] = OrderedDict()  # least recently drafted for first
+        self._under_way: _Chain | None = None  # whose drafts a step of the target verifies
+        self._behind: _Chain | None = None  # and the one that goes on from its verdict
 
     def observe(self, computed: SequenceABC[Computed], features: Features) -> None:
         """It looks at tokens alone."""
@@ -70,6 +87,7 @@ class DraftModel:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what is missing of every sequence, then one for each further token."""
+        self._behind = None
         drafting = self._catch_up_with(sequences, num_tokens)
         if self._pipelined is not None:
             self._chain(self._pipelined, [self._shadows[i] for i in drafting], num_tokens)
@@ -85,6 +103,9 @@ class DraftModel:
             return None
         drafting = self._catch_up_with(sequences, num_tokens)
         shadows = [self._shadows[i] for i in drafting]
+        behind, self._behind = self._behind, None
+        if behind is not None and behind.is_of(shadows, num_tokens):
+            return self._give_out(behind)
         missing = [len(shadow.token_ids) - shadow.num_computed_tokens for shadow in shadows]
         if len(drafting) < len(sequences) or not self._chains.takes_chain(missing, num_tokens):
             return None
@@ -92,12 +113,25 @@ class DraftModel:
         batch = build_batch(parts, self.pool.block_size)
         offsets = [offset for offset in range(num_tokens) for _ in shadows]
         sampling = self._sampling_arrays.build(shadows * num_tokens, offsets)
-        chain = self._chains.launch_chain(batch, sampling, num_tokens)
-        for shadow in shadows:
-            shadow.num_computed_tokens = len(shadow.token_ids) + num_tokens - 1
-            shadow.token_ids.extend([UNKNOWN_TOKEN] * num_tokens)
-        rows = chain.rows.reshape(num_tokens, len(shadows)).T.tolist()
-        return LaunchedDrafts(rows, lambda: self._settle(chain, shadows, num_tokens))
+        return self._give_out(_Chain(self._chains.launch_chain(batch, sampling, num_tokens), shadows, num_tokens))
+
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+        before, wanted = self._under_way, {s.id for s in sequences}
+        shadows = [self._shadows[s.id] for s in sequences if s.id in self._shadows]
+        if self._chains is None or before is None or not before.is_of(shadows, before.num_tokens):
+            return
+        # as far as if all drafts were right, and one token more
+        has_room = all(self._make_room(shadow, num_tokens + 1, wanted) for shadow in shadows)
+        if not has_room or not self._chains.takes_chain([2] * len(shadows), num_tokens):
+            return
+        number = before.num_tokens
+        parts = [ScheduledSequence(s, len(s.token_ids) - number - 1, 2, True) for s in shadows]
+        batch = build_batch(parts, self.pool.block_size)
+        offsets = [offset for offset in range(1 - number, 1 + num_tokens) for _ in shadows]
+        sampling = self._sampling_arrays.build(shadows * (number + num_tokens), offsets)
+        after = Unverified(np.array(first_rows), before.launched.rows.reshape(number, len(shadows)).T)
+        launched = self._chains.launch_chain(batch, sampling, num_tokens, after)
+        self._behind = _Chain(launched, shadows, num_tokens)
 
     def num_passes(self, num_tokens: int) -> int:
         return num_tokens
@@ -122,20 +156,31 @@ class DraftModel:
         wanted = {s.id for s in sequences}
         return [s.id for s in sequences if self._make_room(self._shadows[s.id], num_tokens, wanted)]
 
-    def _settle(
-        self, chain: LaunchedChain, shadows: list[Sequence], num_tokens: int
-    ) -> tuple[list[Draft | None], float]:
+    def _give_out(self, chain: _Chain) -> LaunchedDrafts:
+        """Take a chain as computed."""
+        number, shadows = chain.num_tokens, chain.shadows
+        for shadow in shadows:
+            shadow.num_computed_tokens = len(shadow.token_ids) + number - 1
+            shadow.token_ids.extend([UNKNOWN_TOKEN] * number)
+        self._under_way = chain
+        rows = chain.launched.rows.reshape(number, len(shadows)).T.tolist()
+        return LaunchedDrafts(rows, lambda: self._settle(chain))
+
+    def _settle(self, chain: _Chain) -> tuple[list[Draft | None], float]:
         """Fill in what a chain has drawn."""
-        token_ids, bests = chain.wait()
+        self._under_way = None
+        token_ids, bests = chain.launched.wait()
         drafts: list[Draft | None] = []
-        for i, shadow in enumerate(shadows):
+        for i, shadow in enumerate(chain.shadows):
             found = [
                 self._target_id(token_ids[row]) if math.isfinite(bests[row]) else UNKNOWN_TOKEN
-                for row in range(i, len(token_ids), len(shadows))
+                for row in range(i, len(token_ids), len(chain.shadows))
             ]
-            shadow.token_ids[-num_tokens:] = found
+            shadow.token_ids[-chain.num_tokens :] = found
+            if UNKNOWN_TOKEN in found:
+                self._behind = None  # the device has compared it all the same
             drafts.append(Draft(found) if (found := known(found)) else None)
-        return drafts, chain.seconds
+        return drafts, chain.launched.seconds
 
     def _shadow(self, sequence: Sequence) -> Sequence:
         shadow = Sequence(sequence.id, sequence.token_ids, _plain(sequence.params), salt=sequence.salt)

@@ -130,5 +130,11 @@ class LaunchingProposer(CostlyProposer, Protocol):
 
     def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:
         """What `propose` would draft, queued: lines of so many tokens each. None: not now, for all of them; ask
-        `propose`. The drafts are waited for before anything else is asked of it, but to `forget`."""
+        `propose`. The drafts are waited for before anything else is asked of it, but to `forget` and what follows."""
+        ...
+
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+        """Queue drafts for after the target's step that was launched last, which verifies all of those that were
+        launched before: `first_rows` are its rows of the choices after the sequences' last known tokens. `launch` gives
+        them out if it is asked for the very same, and else they are forgotten."""
         ...
