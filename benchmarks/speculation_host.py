@@ -1,10 +1,10 @@
 """What the host does from the tokens of a step with drafts to the next launches, beside a device that costs nothing.
 
 The real engine, scheduler, speculator, draft model, arrays of steps and of chains, and detokenizer (of the embedded
-model), over executors that answer at once. A draft model guesses `--num-tokens` tokens of every sequence, three of them
-right; with `--ngram` the text is its own draft. Prints medians in microseconds from the moment that a step's tokens are
-there to the launch of the drafts (the device idles until then), to that of the step that verifies them, and to the end
-of the call; and one JSON line.
+model), over executors that answer at once. A draft model guesses `--num-tokens` tokens of every sequence, three of
+them right; with `--auto` the controller chooses between it and n-grams. Prints medians in microseconds from the moment
+that a step's tokens are there to the launch of the drafts, where they were not launched before, to that of the step
+that verifies them, and to the end of the call; and one JSON line.
 
     python benchmarks/speculation_host.py
     python benchmarks/speculation_host.py --batch 8 --auto --profile
@@ -31,7 +31,7 @@ from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.engine import Engine
-from autobot_llm.engine.executor import Features, SampledRows, SamplingArrays
+from autobot_llm.engine.executor import Features, SampledRows, SamplingArrays, Unverified
 from autobot_llm.engine.gpu.chains import ChainGraphs
 from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS
 from autobot_llm.engine.gpu.options import GpuLimits
@@ -100,8 +100,8 @@ class FreeDevice:
             limits, attention, table_width=width, num_spare_items=spare, window=0, takes_trees=False
         )
         self.chains = ChainGraphs(
-            attention, torch.zeros(MAX_ROWS, dtype=torch.int32), longest=longest, max_num_seqs=64, table_width=width,
-            num_spare_items=spare,
+            attention, torch.zeros(2 * MAX_ROWS, dtype=torch.int32), MAX_ROWS, longest=longest, max_num_seqs=64,
+            table_width=width, num_spare_items=spare,
         )  # fmt: skip
         num_bytes = max(self.steps.num_bytes, self.chains.num_bytes)
         on_device, slots = torch.zeros(num_bytes, dtype=torch.uint8), [np.zeros(num_bytes, np.uint8)]
@@ -134,12 +134,16 @@ class FreeDevice:
     def takes_chain(self, num_missing: list[int], num_passes: int) -> bool:
         return self.chains.find(num_missing, num_passes, is_drawn=False) is not None
 
-    def launch_chain(self, batch: StepBatch, sampling: SamplingArrays, num_passes: int) -> Answered:
+    def launch_chain(
+        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+    ) -> Answered:
         chain = self.chains.find(np.diff(batch.query_starts).tolist(), num_passes, is_drawn=sampling.any_drawn)
         assert chain is not None
-        self.chains.fill(chain, 0, batch, sampling)
-        self.times.note("drafts")
-        tokens = self.text_ids[batch.context_lens + np.arange(num_passes)[:, None]]
+        self.chains.fill(chain, 0, batch, sampling, after)
+        if after is None:
+            self.times.note("drafts")
+        num_right = 0 if after is None else min(RIGHT, after.draft_rows_SN.shape[1])
+        tokens = self.text_ids[batch.context_lens + num_right + np.arange(num_passes)[:, None]]
         tokens[RIGHT:] += 1
         rows = chain.rows(batch.num_sequences)
         return Answered(SampledRows(tokens.ravel().tolist(), [1.0] * tokens.size), rows=rows)
