@@ -21,6 +21,7 @@ from collections.abc import Sequence as SequenceABC
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
 from autobot_llm.engine.executor import (
@@ -40,14 +41,17 @@ from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDra
 
 
 class _Chain(NamedTuple):
-    """Passes under way, and for whom."""
+    """Passes under way, for whom, and how many of the tokens are given out."""
 
     launched: LaunchedChain
     shadows: list[Sequence]
     num_tokens: int
+    num_given: int
 
-    def is_of(self, shadows: list[Sequence], num_tokens: int) -> bool:
-        return self.num_tokens == num_tokens and shadows == self.shadows
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Of those that are given out, for each sequence."""
+        return self.launched.rows.reshape(self.num_tokens, len(self.shadows))[: self.num_given].T
 
 
 class DraftModel:
@@ -104,8 +108,8 @@ class DraftModel:
         drafting = self._catch_up_with(sequences, num_tokens)
         shadows = [self._shadows[i] for i in drafting]
         behind, self._behind = self._behind, None
-        if behind is not None and behind.is_of(shadows, num_tokens):
-            return self._give_out(behind)
+        if behind is not None and behind.shadows == shadows and behind.num_tokens >= num_tokens:
+            return self._give_out(behind._replace(num_given=num_tokens))
         missing = [len(shadow.token_ids) - shadow.num_computed_tokens for shadow in shadows]
         if len(drafting) < len(sequences) or not self._chains.takes_chain(missing, num_tokens):
             return None
@@ -113,25 +117,27 @@ class DraftModel:
         batch = build_batch(parts, self.pool.block_size)
         offsets = [offset for offset in range(num_tokens) for _ in shadows]
         sampling = self._sampling_arrays.build(shadows * num_tokens, offsets)
-        return self._give_out(_Chain(self._chains.launch_chain(batch, sampling, num_tokens), shadows, num_tokens))
+        launched = self._chains.launch_chain(batch, sampling, num_tokens)
+        return self._give_out(_Chain(launched, shadows, num_tokens, num_tokens))
 
     def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
         before, wanted = self._under_way, {s.id for s in sequences}
         shadows = [self._shadows[s.id] for s in sequences if s.id in self._shadows]
-        if self._chains is None or before is None or not before.is_of(shadows, before.num_tokens):
+        if self._chains is None or before is None or before.shadows != shadows:
             return
         # as far as if all drafts were right, and one token more
         has_room = all(self._make_room(shadow, num_tokens + 1, wanted) for shadow in shadows)
         if not has_room or not self._chains.takes_chain([2] * len(shadows), num_tokens):
             return
-        number = before.num_tokens
-        parts = [ScheduledSequence(s, len(s.token_ids) - number - 1, 2, True) for s in shadows]
+        parts = [ScheduledSequence(s, len(s.token_ids) - before.num_tokens - 1, 2, True) for s in shadows]
         batch = build_batch(parts, self.pool.block_size)
-        offsets = [offset for offset in range(1 - number, 1 + num_tokens) for _ in shadows]
-        sampling = self._sampling_arrays.build(shadows * (number + num_tokens), offsets)
-        after = Unverified(np.array(first_rows), before.launched.rows.reshape(number, len(shadows)).T)
-        launched = self._chains.launch_chain(batch, sampling, num_tokens, after)
-        self._behind = _Chain(launched, shadows, num_tokens)
+        number = before.num_given + num_tokens
+        offsets = [offset for offset in range(1 - before.num_tokens, 1 - before.num_tokens + number) for _ in shadows]
+        sampling = self._sampling_arrays.build(shadows * number, offsets)
+        after = Unverified(np.array(first_rows), before.rows)
+        self._behind = _Chain(
+            self._chains.launch_chain(batch, sampling, num_tokens, after), shadows, num_tokens, num_tokens
+        )
 
     def num_passes(self, num_tokens: int) -> int:
         return num_tokens
@@ -163,8 +169,7 @@ class DraftModel:
             shadow.num_computed_tokens = len(shadow.token_ids) + number - 1
             shadow.token_ids.extend([UNKNOWN_TOKEN] * number)
         self._under_way = chain
-        rows = chain.launched.rows.reshape(number, len(shadows)).T.tolist()
-        return LaunchedDrafts(rows, lambda: self._settle(chain))
+        return LaunchedDrafts(chain.rows.tolist(), lambda: self._settle(chain))
 
     def _settle(self, chain: _Chain) -> tuple[list[Draft | None], float]:
         """Fill in what a chain has drawn."""
@@ -179,8 +184,9 @@ class DraftModel:
             shadow.token_ids[-chain.num_tokens :] = found
             if UNKNOWN_TOKEN in found:
                 self._behind = None  # the device has compared it all the same
-            drafts.append(Draft(found) if (found := known(found)) else None)
-        return drafts, chain.launched.seconds
+            given = known(found[: chain.num_given])
+            drafts.append(Draft(given) if given else None)
+        return drafts, chain.launched.seconds * chain.num_given / chain.num_tokens
 
     def _shadow(self, sequence: Sequence) -> Sequence:
         shadow = Sequence(sequence.id, sequence.token_ids, _plain(sequence.params), salt=sequence.salt)

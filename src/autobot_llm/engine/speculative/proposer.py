@@ -136,5 +136,5 @@ class LaunchingProposer(CostlyProposer, Protocol):
     def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
         """Queue drafts for after the target's step that was launched last, which verifies all of those that were
         launched before: `first_rows` are its rows of the choices after the sequences' last known tokens. `launch` gives
-        them out if it is asked for the very same, and else they are forgotten."""
+        them out if it is asked for no more and for the same sequences, and else they are forgotten."""
         ...

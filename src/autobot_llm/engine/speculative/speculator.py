@@ -114,8 +114,8 @@ class Speculator:
         self._costly = costly
         self._launching = costly if isinstance(costly, LaunchingProposer) else None
         self._launched: _Launched | None = None  # whose drafts nobody but the device knows
-        self._last_wanted: tuple[int, list[int]] = 0, []  # when drafts were launched last, and whether as before
-        self._is_repeated = False
+        self._last_wanted: tuple[int, list[int]] = 0, []  # when drafts were launched last: how deep, and of whom
+        self._num_behind = 0  # tokens of the drafts that are launched before they are wanted
         self._wanted = None if costly is None else costly.wanted
         self._features = Features()  # of the step at hand
         self.clock = clock
@@ -190,9 +190,9 @@ class Speculator:
 
     def launch_behind(self, plan: StepPlan) -> None:
         """Queue the drafts of the step after the one that was launched last, which verifies drafts that nobody knows
-        yet: where it verifies them all, and they are what the step before it had, so that the next one will, too."""
+        yet: where it verifies them all, and the step before it had drafts of the same sequences, too."""
         launched = self._launched
-        if launched is None or self._launching is None or not self._is_repeated:
+        if launched is None or self._launching is None or not self._num_behind:
             return
         first_rows, row = [], 0
         for item in plan.scheduled:
@@ -201,7 +201,7 @@ class Speculator:
             first_rows.append(row)
             row += 1 + item.num_draft
         if [item.sequence for item in plan.scheduled] == launched.sequences:
-            self._launching.launch_behind(launched.sequences, launched.num_tokens, first_rows)
+            self._launching.launch_behind(launched.sequences, self._num_behind, first_rows)
 
     def settle(self) -> None:
         """Fill in the drafts that were launched, where there are any: waits for them."""
@@ -318,8 +318,8 @@ class Speculator:
             sequence.draft_ids, sequence.draft_parents = [UNKNOWN_TOKEN] * len(rows), []
             sequence.draft_rows = rows
             self._drafted_by[sequence.id] = self._launching.name, self._kind(sequence), []
-        wanted = num_tokens, [sequence.id for sequence in sequences]
-        self._is_repeated, self._last_wanted = wanted == self._last_wanted, wanted
+        before, self._last_wanted = self._last_wanted, (num_tokens, [sequence.id for sequence in sequences])
+        self._num_behind = max(num_tokens, before[0]) if before[1] == self._last_wanted[1] else 0
         self._launched = _Launched(launched, sequences, num_tokens, num_behind)
         return True
 
