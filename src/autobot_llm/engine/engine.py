@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
 
 from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.choice import Choice, info_of
 from autobot_llm.engine.description import CacheDescription
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, Features, LaunchedStep, PipelinedExecutor, TreeExecutor
+from autobot_llm.engine.executor import Executor, Features, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sampler import (
@@ -28,21 +27,10 @@ from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict, outcomes_of, row_offsets, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
-from autobot_llm.engine.verdicts import Judged, learn, take_verdicts, tokens_of
+from autobot_llm.engine.verdicts import Judged, StepInFlight, learn, take_verdicts, tokens_of
 from autobot_llm.errors import EngineError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _StepInFlight:
-    """A step that was launched, and when. `batch` is there where it has drafts: nothing is planned before their
-    verdict, so its sequences have not been advanced, and some may have left."""
-
-    plan: StepPlan
-    launched: LaunchedStep
-    start_time: float
-    batch: StepBatch | None = None
 
 
 class Engine:
@@ -75,7 +63,7 @@ class Engine:
         self.speculation_reason = speculation_reason
         self._sampling_arrays = SamplingArraysBuilder(sampler.vocab_size)
         self._batches = BatchBuilder(scheduler.block_pool.block_size)
-        self._in_flight: _StepInFlight | None = None
+        self._in_flight: StepInFlight | None = None
         self._last_end_time = 0.0
         self._choices: dict[int, Choice] = {}
         self._requests: dict[int, list[Choice]] = {}
@@ -192,7 +180,7 @@ class Engine:
             self._in_flight = None if plan is None else self._launch(executor, plan)
         return outputs if judged is None else self._tell(judged)
 
-    def _is_worth_waiting_for(self, step: _StepInFlight, speculator: Speculator) -> bool:
+    def _is_worth_waiting_for(self, step: StepInFlight, speculator: Speculator) -> bool:
         if step.batch is not None:
             return True
         under_way = [
@@ -216,24 +204,24 @@ class Engine:
 
     def _launch_with_drafts(
         self, executor: PipelinedExecutor, speculator: Speculator, plan: StepPlan, begin_time: float
-    ) -> _StepInFlight:
+    ) -> StepInFlight:
         rows = [(item.sequence, offset) for item in plan.scheduled if item.samples for offset in row_offsets(item)]
         sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
         batch = self._batches.build(plan)
-        step = _StepInFlight(plan, executor.launch(batch, sampling), begin_time, batch)
+        step = StepInFlight(plan, executor.launch(batch, sampling), begin_time, batch)
         if not self.scheduler.num_waiting:  # who waits comes next
             speculator.launch_behind(plan)
         return step
 
-    def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
+    def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> StepInFlight:
         batch = self._batches.build(plan)
         sampling = self._sampling_arrays.build([item.sequence for item in plan.scheduled if item.samples])
         start_time = self._clock()
         launched = executor.launch(batch, sampling)
         self.scheduler.advance(plan)
-        return _StepInFlight(plan, launched, start_time)
+        return StepInFlight(plan, launched, start_time)
 
-    def _resolve(self, step: _StepInFlight) -> list[Output]:
+    def _resolve(self, step: StepInFlight) -> list[Output]:
         if step.batch is not None:
             assert self.speculator is not None, "who has drafted is there until the verdict"
             return self._tell(self._judge(self.speculator, step))
@@ -272,7 +260,7 @@ class Engine:
         verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
         return self._tell(self._take(speculator, plan, batch, verdicts, begin_time, None))
 
-    def _judge(self, speculator: Speculator, step: _StepInFlight) -> Judged:
+    def _judge(self, speculator: Speculator, step: StepInFlight) -> Judged:
         """Wait for a step with drafts, and take its verdict."""
         assert step.batch is not None
         sampled = step.launched.wait()
@@ -289,8 +277,8 @@ class Engine:
         begin_time: float,
         features: Features | None,
     ) -> Judged:
-        choices = self._choices
-        judged = take_verdicts(plan, batch, verdicts, scheduler=self.scheduler, choices=choices, mover=self._mover)
+        scheduler, choices, mover = self.scheduler, self._choices, self._mover
+        judged = take_verdicts(plan, batch, verdicts, scheduler=scheduler, choices=choices, mover=mover)
         self.num_steps += 1
         seconds = speculator.clock() - begin_time
         learn(speculator, plan, verdicts, seconds, choices=choices, features=features)
@@ -370,7 +358,7 @@ class Engine:
             self.speculator.close()
         self.executor.close()
 
-    def _take_in_flight(self) -> _StepInFlight:
+    def _take_in_flight(self) -> StepInFlight:
         step, self._in_flight = self._in_flight, None
         assert step is not None
         return step

@@ -1,20 +1,33 @@
-"""What a step with drafts comes to, once its rows are chosen. Knows plans, verdicts and choices; launches nothing and
-makes no text.
+"""A step that is under way, and what one with drafts comes to, once its rows are chosen. Knows plans, verdicts and
+choices; launches nothing and makes no text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
 
 from autobot_llm.engine.batching.drafts import straighten
 from autobot_llm.engine.batching.plan import StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.choice import Choice
-from autobot_llm.engine.executor import Features, TreeExecutor
+from autobot_llm.engine.executor import Features, LaunchedStep, TreeExecutor
 from autobot_llm.engine.sampler import Outcome, SamplingFailure
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.speculator import Speculator
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was launched, and when. `batch` is there where it has drafts: nothing is planned before their
+    verdict, so its sequences have not been advanced, and some may have left."""
+
+    plan: StepPlan
+    launched: LaunchedStep
+    start_time: float
+    batch: StepBatch | None = None
+
 
 Judged = list[tuple[Choice, list[Outcome], int]]
 """What a step with drafts has brought to choices: tokens, and how many they had before."""
