@@ -155,12 +155,15 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--num-tokens", type=int, default=5, help="of each draft")
     parser.add_argument("--auto", action="store_true", help="let the controller choose, with n-grams beside the draft")
+    parser.add_argument("--ngram", action="store_true", help="n-grams alone, of a text that repeats itself")
     parser.add_argument("--drawn", action="store_true", help="temperature and top-p instead of greedy")
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     config, tokenizer, times = load_config(MODEL), Tokenizer.from_folder(MODEL), Times()
     text_ids = tokenizer.encode(TEXT.read_text()[:60_000], add_special_tokens=False)
     assert len(text_ids) > MAX_MODEL_LEN
+    if options.ngram:
+        text_ids = text_ids[:100] * (MAX_MODEL_LEN // 50)
     target = FreeDevice(text_ids, 8, times, options.num_tokens)
     drafting = FreeDevice(text_ids, 12, times, options.num_tokens)
     costly = DraftModel(
@@ -168,10 +171,13 @@ def main() -> None:
         max_model_len=MAX_MODEL_LEN,
     )  # fmt: skip
     clock = time.perf_counter
-    speculator = (
-        Speculator(options.num_tokens, make_free=NgramProposer, costly=costly, priors=ON_GPU, clock=clock)
-        if options.auto
-        else Speculator(options.num_tokens, costly=costly, policy=Always(options.num_tokens), clock=clock)
+    speculator = Speculator(
+        options.num_tokens,
+        make_free=NgramProposer if options.auto or options.ngram else None,
+        costly=None if options.ngram else costly,
+        policy=None if options.auto else Always(options.num_tokens),
+        priors=ON_GPU,
+        clock=clock,
     )
     scheduler = Scheduler(
         BlockPool(20_000, BLOCK_SIZE, prefix_caching=True),

@@ -32,7 +32,7 @@ BYTES_PER_GRAPH = 16 * 2**20
 """What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
 docs/log.md."""
 
-BYTES_PER_CHAIN = 9 * 2**20
+BYTES_PER_CHAIN = 10 * 2**20
 """The same for a chain of a draft's passes, of two layers and three passes on average."""
 
 
