@@ -91,7 +91,6 @@ class DraftModel:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what is missing of every sequence, then one for each further token."""
-        self._behind = None
         drafting = self._catch_up_with(sequences, num_tokens)
         if self._pipelined is not None:
             self._chain(self._pipelined, [self._shadows[i] for i in drafting], num_tokens)
@@ -138,6 +137,9 @@ class DraftModel:
         self._behind = _Chain(
             self._chains.launch_chain(batch, sampling, num_tokens, after), shadows, num_tokens, num_tokens
         )
+
+    def drop_behind(self) -> None:
+        self._behind = None
 
     def num_passes(self, num_tokens: int) -> int:
         return num_tokens

@@ -138,3 +138,7 @@ class LaunchingProposer(CostlyProposer, Protocol):
         launched before: `first_rows` are its rows of the choices after the sequences' last known tokens. `launch` gives
         them out if it is asked for no more and for the same sequences, and else they are forgotten."""
         ...
+
+    def drop_behind(self) -> None:
+        """Forget those: the step after that verdict has no drafts of this method."""
+        ...

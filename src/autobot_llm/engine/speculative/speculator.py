@@ -157,6 +157,11 @@ class Speculator:
         the best paths of those that branch. With `may_wait` some may be known to the device alone until `settle`, which
         is then called before the step's verdict."""
         self.drafting_seconds = 0.0
+        self._propose(sequences, takes_trees, may_wait)
+        if self._launching is not None and self._launched is None:
+            self._launching.drop_behind()
+
+    def _propose(self, sequences: list[Sequence], takes_trees: bool, may_wait: bool) -> None:
         if not sequences:
             return
         for sequence in sequences:
