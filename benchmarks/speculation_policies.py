@@ -35,6 +35,7 @@ from autobot_llm.engine.speculative.speculator import Speculator
 
 TRACES = Path.home() / ".cache" / "autobot_llm" / "speculation_traces.jsonl"
 NUM_TOKENS = 5
+ROOM = 256  # draft tokens of a step
 BOOKKEEPING = 3e-6  # seconds for each sequence at each step
 
 
@@ -168,7 +169,7 @@ def run(traces: list[Trace], speculator: Speculator | None, draft: RecordedDraft
         begin = clock.now
         if speculator is not None:
             clock.now += BOOKKEEPING * len(live)
-            speculator.propose([sequence for sequence, _ in live])
+            speculator.propose([sequence for sequence, _ in live], ROOM)
         total += clock.now - begin
         items, num_right = [], []
         for sequence, trace in live:

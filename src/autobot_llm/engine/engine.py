@@ -170,17 +170,18 @@ class Engine:
     def _draft_beside_device(self, executor: PipelinedExecutor, speculator: Speculator) -> list[Output]:
         """Wait for the step under way where drafts after its tokens may pay for that; else go on beside it."""
         outputs: list[Output] = []
-        begin_time = speculator.clock()
         if self._in_flight is not None:
             under_way = [
                 item.sequence
                 for item in self._in_flight.plan.scheduled
                 if item.samples and item.sequence.id in self._choices
             ]
-            if self._room_for_drafts(len(under_way)) and speculator.is_promising(under_way):
+            room = self._room_for_drafts(len(under_way))
+            if room and speculator.is_promising(under_way, room):
                 outputs = self.settle()
         if self._in_flight is not None:
             return self._step_beside_device(executor)
+        begin_time = speculator.clock()
         plan = self._plan_with_drafts(speculator)
         if plan is None:
             return outputs
@@ -206,7 +207,7 @@ class Engine:
     def _plan_with_drafts(self, speculator: Speculator) -> StepPlan | None:
         decoding = self.scheduler.decoding
         room = self._room_for_drafts(len(decoding))
-        speculator.propose(decoding if room else [], takes_trees=self._mover is not None)
+        speculator.propose(decoding if room else [], room, takes_trees=self._mover is not None)
         return self.scheduler.plan(max_draft_tokens=room)
 
     def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
