@@ -15,9 +15,9 @@ is measured: chances by method and kind of draft, seconds by size of step (measu
 The guarantee. Expectations may be wrong, so nothing is drafted whose cost could not be lost whole (credit.py): there is
 one account, of what drafts have gained lately less what they have cost, verifying, drafting, catching up and looks all
 included. So whatever is drafted and however wrong it is, drafts cost at most MOST_STEPS steps, a part of one for each
-answer and half a per cent of the time more than they gain. Besides: two tokens every RETRY steps, and learning what each size of step
-costs. Counted in measured costs, that is: where none is known for a plain step there is nothing to lose against, so a
-plain step is what is run then, and once every REFRESH drafted ones.
+answer and half a per cent of the time more than they gain. Besides: two tokens every RETRY steps, and learning what
+each size of step costs. Counted in measured costs, that is: where none is known for a plain step there is nothing to
+lose against, so a plain step is what is run then, and once every REFRESH drafted ones.
 
 What is switched off is looked at again. Free drafts are compared with what came even where they were not verified; a
 costly method is tried on one sequence every PROBE_EVERY steps, while half of the account pays for that.
