@@ -356,8 +356,12 @@ def _item_size(lens: Int32Array, spare_items: int) -> int:
 
 
 def _smallest_fitting(lens: Int32Array, room: int, at_least: int, at_most: int) -> int:
-    """The smallest of some sizes between the bounds that makes `room` items or fewer; `at_most` is such a size."""
-    sizes = at_least + (at_most - at_least) * _CANDIDATES // _LAST_CANDIDATE
-    sizes = (sizes + (CHUNK_QUANTUM - 1)) // CHUNK_QUANTUM * CHUNK_QUANTUM
-    counts = ((lens[:, None] + (sizes - 1)) // sizes).sum(axis=0)
-    return int(sizes[(counts <= room).argmax()])
+    """The smallest size between the bounds that makes `room` items or fewer, to a quantum; `at_most` is such a size."""
+    while True:
+        sizes = at_least + (at_most - at_least) * _CANDIDATES // _LAST_CANDIDATE
+        sizes = (sizes + (CHUNK_QUANTUM - 1)) // CHUNK_QUANTUM * CHUNK_QUANTUM
+        counts = ((lens[:, None] + (sizes - 1)) // sizes).sum(axis=0)
+        first = int((counts <= room).argmax())
+        at_most = int(sizes[first])
+        if first == 0 or at_most - (at_least := int(sizes[first - 1])) <= CHUNK_QUANTUM:
+            return at_most

@@ -64,3 +64,26 @@ def numbers_of_words(words, like, HIGH: tl.constexpr, FLOAT8: tl.constexpr, FAST
     if FLOAT8:
         half = half.to(tl.float8e4nv, bitcast=True)
     return half.to(like.dtype)
+
+
+@triton.jit
+def halves_of_words(words, HIGH: tl.constexpr, FLOAT8: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The low or the high byte of each int16, as float16 numbers."""
+    if FAST:
+        if FLOAT8:
+            asm: tl.constexpr = (
+                "{ .reg .b32 t; .reg .b16 low, high; "
+                + ("prmt.b32 t, $1, 0, 0x4431;" if HIGH else "prmt.b32 t, $1, 0, 0x4420;")
+                + " mov.b32 {low, high}, t; cvt.rn.f16x2.e4m3x2 $0, low; }"
+            )
+            return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        of_integers: tl.constexpr = (
+            "{ .reg .b32 a, w, less; mov.b32 less, 0xe480e480; "
+            + ("shr.u32 w, $1, 8;" if HIGH else "mov.b32 w, $1;")
+            + " lop3.b32 a, w, 0x00ff00ff, 0x64806480, 0x6a; add.rn.f16x2 $0, a, less; }"
+        )
+        return tl.inline_asm_elementwise(of_integers, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    half = (words >> 8 if HIGH else words).to(tl.int8)
+    if FLOAT8:
+        half = half.to(tl.float8e4nv, bitcast=True)
+    return half.to(tl.float16)
