@@ -135,6 +135,12 @@ class Case:
         return f"{self.queries} fresh" if self.is_fresh else f"{self.queries} of {self.context}{cache}"
 
 
+def case_of(text: str) -> Case:
+    """From `8,16384,1,int8`, with `,row` behind it where blocks lie in a row."""
+    batch, context, queries, cache, *row = text.split(",")
+    return Case(int(batch), int(context), int(queries), cache, row == ["row"])
+
+
 DECODE_CASES = [Case(1, 512, 1), Case(8, 640, 1), Case(32, 640, 1), Case(128, 640, 1), Case(1, 16384, 1)]
 DECODE_CASES += [Case(8, 16384, 1), Case(1, 640, 8), Case(8, 640, 8), Case(1, 640, 16)]
 PREFILL_CASES = [Case(1, 512, 512), Case(1, 2048, 2048), Case(1, 4096, 4096), Case(1, 4096, 512)]
@@ -248,10 +254,8 @@ def decode_tiles(case: Case) -> list[tuple[DecodeTile, int]]:
     """Tiles, and how many programs of each a multiprocessor is given at a time."""
     if GIVEN_TILES:
         return GIVEN_TILES
-    if case.queries > 1:
-        tiles = VERIFY_TILES
-    else:
-        tiles = ROUNDED_TILES if case.cache in ROUNDED else DECODE_TILES
+    of_one = ROUNDED_TILES if case.cache in ROUNDED else DECODE_TILES
+    tiles = VERIFY_TILES if case.queries > 1 else of_one
     tried = [(tile, PROGRAMS_PER_PROCESSOR) for tile in tiles]
     return tried + (LONG_TILES if case in LONG_CASES else [])
 
@@ -407,15 +411,18 @@ def main() -> None:
     parser.add_argument(
         "--long", action="store_true", help="8 sequences of 16,384 tokens, blocks anywhere and in a row"
     )
+    parser.add_argument("--cases", help="only these: sequences,context,new tokens,cache[,row]; ...")
     parser.add_argument("--tiles", help="only these of decoding: positions,warps,stages,programs a processor; ...")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
+    every = LONG_CASES if arguments.long else ROUNDED_CASES if arguments.rounded else DECODE_CASES + PREFILL_CASES
+    if arguments.cases:
+        every = [case_of(text) for text in arguments.cases.split(";")]
     if arguments.tiles:
         for given in arguments.tiles.split(";"):
             *tile, load = map(int, given.split(","))
             GIVEN_TILES.append((DecodeTile(*tile), load))
-    every = LONG_CASES if arguments.long else ROUNDED_CASES if arguments.rounded else DECODE_CASES + PREFILL_CASES
     cases = QUICK_CASES if arguments.quick else every
     print(f"compiled in {compile_ahead(cases):.0f} s", flush=True)
     timings: list[Timing] = []

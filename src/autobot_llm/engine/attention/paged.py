@@ -37,6 +37,9 @@ CHUNK_QUANTUM: Final = 64
 PROGRAMS_PER_PROCESSOR: Final = 2
 """Decode programs that one multiprocessor holds at a time, and so what a step's items should fill."""
 
+LONG_PROGRAMS_PER_PROCESSOR: Final = 3
+"""The same where contexts are long: there more of them hide what each waits for, and starting them costs little."""
+
 ITEM_FIELDS: Final = 8
 """sequence (padding is -1 throughout), start, stop, first item of the sequence, its number of items, first query row,
 number of query rows, context length. Positions [start, stop) are this item's part of the context."""
@@ -139,14 +142,10 @@ class PagedAttention(Protocol):
         ...
 
 
-def max_items(num_sequences: int, num_kv_heads: int, num_processors: int) -> int:
-    """Work items that are enough for any mix of lengths of so many sequences."""
-    return num_sequences + full_load(num_kv_heads, num_processors)
-
-
-def full_load(num_kv_heads: int, num_processors: int) -> int:
+def full_load(num_kv_heads: int, num_processors: int, *, is_long: bool = False) -> int:
     """Items that occupy the device once; each is one program for every key/value head."""
-    return -(-PROGRAMS_PER_PROCESSOR * num_processors // num_kv_heads)
+    programs = LONG_PROGRAMS_PER_PROCESSOR if is_long else PROGRAMS_PER_PROCESSOR
+    return -(-programs * num_processors // num_kv_heads)
 
 
 def decode_sizes(
@@ -307,13 +306,16 @@ class ItemCut:
 
     def __init__(self) -> None:
         self._size = 1
+        self._spare_items = 0
         self._counts_S = np.zeros(0, np.int32)
         self._items_I8 = np.zeros((0, ITEM_FIELDS), np.int32)
 
     def write(self, items_I8: Int32Array, batch: StepBatch, spare_items: int) -> int:
         """The same as `plan_items`, for a step of one token a sequence; the size may be that of an earlier step."""
         lens = batch.context_lens
-        if len(lens) != len(self._counts_S) or not (-(-lens // self._size) == self._counts_S).all():
+        is_known = spare_items == self._spare_items and len(lens) == len(self._counts_S)
+        if not is_known or not (-(-lens // self._size) == self._counts_S).all():
+            self._spare_items = spare_items
             self._size = _item_size(lens, spare_items)
             self._counts_S = -(-lens // self._size)
             table_S8 = np.zeros((len(lens), ITEM_FIELDS), np.int32)

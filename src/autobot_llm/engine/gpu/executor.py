@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autobot_llm.engine.attention.paged import PagedAttention, max_items
+from autobot_llm.engine.attention.paged import PagedAttention, full_load
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
@@ -132,7 +132,8 @@ class GpuExecutor:
                 limits,
                 attention,
                 table_width=-(-limits.max_model_len // storage.block_size),
-                num_spare_items=max_items(0, storage.num_kv_heads, num_processors),
+                num_spare_items=full_load(storage.num_kv_heads, num_processors),
+                num_spare_items_if_long=full_load(storage.num_kv_heads, num_processors, is_long=True),
                 window=widest_window,
                 takes_trees=self._takes_trees,
             )

@@ -18,7 +18,7 @@ import torch
 from autobot_llm.engine.attention.paged import BLOCK_SIZE, PagedBatch
 from autobot_llm.engine.kernels.gpu.decode_kernels import decode_kernel
 from autobot_llm.engine.kernels.gpu.launch import launch_options
-from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, scales_of
+from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES
 
 MAX_ROWS = 128
 """Query rows (tokens times query heads of a group) of one program: what its accumulators hold without spilling."""
@@ -124,15 +124,14 @@ def paged_decode(
     group_size = q_QHD.shape[1] // num_kv_heads
     num_rows = rows_of(batch.max_queries, group_size)
     num_items = batch.items_I8.shape[0]
-    tile = tile or choose_decode_tile(
-        num_rows, num_items, rounded=keys.dtype in QUANTIZED_DTYPES, is_long=batch.is_long
-    )
+    is_rounded = keys.dtype in QUANTIZED_DTYPES
+    tile = tile or choose_decode_tile(num_rows, num_items, rounded=is_rounded, is_long=batch.is_long)
     decode_kernel[(num_kv_heads, num_items)](
         q_QHD,
         keys if keys.dtype == torch.int8 else _words(keys),
         _words(values),
-        scales_of(keys),
-        scales_of(values),
+        _words(keys) if is_rounded else None,
+        _words(values) if is_rounded else None,
         out_QHD,
         batch.items_I8,
         batch.block_tables_SB,

@@ -25,7 +25,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     keys_ptr,  # int8 ones as they are, float8 ones as int16, two numbers in each
     values_ptr,  # int16, two numbers in each, if quantized
-    key_scales_ptr,  # None: keys and values are what they are
+    key_scales_ptr,  # int16, bfloat16's bits; None: keys and values are what they are
     value_scales_ptr,
     out_ptr,
     items_ptr,
@@ -72,8 +72,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         start = tl.maximum(start, tl.maximum(first_position + 1 - WINDOW, 0) // PAGE * PAGE)
     # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
     n = start + tl.arange(0, N)
-    blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
+    blocks = _look_up(table_ptr, start, stop, N, PAGE)
     if ROUNDED:  # scales are read a tile ahead, so their blocks are looked up two ahead
+        blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
         scale_blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
     wait_for_previous_kernel(PDL)
     if sequence < 0:
@@ -88,11 +89,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     c = tl.arange(0, C)
     scale_M = tl.zeros((M,), tl.float32) + scale
     if ROUNDED:
-        key_scales_N, value_scales_N = _scales(
-            key_scales_ptr, value_scales_ptr, blocks_N, n, n < stop, head, PAGE, K, D
-        )
+        scales_N = _scales(key_scales_ptr, value_scales_ptr, blocks_N, n < stop, head, N, PAGE, K, D)
         odd_acc_CM = tl.zeros((C, M), tl.float32)
-        largest = 1e-30  # value scale so far: what weights are divided by, to be float16
+        largest_M = tl.full((M,), 1e-30, tl.float32)  # value scale so far: what weights are divided by, to be float16
         if FLOAT8:
             even_CM = tl.load(q_ptrs_M[None, :] + 2 * c[:, None], mask=is_row_M[None, :], other=0.0).to(tl.float32)
             odd_CM = tl.load(q_ptrs_M[None, :] + 2 * c[:, None] + 1, mask=is_row_M[None, :], other=0.0).to(tl.float32)
@@ -129,14 +128,13 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
     max_M = tl.full((M,), float("-inf"), tl.float32)
     sum_NM = tl.zeros((N, M), tl.float32)
-    for _ in tl.range(start, stop, N):
+    for at in tl.range(start, stop, N):
         is_part_N = n < stop
-        at_N = (blocks_N * (K * ROW) + line_N).to(tl.int64) * 8  # words
+        at_N = (_of_positions(blocks, N, PAGE) * (K * ROW) + line_N).to(tl.int64) * 8  # words
+        blocks = _look_up(table_ptr, at + N, stop, N, PAGE)
         if ROUNDED:  # what lies after the part is read, too: numbers of block 0, or of its sequence's block
             v_CN = tl.load(values_ptr + at_N[None, :] + c[:, None])
-            next_key_scales_N, next_value_scales_N = _scales(
-                key_scales_ptr, value_scales_ptr, scale_blocks_N, n + N, n + N < stop, head, PAGE, K, D
-            )
+            next_scales_N = _scales(key_scales_ptr, value_scales_ptr, scale_blocks_N, n + N < stop, head, N, PAGE, K, D)
             scale_blocks_N = tl.load(table_ptr + (n + 2 * N) // PAGE, mask=n + 2 * N < stop, other=0)
             if FLOAT8:
                 k_NC = tl.load(keys_ptr + at_N[:, None] + c[None, :])
@@ -147,12 +145,14 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                 high_NM = tl.dot(k_ND, high_DM, out_dtype=tl.int32)
                 low_NM = tl.dot(k_ND, low_DM, out_dtype=tl.int32)
                 scores_NM = ((high_NM << 8) + low_NM).to(tl.float32)
-            scores_NM = scores_NM * key_scales_N[:, None] * scale_M[None, :]
+            scales_N1 = scales_N[:, None]
+            key_scales_N1 = (scales_N1 << 16).to(tl.float32, bitcast=True)
+            value_scales_N1 = (scales_N1 & -65536).to(tl.float32, bitcast=True)
+            scores_NM = scores_NM * key_scales_N1 * scale_M[None, :]
         else:
             k_NC = tl.load(keys_ptr + at_N[:, None] + c[None, :])
             v_CN = tl.load(values_ptr + at_N[None, :] + c[:, None], mask=is_part_N[None, :], other=0)
             scores_NM = tl.dot(k_NC, q_CM) * scale
-        blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
         if trees_ptr is not None:
             new_NM = n[:, None] - first_new_M[None, :]
             word_NM = tl.where(new_NM < 32, low_word_M[None, :], high_word_M[None, :])
@@ -165,7 +165,13 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             if WINDOW:
                 is_seen_NM = is_seen_NM & ((n - first_new)[:, None] > query_M[None, :] - WINDOW)
         scores_NM = tl.where(is_seen_NM, scores_NM, float("-inf"))
-        new_max_M = tl.maximum(max_M, tl.max(scores_NM, 0))
+        if ROUNDED:
+            tile_max_M, tile_largest_M = tl.reduce(
+                (scores_NM, tl.broadcast_to(value_scales_N1, (N, M))), 0, _larger_of_each
+            )
+            new_max_M = tl.maximum(max_M, tile_max_M)
+        else:
+            new_max_M = tl.maximum(max_M, tl.max(scores_NM, 0))
         base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)  # a row that has seen nothing yet
         shrink_M = tl.exp2(max_M - base_M)
         weights_NM = tl.exp2(scores_NM - base_M[None, :])
@@ -174,25 +180,24 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         if ROUNDED:
             # In float16 weights have three bits more than in bfloat16. Multiplied by their values' scales they are
             # measured by the largest of those, times 2^14: the smallest that counts is then 2^-38 of the largest.
-            new_largest = tl.maximum(largest, tl.max(value_scales_N))
-            unit = 16384.0 / new_largest
-            weights_NM *= (value_scales_N * unit)[:, None]
-            shrink_M *= largest / new_largest
-            largest = new_largest
+            new_largest_M = tl.maximum(largest_M, tile_largest_M)
+            weights_NM *= value_scales_N1 * (16384.0 / new_largest_M)[None, :]
+            shrink_M *= largest_M / new_largest_M
+            largest_M = new_largest_M
             p_NM = weights_NM.to(tl.float16)
             v_odd_CN = halves_of_words(v_CN, True, FLOAT8, PDL)
             odd_acc_CM = tl.dot(v_odd_CN, p_NM, odd_acc_CM * shrink_M[None, :])
             v_CN = halves_of_words(v_CN, False, FLOAT8, PDL)
             acc_CM = tl.dot(v_CN, p_NM, acc_CM * shrink_M[None, :])
-            key_scales_N, value_scales_N = next_key_scales_N, next_value_scales_N
+            scales_N = next_scales_N
         else:
             acc_CM = tl.dot(v_CN, weights_NM.to(v_CN.dtype), acc_CM * shrink_M[None, :])
         n += N
 
     sum_M = tl.sum(sum_NM, 0)
     if ROUNDED:
-        unit = largest / 16384.0
-        acc_MD = tl.interleave(tl.trans(acc_CM) * unit, tl.trans(odd_acc_CM) * unit)
+        unit_1M = (largest_M / 16384.0)[None, :]
+        acc_MD = tl.interleave(tl.trans(acc_CM * unit_1M), tl.trans(odd_acc_CM * unit_1M))
     else:
         acc_MD = tl.trans(acc_CM)
     d = tl.arange(0, D)
@@ -214,14 +219,40 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _look_up(table_ptr, start, stop, N: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The blocks of N positions, each for itself: a vector of them would go through shared memory to those who load."""
+    blocks = ()
+    for page in tl.static_range(N // PAGE):
+        first = start + page * PAGE
+        blocks = blocks + (tl.load(table_ptr + first // PAGE, mask=first < stop, other=0),)
+    return blocks
+
+
+@triton.jit
+def _of_positions(blocks, N: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The block of each of N positions; the compiler sees which one a thread's positions are in."""
+    page_N = tl.arange(0, N) // PAGE
+    blocks_N = tl.zeros((N,), tl.int32) + blocks[0]
+    for page in tl.static_range(1, N // PAGE):
+        blocks_N = tl.where(page_N == page, blocks[page], blocks_N)
+    return blocks_N
+
+
+@triton.jit
 def _scales(  # type: ignore[no-untyped-def]
-    key_scales_ptr, value_scales_ptr, blocks_N, n, is_part_N, head,
-    PAGE: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    key_scales_ptr, value_scales_ptr, blocks_N, is_part_N, head,
+    N: tl.constexpr, PAGE: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """float32 scales of these positions: they lie behind the numbers of their block."""
-    at_N = (blocks_N.to(tl.int64) * K + head) * (PAGE * (D + 2) // 2) + PAGE * D // 2 + tl.arange(0, n.shape[0]) % PAGE
-    key_scales_N = tl.load(key_scales_ptr + at_N, mask=is_part_N, other=0.0)
-    return key_scales_N.to(tl.float32), tl.load(value_scales_ptr + at_N, mask=is_part_N, other=0.0).to(tl.float32)
+    """The bfloat16 scales of these positions, a key's the low half and a value's the high half of a word: they lie
+    behind the numbers of their block."""
+    at_N = (blocks_N.to(tl.int64) * K + head) * (PAGE * (D + 2) // 2) + PAGE * D // 2 + tl.arange(0, N) % PAGE
+    of_keys_N = tl.load(key_scales_ptr + at_N, mask=is_part_N, other=0).to(tl.int32) & 0xFFFF
+    return of_keys_N | (tl.load(value_scales_ptr + at_N, mask=is_part_N, other=0).to(tl.int32) << 16)
+
+
+@triton.jit
+def _larger_of_each(a, b, c, d):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit
