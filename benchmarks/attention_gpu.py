@@ -41,7 +41,7 @@ from autobot_llm.engine.attention.sdpa_paged import FreshKernel, SdpaPagedAttent
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeTile, DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.prefill_attention import PrefillTile, fresh_prefill, paged_prefill, plan_tiles
-from autobot_llm.engine.kv_cache.storage import quantize_positions
+from autobot_llm.engine.kv_cache.storage import numbers_and_scales, quantize_positions
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP_SIZE = NUM_HEADS // NUM_KV_HEADS
@@ -227,8 +227,12 @@ def rounded(cache_BKPD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A layer's keys or values as PagedStorage has them: a block's numbers, then its scales."""
     blocks, heads = cache_BKPD.shape[:2]
     numbers, scales = quantize_positions(cache_BKPD.flatten(0, 1), dtype)
-    parts = numbers.view(torch.int8).reshape(blocks, heads, -1), scales.view(torch.int8).reshape(blocks, heads, -1)
-    return torch.cat(parts, dim=-1).view(dtype)
+    row = cache_BKPD[0, 0].numel() + cache_BKPD.shape[2] * scales.element_size()
+    rows = torch.empty((blocks, heads, row), dtype=torch.int8, device=cache_BKPD.device)
+    stored_numbers, stored_scales = numbers_and_scales(rows, cache_BKPD.shape[3])
+    stored_numbers.copy_(numbers.view(torch.int8).view(cache_BKPD.shape))
+    stored_scales.copy_(scales.view(stored_scales.shape))
+    return rows.view(dtype)
 
 
 Launch = Callable[[int], object]  # of a layer

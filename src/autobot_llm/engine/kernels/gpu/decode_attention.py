@@ -70,8 +70,8 @@ def rows_of(max_queries: int, group_size: int) -> int:
 
 def choose_decode_tile(num_rows: int, num_items: int, *, rounded: bool = False, is_long: bool = False) -> DecodeTile:
     """The best measured for M rows, and so many work items: many small programs keep a full device busiest."""
-    if is_long and num_rows <= 16 and not rounded:
-        return _LONG_TILE
+    if is_long and num_rows <= 16:
+        return _ROUNDED_LONG_TILE if rounded else _LONG_TILE
     for most_rows, few_items, tile in _ROUNDED_TILES if rounded else _TILES:
         if num_rows <= most_rows and num_items <= few_items:
             return tile
@@ -80,27 +80,32 @@ def choose_decode_tile(num_rows: int, num_items: int, *, rounded: bool = False, 
 
 _ANY = 1 << 30
 
-# (most rows, most items, tile): measured for 16 rows in whole steps on an H200 (docs/log.md), by judgement for more. An
-# H200 has 33 items beside one for each sequence.
+# (most rows, most items, tile): the quickest of a layer by itself on an H200 (docs/results/attention_gpu.md), which has
+# 33 items beside one for each sequence; of 128 rows by judgement.
 _TILES = (
-    (16, 36, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
-    (16, 100, DecodeTile(block_n=128, num_warps=8, num_stages=2)),
-    (16, _ANY, DecodeTile(block_n=32, num_warps=1, num_stages=2)),
-    (32, _ANY, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
-    (64, _ANY, DecodeTile(block_n=32, num_warps=4, num_stages=3)),
+    (16, 36, DecodeTile(block_n=64, num_warps=2, num_stages=2)),
+    (16, 48, DecodeTile(block_n=64, num_warps=2, num_stages=3)),
+    (16, 100, DecodeTile(block_n=32, num_warps=2, num_stages=4)),
+    (16, _ANY, DecodeTile(block_n=32, num_warps=2, num_stages=2)),
+    (32, 36, DecodeTile(block_n=64, num_warps=8, num_stages=2)),
+    (32, _ANY, DecodeTile(block_n=32, num_warps=4, num_stages=3)),
     (MAX_ROWS, _ANY, DecodeTile(block_n=32, num_warps=8, num_stages=3)),
 )
 
-_LONG_TILE = DecodeTile(block_n=128, num_warps=4, num_stages=2)
-"""At 8 x 16,384 141 us a layer on an H200, where the tile of short contexts takes 177; at 32 x 576 29 and 24."""
-
-# The same over keys and values of one byte: large tiles in few warps share what each position costs. The first is the
-# quickest at 8 x 16,384 and 32 x 576 on an H200, the others are by judgement.
+# The same over keys and values of one byte.
 _ROUNDED_TILES = (
-    (16, 100, DecodeTile(block_n=128, num_warps=4, num_stages=3)),
-    (16, _ANY, DecodeTile(block_n=64, num_warps=2, num_stages=3)),
-    *_TILES[3:],
+    (16, 36, DecodeTile(block_n=64, num_warps=4, num_stages=3)),
+    (16, 48, DecodeTile(block_n=128, num_warps=4, num_stages=3)),
+    (16, 100, DecodeTile(block_n=64, num_warps=4, num_stages=3)),
+    (16, _ANY, DecodeTile(block_n=32, num_warps=1, num_stages=4)),
+    (32, 36, DecodeTile(block_n=64, num_warps=8, num_stages=2)),
+    (32, _ANY, DecodeTile(block_n=64, num_warps=4, num_stages=2)),
+    (MAX_ROWS, _ANY, DecodeTile(block_n=32, num_warps=8, num_stages=3)),
 )
+
+# Of long contexts, with three programs a multiprocessor.
+_LONG_TILE = DecodeTile(block_n=64, num_warps=4, num_stages=3)
+_ROUNDED_LONG_TILE = DecodeTile(block_n=128, num_warps=4, num_stages=3)
 
 
 def paged_decode(

@@ -72,9 +72,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         start = tl.maximum(start, tl.maximum(first_position + 1 - WINDOW, 0) // PAGE * PAGE)
     # blocks are looked up a tile ahead by hand: looking up inside the loop would take the tiles' pipeline stages
     n = start + tl.arange(0, N)
-    blocks = _look_up(table_ptr, start, stop, N, PAGE)
+    blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
     if ROUNDED:  # scales are read a tile ahead, so their blocks are looked up two ahead
-        blocks_N = tl.load(table_ptr + n // PAGE, mask=n < stop, other=0)
         scale_blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
     wait_for_previous_kernel(PDL)
     if sequence < 0:
@@ -112,9 +111,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     else:
         q_CM = tl.load(q_ptrs_M[None, :] + c[:, None], mask=is_row_M[None, :], other=0.0)
     # Where a position lies in the cache, in units of 16 bytes, so that 32 bits say it. Parts begin with a block.
-    ROW: tl.constexpr = PAGE * (D + 2) // 16 if ROUNDED else PAGE * D // 8  # of a head's block
+    BLOCK: tl.constexpr = K * PAGE * (D + 2) // 16 if ROUNDED else K * PAGE * D // 8
     LINE: tl.constexpr = D // 16 if ROUNDED else D // 8
-    line_N = head * ROW + tl.arange(0, N) % PAGE * LINE
+    line_N = (head * PAGE + tl.arange(0, N) % PAGE) * LINE
     acc_CM = tl.zeros((C, M), tl.float32)
     first_new = context - num_queries
     if trees_ptr is not None:
@@ -128,10 +127,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
     max_M = tl.full((M,), float("-inf"), tl.float32)
     sum_NM = tl.zeros((N, M), tl.float32)
-    for at in tl.range(start, stop, N):
+    for _ in tl.range(start, stop, N):
         is_part_N = n < stop
-        at_N = (_of_positions(blocks, N, PAGE) * (K * ROW) + line_N).to(tl.int64) * 8  # words
-        blocks = _look_up(table_ptr, at + N, stop, N, PAGE)
+        at_N = (blocks_N * BLOCK + line_N).to(tl.int64) * 8  # words
+        blocks_N = tl.load(table_ptr + (n + N) // PAGE, mask=n + N < stop, other=0)
         if ROUNDED:  # what lies after the part is read, too: numbers of block 0, or of its sequence's block
             v_CN = tl.load(values_ptr + at_N[None, :] + c[:, None])
             next_scales_N = _scales(key_scales_ptr, value_scales_ptr, scale_blocks_N, n + N < stop, head, N, PAGE, K, D)
@@ -219,33 +218,15 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _look_up(table_ptr, start, stop, N: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The blocks of N positions, each for itself: a vector of them would go through shared memory to those who load."""
-    blocks = ()
-    for page in tl.static_range(N // PAGE):
-        first = start + page * PAGE
-        blocks = blocks + (tl.load(table_ptr + first // PAGE, mask=first < stop, other=0),)
-    return blocks
-
-
-@triton.jit
-def _of_positions(blocks, N: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The block of each of N positions; the compiler sees which one a thread's positions are in."""
-    page_N = tl.arange(0, N) // PAGE
-    blocks_N = tl.zeros((N,), tl.int32) + blocks[0]
-    for page in tl.static_range(1, N // PAGE):
-        blocks_N = tl.where(page_N == page, blocks[page], blocks_N)
-    return blocks_N
-
-
-@triton.jit
 def _scales(  # type: ignore[no-untyped-def]
     key_scales_ptr, value_scales_ptr, blocks_N, is_part_N, head,
     N: tl.constexpr, PAGE: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The bfloat16 scales of these positions, a key's the low half and a value's the high half of a word: they lie
-    behind the numbers of their block."""
-    at_N = (blocks_N.to(tl.int64) * K + head) * (PAGE * (D + 2) // 2) + PAGE * D // 2 + tl.arange(0, N) % PAGE
+    behind all numbers of their block."""
+    at_N = (
+        blocks_N.to(tl.int64) * (K * PAGE * (D + 2) // 2) + (K * PAGE * D // 2 + head * PAGE) + tl.arange(0, N) % PAGE
+    )
     of_keys_N = tl.load(key_scales_ptr + at_N, mask=is_part_N, other=0).to(tl.int32) & 0xFFFF
     return of_keys_N | (tl.load(value_scales_ptr + at_N, mask=is_part_N, other=0).to(tl.int32) << 16)
 
