@@ -130,7 +130,7 @@ def test_a_kept_cut_covers_each_context_as_it_grows(seed: int) -> None:
         if step == 100:  # somebody leaves
             lens = lens[: max(1, num_sequences // 2)]
         items_I8 = np.full((len(lens) + spare_items, 8), -77, np.int32)
-        num_items = cut.write(items_I8, decoding_batch(lens), spare_items)
+        num_items = cut.write(items_I8, decoding_batch(lens).context_lens, spare_items)
         assert (items_I8[num_items:] == -77).all()
         for s, length in enumerate(lens):
             own = items_I8[:num_items][items_I8[:num_items, 0] == s]
@@ -158,7 +158,7 @@ def test_a_kept_cut_is_not_used_where_there_is_another_room() -> None:
     for is_long in (False, True, False):
         spare_items = full_load(num_kv_heads=8, num_processors=132, is_long=is_long)
         items_I8, planned_I8 = (np.full((8 + spare_items, 8), -1, np.int32) for _ in range(2))
-        cut.write(items_I8, decoding_batch(lens), spare_items)
+        cut.write(items_I8, lens, spare_items)
         plan_items(planned_I8, np.arange(9, dtype=np.int32), lens, spare_items=spare_items)
         assert (items_I8 == planned_I8).all()
 

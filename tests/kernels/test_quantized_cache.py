@@ -10,11 +10,10 @@ import torch
 from paged_steps import PagedStep, device_batch, random_step, relative_error, with_trees
 from test_decode_attention import TOLERANCE
 
-from autobot_llm.engine.attention.paged import AttentionShape
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.rotary import (
-    BLOCK_SIZE,
     rotate_and_store,
     rotate_and_store_reference,
 )

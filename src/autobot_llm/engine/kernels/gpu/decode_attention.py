@@ -80,7 +80,7 @@ def choose_decode_tile(num_rows: int, num_items: int, *, rounded: bool = False, 
 
 _ANY = 1 << 30
 
-# (most rows, most items, tile): the quickest of a layer by itself on an H200 (docs/results/attention_gpu.md), which has
+# (most rows, most items, tile): the quickest of a layer by itself on an H200 (docs/log.md), which has
 # 33 items beside one for each sequence; of 128 rows by judgement.
 _TILES = (
     (16, 36, DecodeTile(block_n=64, num_warps=2, num_stages=2)),

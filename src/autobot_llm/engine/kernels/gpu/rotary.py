@@ -17,10 +17,8 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, numbers_and_scales, quantize_positions, scales_of
-
-BLOCK_SIZE = 16
-"""Positions in a block of the cache. A slot is block * BLOCK_SIZE + the position's place in it."""
 
 _FEW_TOKENS = 16
 
