@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, max_items
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, full_load
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.batching.scheduler import Scheduler
@@ -92,12 +92,18 @@ class FreeDevice:
         shape = AttentionShape(num_heads, num_heads, 64, (0,))
         storage = [torch.zeros(1, num_heads, BLOCK_SIZE, 64, dtype=torch.float16)]
         attention = TritonPagedAttention(shape, storage, storage, max_sequences=64, reason="a benchmark")
-        spare = max_items(0, num_heads, NUM_PROCESSORS)
+        spare = full_load(num_heads, NUM_PROCESSORS)
         attention._spare_items = spare
         width = MAX_MODEL_LEN // BLOCK_SIZE
         limits = GpuLimits(64, 2048, MAX_MODEL_LEN, MAX_MODEL_LEN)
         self.steps = StepGraphs(
-            limits, attention, table_width=width, num_spare_items=spare, window=0, takes_trees=False
+            limits,
+            attention,
+            table_width=width,
+            num_spare_items=spare,
+            num_spare_items_if_long=spare,
+            window=0,
+            takes_trees=False,
         )
         self.chains = ChainGraphs(
             attention, torch.zeros(2 * MAX_ROWS, dtype=torch.int32), MAX_ROWS, longest=longest, max_num_seqs=64,

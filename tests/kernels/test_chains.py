@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_folders import write_random_model
 
-from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, ItemCut, max_items
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape, ItemCut, full_load
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepBatch, build_batch
 from autobot_llm.engine.executor import SamplingArrays, Unverified
@@ -199,7 +199,7 @@ def test_a_chain_is_for_few_missing_tokens_of_few_sequences() -> None:
 def test_the_items_of_all_passes_cover_each_context_as_it_grows(seed: int) -> None:
     rng = np.random.default_rng(seed)
     lens = rng.integers(1, 700, int(rng.integers(1, 20))).astype(np.int32)
-    cut, spare_items = ItemCut(), max_items(0, num_kv_heads=8, num_processors=132)
+    cut, spare_items = ItemCut(), full_load(num_kv_heads=8, num_processors=132)
     for _ in range(40):
         lens_KS = lens + np.arange(5, dtype=np.int32)[:, None]
         items_KI8 = np.full((5, len(lens) + spare_items, 8), -77, np.int32)

@@ -21,6 +21,7 @@ from autobot_llm.engine.kv_cache.storage import (
     QUANTIZED_DTYPES,
     PagedStorage,
     bytes_per_block,
+    numbers_and_scales,
     quantize_positions,
     take_blocks,
 )
@@ -35,14 +36,12 @@ def quantized(cache_BKPD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A layer's keys or values in the layout of PagedStorage; what was NaN is the largest number there is."""
     num_blocks, num_heads = cache_BKPD.shape[:2]
     numbers, scales = quantize_positions(cache_BKPD.flatten(0, 2).nan_to_num(3e4).unsqueeze(1), dtype)
-    rows = torch.cat(
-        (
-            numbers.view(torch.int8).reshape(num_blocks, num_heads, -1),
-            scales.reshape(num_blocks, num_heads, -1).contiguous().view(torch.int8),
-        ),
-        dim=-1,
-    )
-    return rows.contiguous().view(dtype)
+    row = cache_BKPD[0, 0].numel() + cache_BKPD.shape[2] * 2
+    rows = torch.empty((num_blocks, num_heads, row), dtype=torch.int8, device=cache_BKPD.device)
+    stored_numbers, stored_scales = numbers_and_scales(rows, cache_BKPD.shape[3])
+    stored_numbers.copy_(numbers.view(torch.int8).view(cache_BKPD.shape))
+    stored_scales.copy_(scales.view(stored_scales.shape))
+    return rows.view(dtype)
 
 
 def with_quantized_cache(step: PagedStep, dtype: torch.dtype) -> PagedStep:

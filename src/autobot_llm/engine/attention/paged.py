@@ -37,6 +37,9 @@ CHUNK_QUANTUM: Final = 64
 PROGRAMS_PER_PROCESSOR: Final = 2
 """Decode programs that one multiprocessor holds at a time, and so what a step's items should fill."""
 
+LONG_PROGRAMS_PER_PROCESSOR: Final = 3
+"""The same where contexts are long: there more of them hide what each waits for, and starting them costs little."""
+
 ITEM_FIELDS: Final = 8
 """sequence (padding is -1 throughout), start, stop, first item of the sequence, its number of items, first query row,
 number of query rows, context length. Positions [start, stop) are this item's part of the context."""
@@ -139,14 +142,10 @@ class PagedAttention(Protocol):
         ...
 
 
-def max_items(num_sequences: int, num_kv_heads: int, num_processors: int) -> int:
-    """Work items that are enough for any mix of lengths of so many sequences."""
-    return num_sequences + full_load(num_kv_heads, num_processors)
-
-
-def full_load(num_kv_heads: int, num_processors: int) -> int:
+def full_load(num_kv_heads: int, num_processors: int, *, is_long: bool = False) -> int:
     """Items that occupy the device once; each is one program for every key/value head."""
-    return -(-PROGRAMS_PER_PROCESSOR * num_processors // num_kv_heads)
+    programs = LONG_PROGRAMS_PER_PROCESSOR if is_long else PROGRAMS_PER_PROCESSOR
+    return -(-programs * num_processors // num_kv_heads)
 
 
 def decode_sizes(
@@ -307,6 +306,7 @@ class ItemCut:
 
     def __init__(self) -> None:
         self.size = 1
+        self._spare_items = 0
         self._counts_S = np.zeros(0, np.int32)
         self._items_I8 = np.zeros((0, ITEM_FIELDS), np.int32)
         self._sequences_I = self._items_I8[:, 0]  # of the items, and where each ends unless its context does
@@ -345,8 +345,10 @@ class ItemCut:
         items_I8[:num_items, 6] = (query_starts[1:] - query_starts[:-1])[self._sequences_I]
 
     def _keep(self, lens: Int32Array, spare_items: int) -> int:
-        """Cut anew where a context has grown into another item; returns the number of items."""
-        if len(lens) != len(self._counts_S) or not (-(-lens // self.size) == self._counts_S).all():
+        """Cut anew where a context has grown into another item, or the room is another; returns the number of items."""
+        is_known = spare_items == self._spare_items and len(lens) == len(self._counts_S)
+        if not is_known or not (-(-lens // self.size) == self._counts_S).all():
+            self._spare_items = spare_items
             self.size = _item_size(lens, spare_items)
             self._counts_S = -(-lens // self.size)
             table_S8 = np.zeros((len(lens), ITEM_FIELDS), np.int32)
@@ -387,8 +389,12 @@ def _item_size(lens: Int32Array, spare_items: int) -> int:
 
 
 def _smallest_fitting(lens: Int32Array, room: int, at_least: int, at_most: int) -> int:
-    """The smallest of some sizes between the bounds that makes `room` items or fewer; `at_most` is such a size."""
-    sizes = at_least + (at_most - at_least) * _CANDIDATES // _LAST_CANDIDATE
-    sizes = (sizes + (CHUNK_QUANTUM - 1)) // CHUNK_QUANTUM * CHUNK_QUANTUM
-    counts = ((lens[:, None] + (sizes - 1)) // sizes).sum(axis=0)
-    return int(sizes[(counts <= room).argmax()])
+    """The smallest size between the bounds that makes `room` items or fewer, to a quantum; `at_most` is such a size."""
+    while True:
+        sizes = at_least + (at_most - at_least) * _CANDIDATES // _LAST_CANDIDATE
+        sizes = (sizes + (CHUNK_QUANTUM - 1)) // CHUNK_QUANTUM * CHUNK_QUANTUM
+        counts = ((lens[:, None] + (sizes - 1)) // sizes).sum(axis=0)
+        first = int((counts <= room).argmax())
+        at_most = int(sizes[first])
+        if first == 0 or at_most - (at_least := int(sizes[first - 1])) <= CHUNK_QUANTUM:
+            return at_most

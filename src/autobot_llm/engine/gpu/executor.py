@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autobot_llm.engine.attention.paged import PagedAttention, max_items
+from autobot_llm.engine.attention.paged import PagedAttention, full_load
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
@@ -101,7 +101,8 @@ class GpuExecutor:
                 limits,
                 attention,
                 table_width=-(-limits.max_model_len // storage.block_size),
-                num_spare_items=max_items(0, storage.num_kv_heads, num_processors),
+                num_spare_items=full_load(storage.num_kv_heads, num_processors),
+                num_spare_items_if_long=full_load(storage.num_kv_heads, num_processors, is_long=True),
                 window=widest_window,
                 takes_trees=self._takes_trees,
             )
@@ -114,7 +115,7 @@ class GpuExecutor:
                     longest=chain.longest,
                     max_num_seqs=limits.max_num_seqs,
                     table_width=-(-limits.max_model_len // storage.block_size),
-                    num_spare_items=max_items(0, storage.num_kv_heads, num_processors),
+                    num_spare_items=full_load(storage.num_kv_heads, num_processors),
                 )
             num_bytes = max(self._steps.num_bytes, 0 if self._chains is None else self._chains.num_bytes)
             self._graph_staging = FetchedStaging(num_bytes if uses_graphs else 0, self._device)
