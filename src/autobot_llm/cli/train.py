@@ -173,19 +173,21 @@ def medusa(num_heads: int, num_layers: int | None, shares_lm_head: bool | None, 
     default=None,
     help="Use the model's projection, or one of its own; shared where the model ties its embeddings.",
 )
+@click.option("--init", type=_FOLDER, help="Go on from this draft instead; it keeps its layer and feature layers.")
 @_learning
 def eagle3(
     num_draft_steps: int,
     draft_vocab_size: int | None,
     feature_layers: tuple[int, int, int] | None,
     shares_lm_head: bool | None,
+    init: Path | None,
     **options: Any,
 ) -> None:
     """Train an EAGLE-3 draft on a frozen model, by training-time test."""
     _need_engine()
     from autobot_llm.training.eagle import EagleOptions
 
-    method = EagleOptions(num_draft_steps, draft_vocab_size, feature_layers, shares_lm_head)
+    method = EagleOptions(num_draft_steps, draft_vocab_size, feature_layers, shares_lm_head, init)
     _run(method, "Training an EAGLE-3 draft", options)
 
 

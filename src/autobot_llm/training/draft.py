@@ -65,11 +65,11 @@ class DraftTask:
         return [tensor for tensor in self.state().values() if isinstance(tensor, torch.nn.Parameter)]
 
     def learn(self, batch: Batch) -> torch.Tensor:
-        counts_BS = batch.drafts_from(1)
+        rows_R = batch.drafts_from(1)
         with torch.no_grad():
-            wanted_RV = self.model.logits(self.model.hidden(batch.ids_BS).normed_BSE[counts_BS]).float().softmax(dim=-1)
+            wanted_RV = self.model.logits_at(batch.ids_BS, rows_R).float().softmax(dim=-1)
         with self._autocast():
-            logits_RV = self.draft.logits(self.draft.hidden(batch.ids_BS).normed_BSE[counts_BS])
+            logits_RV = self.draft.logits_at(batch.ids_BS, rows_R)
         loss = -(wanted_RV * logits_RV.float().log_softmax(dim=-1)).sum() / max(1, wanted_RV.shape[0])
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -80,10 +80,10 @@ class DraftTask:
         for category in sorted(set(answers.categories)):
             members = answers.rows([i for i, name in enumerate(answers.categories) if name == category])
             for batch in members.batches(batch_size, random.Random(0)):
-                counts_BS = batch.drafts_from(1)
-                right_R = self.model.logits(self.model.hidden(batch.ids_BS).normed_BSE[counts_BS]).argmax(dim=-1)
+                rows_R = batch.drafts_from(1)
+                right_R = self.model.logits_at(batch.ids_BS, rows_R).argmax(dim=-1)
                 with self._autocast():
-                    logits_RV = self.draft.logits(self.draft.hidden(batch.ids_BS).normed_BSE[counts_BS])
+                    logits_RV = self.draft.logits_at(batch.ids_BS, rows_R)
                 counts.add(category, 0, logits_RV.topk(NUM_RANKS, dim=-1).indices, right_R)
         return counts.accuracies()
 

@@ -8,7 +8,7 @@ Source: section 2.2.1 of the paper (weights 0.8^k).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +62,12 @@ class MedusaTask:
         return self.heads.parameters()
 
     def learn(self, batch: Batch) -> torch.Tensor:
-        rows_RE, labels_KR = self._rows(batch)
-        total = torch.zeros((), device=rows_RE.device)
-        for head, labels_R in enumerate(labels_KR):
+        total = torch.zeros((), device=batch.ids_BS.device)
+        for head, (rows_RE, labels_R) in enumerate(self._rows(batch)):
             with self._autocast():
                 logits_RV = self.heads.head_logits(head, rows_RE)
-            loss = F.cross_entropy(logits_RV.float(), labels_R, ignore_index=-1, reduction="sum")
-            loss = WEIGHT_DECAY**head * loss / (labels_R >= 0).sum().clamp_(min=1)
+            loss = WEIGHT_DECAY**head * F.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
+            loss = loss / max(1, labels_R.shape[0])
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()  # a head's graph is given up before the next one's is made
         return total
@@ -79,12 +78,10 @@ class MedusaTask:
         for category in sorted(set(answers.categories)):
             members = answers.rows([i for i, name in enumerate(answers.categories) if name == category])
             for batch in members.batches(batch_size, random.Random(0)):
-                rows_RE, labels_KR = self._rows(batch)
-                for head, labels_R in enumerate(labels_KR):
+                for head, (rows_RE, labels_R) in enumerate(self._rows(batch)):
                     with self._autocast():
                         best_RN = self.heads.head_logits(head, rows_RE).topk(NUM_RANKS, dim=-1).indices
-                    known_R = labels_R >= 0
-                    counts.add(category, head, best_RN[known_R], labels_R[known_R])
+                    counts.add(category, head, best_RN, labels_R)
         return counts.accuracies()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -98,18 +95,17 @@ class MedusaTask:
         tree = choose_tree(shares, NUM_TREE_NODES)
         save_medusa_heads(folder, self.heads, base_model=self.model.name, choices=tree.rank_paths(), accuracies=shares)
 
-    @torch.no_grad()
-    def _rows(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The hidden states at which drafts begin, and each head's labels there; -1 behind the answer's end."""
-        normed_BSE = self.model.hidden(batch.ids_BS).normed_BSE
-        begins_BS = batch.drafts_from(2)
-        choice_BS = self.model.logits(normed_BSE).argmax(dim=-1)
-        labels = []
+    def _rows(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For each head the hidden states at which its drafts begin, and its labels there."""
+        with torch.no_grad():
+            normed_RE = self.model.hidden(batch.ids_BS).normed_BSE.flatten(0, 1)
+            known_R = batch.drafts_from(1)
+            choice_R = torch.zeros(normed_RE.shape[0], dtype=torch.int64, device=normed_RE.device)
+            choice_R[known_R] = self.model.logits(normed_RE[known_R]).argmax(dim=-1)
         for head in range(len(self.heads)):
-            ahead = 1 + head  # the target's choice after token p + 1 + head is what head `head` proposes at p
-            shifted_BS = F.pad(choice_BS, (0, ahead), value=-1)[:, ahead:]
-            labels.append(torch.where(batch.drafts_from(2 + head), shifted_BS, -1)[begins_BS])
-        return normed_BSE[begins_BS], labels
+            # the target's choice after token p + 1 + head is what head `head` proposes at p
+            rows_R = batch.drafts_from(2 + head)
+            yield normed_RE[rows_R], choice_R[rows_R + 1 + head]
 
     def _autocast(self) -> torch.autocast:
         """bfloat16 on a GPU; master weights stay float32."""

@@ -26,7 +26,8 @@ from autobot_llm.training.loop import CHECKPOINT_FILE, METRICS_FILE, LoopOptions
 from autobot_llm.training.medusa import MedusaOptions, MedusaTask
 from autobot_llm.training.prompts import read_prompts
 
-ANSWERS_FILE = "answers.safetensors"
+ANSWERS_SUFFIX = ".safetensors"
+ANSWERS_FILE = f"answers{ANSWERS_SUFFIX}"
 HELD_OUT = 0.05  # of the answers, where no others are given to measure with
 SHORTEST_ANSWER = 32  # tokens that every prompt leaves room for, where positions are counted
 
@@ -193,9 +194,12 @@ def _answers(
     resume: bool,
     listeners: Listeners,
 ) -> Answers:
-    """The set that is given, the one that an interrupted training made, or a new one, kept for such a case."""
-    if len(data) == 1 and data[0].suffix == ".safetensors":
-        return _of_this_model(model, data[0])
+    """The sets that are given, the one that an interrupted training made, or a new one, kept for such a case."""
+    made = [path for path in data if path.suffix == ANSWERS_SUFFIX]
+    if made:
+        if len(made) < len(data):
+            raise ConfigurationError(f"{', '.join(map(str, data))}: expected answers alone, or texts alone")
+        return Answers.together([_of_this_model(model, path) for path in made])
     kept = out / ANSWERS_FILE
     if resume and kept.exists():
         return _of_this_model(model, kept)
@@ -205,7 +209,7 @@ def _answers(
 
 
 def _eval_answers(model: Model, folder: Path, path: Path, options: DataOptions, listeners: Listeners) -> Answers:
-    if path.suffix == ".safetensors":
+    if path.suffix == ANSWERS_SUFFIX:
         return _of_this_model(model, path)
     greedy = replace(options, num_prompts=None, temperatures=(0.0,), time_limit=None)
     return make_answers(model, folder, [path], greedy, listeners)
