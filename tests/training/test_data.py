@@ -178,7 +178,6 @@ def test_drafts_begin_at_the_prompts_last_token_and_stay_in_the_answer() -> None
     length = batch.ids_BS.shape[1]
     assert batch.drafts_from(2).tolist() == [*range(2, 7), *range(length + 2, length + 7)]
     assert batch.drafts_from(4).tolist() == [*range(2, 5), *range(length + 2, length + 5)]
-    assert batch.drafts_from(4, 8).tolist() == [2, 3, 4, 10, 11, 12], "in rows of 8 positions each"
 
 
 def test_several_sets_are_one_as_long_as_the_longest() -> None:

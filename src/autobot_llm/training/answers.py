@@ -36,19 +36,21 @@ class Batch:
     starts_B: torch.Tensor
     ends_B: torch.Tensor
 
-    def drafts_from(self, distance: int, width: int | None = None) -> torch.Tensor:
+    def drafts_from(self, distance: int) -> torch.Tensor:
         """The positions p where a draft may begin, and token p + `distance` is part of the answer: of sequence b as
-        number b * `width` + p, in rising order, int64 [R] on the device of the ids. `width` None: S.
+        number b * S + p, in rising order, int64 [R] on the device of the ids.
 
         The first draft begins when the answer's first token is known, at the prompt's last position.
         """
-        width = width or self.ids_BS.shape[1]
-        p_S = torch.arange(width)
+        p_S = torch.arange(self.ids_BS.shape[1])
         counts_BS = (p_S + 1 >= self.starts_B[:, None]) & (p_S + distance < self.ends_B[:, None])
-        rows_R = counts_BS.flatten().nonzero().flatten()
-        if self.ids_BS.is_cuda:  # from pinned memory, a copy is not waited for
-            return rows_R.pin_memory().to(self.ids_BS.device, non_blocking=True)
-        return rows_R
+        return self.carried(counts_BS.flatten().nonzero().flatten())
+
+    def carried(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host on the device of the ids; nobody waits for it there."""
+        if self.ids_BS.is_cuda:
+            return tensor.pin_memory().to(self.ids_BS.device, non_blocking=True)
+        return tensor
 
 
 @dataclass(slots=True)

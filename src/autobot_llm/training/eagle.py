@@ -10,7 +10,7 @@ token p + 2 + j, as far as the draft's vocabulary goes. Source: section 3.2 of t
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.accuracy import NUM_RANKS, Accuracies, RankCounts
 from autobot_llm.training.answers import Answers, Batch
 from autobot_llm.training.forward import Hidden, Model
+from autobot_llm.training.loop import Group
 
 STEP_WEIGHT_DECAY = 0.8
 MAX_DRAFT_VOCABULARY = 32_000
@@ -61,8 +62,8 @@ class EagleTask:
         self._layers = layers
         self._rope = draft_rope(self.draft.config, config.max_position_embeddings, torch.float32, device)
 
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        return self.draft.parameters()
+    def groups(self) -> list[Group]:
+        return [Group(list(self.draft.parameters()))]
 
     def learn(self, batch: Batch) -> torch.Tensor:
         hidden = self._target(batch)
@@ -70,12 +71,12 @@ class EagleTask:
             logits_RV, place_T = self._known_logits(batch, hidden)
             logits_RV = logits_RV.float()
             wanted_RW = (logits_RV[:, self.draft.target_ids] - logits_RV.logsumexp(dim=-1, keepdim=True)).exp_()
-        losses = []
+        loss = torch.zeros((), device=batch.ids_BS.device)
         for step, (logits_SW, next_S) in enumerate(self._guesses(batch, hidden)):
             loss_S = -(wanted_RW[place_T[next_S]] * logits_SW.float().log_softmax(dim=-1)).sum(dim=-1)
-            losses.append(STEP_WEIGHT_DECAY**step * loss_S.sum() / max(1, loss_S.shape[0]))
-        loss = torch.stack(losses).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = loss + STEP_WEIGHT_DECAY**step * loss_S.sum() / max(1, loss_S.shape[0])
+        if loss.requires_grad:  # not where all answers of the batch are a single token
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     @torch.no_grad()
@@ -117,25 +118,21 @@ class EagleTask:
 
     def _guesses(self, batch: Batch, hidden: Hidden) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The draft's logits [R, W] at each step where they count, and the positions, numbered through all sequences,
-        whose next token they are for; fewer steps where the sequences are short."""
-        steps = Unrolled(self.draft, self._rope)
-        feature = self._fused(hidden)
-        length = batch.ids_BS.shape[1]
-        for step in range(min(self._num_steps, length - 2)):
-            num_rows = length - 1 - step
-            ids = batch.ids_BS[:, 1 + step : 1 + step + num_rows]
-            with torch.no_grad():
-                embedded = F.embedding(ids, self.model.weights.embed_VE)
-            rows_R = batch.drafts_from(2 + step, num_rows)
-            with self._autocast():
-                feature = steps.advance(embedded, feature[:, :num_rows])
-                logits_RW = self.draft.logits(feature.flatten(0, 1)[rows_R])
-            yield logits_RW, batch.drafts_from(2 + step) + 1 + step
-
-    def _fused(self, hidden: Hidden) -> torch.Tensor:
+        whose next token they are for; fewer steps where the answers are short."""
+        num_starts_B = batch.ends_B - batch.starts_B - 1
+        num_starts = int(num_starts_B.max())
+        with torch.no_grad():
+            embedded_BSE = F.embedding(F.pad(batch.ids_BS[:, 1:], (0, 1)), self.model.weights.embed_VE)
         with self._autocast():
-            fused = self.draft.fuse(torch.cat(hidden.features, dim=-1))
-        return fused.float()  # the stream stays in float32; products are bfloat16
+            fused_BSE = self.draft.fuse(torch.cat(hidden.features, dim=-1)).float()  # the stream stays in float32
+            first_B = batch.carried(batch.starts_B - 1)
+            steps = Unrolled(self.draft, self._rope, embedded_BSE, fused_BSE, first_B, max(1, num_starts))
+        for step in range(min(self._num_steps, num_starts)):
+            counts_BA = torch.arange(num_starts) < num_starts_B[:, None] - step
+            rows_R = batch.carried(counts_BA.flatten().nonzero().flatten())
+            with self._autocast():
+                logits_RW = self.draft.logits(steps.advance().flatten(0, 1)[rows_R])
+            yield logits_RW, batch.drafts_from(2 + step) + 1 + step
 
     def _autocast(self) -> torch.autocast:
         """bfloat16 on a GPU; master weights stay float32."""
@@ -144,40 +141,68 @@ class EagleTask:
 
 
 class Unrolled:
-    """The draft's layer, step after step, for all starts of a draft at once."""
+    """The draft's layer, step after step, for many starts of a draft at once: those at `first_B[b]` and the following
+    `num_starts - 1` positions of each sequence. Only keys and values are computed for all positions.
 
-    def __init__(self, draft: EagleDraft, rope: tuple[torch.Tensor, torch.Tensor]) -> None:
+    `embedded_BSE`: the token after each position; `feature_BSE`: the target's feature of it. What starts so late that
+    it reads beyond the last position means nothing.
+    """
+
+    def __init__(
+        self,
+        draft: EagleDraft,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        embedded_BSE: torch.Tensor,
+        feature_BSE: torch.Tensor,
+        first_B: torch.Tensor,
+        num_starts: int,
+    ) -> None:
         self._draft, self._rope = draft, rope
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self._embedded_BSE = embedded_BSE.to(feature_BSE.dtype)
+        length = feature_BSE.shape[1]
+        p_S = torch.arange(length, device=feature_BSE.device)
+        self._starts_BA = first_B[:, None] + torch.arange(num_starts, device=first_B.device)
+        self._sees_B1AS = (p_S <= self._starts_BA[..., None])[:, None]
+        self._feature_BAE = self._rows(feature_BSE, 0)
+        cos_PD, sin_PD = rope
+        k_BSKD, v_BSKD = draft.keys_values(
+            self._embedded_BSE, feature_BSE, (cos_PD[:length, None], sin_PD[:length, None])
+        )
+        self._keys, self._values = [self._by_head(k_BSKD)], [self._by_head(v_BSKD)]
+        self._step = 0
 
-    def advance(self, embedded: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """Row p of step j sits at position p + j."""
-        step, num_rows = len(self._keys), embedded.shape[1]
-        cos_PD, sin_PD = self._rope
-        positions = slice(step, step + num_rows)
-        cos_sin = cos_PD[positions, None], sin_PD[positions, None]
-        returned: torch.Tensor = self._draft(embedded.to(feature.dtype), feature, cos_sin, self._attend)
-        return returned
+    def advance(self) -> torch.Tensor:
+        """What the draft returns at its next step, [B, A, E]: at step j row a sits at position first + a + j."""
+        step = self._step
+        positions_BA = (self._starts_BA + step).clamp_(max=self._embedded_BSE.shape[1] - 1)
+        cos_sin = self._rope[0][positions_BA][:, :, None], self._rope[1][positions_BA][:, :, None]
+        self._feature_BAE = self._draft(self._rows(self._embedded_BSE, step), self._feature_BAE, cos_sin, self._attend)
+        self._step += 1
+        return self._feature_BAE
 
-    def _attend(self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> torch.Tensor:
-        group = q_BSHD.shape[2] // k_BSKD.shape[2]
-        q_BHSD = q_BSHD.transpose(1, 2)
-        self._keys.append(k_BSKD.transpose(1, 2).repeat_interleave(group, dim=1))
-        self._values.append(v_BSKD.transpose(1, 2).repeat_interleave(group, dim=1))
-        num_rows = q_BHSD.shape[2]
-        keys = [key[:, :, :num_rows] for key in self._keys]
-        values = [value[:, :, :num_rows] for value in self._values]
-        if len(keys) == 1:
-            return F.scaled_dot_product_attention(q_BHSD, keys[0], values[0], is_causal=True).transpose(1, 2)
-        scale = q_BHSD.shape[-1] ** -0.5
-        hidden_SS = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q_BHSD.device).triu_(1)
-        true_BHSS = (q_BHSD @ keys[0].transpose(2, 3)).float().mul(scale).masked_fill(hidden_SS, -torch.inf)
-        own = [(q_BHSD * key).sum(dim=-1, keepdim=True).float() * scale for key in keys[1:]]
-        shares = torch.cat((true_BHSS, *own), dim=-1).softmax(dim=-1).to(values[0].dtype)
-        attended = shares[..., :num_rows] @ values[0]
+    def _rows(self, rows_BSE: torch.Tensor, step: int) -> torch.Tensor:
+        positions_BA1 = (self._starts_BA + step).clamp_(max=rows_BSE.shape[1] - 1)[..., None]
+        return rows_BSE.gather(1, positions_BA1.expand(-1, -1, rows_BSE.shape[2]))
+
+    def _by_head(self, x_BNKD: torch.Tensor) -> torch.Tensor:
+        layer = self._draft.config.layer
+        return x_BNKD.transpose(1, 2).repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1)
+
+    def _attend(self, q_BAHD: torch.Tensor, k_BAKD: torch.Tensor, v_BAKD: torch.Tensor) -> torch.Tensor:
+        q_BHAD = q_BAHD.transpose(1, 2)
+        keys, values = self._keys, self._values
+        if self._step == 0:  # its own key is among those of all positions
+            attended = F.scaled_dot_product_attention(q_BHAD, keys[0], values[0], attn_mask=self._sees_B1AS)
+            return attended.transpose(1, 2)
+        keys.append(self._by_head(k_BAKD))
+        values.append(self._by_head(v_BAKD))
+        scale, length = q_BHAD.shape[-1] ** -0.5, keys[0].shape[2]
+        true_BHAS = (q_BHAD @ keys[0].transpose(2, 3)).float().mul(scale).masked_fill(~self._sees_B1AS, -torch.inf)
+        own = [(q_BHAD * key).sum(dim=-1, keepdim=True).float() * scale for key in keys[1:]]
+        shares = torch.cat((true_BHAS, *own), dim=-1).softmax(dim=-1).to(values[0].dtype)
+        attended = shares[..., :length] @ values[0]
         for i, value in enumerate(values[1:]):
-            attended = attended + shares[..., num_rows + i, None] * value
+            attended = attended + shares[..., length + i, None] * value
         return attended.transpose(1, 2)
 
 

@@ -22,6 +22,7 @@ from autobot_llm.training.answers import Answers, answer
 from autobot_llm.training.draft import DraftOptions, DraftTask
 from autobot_llm.training.eagle import EagleOptions, EagleTask
 from autobot_llm.training.forward import Model
+from autobot_llm.training.joint import JointOptions, JointTask
 from autobot_llm.training.loop import CHECKPOINT_FILE, METRICS_FILE, LoopOptions, Status, Task, check_folder, train
 from autobot_llm.training.medusa import MedusaOptions, MedusaTask
 from autobot_llm.training.prompts import read_prompts
@@ -32,7 +33,7 @@ HELD_OUT = 0.05  # of the answers, where no others are given to measure with
 SHORTEST_ANSWER = 32  # tokens that every prompt leaves room for, where positions are counted
 
 OnProgress = Callable[[str, int, int], None]
-OnMethod = MedusaOptions | EagleOptions | DraftOptions
+OnMethod = MedusaOptions | JointOptions | EagleOptions | DraftOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def run(
         "seconds": round(outcome.seconds, 1),
         "loss": outcome.loss,
         "device": torch.cuda.get_device_name() if model.weights.device.type == "cuda" else "cpu",
-        "num_parameters": sum(parameter.numel() for parameter in task.parameters()),
+        "num_parameters": sum(parameter.numel() for group in task.groups() for parameter in group.parameters),
         "num_answers": learned.num_sequences,
         "num_answer_tokens": learned.num_answer_tokens,
         "num_held_out": held_out.num_sequences,
@@ -169,6 +170,8 @@ def run(
         "labels": "the target's argmax, teacher-forced on its own answers",
         "options": asdict(loop) | {name: str(value) for name, value in asdict(method).items()},
     }
+    if isinstance(task, JointTask):
+        document |= task.about()
     if outcome.accuracies is not None:
         document["accuracies"] = outcome.accuracies.document()
         write_json(out / METRICS_FILE, document)
@@ -180,6 +183,8 @@ def run(
 def _task(model: Model, folder: Path, method: OnMethod, learned: Answers) -> Task:
     if isinstance(method, MedusaOptions):
         return MedusaTask(model, method)
+    if isinstance(method, JointOptions):
+        return JointTask(model, method, folder)
     if isinstance(method, EagleOptions):
         return EagleTask(model, method, learned)
     return DraftTask(model, method, folder)
