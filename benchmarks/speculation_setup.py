@@ -34,9 +34,16 @@ Half = Literal["held-out", "tuning", "all"]
 class Setup:
     """The engine, and what its speculators are made of."""
 
-    def __init__(self, num_threads: int | None, num_tokens: int, *, max_num_batched_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        num_threads: int | None,
+        num_tokens: int,
+        *,
+        max_num_batched_tokens: int | None = None,
+        model: Path = MODEL,
+    ) -> None:
         self.options = options = EngineOptions(
-            folder=MODEL,
+            folder=model,
             cache_dir=Path.home() / ".cache" / "autobot_llm",
             device="cpu",
             compiled_step="on",
@@ -46,7 +53,7 @@ class Setup:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.engine = load_engine(options)
-        self.draft: DraftModel = load_draft_model(MODEL, DRAFT, options)
+        self.draft: DraftModel = load_draft_model(model, DRAFT, options)
         self._num_tokens = num_tokens
         touch(self.engine.executor, self.draft.executor)
         # As `serve` does: a collection takes tens of milliseconds, and would hit whom it likes.

@@ -89,7 +89,7 @@ class DraftTask:
         return counts.accuracies()
 
     def state(self) -> dict[str, torch.Tensor]:
-        return parameters_of(self.draft.weights)
+        return {**parameters_of(self.draft.weights)}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
