@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -201,10 +202,15 @@ def make_draft_model(folder: Path, target: Target, make_executor: MakeExecutor) 
     config = load_config(folder)
     context = min(target.max_model_len, config.max_position_embeddings)
     executor, num_blocks = make_executor(folder, config, context, target.num_blocks)
-    return DraftModel(
-        executor,
-        BlockPool(num_blocks, target.block_size, prefix_caching=target.prefix_caching),
-        vocab_size=min(target.config.vocab_size, config.vocab_size),
-        max_tokens=target.max_num_batched_tokens,
-        max_model_len=context,
-    )
+    with ExitStack() as made:
+        made.callback(executor.close)
+        pool = BlockPool(num_blocks, target.block_size, prefix_caching=target.prefix_caching)
+        draft = DraftModel(
+            executor,
+            pool,
+            vocab_size=min(target.config.vocab_size, config.vocab_size),
+            max_tokens=target.max_num_batched_tokens,
+            max_model_len=context,
+        )
+        made.pop_all()  # from here on the draft model closes it
+    return draft

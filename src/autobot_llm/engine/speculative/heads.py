@@ -33,9 +33,10 @@ HeadsMethod = Literal["medusa", "eagle3"]
 
 
 def find_heads(folder: Path, method: HeadsMethod) -> Path | None:
-    """The folder of heads for the model in `folder`, of those beside it: `<model>-medusa` or `<model>-eagle3`, else
-    the published Medusa heads under their name, with or without their owner's. None where there are none."""
-    places = [folder.with_name(f"{folder.name}-{method}")]
+    """The folder of heads for the model in `folder`: `medusa` or `eagle3` in it, `<model>-medusa` or `<model>-eagle3`
+    beside it, else the published Medusa heads under their name, with or without their owner's. None where there are
+    none."""
+    places = [folder / method, folder.with_name(f"{folder.name}-{method}")]
     if method == "medusa":
         published = (heads for model, heads in MEDUSA_CHECKPOINTS.items() if model.split("/")[-1] == folder.name)
         for owner, name in (heads.split("/") for heads in published):
