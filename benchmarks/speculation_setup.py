@@ -34,9 +34,18 @@ Half = Literal["held-out", "tuning", "all"]
 class Setup:
     """The engine, and what its speculators are made of."""
 
-    def __init__(self, num_threads: int | None, num_tokens: int, *, max_num_batched_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        num_threads: int | None,
+        num_tokens: int,
+        *,
+        max_num_batched_tokens: int | None = None,
+        model: Path = MODEL,
+        draft: Path = DRAFT,
+        max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+    ) -> None:
         self.options = options = EngineOptions(
-            folder=MODEL,
+            folder=model,
             cache_dir=Path.home() / ".cache" / "autobot_llm",
             device="cpu",
             compiled_step="on",
@@ -46,7 +55,8 @@ class Setup:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.engine = load_engine(options)
-        self.draft: DraftModel = load_draft_model(MODEL, DRAFT, options)
+        self.draft: DraftModel = load_draft_model(model, draft, options)
+        self._max_prompt_tokens = max_prompt_tokens
         self._num_tokens = num_tokens
         touch(self.engine.executor, self.draft.executor)
         # As `serve` does: a collection takes tens of milliseconds, and would hit whom it likes.
@@ -111,7 +121,7 @@ class Setup:
         )
         text += "" if "prompt" in record else "<|assistant|>\n"
         ids: list[int] = self.engine.tokenizer.encode(text, add_special_tokens=False)
-        return ids[-MAX_PROMPT_TOKENS:]
+        return ids[-self._max_prompt_tokens :]
 
 
 def touch(*executors: Any) -> None:

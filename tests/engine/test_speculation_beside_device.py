@@ -19,7 +19,7 @@ from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer
-from autobot_llm.engine.speculative.policy import Always, CostlyOffer, CreditOf, Decision, Histories
+from autobot_llm.engine.speculative.policy import Always, CostlyOffer, Decision, Histories
 from autobot_llm.engine.speculative.proposer import Draft
 from autobot_llm.engine.speculative.speculator import Speculator
 
@@ -45,11 +45,11 @@ class Now(Always):
     def wants_offer(self) -> bool:
         return self._rng.random() < self._chance
 
-    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, room: int) -> bool:
         return self._rng.random() < self._chance
 
-    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
-        return super().decide(free, costly, credit_of) if self._rng.random() < self._chance else None
+    def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
+        return super().decide(free, costly, room) if self._rng.random() < self._chance else None
 
 
 def draft_model(num_blocks: int, max_tokens: int = 16, *, target: FakePipelinedDevice | None = None) -> DraftModel:

@@ -186,7 +186,8 @@ class Engine:
         under_way = [
             item.sequence for item in step.plan.scheduled if item.samples and item.sequence.id in self._choices
         ]
-        return self._room_for_drafts(len(under_way)) > 0 and speculator.is_promising(under_way)
+        room = self._room_for_drafts(len(under_way))
+        return room > 0 and speculator.is_promising(under_way, room)
 
     def _room_for_drafts(self, num_sequences: int) -> int:
         """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
@@ -199,7 +200,8 @@ class Engine:
     def _plan_with_drafts(self, speculator: Speculator, *, may_wait: bool = False) -> StepPlan | None:
         decoding = self.scheduler.decoding
         room = self._room_for_drafts(len(decoding))
-        speculator.propose(decoding if room else [], takes_trees=self._mover is not None, may_wait=may_wait)
+        takes_trees = self._mover is not None
+        speculator.propose(decoding if room else [], room, takes_trees=takes_trees, may_wait=may_wait)
         return self.scheduler.plan(max_draft_tokens=room)
 
     def _launch_with_drafts(

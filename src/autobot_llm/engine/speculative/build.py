@@ -158,7 +158,7 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
         )
     try:
         if target.features in (None, features_of(method, folder, target.config)):
-            return _make_heads(method, folder, target)
+            return _make_heads(method, folder, target, options.num_tokens)
     except (ConfigurationError, ModelLoadError) as error:
         if not is_asked_for:
             log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
@@ -169,13 +169,13 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
     raise ConfigurationError(f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none")
 
 
-def _make_heads(method: HeadsMethod, folder: Path, target: Target) -> CostlyProposer:
+def _make_heads(method: HeadsMethod, folder: Path, target: Target, num_tokens: int) -> CostlyProposer:
     place = target.place
     if method == "medusa":
         return make_medusa(folder, target.folder, target.config, stream=None if place is None else place.stream)
     if place is None:
         return make_eagle(folder, target.folder, target.config, target.max_model_len)
-    return make_eagle_on_device(folder, target.config, place, num_blocks=target.num_blocks)
+    return make_eagle_on_device(folder, target.config, place, num_tokens=num_tokens, num_blocks=target.num_blocks)
 
 
 def _draft_model(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> DraftModel | None:

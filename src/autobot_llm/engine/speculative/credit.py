@@ -1,42 +1,43 @@
-"""What a sequence may lose by drafts: a bound that holds whatever was expected of them. Knows seconds only."""
+"""What drafts may lose: a bound that holds whatever was expected of them. Knows plain steps only."""
 
 from __future__ import annotations
 
-GRANT_STEPS = 0.75
-"""What a new sequence may lose, in its shares of a plain step: enough to find out what its drafts are worth."""
+FIRST_STEPS = 3.0
+"""What may be lost before anything was gained: enough to find out what drafts are worth."""
+
+TEXT_STEPS = 0.75
+"""What each answer may lose besides, in its shares of a step: nobody starts with nothing because others lost it."""
 
 LOSS_SHARE = 0.005
-"""Of its time, what it may lose besides."""
+"""Of the time, what may be lost besides."""
 
-MOST_STEPS = 4.0
-"""The most that gains and waiting are worth later: a text that stops being copied loses no more than this after it."""
+MOST_STEPS = 6.0
+"""The most that gains and waiting are worth later: texts that stop being predictable lose no more than this."""
 
 
 class Credit:
-    """An account in seconds: GRANT_STEPS and LOSS_SHARE of the sequence's time, plus what drafts have gained, less what
-    they have cost, at most MOST_STEPS.
+    """An engine's account in plain steps: FIRST_STEPS, TEXT_STEPS for each answer and LOSS_SHARE of the time, plus what
+    drafts have gained, less what they have cost; never more than MOST_STEPS.
 
-    Nothing may be spent that is not there, so at the end of an answer, with measured costs, drafts have cost it at
-    most GRANT_STEPS steps and LOSS_SHARE of its time more than they have gained: by construction, whatever an adversary
-    makes of the guesses. `now` is the time that a sequence has spent in the engine, counted in its share of each
-    step as if all had been plain; `share` its share of a step.
+    Nothing may be spent that is not there, so from any moment on, with measured costs, drafts cost at most MOST_STEPS
+    steps, TEXT_STEPS of each further answer and LOSS_SHARE of the time more than they gain: by construction, whatever
+    an adversary makes of the guesses. A step counts as a plain one of as many sequences. One account serves all: what
+    one text gains is what the engine can afford to find out about the next.
     """
 
-    __slots__ = ("_balance", "_since")
+    __slots__ = ("balance",)
 
     def __init__(self) -> None:
-        self._balance: float | None = None
-        self._since = 0.0
+        self.balance = FIRST_STEPS
 
-    def balance(self, now: float, share: float) -> float:
-        before = self._balance
-        if before is None:
-            balance = GRANT_STEPS * share
-        else:
-            balance = min(before + LOSS_SHARE * (now - self._since), MOST_STEPS * share)
-        self._balance, self._since = balance, now
-        return balance
+    def wait(self) -> None:
+        """A step has passed."""
+        self.book(LOSS_SHARE)
 
-    def book(self, gain: float, now: float, share: float) -> None:
-        """Enter what a step's drafts have gained this sequence, less their cost."""
-        self._balance = min(self.balance(now, share) + gain, MOST_STEPS * share)
+    def welcome(self, num_sequences: int) -> None:
+        """An answer begins, as one of so many."""
+        self.book(TEXT_STEPS / num_sequences)
+
+    def book(self, num_steps: float) -> None:
+        """Enter what drafts have gained, less their cost."""
+        self.balance = min(self.balance + num_steps, MOST_STEPS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from statistics import median
 
 HISTORY = 100
@@ -15,9 +17,8 @@ ENOUGH = 20
 
 PRIOR_RATE = 0.5
 PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
-
-CAUTION = 1.0
-"""Standard errors by which a measured rate is taken for less than it is."""
+TEXT_WEIGHT = 4.0
+"""The same of one text's drafts, which are taken for what drafts in other texts were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ the host alone, and it is not the host that steps wait for."""
 
 _NUM_PLAIN, _NUM_EXTRA = 9, 15
 _PLAIN_EVERY = 4
+_TOLERANCE = 0.03
 
 
 class AcceptanceHistory:
@@ -59,16 +61,22 @@ class AcceptanceHistory:
     A draft of which `tried` tokens were looked at and `passed` were right says something of the positions up to
     `tried` only. The chance of position j is a product of conditional rates, each among the drafts that were right
     before it (the estimator of Kaplan and Meier, 1958).
+
+    `prior` is what drafts of this kind are taken for while little is known of them: how the method's went in all
+    texts, for those of one. Without it a position is taken for what the one before it is: else nobody ever tried it.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, prior: AcceptanceHistory | None = None) -> None:
         self._max_length = max_length
+        self._prior = prior
+        self._version = self._version_of_prior = 0
         self._drafts: deque[tuple[int, int]] = deque()
         self._num_tried = [0] * max_length
         self._num_passed = [0] * max_length
-        self._survival: list[float] | None = None
+        self._rates: list[float] | None = None
+        self._expected: list[float] = []
         self.first_chance = PRIOR_RATE
-        """That a draft's first token is right, by what was measured."""
+        """That a draft's first token is right, by what was measured of this kind."""
 
     def __len__(self) -> int:
         return len(self._drafts)
@@ -94,21 +102,36 @@ class AcceptanceHistory:
         if len(self._drafts) > HISTORY:
             self._add(*self._drafts.popleft(), -1)
         self.first_chance = (self._num_passed[0] + PRIOR_WEIGHT * PRIOR_RATE) / (self._num_tried[0] + PRIOR_WEIGHT)
-        self._survival = None
+        self._rates = None
+        self._version += 1
 
-    def survival(self) -> list[float]:
-        """A cautious estimate of the chance that a draft is right up to and including each position."""
-        if self._survival is None:
-            chance, rate, seen = 1.0, PRIOR_RATE, 0.0
-            self._survival = []
-            for passed, tried in zip(self._num_passed, self._num_tried, strict=True):
-                number = tried + PRIOR_WEIGHT
-                rate = (passed + PRIOR_WEIGHT * rate) / number
-                # A position that was not reached is taken for what the one before is: else nobody would ever try it.
-                seen = max(number, seen / 2)
-                chance *= max(0.0, rate - CAUTION * math.sqrt(rate * (1.0 - rate) / seen))
-                self._survival.append(chance)
-        return self._survival
+    def expected(self) -> list[float]:
+        """The tokens that come of a step with a draft of each length, from none on: its one, and those that are right.
+
+        They are not estimated cautiously: what is not tried is not learned, and what may be lost is bounded elsewhere.
+        """
+        self._estimate()
+        return self._expected
+
+    def _estimate(self) -> list[float]:
+        """The chance of each position where those before it are right; anew where something was recorded."""
+        prior = self._prior
+        if self._rates is not None and (prior is None or prior._version == self._version_of_prior):
+            return self._rates
+        rates: list[float] = []
+        counts = zip(self._num_passed, self._num_tried, strict=True)
+        if prior is not None:
+            self._version_of_prior = prior._version
+            for (passed, tried), rate in zip(counts, prior._estimate(), strict=True):
+                rates.append((passed + TEXT_WEIGHT * rate) / (tried + TEXT_WEIGHT))
+        else:
+            rate = PRIOR_RATE
+            for passed, tried in counts:
+                rate = (passed + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+                rates.append(rate)
+        self._rates = rates
+        self._expected = list(accumulate(accumulate(rates, mul), initial=1.0))
+        return rates
 
     def _add(self, tried: int, passed: int, sign: int) -> None:
         if tried == 1:  # the usual case: a step without drafts brings one token to compare
@@ -162,8 +185,10 @@ class StepCosts:
             guess = self._extra_per_token(num_sequences, num_draft_tokens)
             samples = self._extra[key] = deque((guess,), maxlen=_NUM_EXTRA)
         samples.append((seconds - before) / num_draft_tokens)
-        self._extra_costs[key] = max(0.0, _lower_quartile(samples))
-        self._added.clear()
+        known, cost = self._extra_costs.get(key), max(0.0, _lower_quartile(samples))
+        if known is None or abs(cost - known) > _TOLERANCE * known:  # all that was derived from it is computed again
+            self._extra_costs[key] = cost
+            self._added.clear()
 
     def learn_prompt_token(self, seconds: float | None) -> None:
         """What a prompt's token adds to a step: a draft's is taken for as much where none was measured."""
@@ -195,6 +220,14 @@ class StepCosts:
         if added is None:
             added = self._added[key] = num_draft_tokens * self._extra_per_token(num_sequences, num_draft_tokens)
         return added
+
+    def fixed_part(self, num_sequences: int, num_draft_tokens: int) -> float:
+        """What `added` would be for next to no tokens: a step's having drafts at all."""
+        fixed = self._plain_costs[num_sequences] * self._priors.drafted_step
+        if not fixed:
+            return 0.0
+        expected = num_draft_tokens * self._expected_per_token(num_sequences, num_draft_tokens)
+        return self.added(num_sequences, num_draft_tokens) * fixed / expected
 
     def _extra_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
         size, number = _size(num_sequences), _size(num_draft_tokens)
@@ -228,7 +261,8 @@ class CostlyCosts:
         self._most: dict[int, float] = {}
         """What a pass takes at most, by size: of drafts that began with much to catch up with."""
         self._passes: dict[int, deque[float]] = {}
-        self._catch_up: deque[float] = deque(maxlen=ENOUGH)
+        self._catch_up: dict[int, deque[float]] = {}
+        """Seconds for each token that is caught up with, by the size of their number."""
         self._tokens: dict[tuple[int, int], float] = {}
 
     def record_tokens(self, num_sequences: int, depth: int, num_tokens: int) -> None:
@@ -252,7 +286,8 @@ class CostlyCosts:
         elif self._passes:
             each = self.per_pass(num_sequences)
             assert each is not None
-            self._catch_up.append(max(0.0, seconds - num_passes * each) / num_behind)
+            caught_up = self._catch_up.setdefault(num_behind.bit_length(), deque(maxlen=ENOUGH))
+            caught_up.append(max(0.0, seconds - num_passes * each) / num_behind)
         else:
             self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
 
@@ -265,8 +300,12 @@ class CostlyCosts:
         nearest = min(known, key=lambda other: abs(other - size))
         return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
 
-    def per_token_behind(self, per_pass: float) -> float:
-        return float(median(self._catch_up)) if self._catch_up else per_pass * self._priors.token_behind
+    def catch_up(self, num_behind: int, per_pass: float) -> float:
+        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind."""
+        if not self._catch_up:
+            return num_behind * per_pass * self._priors.token_behind
+        nearest = min(self._catch_up, key=lambda size: abs(size - num_behind.bit_length()))
+        return num_behind * float(median(self._catch_up[nearest]))
 
 
 def _size(number: int) -> int:

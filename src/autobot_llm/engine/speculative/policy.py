@@ -7,7 +7,6 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from autobot_llm.engine.speculative.credit import Credit
 from autobot_llm.engine.speculative.measurements import AcceptanceHistory
 
 
@@ -23,7 +22,6 @@ class Decision(NamedTuple):
 class DraftResult(NamedTuple):
     """What became of a sequence's draft: its tokens, how many were right, and whether the costly method made it."""
 
-    credit: Credit
     num_tokens: int
     num_right: int
     is_costly: bool
@@ -31,9 +29,6 @@ class DraftResult(NamedTuple):
 
 Histories = SequenceABC[AcceptanceHistory | None]
 """How drafts like each sequence's went; None where it has none, or one that may not be used."""
-
-CreditOf = Callable[[int], Credit]
-"""What the sequence at a place can afford."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +42,17 @@ class CostlyOffer:
 
 
 class DraftPolicy(Protocol):
-    """Who decides."""
+    """Who decides. `room`: the draft tokens that a step has room for."""
 
     def wants_offer(self) -> bool:
         """Whether the costly method is to be asked in this step."""
         ...
 
-    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
+    def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
         """What to verify; None: nothing."""
         ...
 
-    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, room: int) -> bool:
         """Whether `decide` may find something to verify after the token that is under way. Decides nothing."""
         ...
 
@@ -71,10 +66,10 @@ class Always:
     def wants_offer(self) -> bool:
         return True
 
-    def may_pay(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> bool:
+    def may_pay(self, free: Histories, costly: CostlyOffer | None, room: int) -> bool:
         return True
 
-    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision:
+    def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision:
         num_free = [0 if history is None else self._num_tokens for history in free]
         if costly is None:
             return Decision(num_free)

@@ -20,7 +20,6 @@ from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller
-from autobot_llm.engine.speculative.credit import Credit
 from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
@@ -35,11 +34,6 @@ from autobot_llm.engine.speculative.proposer import (
 )
 
 MOST_REST = 4  # steps
-
-LATEST = 0.25
-"""What a text's latest draft counts in how often its drafts are right."""
-
-_HABITS = ("seldom right", "sometimes right", "often right", "nearly always right")
 
 
 @dataclass(slots=True)
@@ -122,8 +116,7 @@ class Speculator:
         # To look at many sequences in vain takes a few per cent of a small model's step: some steps pass unlooked at.
         self._looking_costs = not priors.is_shared
         self._num_to_rest = 0
-        self._credits: dict[int, Credit] = {}  # by sequence id
-        self._success: dict[int, float] = {}  # of a costly method's tokens, by sequence id, the latest counting most
+        self._of_text: dict[int, AcceptanceHistory] = {}  # of a costly method's drafts, by sequence id
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
 
@@ -152,20 +145,22 @@ class Speculator:
             for method, figures in self.figures.items()
         }
 
-    def propose(self, sequences: list[Sequence], *, takes_trees: bool = False, may_wait: bool = False) -> None:
-        """Set the drafts of the sequences that the next step may decode. Unless what runs it `takes_trees`, they are
-        the best paths of those that branch. With `may_wait` some may be known to the device alone until `settle`, which
-        is then called before the step's verdict."""
+    def propose(
+        self, sequences: list[Sequence], room: int, *, takes_trees: bool = False, may_wait: bool = False
+    ) -> None:
+        """Set the drafts of the sequences that the next step may decode, which has `room` for so many tokens of them.
+        Unless what runs it `takes_trees`, they are the best paths of those that branch. With `may_wait` some may be
+        known to the device alone until `settle`, which is then called before the step's verdict."""
         self.drafting_seconds = 0.0
-        self._propose(sequences, takes_trees, may_wait)
+        self._propose(sequences, room, takes_trees, may_wait)
         if self._launching is not None and self._launched is None:
             self._launching.drop_behind()
 
-    def _propose(self, sequences: list[Sequence], takes_trees: bool, may_wait: bool) -> None:
-        if not sequences:
-            return
+    def _propose(self, sequences: list[Sequence], room: int, takes_trees: bool, may_wait: bool) -> None:
         for sequence in sequences:
             sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
+        if not sequences or room < len(sequences):
+            return
         if self._num_to_rest:
             self._num_to_rest -= 1
             return
@@ -180,7 +175,7 @@ class Speculator:
         offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
         if offer is None and histories.count(None) == len(histories):
             return
-        decision = self._policy.decide(histories, offer, lambda i: self._credit(sequences[i]))
+        decision = self._policy.decide(histories, offer, room)
         if decision is None:
             return
         self._num_to_rest = 0
@@ -239,16 +234,18 @@ class Speculator:
             features, self._features = self._features, Features()
         self._costly.observe(list(_computed(plan, verdicts)), features)
 
-    def is_promising(self, sequences: list[Sequence]) -> bool:
-        """Whether drafts after tokens that a step under way samples may be worth waiting for these. The sequences'
-        other tokens are known."""
+    def is_promising(self, sequences: list[Sequence], room: int) -> bool:
+        """Whether drafts after tokens that a step under way samples may be worth waiting for these, as many as there is
+        `room` for. The sequences' other tokens are known."""
+        if room < len(sequences):  # where not everybody gets a draft, a device's step saves nothing
+            return False
         free, costly = self._free, self._costly
         drafts = [None if free is None else free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
         histories = [None if draft is None or free is None else self._usable(free.name, draft.kind) for draft in drafts]
         offer = None if costly is None else self._offer(costly, sequences)
         if offer is None and all(history is None for history in histories):
             return False
-        return self._policy.may_pay(histories, offer, lambda i: self._credit(sequences[i]))
+        return self._policy.may_pay(histories, offer, room)
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
@@ -277,19 +274,19 @@ class Speculator:
                 depth = max(depths(parents[: item.num_draft])) if parents else item.num_draft
                 self.figures.setdefault(method, MethodFigures()).record(item.num_draft, depth, number)
                 is_costly = self._free is None or method != self._free.name
-                results.append(DraftResult(self._credit(item.sequence), item.num_draft, number, is_costly))
+                results.append(DraftResult(item.num_draft, number, is_costly))
                 if is_costly:  # a free method is observed whatever is verified
                     tried = min(depth, number + 1)
                     self._history(method, kind).record(tried, number)
-                    before = self._success.get(item.sequence.id, number / tried)
-                    self._success[item.sequence.id] = before + LATEST * (number / tried - before)
+                    if (of_text := self._of_text.get(item.sequence.id)) is not None:  # else it has left
+                        of_text.record(tried, number)
         if plan.num_prompt_tokens == 0:
             self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
             self.controller.settle(num_scheduled, results)
 
     def forget(self, sequence: Sequence) -> None:
-        self._credits.pop(sequence.id, None)
-        self._success.pop(sequence.id, None)
+        self._of_text.pop(sequence.id, None)
+        self.controller.welcome_next()
         if self._free is not None:
             self._free.forget(sequence)
         if self._costly is not None:
@@ -342,21 +339,16 @@ class Speculator:
         sequence.draft_ids, sequence.draft_parents = draft.token_ids, [] if is_line(parents) else parents
         self._drafted_by[sequence.id] = method, kind, sequence.draft_parents
 
-    def _credit(self, sequence: Sequence) -> Credit:
-        credit = self._credits.get(sequence.id)
-        if credit is None:
-            credit = self._credits[sequence.id] = Credit()
-        return credit
-
     def _kind(self, sequence: Sequence) -> str:
-        """Of a costly method's drafts: a model agrees with another's best token more often than with a drawn one, and
-        with some texts more often than with others."""
-        success = self._success.get(sequence.id)
-        habit = "new" if success is None else _HABITS[min(int(success * len(_HABITS)), len(_HABITS) - 1)]
-        return f"{'greedy' if sequence.params.is_greedy else 'sampled'}, {habit}"
+        """Of a costly method's drafts: a model agrees with another's best token more often than with a drawn one."""
+        return "greedy" if sequence.params.is_greedy else "sampled"
 
     def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
-        histories = [self._usable(costly.name, self._kind(sequence)) for sequence in sequences]
+        usable = {kind: self._usable(costly.name, kind) is not None for kind in set(map(self._kind, sequences))}
+        histories = [
+            self._text_history(costly.name, sequence) if usable[self._kind(sequence)] else None
+            for sequence in sequences
+        ]
         return CostlyOffer(histories, [costly.lag(sequence) for sequence in sequences], costly.num_passes)
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
@@ -367,6 +359,14 @@ class Speculator:
         history = self.histories.get((method, kind))
         if history is None:
             history = self.histories[method, kind] = AcceptanceHistory(self.max_tokens + 1)
+        return history
+
+    def _text_history(self, method: str, sequence: Sequence) -> AcceptanceHistory:
+        """How a costly method's drafts for one text went: some texts are easier to guess than others."""
+        history = self._of_text.get(sequence.id)
+        if history is None:
+            prior = self._history(method, self._kind(sequence))
+            history = self._of_text[sequence.id] = AcceptanceHistory(self.max_tokens + 1, prior)
         return history
 
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
