@@ -31,17 +31,17 @@ import torch
 
 from autobot_llm.engine.attention.paged import (
     BLOCK_SIZE,
+    PROGRAMS_PER_PROCESSOR,
     AttentionShape,
     PagedBatch,
     decode_sizes,
     fill_decode_arrays,
-    max_items,
 )
 from autobot_llm.engine.attention.sdpa_paged import FreshKernel, SdpaPagedAttention, attend_fresh
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeTile, DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.prefill_attention import PrefillTile, fresh_prefill, paged_prefill, plan_tiles
-from autobot_llm.engine.kv_cache.storage import quantize_positions
+from autobot_llm.engine.kv_cache.storage import numbers_and_scales, quantize_positions
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP_SIZE = NUM_HEADS // NUM_KV_HEADS
@@ -70,6 +70,15 @@ ROUNDED_TILES = [
     *(DecodeTile(n, warps, stages) for n, warps in ((64, 2), (32, 1)) for stages in (3, 4)),
     *(DecodeTile(128, 8, 3), DecodeTile(256, 8, 2), DecodeTile(32, 2, 4)),
 ]
+LONG_TILES = [  # of one or two warps, which wait for no other
+    *((DecodeTile(32, 1, stages), load) for stages, load in ((3, 8), (3, 10), (3, 12), (4, 8), (2, 8), (2, 12))),
+    *((DecodeTile(64, 1, stages), load) for stages, load in ((2, 6), (2, 8), (3, 6))),
+    *((DecodeTile(64, 2, stages), load) for stages, load in ((2, 4), (2, 6), (3, 4), (3, 6))),
+    *((DecodeTile(128, 4, stages), load) for stages, load in ((2, 3), (3, 3))),
+    *((DecodeTile(128, 2, stages), load) for stages, load in ((2, 3), (3, 3))),
+    (DecodeTile(16, 1, 4), 8),
+]
+GIVEN_TILES: list[tuple[DecodeTile, int]] = []
 VERIFY_TILES = [
     DecodeTile(32, 4, 3),
     DecodeTile(32, 4, 4),
@@ -98,6 +107,7 @@ class Case:
     context: int
     queries: int
     cache: str = "bf16"  # or a key of ROUNDED
+    in_a_row: bool = False  # a sequence's blocks lie one after the other, as of the first requests; else anywhere
 
     @property
     def is_decode(self) -> bool:
@@ -119,10 +129,16 @@ class Case:
         return 4.0 * self.batch * seen * NUM_HEADS * HEAD_SIZE
 
     def __str__(self) -> str:
-        cache = f" {self.cache}" if self.cache in ROUNDED else ""
+        cache = (f" {self.cache}" if self.cache in ROUNDED else "") + (" in a row" if self.in_a_row else "")
         if self.is_decode:
             return f"{self.batch} x {self.context}" + (f", {self.queries} new" if self.queries > 1 else "") + cache
         return f"{self.queries} fresh" if self.is_fresh else f"{self.queries} of {self.context}{cache}"
+
+
+def case_of(text: str) -> Case:
+    """From `8,16384,1,int8`, with `,row` behind it where blocks lie in a row."""
+    batch, context, queries, cache, *row = text.split(",")
+    return Case(int(batch), int(context), int(queries), cache, row == ["row"])
 
 
 DECODE_CASES = [Case(1, 512, 1), Case(8, 640, 1), Case(32, 640, 1), Case(128, 640, 1), Case(1, 16384, 1)]
@@ -132,6 +148,11 @@ ROUNDED_CASES = [
     Case(batch, context, queries, cache)
     for batch, context, queries in ((8, 16384, 1), (1, 16384, 1), (32, 576, 1), (1, 640, 8), (1, 4096, 512))
     for cache in ("bf16", *ROUNDED)
+]
+LONG_CASES = [
+    Case(8, context, 1, cache, in_a_row)
+    for cache in ("bf16", *ROUNDED)
+    for context, in_a_row in ((16384, False), (16384, True), (16500, True))
 ]
 QUICK_CASES = [Case(1, 512, 1), Case(128, 640, 1), Case(8, 16384, 1), Case(1, 512, 512), Case(1, 2048, 2048)]
 
@@ -159,7 +180,9 @@ class Step:
     def __init__(self, case: Case, num_layers: int) -> None:
         device = torch.device("cuda")
         blocks_each = math.ceil(case.context / BLOCK_SIZE)
-        blocks = np.random.default_rng(0).permutation(case.batch * blocks_each).astype(np.int32)
+        blocks = np.arange(case.batch * blocks_each, dtype=np.int32)
+        if not case.in_a_row:
+            np.random.default_rng(0).shuffle(blocks)
         num_tokens = case.batch * case.queries
         self.batch = StepBatch(
             ids_T=np.zeros(num_tokens, np.int64),
@@ -204,8 +227,12 @@ def rounded(cache_BKPD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A layer's keys or values as PagedStorage has them: a block's numbers, then its scales."""
     blocks, heads = cache_BKPD.shape[:2]
     numbers, scales = quantize_positions(cache_BKPD.flatten(0, 1), dtype)
-    parts = numbers.view(torch.int8).reshape(blocks, heads, -1), scales.view(torch.int8).reshape(blocks, heads, -1)
-    return torch.cat(parts, dim=-1).view(dtype)
+    row = cache_BKPD[0, 0].numel() + cache_BKPD.shape[2] * scales.element_size()
+    rows = torch.empty((blocks, heads, row), dtype=torch.int8, device=cache_BKPD.device)
+    stored_numbers, stored_scales = numbers_and_scales(rows, cache_BKPD.shape[3])
+    stored_numbers.copy_(numbers.view(torch.int8).view(cache_BKPD.shape))
+    stored_scales.copy_(scales.view(stored_scales.shape))
+    return rows.view(dtype)
 
 
 Launch = Callable[[int], object]  # of a layer
@@ -213,7 +240,10 @@ Launch = Callable[[int], object]  # of a layer
 
 def candidates(case: Case, step: Step) -> list[tuple[str, Launch]]:
     if case.is_decode:
-        return [(tile_name(tile), decode_launch(case, step, tile)) for tile in decode_tiles(case)]
+        return [
+            (f"{tile_name(tile)}, {load} a processor", decode_launch(case, step, tile, load))
+            for tile, load in decode_tiles(case)
+        ]
     launches = []
     for tile in PREFILL_TILES:
         launches.append((f"paged {tile_name(tile)}", prefill_launch(step, tile, from_cache=True)))
@@ -224,10 +254,14 @@ def candidates(case: Case, step: Step) -> list[tuple[str, Launch]]:
     return launches
 
 
-def decode_tiles(case: Case) -> list[DecodeTile]:
-    if case.queries > 1:
-        return VERIFY_TILES
-    return ROUNDED_TILES if case.cache in ROUNDED else DECODE_TILES
+def decode_tiles(case: Case) -> list[tuple[DecodeTile, int]]:
+    """Tiles, and how many programs of each a multiprocessor is given at a time."""
+    if GIVEN_TILES:
+        return GIVEN_TILES
+    of_one = ROUNDED_TILES if case.cache in ROUNDED else DECODE_TILES
+    tiles = VERIFY_TILES if case.queries > 1 else of_one
+    tried = [(tile, PROGRAMS_PER_PROCESSOR) for tile in tiles]
+    return tried + (LONG_TILES if case in LONG_CASES else [])
 
 
 def tile_name(tile: DecodeTile | PrefillTile) -> str:
@@ -235,9 +269,9 @@ def tile_name(tile: DecodeTile | PrefillTile) -> str:
     return f"{size}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
-def decode_launch(case: Case, step: Step, tile: DecodeTile) -> Launch:
+def decode_launch(case: Case, step: Step, tile: DecodeTile, load: int) -> Launch:
     num_processors = torch.cuda.get_device_properties(0).multi_processor_count
-    num_items = max_items(case.batch, NUM_KV_HEADS, num_processors)
+    num_items = case.batch + -(-load * num_processors // NUM_KV_HEADS)
     width = -(-step.batch.block_tables_SB.shape[1] // 16) * 16
     sizes = decode_sizes(case.batch, max_queries=case.queries, table_width=width, num_items=num_items)
     arrays = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
@@ -324,7 +358,7 @@ def compile_ahead(cases: Sequence[Case]) -> float:
     jobs: dict[tuple[Case, DecodeTile | PrefillTile, bool], None] = {}
     for case in cases:
         if case.is_decode:
-            jobs.update({(Case(1, 256, case.queries, case.cache), tile, True): None for tile in decode_tiles(case)})
+            jobs.update({(Case(1, 256, case.queries, case.cache), tile, True): None for tile, _ in decode_tiles(case)})
         else:
             for tile in PREFILL_TILES:
                 jobs[Case(1, 256, 32, case.cache), tile, True] = None
@@ -341,7 +375,7 @@ def _compile(job: tuple[Case, DecodeTile | PrefillTile, bool]) -> None:
     step = Step(case, 1)
     try:
         if isinstance(tile, DecodeTile):
-            decode_launch(case, step, tile)(0)
+            decode_launch(case, step, tile, PROGRAMS_PER_PROCESSOR)(0)
         else:
             prefill_launch(step, tile, from_cache=from_cache)(0)
     except Exception:
@@ -355,7 +389,7 @@ def report(timings: Sequence[Timing], *, show_all: bool) -> None:
         for row in ranked if show_all else ranked[:3]:
             figure = f"{row.rate:6.1%} of bandwidth" if case.is_decode else f"{row.rate:6.0f} TFLOP/s"
             times = f"{row.microseconds:9.2f} us {figure}" if row.microseconds is not None else f"  {row.fault}"
-            print(f"{case!s:18} {row.candidate:42} {times}")
+            print(f"{case!s:18} {row.candidate:44} {times}")
 
 
 def as_json(timings: Sequence[Timing]) -> list[dict[str, Any]]:
@@ -378,10 +412,21 @@ def main() -> None:
     parser.add_argument("--rounded", action="store_true", help="keys and values of one byte, beside bfloat16")
     parser.add_argument("--all", action="store_true", help="print every candidate, not the best three")
     parser.add_argument("--out", type=Path, help="write every candidate's figures to this JSON file")
+    parser.add_argument(
+        "--long", action="store_true", help="8 sequences of 16,384 tokens, blocks anywhere and in a row"
+    )
+    parser.add_argument("--cases", help="only these: sequences,context,new tokens,cache[,row]; ...")
+    parser.add_argument("--tiles", help="only these of decoding: positions,warps,stages,programs a processor; ...")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
-    every = ROUNDED_CASES if arguments.rounded else DECODE_CASES + PREFILL_CASES
+    every = LONG_CASES if arguments.long else ROUNDED_CASES if arguments.rounded else DECODE_CASES + PREFILL_CASES
+    if arguments.cases:
+        every = [case_of(text) for text in arguments.cases.split(";")]
+    if arguments.tiles:
+        for given in arguments.tiles.split(";"):
+            *tile, load = map(int, given.split(","))
+            GIVEN_TILES.append((DecodeTile(*tile), load))
     cases = QUICK_CASES if arguments.quick else every
     print(f"compiled in {compile_ahead(cases):.0f} s", flush=True)
     timings: list[Timing] = []

@@ -28,6 +28,7 @@ from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import SampledRows, SamplingArrays
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder
@@ -37,7 +38,6 @@ from autobot_llm.engine.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[1] / "src" / "autobot_llm" / "assets" / "tiny"
 TEXT = Path(__file__).parent / "data" / "dev_prompts.jsonl"
-BLOCK_SIZE = 16
 NUM_STEPS = 160  # of one measurement: ten new blocks for each sequence
 PARTS = ("plan", "batch", "sampling arrays", "advance", "resolve")
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from autobot_llm.engine.attention.paged import BLOCK_SIZE
 from autobot_llm.engine.kernels.gpu.activation import silu_mul
 from autobot_llm.engine.kernels.gpu.embedding import embed
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
-from autobot_llm.engine.kernels.gpu.rotary import BLOCK_SIZE, rotate_and_store
+from autobot_llm.engine.kernels.gpu.rotary import rotate_and_store
 from autobot_llm.engine.kernels.gpu.sampling import DeviceSampler, SamplingTensors
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, FEED_FORWARD = 4096, 32, 8, 128, 14_336

@@ -6,6 +6,7 @@ it costs, and every answer is compared with the one without speculation. Prints 
     python benchmarks/speculation_acceptance.py                  # the figures of docs/results/speculation_acceptance.md
     python benchmarks/speculation_acceptance.py --prompts 2 --new-tokens 32
     python benchmarks/speculation_acceptance.py --draft FOLDER   # another draft model beside the shipped one
+    python benchmarks/speculation_acceptance.py --model FOLDER   # a model of `train medusa --stage 2`, with its heads
 """
 
 from __future__ import annotations
@@ -32,25 +33,24 @@ IN_BREADTH = 13  # a tree of 5 * 13 tokens, cut to 64 with its root
 
 
 def methods(setup: Setup, number: int, draft: Path | None) -> dict[str, Speculator]:
-    config, context = setup.engine.config, setup.engine.scheduler.max_model_len
-    medusa, eagle = find_heads(MODEL, "medusa"), find_heads(MODEL, "eagle3")
-    assert medusa is not None and eagle is not None, "they are shipped with the model"
-    costly: dict[str, Any] = {
-        "draft (shipped)": setup.draft,
-        f"medusa, {number} tokens": make_medusa(medusa, MODEL, config),
-        "medusa, 63 tokens": make_medusa(medusa, MODEL, config, breadth=IN_BREADTH),
-        f"eagle3, {number} tokens": make_eagle(eagle, MODEL, config, context),
-        "eagle3, 63 tokens": make_eagle(eagle, MODEL, config, context, breadth=IN_BREADTH),
-    }
+    config, context, model = setup.engine.config, setup.engine.scheduler.max_model_len, setup.options.folder
+    medusa, eagle = find_heads(model, "medusa"), find_heads(model, "eagle3")
+    costly: dict[str, Any] = {"draft (shipped)": setup.draft}
+    if medusa is not None:
+        costly[f"medusa, {number} tokens"] = make_medusa(medusa, model, config)
+        costly["medusa, 63 tokens"] = make_medusa(medusa, model, config, breadth=IN_BREADTH)
+    if eagle is not None:
+        costly[f"eagle3, {number} tokens"] = make_eagle(eagle, model, config, context)
+        costly["eagle3, 63 tokens"] = make_eagle(eagle, model, config, context, breadth=IN_BREADTH)
     if draft is not None:
-        costly[f"draft ({draft.name})"] = load_draft_model(MODEL, draft, setup.options)
+        costly[f"draft ({draft.name})"] = load_draft_model(model, draft, setup.options)
     made = {"ngram": Speculator(number, make_free=NgramProposer, policy=Always(number))}
     return made | {name: Speculator(number, costly=each, policy=Always(number)) for name, each in costly.items()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     room = 64 * arguments.prompts  # for the largest trees of all
-    setup = Setup(arguments.threads, arguments.num_tokens, max_num_batched_tokens=room)
+    setup = Setup(arguments.threads, arguments.num_tokens, max_num_batched_tokens=room, model=arguments.model)
     engine = setup.engine
     every = methods(setup, arguments.num_tokens, arguments.draft)
     result: dict[str, Any] = {}
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="how tokens are chosen (both)")
     parser.add_argument("--threads", type=int, default=None, help="the engine's threads (measured)")
     parser.add_argument("--draft", type=Path, default=None, help="the folder of another draft model")
+    parser.add_argument("--model", type=Path, default=MODEL, help="another model than the embedded one")
     arguments = parser.parse_args()
     print(json.dumps({"prompts": arguments.prompts, "result": run(arguments)}))
 

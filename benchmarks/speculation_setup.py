@@ -40,11 +40,12 @@ class Setup:
         num_tokens: int,
         *,
         max_num_batched_tokens: int | None = None,
+        model: Path = MODEL,
         draft: Path = DRAFT,
         max_prompt_tokens: int = MAX_PROMPT_TOKENS,
     ) -> None:
         self.options = options = EngineOptions(
-            folder=MODEL,
+            folder=model,
             cache_dir=Path.home() / ".cache" / "autobot_llm",
             device="cpu",
             compiled_step="on",
@@ -54,7 +55,7 @@ class Setup:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.engine = load_engine(options)
-        self.draft: DraftModel = load_draft_model(MODEL, draft, options)
+        self.draft: DraftModel = load_draft_model(model, draft, options)
         self._max_prompt_tokens = max_prompt_tokens
         self._num_tokens = num_tokens
         touch(self.engine.executor, self.draft.executor)

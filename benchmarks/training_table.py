@@ -16,7 +16,7 @@ from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.trees import read_metrics, tree_yields
 
 SIZES = (8, 16, 32, 64)
-METHODS = ("medusa", "eagle3", "draft")
+METHODS = ("medusa", "medusa-2", "eagle3", "draft")
 INTRODUCTION = """\
 # Heads and drafts of the embedded model
 
@@ -39,14 +39,19 @@ def page(out: Path) -> Iterator[str]:
     yield from INTRODUCTION.splitlines()
     for method in METHODS:
         folder = out / method
+        if method == "medusa-2" and not folder.exists():
+            continue
         accuracies = read_metrics(folder)
         about: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         yield ""
         yield f"## {method}"
         yield ""
         yield f"{about['num_parameters']:,} trained parameters; {about['steps']:,} steps in {about['seconds']:.0f} s"
-        yield f"beside the other two trainings on one {about['device']}; {about['num_answers']:,} answers of"
+        yield f"beside the other trainings on one {about['device']}; {about['num_answers']:,} answers of"
         yield f"{about['num_answer_tokens']:,} tokens; measured with {about['num_held_out']} prompts."
+        if "lossy" in about:
+            yield f"Lossy: {about['lossy']}; after the same text it chooses the same token at {about['agreement']:.1%}"
+            yield "of the positions. The figures are its heads'."
         yield ""
         places = range(1, 1 + len(accuracies.overall))
         yield "| | " + " | ".join(f"{place}: top-1 / top-5" for place in places) + " |"
@@ -66,7 +71,7 @@ def page(out: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the folder with medusa, eagle3 and draft")
+    parser.add_argument("out", type=Path, help="the folder with medusa, eagle3 and draft, and perhaps medusa-2")
     try:
         print("\n".join(page(parser.parse_args().out)))
     except ConfigurationError as error:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from folder_writer import STORED_NAMES, TOKENIZER_FILES, progress_bar, write_folder
-from safetensors import safe_open
 from widening import SHAPES, Shape, Widening, shape_of, widened_config
 
 from autobot_llm.engine.models.checkpoint import open_checkpoint
@@ -72,11 +71,7 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(
         folder, shapes, model_type=config.model_type, may_ignore=frozenset({"lm_head.weight"} - set(shapes))
     )
-    tensors = {}
-    for name, stored in checkpoint.tensors.items():
-        with safe_open(str(stored.path), framework="pt") as file:
-            tensors[name] = file.get_tensor(name)
-    return tensors
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 def config_file(source: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

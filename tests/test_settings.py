@@ -368,6 +368,8 @@ def test_settings_without_effect_are_listed_only_when_the_user_set_them() -> Non
     assert [(row.variable, row.effect) for row in ineffective_settings(remote)] == [
         ("AUTOBOT_DEVICE", "no effect on provider openai, only on native")
     ]
+    (told,) = ineffective_settings(load({"AUTOBOT_LLM_PROVIDER": "ollama", "AUTOBOT_KV_CACHE_DTYPE": "int8"}))
+    assert told.effect == "no effect here: `autobot-llm knobs --engine ollama` says how its server is told"
 
 
 def test_the_user_cache_folder_follows_the_environment_that_was_given() -> None:

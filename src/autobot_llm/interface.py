@@ -1,6 +1,6 @@
 """`LLMInterface`: ask a model, whoever serves it. The only place where everything is put together.
 
-Knows settings, routing and the life of providers; knows nothing of HTTP servers or of how an answer is computed.
+Knows settings and routing; knows nothing of HTTP servers or of how an answer is computed.
 There is one path: `stream()`; every other way to ask collects it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ from autobot_llm.errors import (
     LLMError,
     ModelNotFoundError,
     ProviderError,
-    ProviderUnavailable,
     RequestTimeout,
     UnsupportedError,
 )
 from autobot_llm.optimization_matrix import ProviderRow, optimization_matrix
 from autobot_llm.providers.base import (
-    Embedder,
     ModelInfo,
     ModelLoader,
     OnProgress,
@@ -41,10 +39,9 @@ from autobot_llm.providers.base import (
     Streamer,
     TokenCounter,
 )
+from autobot_llm.providers_in_use import InUse, ProvidersInUse
 from autobot_llm.routing import (
     Route,
-    build_chain,
-    build_embedder,
     build_provider,
     choose_route,
     default_provider,
@@ -63,7 +60,7 @@ from autobot_llm.types import (
     LLMResponse,
 )
 from autobot_llm.universal.caches import Caches
-from autobot_llm.universal.kept_answer import AnswersAtOnce, KeptAnswer
+from autobot_llm.universal.kept_answer import KeptAnswer
 from autobot_llm.validation import validate_embedding, validate_request
 
 
@@ -83,9 +80,8 @@ class LLMInterface:
         on_progress: OnProgress | None = None,
     ) -> None:
         self.settings = load_settings() if settings is None else settings
-        self._on_progress = on_progress
-        self._given = dict(providers) if providers is not None else None
-        self._known = tuple(self._given) if self._given is not None else known_providers(self.settings)
+        given = dict(providers) if providers is not None else None
+        self._known = tuple(given) if given is not None else known_providers(self.settings)
         if not self._known:
             raise ConfigurationError("providers is empty: expected at least one")
         self._default = default_provider(self.settings, self._known)
@@ -93,9 +89,8 @@ class LLMInterface:
         self._caches = Caches(self._links, self._embedded)
         self._fallbacks = FallbackTable(self.settings.fallbacks)
         self._warm_up = WarmUp(self.settings, self._known)
-        self._in_use: dict[str, _InUse] = {}
-        self._starting = asyncio.Lock()
-        self._links_started = self._is_closed = False
+        make = partial(build_provider, self.settings, on_progress=on_progress)
+        self._in_use = ProvidersInUse(make if given is None else given.__getitem__, self._links)
         self._counts = Counts()
 
     @classmethod
@@ -114,22 +109,15 @@ class LLMInterface:
 
     async def initialize(self) -> None:
         """Start the default provider. Called again, it does nothing; after `aclose`, it starts anew."""
-        self._is_closed = False
-        await self._started(self._default)
-        self._warm_up.begin(self._default, self._started)
+        self._in_use.is_closed = False
+        await self._in_use.started(self._default)
+        self._warm_up.begin(self._default, self._in_use.started)
 
     async def aclose(self) -> None:
         """Stop every provider; answers that are still running end with ProviderUnavailable. May be called again."""
-        self._is_closed = True
+        self._in_use.is_closed = True
         await self._warm_up.close()
-        async with self._starting:
-            in_use, self._in_use = list(self._in_use.values()), {}
-            failures = await asyncio.gather(*(one.provider.close() for one in in_use), return_exceptions=True)
-            self._links_started = False
-            failures += await asyncio.gather(*(link.close() for link in self._links.values()), return_exceptions=True)
-        for failure in failures:
-            if isinstance(failure, BaseException):
-                raise failure
+        await self._in_use.close()
 
     async def cleanup(self) -> None:
         """The older name of `aclose`."""
@@ -277,7 +265,7 @@ class LLMInterface:
         """
         if name not in self._known:
             raise unknown_provider(name, self._known)
-        await self._started(name)
+        await self._in_use.started(name)
         self._default = name
 
     async def get_available_models(self) -> list[ModelInfo]:
@@ -285,8 +273,8 @@ class LLMInterface:
 
         Another provider that cannot tell its models now has none here; its status says why.
         """
-        default = await self._started(self._default)
-        others = [one.provider for one in self._in_use.values() if one is not default]
+        default = await self._in_use.started(self._default)
+        others = [one.provider for _, one in self._in_use if one is not default]
         listed = await asyncio.gather(
             default.provider.models(), *(provider.models() for provider in others), return_exceptions=True
         )
@@ -335,19 +323,19 @@ class LLMInterface:
     def get_all_provider_status(self) -> dict[str, ProviderStatus]:
         """The state of every provider in use and of the default one, by name."""
         not_started = ProviderStatus(name=self._default, state="stopped", message="not started")
-        return {self._default: not_started} | {name: one.provider.status() for name, one in self._in_use.items()}
+        return {self._default: not_started} | {name: one.provider.status() for name, one in self._in_use}
 
     def get_metrics(self) -> dict[str, dict[str, float]]:
         """Figures since the interface was made: its own under "interface", each provider's under its name."""
         figures = {"interface": self._counts.figures()}
-        for name, one in self._in_use.items():
+        for name, one in self._in_use:
             links = (link.metrics_of(name) for link in self._links.values())
             figures[name] = summed(one.provider.metrics(), *links)
         return figures
 
     def get_optimizations(self) -> list[ProviderRow]:
         """For every provider and optimization: whether it could apply, whether it runs now, and why."""
-        return optimization_matrix(self._known, {name: one.provider for name, one in self._in_use.items()}, self._links)
+        return optimization_matrix(self._known, {name: one.provider for name, one in self._in_use}, self._links)
 
     def get_cache_metrics(self) -> dict[str, bool | int | float | str]:
         """What the caches have done since the interface was made, and hold; see `Caches.figures`."""
@@ -364,52 +352,17 @@ class LLMInterface:
         self._caches.refuse_if_off(request.cache)
         return chosen.chain, route.taken_by(request)
 
-    async def _usable(self, name: str) -> _InUse:
+    async def _usable(self, name: str) -> InUse:
         """The started provider; one that a request names and that cannot be used is the request's error."""
         try:
-            return await self._started(name)
+            return await self._in_use.started(name)
         except ConfigurationError as exc:
             if name == self._default:
                 raise
             raise ModelNotFoundError(f"provider '{name}' cannot be used: {exc}", param="provider") from exc
-
-    async def _started(self, name: str) -> _InUse:
-        if (one := self._in_use.get(name)) is not None:
-            return one
-        async with self._starting:
-            if self._is_closed:
-                raise ProviderUnavailable("the interface is closed")
-            if not self._links_started:
-                await asyncio.gather(*(link.start() for link in self._links.values()))
-                self._links_started = True
-            if name not in self._in_use:
-                provider = self._make(name)
-                try:
-                    await provider.start()
-                except BaseException:
-                    await provider.close()
-                    raise
-                chain = build_chain(provider, self._links)
-                at_once = chain if isinstance(chain, AnswersAtOnce) else None
-                self._in_use[name] = _InUse(provider, chain, at_once, build_embedder(provider, self._links))
-            return self._in_use[name]
-
-    def _make(self, name: str) -> Provider:
-        given = self._given
-        return given[name] if given is not None else build_provider(self.settings, name, self._on_progress)
 
 
 def _asked(messages: LLMRequest | MessagesLike | None, llm_type: str, options: dict[str, Any]) -> LLMRequest:
     if llm_type != "general":
         options["llm_type"] = llm_type
     return make_request(messages, options)
-
-
-@dataclass(frozen=True, slots=True)
-class _InUse:
-    """A started provider, the chain in front of it, and that for embeddings, where it makes them."""
-
-    provider: Provider
-    chain: Streamer
-    at_once: AnswersAtOnce | None
-    embedder: Embedder | None

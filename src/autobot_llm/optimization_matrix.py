@@ -12,7 +12,6 @@ import msgspec
 from autobot_llm.providers.base import Link, Provider, TellsOptimizations
 from autobot_llm.routing import (
     ARGUMENTS_OF,
-    LOCAL_OPTIMIZATIONS,
     OPTIMIZATIONS,
     WRAPPERS,
     OptimizationRouter,
@@ -98,7 +97,7 @@ def _untold(optimization: str) -> tuple[bool, str]:
         return True, _OF_EVERY_CLIENT[optimization]
     if any(wrapper.optimization == optimization for wrapper in WRAPPERS):
         return False, "the settings switch it off"
-    return False, "the provider does not tell" if optimization in LOCAL_OPTIMIZATIONS else "not built yet"
+    return False, "the provider does not tell"
 
 
 def _why_not(kind: ProviderType, optimization: str, version: str | None) -> str:

@@ -213,8 +213,8 @@ _CLIENTS: Mapping[str, Callable[[Settings], Provider]] = {
 def build_provider(settings: Settings, name: str, on_progress: OnProgress | None = None) -> Provider:
     """The provider called `name`, not yet started. Imports the engine, torch with it, only for "native".
 
-    Raises ConfigurationError where it does not exist yet or a part that it needs is not installed, and
-    ModelNotFoundError where there is no such provider.
+    Raises ConfigurationError where a part that it needs is not installed, and ModelNotFoundError where there is no such
+    provider.
     """
     if name in settings.clouds:
         from autobot_llm.providers.openai.provider import cloud_provider
@@ -224,8 +224,6 @@ def build_provider(settings: Settings, name: str, on_progress: OnProgress | None
         raise unknown_provider(name, known_providers(settings))
     if (make := _CLIENTS.get(name)) is not None:
         return make(settings)
-    if name != ProviderType.LOCAL_NATIVE:
-        raise ConfigurationError(f"provider '{name}' is not implemented yet: expected native, {', '.join(_CLIENTS)}")
     try:
         from autobot_llm.providers.native import NativeProvider
     except ModuleNotFoundError as exc:

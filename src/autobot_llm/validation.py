@@ -26,7 +26,8 @@ class _Range:
     def accepts(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return False
-        return (self.low < value if self.above else self.low <= value) and value <= self.high and math.isfinite(value)
+        is_writable = value < 2**64 if isinstance(value, int) else math.isfinite(value)  # no JSON encoder writes others
+        return (self.low < value if self.above else self.low <= value) and value <= self.high and is_writable
 
     def __str__(self) -> str:
         kind = "an integer" if self.whole else "a number"
@@ -133,6 +134,9 @@ def _check_messages(messages: list[ChatMessage]) -> None:
             raise _refusal(f"messages[{place}].role", message.role, "system, developer, user, assistant or tool")
         if message.content is None and not message.tool_calls:
             raise _refusal(f"messages[{place}].content", None, "text or content parts (None only beside tool_calls)")
+        for number, call in enumerate(message.tool_calls or ()):
+            if not isinstance(call, dict) or not isinstance(call.get("function"), dict | None):
+                raise _refusal(f"messages[{place}].tool_calls[{number}]", call, "an object whose function is one, too")
 
 
 def _check_stop(request: LLMRequest) -> None:

@@ -7,6 +7,7 @@ whatever the host changes after a launch, it would see. The other computes at on
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,12 +19,13 @@ import numpy as np
 import torch
 
 from autobot_llm.engine.batching.plan import Int64Array, StepBatch
-from autobot_llm.engine.executor import Features, LaunchedStep, SampledRows, SamplingArrays
+from autobot_llm.engine.executor import Features, LaunchedStep, SampledRows, SamplingArrays, Unverified
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.noise import exponential_noise
 
 VOCAB_SIZE = 40
 NOTHING = -7  # what a blank cache holds
+FIRST_DRAFT_ROW = 1000  # from there on, pending rows are those of a chain
 
 
 @lru_cache(maxsize=100_000)
@@ -92,7 +94,7 @@ class FakeDevice:
             assert num_evicted == 0 or (self.window and num_evicted > 0)
             for t in range(first, end):
                 pending = int(batch.pending_rows_T[t])
-                token = last_tokens[pending] if pending >= 0 else int(batch.ids_T[t])
+                token = self.pending_token(pending, last_tokens) if pending >= 0 else int(batch.ids_T[t])
                 assert (pending >= 0) == (batch.ids_T[t] == -1)
                 self.cache[batch.slots_T[t]] = token
             table = batch.block_tables_SB[s]
@@ -103,6 +105,9 @@ class FakeDevice:
                 assert batch.positions_T[t] == len(seen) - 1 + num_evicted
                 logits_TV[t] = logits_of(tuple([context[i] for i in seen][-self.window :]))
         return np.array([logits_TV[row] for row in batch.logit_rows_R.tolist()], np.float32).reshape(-1, VOCAB_SIZE)
+
+    def pending_token(self, row: int, last_tokens: list[int]) -> int:
+        return last_tokens[row]
 
     def seen_by(self, batch: StepBatch, token: int, first: int, num_before: int) -> Sequence[int]:
         """Which of its sequence's cached tokens a token of the step sees; `num_before` of them lie before `first`."""
@@ -170,6 +175,16 @@ class _Launched:
         return self.sampled
 
 
+@dataclass(eq=False)
+class _LaunchedChain(_Launched):
+    rows: Any = None
+    seconds: float = 0.0
+
+    def wait(self) -> SampledRows:
+        self.device.num_unwaited += 1  # nobody has to wait for a chain
+        return super().wait()
+
+
 class FakePipelinedDevice(FakeDevice):
     """PipelinedExecutor over the same model. `fault(step number, logits_RV)` may raise or spoil the logits."""
 
@@ -188,6 +203,8 @@ class FakePipelinedDevice(FakeDevice):
         self.num_unwaited = 0
         self.most_unwaited = 0
         self.last_tokens: list[int] = []
+        self.draft_tokens: list[int] = []
+        """What a chain of a draft has left here."""
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
 
     def launch(self, batch: StepBatch, sampling: SamplingArrays) -> LaunchedStep:
@@ -199,6 +216,9 @@ class FakePipelinedDevice(FakeDevice):
         self.do(self._run, step, batch, sampling, self.num_launched)
         self.num_launched += 1
         return step
+
+    def pending_token(self, row: int, last_tokens: list[int]) -> int:
+        return self.draft_tokens[row - FIRST_DRAFT_ROW] if row >= FIRST_DRAFT_ROW else last_tokens[row]
 
     def room_for_drafts(self, num_sequences: int) -> int:
         return max(0, 12 - num_sequences)
@@ -240,6 +260,98 @@ class FakePipelinedDevice(FakeDevice):
         tokens = [sample(logits_V, sampling, r) for r, logits_V in enumerate(logits_RV)]
         self.last_tokens = tokens
         step.sampled = SampledRows(tokens, [float(logits_V.max()) for logits_V in logits_RV])
+
+
+class FakeChainDevice(FakePipelinedDevice):
+    """ChainExecutor over the same model, in the queue of its target. Its passes are plain steps, in a row."""
+
+    def __init__(self, num_blocks: int, block_size: int, target: FakePipelinedDevice, most_missing: int = 4) -> None:
+        super().__init__(num_blocks, block_size, lazy=target.lazy)
+        self._target = target
+        self._queue = target._queue
+        self._most_missing = most_missing
+        self.num_chains = self.num_behind = 0
+
+    def takes_chain(self, num_missing: Sequence[int], num_passes: int) -> bool:
+        return max(num_missing) <= self._most_missing
+
+    def launch_chain(
+        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+    ) -> _LaunchedChain:
+        assert (batch.pending_rows_T == -1).all()
+        self.check_writes(batch)
+        num_sequences = batch.num_sequences
+        step = _LaunchedChain(self, num_passes * num_sequences)
+        step.rows = FIRST_DRAFT_ROW + np.arange(step.num_rows)
+        self.num_chains += 1
+        self.num_behind += after is not None
+        self.do(self._run_chain, step, batch, sampling, num_passes, after)
+        return step
+
+    def _run_chain(
+        self,
+        step: _Launched,
+        batch: StepBatch,
+        sampling: SamplingArrays,
+        num_passes: int,
+        after: Unverified | None,
+    ) -> None:
+        found: list[int] = []
+        bests: list[float] = []
+        num_right_S = np.zeros(batch.num_sequences, np.int32)
+        if after is not None:
+            batch, num_right_S = self._moved_on(batch, after)
+        for number in range(num_passes):
+            logits_RV = self.compute(batch, [])
+            if self.fault is not None:
+                self.fault(number, logits_RV)
+            rows = [(number + num_right) * len(num_right_S) + s for s, num_right in enumerate(num_right_S.tolist())]
+            tokens = [sample(logits_V, sampling, row) for row, logits_V in zip(rows, logits_RV, strict=True)]
+            found += tokens
+            bests += [float(logits_V.max()) for logits_V in logits_RV]
+            batch = _one_later(batch, tokens, self.block_size)
+        self._target.draft_tokens = found
+        step.sampled = SampledRows(found, bests)
+
+    def _moved_on(self, batch: StepBatch, after: Unverified) -> tuple[StepBatch, np.ndarray[Any, Any]]:
+        """The batch as the verdict of the target's last step leaves it, and how many drafts were right."""
+        ids_T = batch.ids_T.copy()
+        num_right_S = np.zeros(batch.num_sequences, np.int32)
+        for s, (first, rows) in enumerate(zip(after.first_rows_S.tolist(), after.draft_rows_SN.tolist(), strict=True)):
+            drafts = [self._target.draft_tokens[row - FIRST_DRAFT_ROW] for row in rows]
+            chosen = self._target.last_tokens[first : first + len(drafts) + 1]
+            pairs = zip(drafts, chosen, strict=False)
+            number = num_right_S[s] = next((i for i, (one, other) in enumerate(pairs) if one != other), len(drafts))
+            assert ids_T[2 * s + 1] == -1
+            ids_T[2 * s : 2 * s + 2] = [drafts[number - 1] if number else ids_T[2 * s], chosen[number]]
+        positions_T = batch.positions_T + num_right_S.repeat(2)
+        tables_SB, size = batch.block_tables_SB, self.block_size
+        blocks_T = tables_SB[np.arange(batch.num_sequences).repeat(2), positions_T // size].astype(np.int64)
+        moved = dataclasses.replace(
+            batch,
+            ids_T=ids_T,
+            positions_T=positions_T,
+            slots_T=blocks_T * size + positions_T % size,
+            context_lens=batch.context_lens + num_right_S,
+        )
+        return moved, num_right_S
+
+
+def _one_later(batch: StepBatch, tokens: list[int], block_size: int) -> StepBatch:
+    """The pass over the tokens that a pass has sampled."""
+    places, num_sequences = batch.context_lens, batch.num_sequences
+    blocks = np.array([batch.block_tables_SB[s, place // block_size] if place // block_size
+                       < batch.block_tables_SB.shape[1] else 0 for s, place in enumerate(places)])  # fmt: skip
+    return StepBatch(
+        ids_T=np.array(tokens, np.int64),
+        positions_T=places.astype(np.int32),
+        slots_T=blocks.astype(np.int64) * block_size + places % block_size,
+        query_starts=np.arange(num_sequences + 1, dtype=np.int32),
+        context_lens=places + np.int32(1),
+        block_tables_SB=batch.block_tables_SB,
+        logit_rows_R=np.arange(num_sequences),
+        pending_rows_T=np.full(num_sequences, -1, np.int32),
+    )
 
 
 def sample(logits_V: Any, sampling: SamplingArrays, row: int) -> int:

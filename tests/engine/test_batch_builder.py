@@ -8,7 +8,16 @@ import random
 import numpy as np
 import pytest
 
-from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan, build_batch
+from autobot_llm.engine.batching.plan import (
+    BatchBuilder,
+    ScheduledSequence,
+    StepBatch,
+    StepPlan,
+    build_batch,
+    few_tokens_batch,
+    many_tokens_batch,
+    single_token_batch,
+)
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import SamplingParams, Sequence
@@ -50,6 +59,33 @@ def test_every_step_is_what_it_would_be_alone(seed: int, is_pipelined: bool) -> 
     assert len(built) > 40
     for batch, expected in built:  # nothing that was handed out has changed since
         assert_equal(batch, expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_few_tokens_in_lists_are_what_they_are_in_arrays(seed: int) -> None:
+    """With drafts that are known, with drafts that only the device knows, and after tokens that left the cache."""
+    rng, scheduled = random.Random(seed), []
+    for i in range(rng.randint(1, 5)):
+        sequence = Sequence(i, [rng.randrange(100) for _ in range(rng.randint(9, 30))], SamplingParams(max_tokens=9))
+        sequence.block_ids.extend(rng.sample(range(90), 12))
+        sequence.num_evicted_tokens = rng.choice([0, 0, SIZE, 2 * SIZE])
+        start = len(sequence.token_ids) - rng.randint(1, 1 if seed % 3 == 0 else 5)
+        start = max(start, sequence.num_evicted_tokens)
+        num_draft = rng.choice([0, 3]) if start == len(sequence.token_ids) - 1 and seed % 3 else 0
+        sequence.draft_ids = [rng.randrange(100) for _ in range(num_draft + rng.randint(0, 2))]
+        if num_draft and rng.random() < 0.5:
+            sequence.draft_ids = [-1] * len(sequence.draft_ids)
+            sequence.draft_rows = [200 + j for j in range(len(sequence.draft_ids))]
+        elif not num_draft and start == len(sequence.token_ids) - 1 and rng.random() < 0.5:
+            sequence.token_ids[-1], sequence.pending_row = -1, i
+        samples = num_draft > 0 or rng.random() < 0.7
+        number = len(sequence.token_ids) + num_draft - start
+        scheduled.append(ScheduledSequence(sequence, start, number, samples, 0, num_draft))
+    tables_SB = build_batch(scheduled, SIZE).block_tables_SB
+    few, many = (build(scheduled, tables_SB, SIZE) for build in (few_tokens_batch, many_tokens_batch))
+    assert_equal(few, many)
+    if seed % 3 == 0:
+        assert_equal(few, single_token_batch(scheduled, tables_SB, SIZE))
 
 
 def assert_equal(batch: StepBatch, expected: StepBatch) -> None:

@@ -128,6 +128,7 @@ def test_head_sizes(tmp_path: Path) -> None:
         ({"hidden_size": 64.5}, ["$.hidden_size"]),
         ({"vocab_size": 0}, ["$.vocab_size", ">= 1"]),
         ({"num_hidden_layers": ...}, ["num_hidden_layers"]),
+        ({"num_hidden_layers": 2**31}, ["$.num_hidden_layers", "100000"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
         ({"num_attention_heads": 6, "num_key_value_heads": 2}, ["hidden_size=64", "num_attention_heads=6"]),
         ({"head_dim": 15}, ["15 is odd"]),
@@ -162,7 +163,7 @@ def test_a_missing_folder_or_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "llama",}', "\ufeff{}"])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"model_type": "llama",}', "\ufeff{}"], ids=range(5))
 def test_garbled_json_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelLoadError, match=r"config\.json: "):

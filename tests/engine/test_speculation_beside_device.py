@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as SequenceABC
 from typing import Any
 
 import pytest
 from engines import Driver
-from fake_device import VOCAB_SIZE, FakePipelinedDevice
+from fake_device import VOCAB_SIZE, FakeChainDevice, FakePipelinedDevice
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schedules import SIZE, Abort, Arrival, Check, Steps, actions, alone, engine_on
@@ -51,9 +52,10 @@ class Now(Always):
         return super().decide(free, costly, room) if self._rng.random() < self._chance else None
 
 
-def draft_model(num_blocks: int, max_tokens: int = 16) -> DraftModel:
-    """The fake device's model as its own draft, with a cache and a queue of its own."""
-    device = FakePipelinedDevice(num_blocks, SIZE)
+def draft_model(num_blocks: int, max_tokens: int = 16, *, target: FakePipelinedDevice | None = None) -> DraftModel:
+    """The fake device's model as its own draft, with a cache and a queue of its own; with the queue of its `target` it
+    launches chains."""
+    device = FakePipelinedDevice(num_blocks, SIZE) if target is None else FakeChainDevice(num_blocks, SIZE, target)
     pool = device.pool = BlockPool(num_blocks, SIZE, prefix_caching=True)
     return DraftModel(device, pool, vocab_size=VOCAB_SIZE, max_tokens=max_tokens, max_model_len=32)
 
@@ -74,7 +76,7 @@ def drafting(device: FakePipelinedDevice, num_blocks: int, speculator: Speculato
     num_swap_blocks=st.sampled_from([0, 3, 100]),
     scheduling_policy=st.sampled_from(["fcfs", "priority"]),
     skill=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-    uses_model=st.booleans(),
+    drafts_by=st.sampled_from(["nothing", "passes", "chains"]),
     num_draft_blocks=st.integers(1, 40),
     num_tokens=st.integers(1, 6),
     seed=st.integers(0, 1000),
@@ -88,14 +90,16 @@ def test_any_schedule_gives_the_answers_without_drafts(
     num_swap_blocks: int,
     scheduling_policy: str,
     skill: float,
-    uses_model: bool,
+    drafts_by: str,
     num_draft_blocks: int,
     num_tokens: int,
     seed: int,
 ) -> None:
-    draft = draft_model(num_draft_blocks, max_tokens=max_num_seqs + num_extra_tokens) if uses_model else None
+    device, most_tokens = FakePipelinedDevice(num_blocks, SIZE, lazy=lazy), max_num_seqs + num_extra_tokens
+    target = device if drafts_by == "chains" else None
+    draft = None if drafts_by == "nothing" else draft_model(num_draft_blocks, most_tokens, target=target)
     engine = drafting(
-        FakePipelinedDevice(num_blocks, SIZE, lazy=lazy),
+        device,
         num_blocks,
         Speculator(
             num_tokens,
@@ -118,11 +122,14 @@ def test_any_schedule_gives_the_answers_without_drafts(
         assert draft.pool.num_free == draft.pool.num_blocks, "what a draft model kept of who has left"
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("is_chained", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_draft_model_equal_to_its_target_is_always_right(temperature: float) -> None:
-    draft = draft_model(40)
+def test_a_draft_model_equal_to_its_target_is_always_right(temperature: float, is_chained: bool, lazy: bool) -> None:
+    device = FakePipelinedDevice(32, SIZE, lazy=lazy)
+    draft = draft_model(40, target=device if is_chained else None)
     speculator = Speculator(4, costly=draft, policy=Always(4), clock=lambda: 0.0)
-    driver = Driver(drafting(FakePipelinedDevice(32, SIZE), 32, speculator))
+    driver = Driver(drafting(device, 32, speculator))
     arrivals = [Arrival(prefix=i, max_tokens=11, temperature=temperature) for i in range(3)]
     for i, arrival in enumerate(arrivals):
         driver.add(i, arrival.request())
@@ -133,6 +140,9 @@ def test_a_draft_model_equal_to_its_target_is_always_right(temperature: float) -
         assert (driver.texts[i, 0], end.num_tokens, end.end) == expected
     assert speculator.num_proposed > 0
     assert speculator.num_accepted == speculator.num_proposed
+    if isinstance(draft.executor, FakeChainDevice):
+        assert draft.executor.num_chains > 1
+        assert draft.pool.num_free == draft.pool.num_blocks
 
 
 def test_a_draft_whose_logits_are_broken_is_not_gone_on_with() -> None:
@@ -151,6 +161,111 @@ def test_a_draft_whose_logits_are_broken_is_not_gone_on_with() -> None:
     broken, good = draft.propose(sequences, 3)
     assert broken is None or not broken.token_ids
     assert good is not None and len(good.token_ids) == 3
+
+
+def test_a_chain_draws_what_its_passes_do() -> None:
+    """Slow and fast twin, from the same state; a position whose logits were broken ends a draft."""
+    prompts = [[20, 21, 22, 20, 21], [24, 23, 22, 21, 20, 25], [22]]
+    sequences = [
+        Sequence(i, prompt, SamplingParams(max_tokens=9, temperature=i / 2, seed=i)) for i, prompt in enumerate(prompts)
+    ]
+    by_passes, chained = draft_model(40), draft_model(40, target=FakePipelinedDevice(40, SIZE))
+    for draft in (by_passes, chained):
+        draft.propose(sequences, 1)
+    for number in (5, 1, 3):
+        drafts = by_passes.propose(sequences, number)
+        launched = chained.launch(sequences, number)
+        assert launched is not None and [len(rows) for rows in launched.rows] == [number] * 3
+        assert launched.wait() == (drafts, 0.0)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            assert draft is not None
+            sequence.token_ids += [*draft.token_ids[: sequence.id + 1], 25]
+    assert isinstance(chained.executor, FakeChainDevice)
+
+    def fault(number: int, logits_RV: Any) -> None:
+        if number == 1:
+            logits_RV[2] = float("nan")
+
+    chained.executor.fault = fault
+    launched = chained.launch(sequences, 3)
+    assert launched is not None
+    drafts, _ = launched.wait()
+    assert [len(draft.token_ids) for draft in drafts if draft is not None] == [3, 3, 1]
+
+
+class Lengths(Always):
+    """Always as many tokens, or now more and now fewer of them, and sometimes none."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(3)
+        self._rng = random.Random(seed)
+        self._is_varied = seed >= 3
+
+    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
+        decision = super().decide(free, costly, credit_of)
+        if not self._is_varied:
+            return decision
+        number = self._rng.choice([0, 1, 2, 3, 3])
+        return decision._replace(num_costly=number) if number else None
+
+
+class NeverBehind(DraftModel):
+    """Waits for each verdict before it drafts again."""
+
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(11))
+def test_drafts_behind_a_step_are_those_after_its_verdict(seed: int, temperature: float, lazy: bool) -> None:
+    """A draft that is wrong at one position of each chain makes the same drafts, whichever way; half of them for
+    nobody to wait for."""
+    figures, num_right = [], seed % 4
+    for kind in (DraftModel, NeverBehind):
+        device = FakePipelinedDevice(40, SIZE, lazy=lazy)
+        chains = FakeChainDevice(40, SIZE, device)
+        chains.fault = lambda number, logits_RV: logits_RV.__imul__(-1) if number == num_right else None
+        chains.pool = BlockPool(40, SIZE, prefix_caching=True)
+        draft = kind(chains, chains.pool, vocab_size=VOCAB_SIZE, max_tokens=16, max_model_len=32)
+        policy = Lengths(seed)
+        speculator = Speculator(3, costly=draft, policy=policy, clock=lambda: 0.0)
+        driver = Driver(drafting(device, 40, speculator))
+        arrivals = [Arrival(prefix=i, own=(21 + i,), max_tokens=18, temperature=temperature) for i in range(2)]
+        for i, arrival in enumerate(arrivals):
+            driver.add(i, arrival.request())
+        driver.run()
+        for i, arrival in enumerate(arrivals):
+            (expected,) = alone(repr(arrival), arrival.request).values()
+            assert (driver.texts[i, 0], driver.ended[i, 0].num_tokens, driver.ended[i, 0].end) == expected
+        figures.append((speculator.num_steps, speculator.num_proposed, speculator.num_accepted))
+        if kind is DraftModel:
+            assert policy._is_varied or chains.num_behind > 1
+            assert policy._is_varied or chains.num_chains <= speculator.num_steps + 5, (
+                "those that were launched are given out"
+            )
+        assert draft.pool.num_free == draft.pool.num_blocks
+    assert figures[0] == figures[1]
+    assert num_right == 0 or policy._is_varied or figures[0][2] > 0
+
+
+def test_who_leaves_while_its_drafts_are_verified_is_gone_at_once() -> None:
+    device = FakePipelinedDevice(32, SIZE)
+    draft = draft_model(40, target=device)
+    speculator = Speculator(4, costly=draft, policy=Always(4), clock=lambda: 0.0)
+    check = Check(drafting(device, 32, speculator))
+    for i in range(3):
+        check.arrive(Arrival(prefix=i, max_tokens=12))
+    while not device.draft_tokens:
+        check.step()
+    check.step()
+    assert device.num_unwaited == 1, "a step with drafts is under way"
+    num_drafting = len(draft._shadows)
+    check.abort(check.open_requests()[0])
+    assert len(draft._shadows) == num_drafting - 1
+    check.finish()
+    assert draft.pool.num_free == draft.pool.num_blocks and not speculator._credits
 
 
 def test_nothing_is_waited_for_while_nothing_is_drafted() -> None:

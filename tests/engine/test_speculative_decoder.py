@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 from engines import TINY, tiny_engine
+from fake_device import FakeDevice
 
 import autobot_llm
+from autobot_llm.engine.executor import NO_FEATURES
 from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.options import EngineOptions
-from autobot_llm.engine.speculative.build import SpeculationOptions
+from autobot_llm.engine.speculative.build import SpeculationOptions, Target, make_draft_model
 from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
 from autobot_llm.engine.speculative.pairs import (
     DRAFT_MODEL_RECOMMENDATIONS,
@@ -109,6 +112,18 @@ def test_auto_takes_what_there_is(tmp_path: Path) -> None:
         assert (engine.speculator and engine.speculator.methods) == expected
         assert engine.speculation_reason
         engine.close()
+
+
+def test_an_executor_whose_draft_model_cannot_be_made_is_closed() -> None:
+    device = FakeDevice(4, 16)
+    target = Target(
+        folder=TINY, is_on_cpu=True, tokenizer=Tokenizer.from_folder(TINY), config=load_config(TINY),
+        features=NO_FEATURES, place=None, num_blocks=4, block_size=16, prefix_caching=True,
+        max_num_batched_tokens=64, max_model_len=64,
+    )  # fmt: skip
+    with pytest.raises(ConfigurationError, match="num_blocks=0"):
+        make_draft_model(DRAFT, target, lambda folder, config, context, num_blocks: (device, 0))
+    assert device.is_closed
 
 
 @pytest.fixture

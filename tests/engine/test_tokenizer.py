@@ -230,7 +230,12 @@ def test_malformed_tokenizer_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json: not a tokenizer"):
         Tokenizer.from_folder(tmp_path)
     shutil.copy(TINY / "tokenizer.json", tmp_path)
-    for text, told in [("{", "tokenizer_config.json"), ("[]", "expected an object"), ('{"chat_template": 3}', "name")]:
+    for text, told in [
+        ("{", "tokenizer_config.json"),
+        ("[" * 100_000, "recursion"),
+        ("[]", "expected an object"),
+        ('{"chat_template": 3}', "name"),
+    ]:
         (tmp_path / "tokenizer_config.json").write_text(text)
         with pytest.raises(ModelLoadError, match=told):
             Tokenizer.from_folder(tmp_path)

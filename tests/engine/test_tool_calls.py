@@ -97,6 +97,7 @@ MALFORMED: list[tuple[str, str]] = [
     ("hermes", "<tool_call>\nnot JSON\n</tool_call>"),
     ("hermes", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "add"}</tool_call>'),
+    ("hermes", '<tool_call>{"name": ["add"], "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "add", "arguments": [1]}</tool_call>'),
     ("hermes", '<tool_call>{"name": "add", "arguments": "no JSON"}</tool_call>'),
     ("hermes", '<tool_call>{"name": "a\\x", "arguments": {}}</tool_call>'),

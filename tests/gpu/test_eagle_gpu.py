@@ -1,4 +1,4 @@
-"""EAGLE-3 on a CUDA device: chains against the CPU's proposer, answers against those without. `make test-gpu`."""
+"""EAGLE-3 on a CUDA device: trees against the CPU's proposer, answers against those without. `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import pytest
 import torch
 from test_gpu_executor import DRAWN, GREEDY, OPTIONS, TINY, answers
 
+from autobot_llm.engine.batching import draft_tree
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import Features
-from autobot_llm.engine.gpu.eagle_executor import EagleGpuExecutor
+from autobot_llm.engine.gpu.eagle_trees import EagleTrees
 from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import SpeculationOptions
-from autobot_llm.engine.speculative.eagle.device_proposer import DeviceEagleProposer
+from autobot_llm.engine.speculative.eagle.device_proposer import DEVICE_BREADTH, DeviceEagleProposer
 from autobot_llm.engine.speculative.heads import find_heads, make_eagle
 from autobot_llm.engine.speculative.policy import Always
-from autobot_llm.engine.speculative.proposer import Computed
+from autobot_llm.engine.speculative.proposer import Computed, Draft
 from autobot_llm.engine.speculative.speculator import Speculator
 
 pytestmark = pytest.mark.gpu
@@ -55,15 +56,15 @@ def costly(engine: Engine) -> DeviceEagleProposer:
     return found
 
 
-def test_chains_are_those_of_the_cpu_but_for_near_ties(eagle: Engine) -> None:
+def test_trees_are_those_of_the_cpu_but_for_near_ties(eagle: Engine) -> None:
     """The same features in bfloat16, in pieces, of sequences with and without a found prefix, together and alone."""
     folder = find_heads(TINY, "eagle3")
     assert folder is not None
-    twin, proposer = make_eagle(folder, TINY, CONFIG, 512), costly(eagle)
+    twin, proposer = make_eagle(folder, TINY, CONFIG, 512, breadth=DEVICE_BREADTH), costly(eagle)
     rng, kinds = np.random.default_rng(0), proposer.wanted
     assert kinds is not None
     sequences = []
-    for i, text in enumerate(("Once upon a time there was a small fox who", "def add(a, b):", "Dear Sir, ") * 2):
+    for i, text in enumerate(("Once upon a time there was a small fox who", "def add(a, b):", "Dear Sir, ") * 3):
         ids = eagle.tokenizer.encode(text, add_special_tokens=False) * (1 + 5 * (i > 2))
         sequences.append(Sequence(1000 + i, ids, SamplingParams(max_tokens=99, temperature=0.0)))
     streams = {s.id: streams_of(eagle, s) for s in sequences}
@@ -74,16 +75,27 @@ def test_chains_are_those_of_the_cpu_but_for_near_ties(eagle: Engine) -> None:
             for each, to in ((twin, lambda x: x.float().cpu()), (proposer, lambda x: x)):
                 part = to(streams[s.id][start:end])
                 each.observe([Computed(s, start, list(range(end - start)), None)], Features(streams_TF=part))
-    num_same = num_tokens = 0
-    for asked in (sequences, sequences[:1], sequences[3:]):
-        for mine, theirs in zip(proposer.propose(asked, 5), twin.propose(asked, 5), strict=True):
+    num_same = num_nodes = num_best = num_drafts = 0
+    for asked in (sequences[:1], sequences[1:4], sequences):  # those that nothing was seen of since have theirs already
+        for mine, theirs in zip(proposer.propose(asked, 4), twin.propose(asked, 4), strict=True):
             assert mine is not None and theirs is not None
-            same = np.cumprod(np.equal(mine.token_ids, theirs.as_line().token_ids))
-            num_same, num_tokens = num_same + int(same.sum()), num_tokens + 5
+            found, expected = paths_of(mine), paths_of(theirs)
+            num_same, num_nodes = num_same + len(found & expected), num_nodes + len(found)
+            num_best, num_drafts = num_best + (mine.as_line() == theirs.as_line()), num_drafts + 1
     for s in sequences:
         proposer.forget(s)
-    assert num_same >= 0.85 * num_tokens, f"{num_same} of {num_tokens}"
+    assert num_same >= 0.8 * num_nodes, f"{num_same} of {num_nodes}"
+    assert num_best >= 0.7 * num_drafts, f"{num_best} of {num_drafts}"
     assert proposer.pool.num_free == proposer.pool.num_blocks and proposer.num_bytes == 0
+
+
+def paths_of(draft: Draft) -> set[tuple[int, ...]]:
+    """Each token with those before it: what a draft says, whatever its order."""
+    assert draft.parents is not None
+    return {
+        tuple(draft.token_ids[each] for each in draft_tree.path_to(draft.parents, node))
+        for node in range(len(draft.token_ids))
+    }
 
 
 def streams_of(engine: Engine, sequence: Sequence) -> torch.Tensor:
@@ -130,11 +142,11 @@ def test_a_found_prefix_and_the_engines_own_choice_answer_the_same(eagle: Engine
 
 
 def test_a_draft_is_replayed_alone(eagle: Engine) -> None:
-    """Its passes are graphs where the target's are, and nothing is captured after the start."""
-    executor = costly(eagle).executor
-    assert isinstance(executor, EagleGpuExecutor)
-    keys = executor.graphs.keys
+    """It is one graph where the target's are, and nothing is captured after the start."""
+    device = costly(eagle).device
+    assert isinstance(device, EagleTrees)
+    keys = device.graphs.keys
     eagle.speculator = always(eagle)
     answers(eagle, GREEDY)
-    assert executor.graphs.keys == keys
-    assert ("decode 1" in keys) == bool(eagle.executor.graphs.keys)
+    assert device.graphs.keys == keys
+    assert ("1 trees of 4" in keys) == bool(eagle.executor.graphs.keys)

@@ -17,7 +17,7 @@ from autobot_llm.engine.attention.paged import (
     decode_sizes,
     fill_decode_arrays,
     fill_tree_rows,
-    max_items,
+    full_load,
     plan_items_by_queries,
     trees_of,
 )
@@ -148,7 +148,7 @@ def device_batch(
         num_sequences,
         max_queries=max_queries,
         table_width=batch.block_tables_SB.shape[1] + 3,
-        num_items=max_items(num_sequences, step.num_kv_heads, num_processors),
+        num_items=num_sequences + full_load(step.num_kv_heads, num_processors),
     )
     arrays = {name: np.full(shape, -1_234_567, np.int32) for name, shape in sizes.items()}
     fill_decode_arrays(arrays, batch, window=window)
@@ -158,7 +158,7 @@ def device_batch(
 def _batch_with_trees(step: PagedStep, num_processors: int, window: int) -> PagedBatch:
     batch, group_size = step.batch, step.num_heads // step.num_kv_heads
     max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // group_size)
-    spare_items = max_items(0, step.num_kv_heads, num_processors)
+    spare_items = full_load(step.num_kv_heads, num_processors)
     num_parts = batch.num_sequences + batch.num_tokens // max_queries
     items_I8 = np.full((num_parts + spare_items, ITEM_FIELDS), -1_234_567, np.int32)
     num_items = plan_items_by_queries(

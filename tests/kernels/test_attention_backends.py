@@ -23,7 +23,7 @@ from autobot_llm.engine.attention.paged import (
     PagedBatch,
     decode_sizes,
     fill_decode_arrays,
-    max_items,
+    full_load,
 )
 from autobot_llm.engine.attention.sdpa_paged import SdpaPagedAttention, attend_fresh
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
@@ -94,7 +94,7 @@ def rows_of(whole: PagedStep, start: int, stop: int) -> PagedStep:
 def test_steps_of_many_sizes_follow_each_other_in_fixed_arrays(dtype: torch.dtype, device: torch.device) -> None:
     """As a captured graph replays them: addresses, grid and padding stay, contents change."""
     size, heads = 6, {"num_heads": 4, "num_kv_heads": 2, "head_size": 64}
-    num_items = max_items(size, num_kv_heads=2, num_processors=3)
+    num_items = size + full_load(num_kv_heads=2, num_processors=3)
     sizes = decode_sizes(size, max_queries=1, table_width=16, num_items=num_items)
     host = {name: np.full(shape, 77, np.int32) for name, shape in sizes.items()}
     tensors = {name: torch.from_numpy(array.copy()).to(device) for name, array in host.items()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from paged_steps import PagedStep, device_batch, random_step, relative_error, with_trees
 
-from autobot_llm.engine.attention.paged import ItemCut, PagedBatch, max_items, plan_items
+from autobot_llm.engine.attention.paged import ItemCut, PagedBatch, full_load, plan_items
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeTile, DecodeWorkspace, paged_decode
 
@@ -125,12 +125,12 @@ def test_a_kept_cut_covers_each_context_as_it_grows(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_sequences = int(rng.integers(1, 60))
     lens = rng.integers(1, 1500, num_sequences).astype(np.int32)
-    cut, spare_items = ItemCut(), max_items(0, num_kv_heads=8, num_processors=132)
+    cut, spare_items = ItemCut(), full_load(num_kv_heads=8, num_processors=132)
     for step in range(150):
         if step == 100:  # somebody leaves
             lens = lens[: max(1, num_sequences // 2)]
         items_I8 = np.full((len(lens) + spare_items, 8), -77, np.int32)
-        num_items = cut.write(items_I8, decoding_batch(lens), spare_items)
+        num_items = cut.write(items_I8, decoding_batch(lens).context_lens, spare_items)
         assert (items_I8[num_items:] == -77).all()
         for s, length in enumerate(lens):
             own = items_I8[:num_items][items_I8[:num_items, 0] == s]
@@ -138,6 +138,29 @@ def test_a_kept_cut_covers_each_context_as_it_grows(seed: int) -> None:
             assert (own[:, 2] > own[:, 1]).all() and (own[:, 4] == len(own)).all() and (own[:, 7] == length).all()
             assert (items_I8[own[:, 3], 0] == s).all() and (own[:, 5] == s).all() and (own[:, 6] == 1).all()
         lens = lens + np.int32(1)
+
+
+@pytest.mark.parametrize(("num_sequences", "length"), [(8, 16384), (8, 16500), (4, 30_000), (16, 9000), (5, 12_345)])
+@pytest.mark.parametrize("is_long", [False, True])
+def test_equal_contexts_are_cut_into_one_even_load(num_sequences: int, length: int, is_long: bool) -> None:
+    """A second round of programs, or a part much longer than the others, is time in which most of the device idles."""
+    spare_items = full_load(num_kv_heads=8, num_processors=132, is_long=is_long)
+    items_I8 = np.empty((num_sequences + spare_items, 8), np.int32)
+    lens = np.full(num_sequences, length, np.int32)
+    num_items = plan_items(items_I8, np.arange(num_sequences + 1, dtype=np.int32), lens, spare_items=spare_items)
+    longest = int((items_I8[:num_items, 2] - items_I8[:num_items, 1]).max())
+    assert num_items <= spare_items
+    assert longest <= -(-length // (spare_items // num_sequences)) + 64
+
+
+def test_a_kept_cut_is_not_used_where_there_is_another_room() -> None:
+    lens, cut = np.full(8, 16384, np.int32), ItemCut()
+    for is_long in (False, True, False):
+        spare_items = full_load(num_kv_heads=8, num_processors=132, is_long=is_long)
+        items_I8, planned_I8 = (np.full((8 + spare_items, 8), -1, np.int32) for _ in range(2))
+        cut.write(items_I8, lens, spare_items)
+        plan_items(planned_I8, np.arange(9, dtype=np.int32), lens, spare_items=spare_items)
+        assert (items_I8 == planned_I8).all()
 
 
 def decoding_batch(lens: np.ndarray[tuple[int], np.dtype[np.int32]]) -> StepBatch:
@@ -157,7 +180,7 @@ def test_items_cover_each_context_once_within_their_room(seed: int, window: int)
     lens = (1 + rng.integers(0, 2, num_sequences) * rng.integers(0, 20_000, num_sequences)).astype(np.int32)
     queries = np.minimum(rng.integers(1, 17, num_sequences), lens)
     starts = np.concatenate(([0], queries.cumsum())).astype(np.int32)
-    room = max_items(num_sequences, num_kv_heads=8, num_processors=132)
+    room = num_sequences + full_load(num_kv_heads=8, num_processors=132)
     items_I8 = np.empty((room, 8), np.int32)
     num_items = plan_items(items_I8, starts, lens, spare_items=room - num_sequences, window=window)
     assert num_items <= room

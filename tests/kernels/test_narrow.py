@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from autobot_llm.engine.kernels.gpu.narrow import numbers_of_bytes, numbers_of_words
+from autobot_llm.engine.kernels.gpu.narrow import halves_of_words, numbers_of_bytes
 
 ON_GPU = torch.cuda.is_available()
 
@@ -20,8 +20,8 @@ def _widen(  # type: ignore[no-untyped-def]
     like = tl.zeros((256,), low_ptr.dtype.element_ty)
     tl.store(of_bytes_ptr + n, numbers_of_bytes(tl.load(bytes_ptr + n), like, FAST))
     words = tl.load(words_ptr + n)
-    tl.store(low_ptr + n, numbers_of_words(words, like, False, FLOAT8, FAST))
-    tl.store(high_ptr + n, numbers_of_words(words, like, True, FLOAT8, FAST))
+    tl.store(low_ptr + n, halves_of_words(words, False, FLOAT8, FAST))
+    tl.store(high_ptr + n, halves_of_words(words, True, FLOAT8, FAST))
 
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])

@@ -10,11 +10,10 @@ import torch
 from paged_steps import PagedStep, device_batch, random_step, relative_error, with_trees
 from test_decode_attention import TOLERANCE
 
-from autobot_llm.engine.attention.paged import AttentionShape
+from autobot_llm.engine.attention.paged import BLOCK_SIZE, AttentionShape
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.kernels.gpu.decode_attention import DecodeWorkspace, paged_decode
 from autobot_llm.engine.kernels.gpu.rotary import (
-    BLOCK_SIZE,
     rotate_and_store,
     rotate_and_store_reference,
 )
@@ -22,6 +21,7 @@ from autobot_llm.engine.kv_cache.storage import (
     QUANTIZED_DTYPES,
     PagedStorage,
     bytes_per_block,
+    numbers_and_scales,
     quantize_positions,
     take_blocks,
 )
@@ -36,14 +36,12 @@ def quantized(cache_BKPD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A layer's keys or values in the layout of PagedStorage; what was NaN is the largest number there is."""
     num_blocks, num_heads = cache_BKPD.shape[:2]
     numbers, scales = quantize_positions(cache_BKPD.flatten(0, 2).nan_to_num(3e4).unsqueeze(1), dtype)
-    rows = torch.cat(
-        (
-            numbers.view(torch.int8).reshape(num_blocks, num_heads, -1),
-            scales.reshape(num_blocks, num_heads, -1).contiguous().view(torch.int8),
-        ),
-        dim=-1,
-    )
-    return rows.contiguous().view(dtype)
+    row = cache_BKPD[0, 0].numel() + cache_BKPD.shape[2] * 2
+    rows = torch.empty((num_blocks, num_heads, row), dtype=torch.int8, device=cache_BKPD.device)
+    stored_numbers, stored_scales = numbers_and_scales(rows, cache_BKPD.shape[3])
+    stored_numbers.copy_(numbers.view(torch.int8).view(cache_BKPD.shape))
+    stored_scales.copy_(scales.view(stored_scales.shape))
+    return rows.view(dtype)
 
 
 def with_quantized_cache(step: PagedStep, dtype: torch.dtype) -> PagedStep:

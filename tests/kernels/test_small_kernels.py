@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from autobot_llm.engine.attention.paged import BLOCK_SIZE
 from autobot_llm.engine.kernels.gpu.activation import silu_mul, silu_mul_reference
 from autobot_llm.engine.kernels.gpu.embedding import embed, embed_reference
 from autobot_llm.engine.kernels.gpu.norm import rms_norm, rms_norm_reference
-from autobot_llm.engine.kernels.gpu.rotary import BLOCK_SIZE, rotate_and_store, rotate_and_store_reference
+from autobot_llm.engine.kernels.gpu.rotary import rotate_and_store, rotate_and_store_reference
 
 ON_GPU = torch.cuda.is_available()
 EPS = 1e-5

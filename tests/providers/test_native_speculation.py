@@ -53,6 +53,22 @@ async def test_the_report_the_status_and_the_figures_say_what_drafts_did(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("method", "runs", "why"),
+    [
+        ("medusa", True, "medusa, where measured"),
+        ("ngram", False, "ngram drafts; AUTOBOT_SPECULATION_METHOD=medusa"),
+        ("none", False, "switched off"),
+    ],
+)
+async def test_it_is_told_whether_medusas_heads_draft(tmp_path: Path, method: str, runs: bool, why: str) -> None:
+    async with LLMInterface(settings(tmp_path, speculation_method=method)) as llm:
+        row = next(row for row in llm.get_optimizations() if row.provider == "native")
+    heads = next(cell for cell in row.optimizations if cell.name == "medusa_heads")
+    assert (heads.could_apply, heads.runs) == (True, runs)
+    assert heads.reason.startswith(why)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"speculation_heads": "/no/such/folder"}, "AUTOBOT_SPECULATION_HEADS='/no/such/folder': expected"),

@@ -211,7 +211,7 @@ async def test_tool_choice_none_leaves_the_tools_out(llm: LLMInterface) -> None:
 
 async def test_calls_in_words_become_deltas_with_their_log_probabilities(llm: LLMInterface) -> None:
     """What a model writes by itself, as the engine hands it over: text, a call, and what is none."""
-    engine = llm._in_use["native"].provider._services["tiny"].engine  # type: ignore[attr-defined]
+    engine = llm._in_use.get("native").provider._services["tiny"].engine  # type: ignore[attr-defined]
     tools = Tools((Function("add"),), HERMES, is_known=True)
     answer = Answer(engine, RequestStats(), num_prompt_tokens=3, tools=tools)
     texts = [

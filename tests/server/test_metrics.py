@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_harness import QUESTION, request_bytes, running_server, until
 
 from autobot_llm.errors import OverloadedError
-from autobot_llm.observability.metrics import PROVIDER_METRICS, REQUEST_METRICS, Metrics
+from autobot_llm.observability.metrics import Metrics
+from autobot_llm.observability.names import PROVIDER_METRICS, REQUEST_METRICS
 from autobot_llm.types import ChoiceEnd, Finish, TextDelta, Timings, Usage
 
 CHAT = "/v1/chat/completions"

@@ -119,6 +119,19 @@ async def test_embeddings_are_made_under_the_newer_and_the_older_name() -> None:
     assert 'autobot_llm_context_growths_total{provider="ollama"} 0.0' in page
 
 
+async def test_our_own_engines_vectors_are_written_as_numbers_whether_kept_or_not() -> None:
+    settings = Settings(port=0)
+    provider = NativeProvider(settings)
+    async with (
+        serving(settings, LLMInterface(settings, providers={"native": provider}), provider) as server,
+        client(server) as asked,
+    ):
+        made, kept = [(await asked.embed("tiny", ["fox", "hen"])).embeddings for _ in range(2)]
+        older = (await asked.embeddings("tiny", "fox")).embedding
+    assert made == kept and len(made) == 2
+    assert (len(older), older) == (384, made[0])
+
+
 async def test_a_provider_without_embeddings_says_so() -> None:
     async with running_server() as server:
         for path, fields in (("/api/embed", {"input": "x"}), ("/api/embeddings", {"prompt": "x"})):

@@ -168,6 +168,16 @@ async def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_not() ->
         assert str(limit) in reply.json["error"]["message"]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/api/chat"])
+async def test_an_error_repeats_no_more_of_a_request_than_anybody_reads(path: str) -> None:
+    long = "x" * 1_000_000
+    async with running_server() as server:
+        for wrong in ({"messages": [{"role": long, "content": "x"}]}, {"model": long}):
+            reply = await server.post(path, {"model": "tiny", "messages": QUESTION, "max_tokens": 5} | wrong)
+            assert reply.status in (400, 404)
+            assert b"xxx ... xxx" in reply.body and len(reply.body) < 10_000
+
+
 async def test_a_declared_length_far_over_the_limit_is_refused_before_the_body_is_sent() -> None:
     async with running_server(max_body_bytes=1000) as server:
         reader, writer = await server.connect()

@@ -1,4 +1,4 @@
-"""EAGLE-3 beside a device: whatever a target computes in whatever pieces, the chains are those of the CPU's proposer,
+"""EAGLE-3 beside a device: whatever a target computes in whatever pieces, the trees are those of the CPU's proposer,
 and no block or byte is left behind."""
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from eagle_passes import TorchEaglePasses
+from eagle_passes import TorchEagleDevice
 from test_eagle import EMBED_VE, TARGET_SIZE, VOCAB, random_draft
 
+from autobot_llm.engine.batching.draft_tree import depths
 from autobot_llm.engine.executor import Features
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.eagle.device_proposer import DeviceEagleProposer
+from autobot_llm.engine.speculative.eagle.device_proposer import MOST_PARTS, DeviceEagleProposer
 from autobot_llm.engine.speculative.eagle.model import EagleDraft
 from autobot_llm.engine.speculative.eagle.proposer import EagleProposer
 from autobot_llm.engine.speculative.proposer import Computed
@@ -24,13 +25,22 @@ NUM_SCHEDULES, NUM_STEPS = 4, 40
 LAYERS = (2, 4, 5)
 
 
-def device_proposer(draft: EagleDraft, *, num_blocks: int = 400, max_tokens: int = 512, max_bytes: int = 2**30):
-    executor = TorchEaglePasses(draft, EMBED_VE, num_blocks, BLOCK_SIZE, max_tokens)
+def device_proposer(
+    draft: EagleDraft,
+    *,
+    breadth: int = 4,
+    num_blocks: int = 400,
+    max_tokens: int = 512,
+    max_bytes: int = 2**30,
+    max_rows: int | None = None,
+) -> DeviceEagleProposer:
+    device = TorchEagleDevice(
+        draft, EMBED_VE, num_blocks, BLOCK_SIZE, num_branches=breadth, max_tokens=max_tokens
+    )  # fmt: skip
     pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=False)
     return DeviceEagleProposer(
-        executor, pool, draft.target_ids.numpy(), LAYERS, max_tokens=max_tokens, max_model_len=MAX_LEN,
-        max_bytes=max_bytes,
-    )  # fmt: skip
+        device, pool, LAYERS, max_model_len=MAX_LEN, breadth=breadth, max_bytes=max_bytes, max_rows=max_rows
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -100,36 +110,43 @@ class Target:
         return self.rng.sample(found, self.rng.randint(0, len(found)))
 
 
-@pytest.mark.parametrize("norm_before_residual", [False, True])
+@pytest.mark.parametrize("breadth", [1, 4])
 @pytest.mark.parametrize("max_tokens", [8, 512])
-def test_chains_are_those_of_the_twin(norm_before_residual: bool, max_tokens: int) -> None:
-    draft = random_draft(3, norm_before_residual=norm_before_residual)
+def test_trees_are_those_of_the_twin(breadth: int, max_tokens: int) -> None:
+    """Chains, too, which are trees without a branch."""
+    draft = random_draft(3, norm_before_residual=breadth > 1)
     num_compared = 0
     for seed in range(NUM_SCHEDULES):
-        twin = EagleProposer(draft, EMBED_VE, LAYERS, max_model_len=MAX_LEN)
-        proposer = device_proposer(draft, max_tokens=max_tokens)
-        target = Target(seed, [twin, proposer])
+        twin = EagleProposer(draft, EMBED_VE, LAYERS, max_model_len=MAX_LEN, breadth=breadth)
+        proposer = device_proposer(draft, max_tokens=max_tokens, breadth=breadth)
+        target, drafted = Target(seed, [twin, proposer]), dict[int, int]()
         for _ in range(NUM_STEPS):
             if len(target.sequences) < 6 and (not target.sequences or target.rng.random() < 0.3):
                 target.arrive()
             target.step()
             if target.rng.random() < 0.6:
                 asked, num_tokens = target.decoding(), target.rng.randint(1, 5)
+                asked = [s for s in asked if len(s.token_ids) - 1 + num_tokens <= MAX_LEN]
                 greedy = [Sequence(s.id, s.token_ids, SamplingParams(max_tokens=99, temperature=0.0)) for s in asked]
-                assert [twin.lag(s) for s in asked] == [proposer.lag(s) for s in asked]
+                lags = [proposer.lag(s) for s in asked]
+                assert [twin.lag(s) for s in asked] == lags
                 expected, found = twin.propose(greedy, num_tokens), proposer.propose(asked, num_tokens)
-                assert found == [None if each is None else each.as_line() for each in expected]
-                num_compared += sum(each is not None for each in found)
+                for s, mine, theirs in zip(asked, found, expected, strict=True):
+                    if drafted.get(s.id) != len(s.token_ids):
+                        assert mine == theirs
+                        num_compared += mine is not None
+                    elif mine is not None:  # as far as it goes, the one that was made before
+                        assert max(depths(mine.parents)) <= num_tokens
+                    drafted[s.id] = len(s.token_ids)
             if target.rng.random() < 0.1:
                 target.leave()
         while target.sequences:
             target.leave()
         assert proposer.pool.num_free == proposer.pool.num_blocks and proposer.num_bytes == 0
-        assert proposer.executor.num_unwaited == 0
     assert num_compared > 60
 
 
-@pytest.mark.parametrize(("num_blocks", "max_bytes"), [(14, 2**30), (400, 3_000)])
+@pytest.mark.parametrize(("num_blocks", "max_bytes"), [(22, 2**30), (400, 3_000)])
 def test_where_blocks_or_bytes_run_out_others_lose_their_windows_and_nothing_leaks(
     num_blocks: int, max_bytes: int
 ) -> None:
@@ -151,17 +168,53 @@ def test_where_blocks_or_bytes_run_out_others_lose_their_windows_and_nothing_lea
         target.leave()
     assert proposer.pool.num_free == num_blocks and proposer.num_bytes == 0
     proposer.close()
-    assert proposer.executor.is_closed
+    assert proposer.device.is_closed
 
 
-def test_a_chain_takes_one_pass_a_token() -> None:
-    proposer = device_proposer(random_draft(5))
+def decoding_alone(proposer: DeviceEagleProposer) -> list[Sequence]:
     target = Target(1, [proposer])
     target.arrive()
     while not (asked := target.decoding()):
         target.step()
+    return asked
+
+
+def test_a_draft_is_made_once() -> None:
+    proposer = device_proposer(random_draft(5))
+    asked = decoding_alone(proposer)
     (draft,) = proposer.propose(asked, 5)
-    assert draft is not None and len(draft.token_ids) == 5 and draft.parents is None
-    assert proposer.executor.num_passes == 5
+    num_taken = proposer.device.num_taken
+    assert draft is not None and draft.parents is not None and len(draft.token_ids) == 20
+    assert num_taken == len(asked[0].token_ids) - 1, "every position was taken in, and none twice"
     (again,) = proposer.propose(asked, 5)  # the target computed nothing meanwhile
     assert again == draft
+    (shallower,) = proposer.propose(asked, 2)
+    assert shallower is not None and shallower.parents is not None and max(depths(shallower.parents)) == 2
+    assert shallower == draft.first(len(shallower.token_ids))
+    assert proposer.device.num_trees == 1 and proposer.device.num_taken == num_taken
+
+
+def test_the_trees_of_a_step_share_its_rows_and_no_tree_is_deeper_than_the_device_takes() -> None:
+    proposer = device_proposer(random_draft(5), max_rows=20)
+    asked = decoding_alone(proposer)
+    (draft,) = proposer.propose(asked, 9)
+    assert draft is not None and draft.parents is not None
+    assert len(draft.token_ids) == 19 and max(depths(draft.parents)) <= proposer.device.max_depth
+    assert proposer.num_passes(9) == proposer.device.max_depth
+    assert [proposer.num_nodes(5, n) for n in (1, 2, 4, 7, 30)] == [19, 9, 4, 1, 1]
+
+
+def test_a_window_keeps_no_step_of_others_alive() -> None:
+    """A row of a large step is copied; those of small ones after a while, since the next draft takes them in."""
+    proposer = device_proposer(random_draft(5))
+    sequence = Sequence(1, [3] * 300, SamplingParams(max_tokens=99, temperature=0.0))
+    kept = list[torch.Tensor]()
+    for start in range(200):
+        streams_TF = torch.zeros(500 if start == 0 else 3, 3 * TARGET_SIZE)
+        kept.append(streams_TF)
+        proposer.observe([Computed(sequence, start, [1], 0)], Features(streams_TF=streams_TF))
+        window = proposer._windows[1]
+        held = sum(len(each.streams_TF) for each in {id(w.streams_TF): w for w in window.waiting}.values())
+        assert held <= start + 1 + 2 * MOST_PARTS and window.num_waiting == start + 1
+        assert all(each.streams_TF is not kept[0] for each in window.waiting)
+    assert proposer.num_bytes == 200 * 3 * TARGET_SIZE * 4

@@ -138,21 +138,21 @@ def test_drafts_end_where_the_context_ends() -> None:
 def test_training_runs_what_decoding_runs() -> None:
     """Row p of the unrolled step j is what the drafter returns j tokens after it began at position p."""
     draft = random_draft()
-    steps = Unrolled(draft, draft_rope(draft.config, 256, torch.float32, "cpu"))
-    feature = draft.fuse(FEATURES_TF[None])
+    rope = draft_rope(draft.config, 256, torch.float32, "cpu")
+    embedded, fused = EMBED_VE[NEXT_IDS_T].expand(2, -1, -1), draft.fuse(FEATURES_TF).expand(2, -1, -1)
+    firsts = (2, 9)
+    steps = Unrolled(draft, rope, embedded, fused, torch.tensor(firsts), 18)
     for step in range(4):
-        num_rows = 20 - step
-        ids = NEXT_IDS_T[step:][None]
-        feature = steps.advance(EMBED_VE[ids], feature[:, :num_rows])
-        for begun in (3, 11, 19 - step):
+        feature = steps.advance()
+        for row, begun in ((0, 3), (0, 11), (0, 19 - step), (1, 11), (1, 19 - step)):
             made = EagleDrafter(draft, EMBED_VE, max_context=200)
             made.extend(FEATURES_TF[: begun + 1], NEXT_IDS_T[: begun + 1])
             returned_1E = made._feature_1E
             for i in range(step):  # the real text, drafted
-                row, token = begun + 1 + i, NEXT_IDS_T[begun + 1 + i : begun + 2 + i]
-                mask = torch.ones(1, row + 1, dtype=torch.bool)
-                returned_1E = made._forward(token, returned_1E, torch.tensor([row]), row, mask)
-            torch.testing.assert_close(feature[0, begun], returned_1E[0], rtol=1e-4, atol=1e-4)
+                place, token = begun + 1 + i, NEXT_IDS_T[begun + 1 + i : begun + 2 + i]
+                mask = torch.ones(1, place + 1, dtype=torch.bool)
+                returned_1E = made._forward(token, returned_1E, torch.tensor([place]), place, mask)
+            torch.testing.assert_close(feature[row, begun - firsts[row]], returned_1E[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shares_lm_head", [False, True])

@@ -175,8 +175,18 @@ def test_a_part_of_every_category_is_held_out() -> None:
 def test_drafts_begin_at_the_prompts_last_token_and_stay_in_the_answer() -> None:
     batch = next(answers([9, 9]).batches(64 * 2, random.Random(0)))
     # tokens 3 to 8 are the answer: a draft begun at p = 2 knows token 3 and proposes token 4 first
-    assert batch.drafts_from(2)[0].nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
-    assert batch.drafts_from(4)[0].nonzero().flatten().tolist() == [2, 3, 4]
+    length = batch.ids_BS.shape[1]
+    assert batch.drafts_from(2).tolist() == [*range(2, 7), *range(length + 2, length + 7)]
+    assert batch.drafts_from(4).tolist() == [*range(2, 5), *range(length + 2, length + 5)]
+
+
+def test_several_sets_are_one_as_long_as_the_longest() -> None:
+    one, other = answers([50, 60]), answers([7] * 4)
+    other.ids_NS = other.ids_NS[:, :20]
+    both = Answers.together([one, other])
+    assert both.ids_NS.shape == (6, 300) and both.categories == ["a", "b"] * 3
+    assert torch.equal(both.ids_NS[2:, :20], other.ids_NS) and not both.ids_NS[2:, 20:].any()
+    assert both.ends_N.tolist() == [50, 60, 7, 7, 7, 7]
 
 
 def test_a_set_is_kept_in_a_file(tmp_path: Path) -> None:

@@ -9,24 +9,33 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engines import Driver, greedy, with_kernels
 from model_folders import TINY, write_random_model
 
 from autobot_llm.cli.main import main
+from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.weights import load_weights
+from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.request import EngineRequest
 from autobot_llm.engine.speculative.eagle import load_eagle
+from autobot_llm.engine.speculative.heads import find_heads, make_medusa
 from autobot_llm.engine.speculative.medusa import MedusaConfig, MedusaDecoder
+from autobot_llm.engine.speculative.policy import Always
+from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.accuracy import read_accuracies
 from autobot_llm.training.answers import Answers, answer
 from autobot_llm.training.draft import DraftOptions, DraftTask
 from autobot_llm.training.eagle import EagleOptions, EagleTask, most_frequent
 from autobot_llm.training.forward import Model
+from autobot_llm.training.joint import JointOptions, JointTask
 from autobot_llm.training.loop import LoopOptions, Status, Task, train
 from autobot_llm.training.medusa import MedusaOptions, MedusaTask
 from autobot_llm.training.prompts import Prompt
@@ -201,6 +210,63 @@ def test_a_draft_goes_on_from_another_and_stays_what_it_was_until_it_learns(tmp_
     (tmp_path / "small" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     with pytest.raises(ConfigurationError, match="another tokenizer"):
         DraftTask(model, DraftOptions(init=tmp_path / "small"), folder)
+
+
+def test_an_eagle_draft_goes_on_from_another_and_may_know_more_tokens(
+    folder: Path, answers: Answers, tmp_path: Path
+) -> None:
+    model = Model.load(folder, dtype=torch.float32, device="cpu")
+    first = EagleTask(model, EagleOptions(num_steps=2, draft_vocab_size=512, feature_layers=(1, 3, 6)), answers)
+    options = LoopOptions(steps=10, batch_size=1024, learning_rate=1e-2)
+    learned = train(first, answers, answers, options, tmp_path / "first")
+    assert learned.accuracies is not None
+    same = EagleTask(model, EagleOptions(num_steps=2, init=tmp_path / "first"), answers)
+    assert torch.equal(same.draft.d2t, first.draft.d2t)
+    more = EagleTask(model, EagleOptions(num_steps=2, draft_vocab_size=8192, init=tmp_path / "first"), answers)
+    assert more.draft.t2d.all()
+    assert more.evaluate(answers, 1024).top(1)[0] > 0.5 * learned.accuracies.top(1)[0] > 0
+    for name in ("fc.weight", "midlayer.mlp.down_proj.weight"):
+        expected = first.state()[name].to(torch.bfloat16).float()
+        assert torch.equal(same.state()[name], expected) and torch.equal(more.state()[name], expected)
+    assert train(more, answers, answers, options, tmp_path / "more").accuracies is not None
+    with pytest.raises(ConfigurationError, match="has its feature layers"):
+        EagleTask(model, EagleOptions(init=tmp_path / "first", feature_layers=(1, 3, 6)), answers)
+
+
+def test_stage_2_makes_another_model_that_the_engine_runs_with_its_heads(
+    folder: Path, answers: Answers, tmp_path: Path
+) -> None:
+    model = Model.load(folder, dtype=torch.float32, device="cpu")
+    options = LoopOptions(steps=12, batch_size=1024, learning_rate=1e-2)
+    train(task("medusa", folder, answers), answers, answers, options, tmp_path / "heads")
+    joint = JointTask(model, JointOptions(tmp_path / "heads", model_rate=0.02), folder)
+    seen: list[Status] = []
+    before = joint.evaluate(answers, 1024)
+    assert joint.about()["agreement"] == 1.0, "as yet it is the same model"
+    outcome = train(joint, answers, answers, replace(options, steps=30), tmp_path / "out", on_status=seen.append)
+    assert outcome.accuracies is not None and outcome.loss < seen[0].loss
+    assert outcome.accuracies.top(1)[0] > before.top(1)[0]
+    assert 0.5 < joint.about()["agreement"] <= 1.0
+    config = load_config(tmp_path / "out")
+    assert config == load_config(folder)
+    made = load_weights(tmp_path / "out", config, dtype=torch.float32, device="cpu")
+    assert not torch.equal(made.layers[0].down_weight, model.weights.layers[0].down_weight)
+    heads = find_heads(tmp_path / "out", "medusa")
+    assert heads == tmp_path / "out" / "medusa"
+    engine = load_engine(
+        EngineOptions(tmp_path / "out", with_kernels(tmp_path), device="cpu", max_model_len=64, cpu_threads=1)
+    )
+    said = []
+    for speculator in (None, Speculator(3, costly=make_medusa(heads, tmp_path / "out", config), policy=Always(3))):
+        engine.speculator = speculator
+        driver = Driver(engine)
+        driver.add(0, EngineRequest([7, 50], (greedy(24),)))
+        driver.run()
+        said.append(driver.texts[0, 0])
+    assert said[0] == said[1] and speculator is not None and speculator.num_accepted > 0
+    engine.close()
+    with pytest.raises(ConfigurationError, match="model_rate=2"):
+        JointOptions(tmp_path, model_rate=2)
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path, prompts: Path) -> None:

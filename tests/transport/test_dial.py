@@ -17,7 +17,7 @@ import psutil
 import pytest
 from certificates import served, trusting, write_authority
 from http2_server import StreamWire, http2_server
-from raw_server import PATIENCE, Asked, RawServer, Wire, raw_server
+from raw_server import PATIENCE, Asked, RawServer, Wire, raw_server, silent_address
 
 from autobot_llm.errors import ProviderUnavailable
 from autobot_llm.transport.network import AddressInfo, Network
@@ -74,16 +74,9 @@ async def test_an_address_that_refuses_is_passed_over_at_once() -> None:
 
 
 async def test_an_address_that_is_silent_holds_the_next_one_up_for_a_moment_only() -> None:
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):  # fill the listener's queue: the system answers no further connection
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
+    with silent_address() as address:
         async with raw_server(echo) as server:
-            pool = named(Names(listener.getsockname(), ("127.0.0.1", port_of(server))))
+            pool = named(Names(address, ("127.0.0.1", port_of(server))))
             assert (await pool.request("GET", "/x", timeout=3)).body == b"/x"
             await pool.close()
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import gzip
-import socket
 import ssl
 import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from raw_server import PATIENCE, Asked, RawServer, Wire, raw_server
+from raw_server import PATIENCE, Asked, RawServer, Wire, raw_server, silent_address
 
 from autobot_llm.errors import (
     ConfigurationError,
@@ -353,15 +351,8 @@ async def test_time_limits_are_kept_for_connection_first_byte_silence_and_the_wh
 
 
 async def test_a_server_that_cannot_be_connected_to_in_time_is_unavailable() -> None:
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):  # fill the listener's queue: the system answers no further connection
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        pool = HttpPool(f"http://127.0.0.1:{listener.getsockname()[1]}", name="test")
+    with silent_address() as (_, port):
+        pool = HttpPool(f"http://127.0.0.1:{port}", name="test")
         with pytest.raises(ProviderUnavailable, match=r"could not be reached at 127.0.0.1:\d+ within 0.1 s"):
             async with pool.stream("GET", "/", timeouts=Timeouts(connect=0.1)):
                 pass

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.errors import ConfigurationError
 from autobot_llm.providers.native import get_batching_config
 from autobot_llm.settings import SETTINGS, Settings, load_settings
@@ -342,6 +343,11 @@ def test_our_engine_gets_settings_that_are_settings() -> None:
     assert settings.kv_sliding_window == 4096
     assert settings.speculation_method == "ngram"
     assert (settings.max_num_seqs, settings.preemption) == (256, "swap")
+
+
+def test_our_engines_block_size_is_told_as_it_is() -> None:
+    (answer,) = translate_knobs("native", "0.1.0", {"block_size": 32}).knobs
+    assert answer.instead == f"nothing: blocks hold {BLOCK_SIZE} tokens"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -110,8 +110,7 @@ def result_lines(translation: Translation, settings: Settings) -> Iterator[str]:
     for setting in SETTINGS:
         if setting.field in translation.settings:
             value = show(setting.kind, translation.settings[setting.field])
-            later = "" if setting.about.now and "native" not in setting.about.later_on else "   (no effect yet)"
-            yield f"setting        {setting.variable}={value}{later}"
+            yield f"setting        {setting.variable}={value}"
     if not translation.knobs:
         yield f"nothing        no setting that concerns {translation.engine} was changed"
     yield from (f"note           {note}" for note in translation.notes)

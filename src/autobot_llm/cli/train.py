@@ -57,6 +57,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]
     epilog="""\b
 Examples:
   autobot-llm train medusa --model ~/models/Qwen3-0.6B --data texts.txt --out heads
+  autobot-llm train medusa --stage 2 --init heads --model ~/models/Qwen3-0.6B --data texts.txt --out Qwen3-medusa-2
   autobot-llm train eagle3 --model ~/models/Qwen3-0.6B --data chats.jsonl --out eagle --time-limit 3600
   autobot-llm train data --model ~/models/Qwen3-0.6B --data chats.jsonl --out answers.safetensors
   autobot-llm train draft --model ~/models/Qwen3-0.6B --data answers.safetensors --out draft
@@ -152,12 +153,41 @@ def data(model: Path, out: Path, device: Any, as_json: bool, **options: Any) -> 
     default=None,
     help="Use the model's projection, or give each head its own; shared where the model ties its embeddings.",
 )
+@click.option(
+    "--stage",
+    type=click.Choice(["1", "2"]),
+    default="1",
+    show_default=True,
+    help="1: heads on the model as it is. 2: both together, from stage 1's heads. Lossy: it makes another model.",
+)
+@click.option("--init", type=_FOLDER, help="Stage 2: the heads of stage 1.")
+@click.option(
+    "--model-rate", type=float, default=0.1, show_default=True, help="Stage 2: the model's share of the learning rate."
+)
 @_learning
-def medusa(num_heads: int, num_layers: int | None, shares_lm_head: bool | None, **options: Any) -> None:
-    """Train Medusa heads on a frozen model (Medusa-1)."""
+def medusa(
+    num_heads: int,
+    num_layers: int | None,
+    shares_lm_head: bool | None,
+    stage: str,
+    init: Path | None,
+    model_rate: float,
+    **options: Any,
+) -> None:
+    """Train Medusa heads: on a frozen model (Medusa-1), or together with it (Medusa-2).
+
+    Stage 2 writes a model folder of its own with the heads in it, medusa/. It is another model, kept close to the first
+    one by learning from its distributions; metrics.json says how often the two agree.
+    """
+    if (stage == "2") != (init is not None):
+        raise click.UsageError("--stage 2 and --init HEADS go together: stage 2 goes on from the heads of stage 1")
     _need_engine()
+    from autobot_llm.training.joint import JointOptions
     from autobot_llm.training.medusa import MedusaOptions
 
+    if init is not None:
+        _run(JointOptions(init, model_rate), "Training a model and its Medusa heads", options)
+        return
     _run(MedusaOptions(num_heads, num_layers, shares_lm_head), "Training Medusa heads", options)
 
 
@@ -173,19 +203,21 @@ def medusa(num_heads: int, num_layers: int | None, shares_lm_head: bool | None, 
     default=None,
     help="Use the model's projection, or one of its own; shared where the model ties its embeddings.",
 )
+@click.option("--init", type=_FOLDER, help="Go on from this draft instead; it keeps its layer and feature layers.")
 @_learning
 def eagle3(
     num_draft_steps: int,
     draft_vocab_size: int | None,
     feature_layers: tuple[int, int, int] | None,
     shares_lm_head: bool | None,
+    init: Path | None,
     **options: Any,
 ) -> None:
     """Train an EAGLE-3 draft on a frozen model, by training-time test."""
     _need_engine()
     from autobot_llm.training.eagle import EagleOptions
 
-    method = EagleOptions(num_draft_steps, draft_vocab_size, feature_layers, shares_lm_head)
+    method = EagleOptions(num_draft_steps, draft_vocab_size, feature_layers, shares_lm_head, init)
     _run(method, "Training an EAGLE-3 draft", options)
 
 
@@ -317,6 +349,8 @@ def _report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         return
     click.echo(f"{document['num_parameters']:,} parameters in {out}, after {document['steps']} steps")
+    if "lossy" in document:
+        click.echo(f"lossy: {document['lossy']}; {100 * document['agreement']:.1f} % of its choices are the same")
     click.echo(f"{'held-out accuracy':20} top-1 by place in the draft | top-5")
     for category, shares in document["accuracies"].items():
         click.echo(f"{category:20} {_percent(shares['top1'])} | {_percent(shares['top5'])}")

@@ -68,6 +68,25 @@ class Choice:
             whole.logprobs = tuple(info for part in parts for info in part.logprobs)
         return whole
 
+    def may_end(self, outcomes: SequenceABC[Outcome], num_before: int) -> bool:
+        """Whether these tokens may be the last ones; if not, none of them is."""
+        stop_ids = self.sequence.params.stop_token_ids
+        return (
+            self.detokenizer.has_stop_strings
+            or self.sequence.matcher is not None
+            or num_before + len(outcomes) >= self.sequence.params.max_tokens
+            or any(isinstance(one, SamplingFailure) or one.token_id in stop_ids for one in outcomes)
+        )
+
+    def sum_up(self) -> None:
+        """Book what became of the sequence, once it has left."""
+        sequence, stats = self.sequence, self.stats
+        stats.num_preemptions += sequence.num_preemptions
+        stats.num_evicted_tokens += sequence.num_evicted_tokens
+        if self.index == 0:
+            stats.num_cached_tokens = sequence.num_cached_tokens
+            stats.first_scheduled_time = sequence.first_scheduled_time
+
     def end(self, text: str, reason: EndReason) -> Output:
         stop = self.detokenizer.stop_string if reason == "stop" else None
         logprobs = tuple(self.withheld_logprobs)

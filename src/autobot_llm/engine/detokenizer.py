@@ -61,6 +61,10 @@ class Detokenizer:
         self._text = _text_stream(tokenizer, skipped_ids, keeps_leading_space)
         self._stop = _StopStrings(stop) if stop else None
 
+    @property
+    def has_stop_strings(self) -> bool:
+        return self._stop is not None
+
     def push(self, token_id: int, *, match_stop: bool = True) -> str:
         """The text that is certain now, after one more token; often a little late, sometimes empty.
 

@@ -7,42 +7,30 @@ import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
 
-from autobot_llm.engine.batching.drafts import straighten
 from autobot_llm.engine.batching.plan import BatchBuilder, StepBatch, StepPlan
 from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.choice import Choice, info_of
 from autobot_llm.engine.description import CacheDescription
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, Features, LaunchedStep, PipelinedExecutor, TreeExecutor
+from autobot_llm.engine.executor import Executor, Features, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sampler import (
     Outcome,
-    SampledToken,
     Sampler,
     SamplingArraysBuilder,
     SamplingFailure,
-    broken_logits,
     needs_host,
 )
 from autobot_llm.engine.sequence import Sequence
-from autobot_llm.engine.speculative.acceptance import Verdict, row_offsets, verify, verify_sampled
+from autobot_llm.engine.speculative.acceptance import Verdict, outcomes_of, row_offsets, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
+from autobot_llm.engine.verdicts import Judged, StepInFlight, learn, take_verdicts, tokens_of
 from autobot_llm.errors import EngineError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _StepInFlight:
-    """A step that was launched, and when."""
-
-    plan: StepPlan
-    launched: LaunchedStep
-    start_time: float
 
 
 class Engine:
@@ -75,7 +63,7 @@ class Engine:
         self.speculation_reason = speculation_reason
         self._sampling_arrays = SamplingArraysBuilder(sampler.vocab_size)
         self._batches = BatchBuilder(scheduler.block_pool.block_size)
-        self._in_flight: _StepInFlight | None = None
+        self._in_flight: StepInFlight | None = None
         self._last_end_time = 0.0
         self._choices: dict[int, Choice] = {}
         self._requests: dict[int, list[Choice]] = {}
@@ -145,7 +133,8 @@ class Engine:
         """Advance every sequence the scheduler chooses, and return what became visible.
 
         Where the executor works beside the host, a call launches one step and then waits for the one before it, so the
-        device computes while the host plans, decodes and delivers.
+        device computes while the host plans, decodes and delivers. After a step with drafts it is the other way round:
+        what comes next depends on the verdict, and only the text is made while the device computes again.
         """
         if self._pipelined is not None and self._num_host_sampled == 0:
             if self.speculator is not None:
@@ -168,33 +157,37 @@ class Engine:
         return [] if previous is None else self._resolve(previous)
 
     def _draft_beside_device(self, executor: PipelinedExecutor, speculator: Speculator) -> list[Output]:
-        """Wait for the step under way where drafts after its tokens may pay for that; else go on beside it."""
+        """Wait for the step under way where it has drafts, or where drafts after its tokens may pay for that; else go
+        on beside it."""
         outputs: list[Output] = []
-        if self._in_flight is not None:
-            under_way = [
-                item.sequence
-                for item in self._in_flight.plan.scheduled
-                if item.samples and item.sequence.id in self._choices
-            ]
-            room = self._room_for_drafts(len(under_way))
-            if room and speculator.is_promising(under_way, room):
-                outputs = self.settle()
+        judged: Judged | None = None
+        if self._in_flight is not None and self._is_worth_waiting_for(self._in_flight, speculator):
+            step = self._take_in_flight()
+            if step.batch is None:
+                outputs = self._resolve(step)
+            else:
+                judged = self._judge(speculator, step)
+                if any(choice.may_end(outcomes, num_before) for choice, outcomes, num_before in judged):
+                    outputs, judged = self._tell(judged), None  # who has ended is not planned any more
         if self._in_flight is not None:
             return self._step_beside_device(executor)
         begin_time = speculator.clock()
-        plan = self._plan_with_drafts(speculator)
-        if plan is None:
-            return outputs
-        if not plan.num_draft_tokens:
-            self._in_flight = self._launch(executor, plan)
-            return outputs
-        scheduled = plan.scheduled
-        rows = [(item.sequence, offset) for item in scheduled if item.samples for offset in row_offsets(item)]
-        sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
-        batch = self._batches.build(plan)
-        launched = executor.launch(batch, sampling)
-        verdicts = verify_sampled(launched.wait(), scheduled)
-        return outputs + self._take_verdict(speculator, plan, batch, verdicts, begin_time, launched.features)
+        plan = self._plan_with_drafts(speculator, may_wait=True)
+        if plan is not None and plan.num_draft_tokens:
+            self._in_flight = self._launch_with_drafts(executor, speculator, plan, begin_time)
+        else:
+            speculator.settle()
+            self._in_flight = None if plan is None else self._launch(executor, plan)
+        return outputs if judged is None else self._tell(judged)
+
+    def _is_worth_waiting_for(self, step: StepInFlight, speculator: Speculator) -> bool:
+        if step.batch is not None:
+            return True
+        under_way = [
+            item.sequence for item in step.plan.scheduled if item.samples and item.sequence.id in self._choices
+        ]
+        room = self._room_for_drafts(len(under_way))
+        return room > 0 and speculator.is_promising(under_way, room)
 
     def _room_for_drafts(self, num_sequences: int) -> int:
         """Draft tokens for the next step: on a device, none while anything but decoding is to be done."""
@@ -204,35 +197,47 @@ class Engine:
         is_alone = num_sequences == scheduler.num_running and scheduler.num_waiting == 0
         return self._pipelined.room_for_drafts(num_sequences) if is_alone else 0
 
-    def _plan_with_drafts(self, speculator: Speculator) -> StepPlan | None:
+    def _plan_with_drafts(self, speculator: Speculator, *, may_wait: bool = False) -> StepPlan | None:
         decoding = self.scheduler.decoding
         room = self._room_for_drafts(len(decoding))
-        speculator.propose(decoding if room else [], room, takes_trees=self._mover is not None)
+        takes_trees = self._mover is not None
+        speculator.propose(decoding if room else [], room, takes_trees=takes_trees, may_wait=may_wait)
         return self.scheduler.plan(max_draft_tokens=room)
 
-    def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> _StepInFlight:
+    def _launch_with_drafts(
+        self, executor: PipelinedExecutor, speculator: Speculator, plan: StepPlan, begin_time: float
+    ) -> StepInFlight:
+        rows = [(item.sequence, offset) for item in plan.scheduled if item.samples for offset in row_offsets(item)]
+        sampling = self._sampling_arrays.build(*zip(*rows, strict=True))
+        batch = self._batches.build(plan)
+        step = StepInFlight(plan, executor.launch(batch, sampling), begin_time, batch)
+        if not self.scheduler.num_waiting:  # who waits comes next
+            speculator.launch_behind(plan)
+        return step
+
+    def _launch(self, executor: PipelinedExecutor, plan: StepPlan) -> StepInFlight:
         batch = self._batches.build(plan)
         sampling = self._sampling_arrays.build([item.sequence for item in plan.scheduled if item.samples])
         start_time = self._clock()
         launched = executor.launch(batch, sampling)
         self.scheduler.advance(plan)
-        return _StepInFlight(plan, launched, start_time)
+        return StepInFlight(plan, launched, start_time)
 
-    def _resolve(self, step: _StepInFlight) -> list[Output]:
-        tokens, best_logits = step.launched.wait()
+    def _resolve(self, step: StepInFlight) -> list[Output]:
+        if step.batch is not None:
+            assert self.speculator is not None, "who has drafted is there until the verdict"
+            return self._tell(self._judge(self.speculator, step))
+        sampled = step.launched.wait()
         end_time = self._clock()
         seconds = end_time - max(step.start_time, self._last_end_time)
         self._last_end_time = end_time
         if self.speculator is not None:
             self.speculator.record_plain(step.plan, seconds, self.scheduler.step_cost)
-        if all(map(math.isfinite, best_logits)):
-            outputs = self._accept_all(step.plan, tokens, None, seconds)
+        if all(map(math.isfinite, sampled.best_logits)):
+            outputs = self._accept_all(step.plan, sampled.tokens, None, seconds)
         else:
-            outcomes = [
-                SampledToken(token) if math.isfinite(best) else broken_logits(best)
-                for token, best in zip(tokens, best_logits, strict=True)
-            ]
-            outputs = self._accept_all(step.plan, _tokens_of(outcomes), outcomes, seconds)
+            outcomes = outcomes_of(sampled)
+            outputs = self._accept_all(step.plan, tokens_of(outcomes), outcomes, seconds)
         if self.speculator is not None:
             self.speculator.observe(step.plan, features=step.launched.features)
         return outputs
@@ -255,25 +260,40 @@ class Engine:
             return outputs
         batch = self._batches.build(plan)
         verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
-        return self._take_verdict(speculator, plan, batch, verdicts, begin_time)
+        return self._tell(self._take(speculator, plan, batch, verdicts, begin_time, None))
 
-    def _take_verdict(
+    def _judge(self, speculator: Speculator, step: StepInFlight) -> Judged:
+        """Wait for a step with drafts, and take its verdict."""
+        assert step.batch is not None
+        sampled = step.launched.wait()
+        speculator.settle()
+        verdicts = verify_sampled(sampled, step.plan.scheduled)
+        return self._take(speculator, step.plan, step.batch, verdicts, step.start_time, step.launched.features)
+
+    def _take(
         self,
         speculator: Speculator,
         plan: StepPlan,
         batch: StepBatch,
         verdicts: list[Verdict],
         begin_time: float,
-        features: Features | None = None,
-    ) -> list[Output]:
-        stats = [self._choices[item.sequence.id].stats for item in plan.scheduled if item.samples]
-        if batch.tree_masks_T is not None and self._mover is not None:
-            self._mover.move(*straighten(plan, batch, [verdict.path for verdict in verdicts]))
-        num_accepted = [verdict.num_accepted for verdict in verdicts]
-        outputs = self._accept_drafts(plan, [verdict.outcomes for verdict in verdicts], num_accepted)
-        speculator.observe(plan, verdicts, features)
-        speculator.record(plan, num_accepted, speculator.clock() - begin_time, stats)
+        features: Features | None,
+    ) -> Judged:
+        scheduler, choices, mover = self.scheduler, self._choices, self._mover
+        judged = take_verdicts(plan, batch, verdicts, scheduler=scheduler, choices=choices, mover=mover)
+        self.num_steps += 1
+        seconds = speculator.clock() - begin_time
+        learn(speculator, plan, verdicts, seconds, choices=choices, features=features)
         self._last_end_time = self._clock()
+        return judged
+
+    def _tell(self, judged: Judged) -> list[Output]:
+        """What choices get of a step with drafts: one output each. What comes after an end is dropped."""
+        outputs = []
+        for choice, outcomes, num_before in judged:
+            output = choice.take_several(outcomes, num_before)
+            self.num_generated_tokens += output.num_tokens - num_before
+            outputs.append(self._noted(choice, output))
         return outputs
 
     def _run_on_host(self, plan: StepPlan) -> list[Output]:
@@ -285,7 +305,7 @@ class Engine:
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)
-        return self._accept_all(plan, _tokens_of(outcomes), outcomes, seconds)
+        return self._accept_all(plan, tokens_of(outcomes), outcomes, seconds)
 
     def _accept_all(
         self, plan: StepPlan, tokens: SequenceABC[int | None], outcomes: list[Outcome] | None, seconds: float
@@ -320,24 +340,6 @@ class Engine:
             outputs.append(self._noted(choice, output))
         return outputs
 
-    def _accept_drafts(self, plan: StepPlan, verdict: list[list[Outcome]], num_accepted: list[int]) -> list[Output]:
-        """Resolve a step with drafts. What a choice gets of it is one output; what comes after its end is dropped."""
-        scheduler, choices = self.scheduler, self._choices
-        scheduler.advance(plan)
-        scheduler.resolve(plan, _tokens_of([found[-1] for found in verdict]), num_accepted)
-        self.num_steps += 1
-        outputs = []
-        outcomes = iter(verdict)
-        for item in plan.scheduled:
-            choice = choices[item.sequence.id]
-            choice.stats.largest_batch = max(choice.stats.largest_batch, len(plan.scheduled))
-            if item.samples:
-                num_before = item.start + item.num_tokens - item.num_draft - item.sequence.num_prompt_tokens
-                output = choice.take_several(next(outcomes), num_before)
-                self.num_generated_tokens += output.num_tokens - num_before
-                outputs.append(self._noted(choice, output))
-        return outputs
-
     def fail_all(self, message: str, cause: BaseException) -> list[Output]:
         """End every request with an error and empty the cache, after a step that raised: its blocks are suspect."""
         self._abandon_in_flight()
@@ -358,17 +360,18 @@ class Engine:
             self.speculator.close()
         self.executor.close()
 
-    def _take_in_flight(self) -> _StepInFlight:
+    def _take_in_flight(self) -> StepInFlight:
         step, self._in_flight = self._in_flight, None
         assert step is not None
         return step
 
     def _abandon_in_flight(self) -> None:
-        """Wait for a step whose outcome nobody wants any more."""
-        if self._in_flight is None:
-            return
+        """Wait for a step whose outcome nobody wants any more, and for drafts that no step was launched for."""
         try:
-            self._take_in_flight().launched.wait()
+            if self._in_flight is not None:
+                self._take_in_flight().launched.wait()
+            if self.speculator is not None:
+                self.speculator.settle()
         except Exception:
             log.debug("a step that was given up failed, too", exc_info=True)
 
@@ -388,12 +391,8 @@ class Engine:
         self.executor.discard([block_id for block_id in sequence.block_ids if pool.num_references(block_id) == 1])
 
     def _forget(self, choice: Choice) -> None:
-        sequence, stats = choice.sequence, choice.stats
-        stats.num_preemptions += sequence.num_preemptions
-        stats.num_evicted_tokens += sequence.num_evicted_tokens
-        if choice.index == 0:
-            stats.num_cached_tokens = sequence.num_cached_tokens
-            stats.first_scheduled_time = sequence.first_scheduled_time
+        sequence = choice.sequence
+        choice.sum_up()
         del self._choices[sequence.id]
         self._num_host_sampled -= needs_host(sequence.params)
         if self.speculator is not None:
@@ -403,7 +402,3 @@ class Engine:
         if not siblings:
             del self._requests[choice.request_id]
         self._sampler.forget(sequence)
-
-
-def _tokens_of(outcomes: list[Outcome]) -> list[int | None]:
-    return [None if isinstance(outcome, SamplingFailure) else outcome.token_id for outcome in outcomes]

@@ -7,6 +7,7 @@ it does not know yet (`StepBatch.pending_rows_T`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -143,6 +144,44 @@ class PipelinedExecutor(Executor, Protocol):
 
     def room_for_drafts(self, num_sequences: int) -> int:
         """Draft tokens that a step of so many decoding sequences may have beside their own."""
+        ...
+
+
+class Unverified(NamedTuple):
+    """The drafts of the target's step that was launched last: the rows of it that hold each sequence's choice after its
+    last known token, and the rows of the N drafts that the next N choices are compared with."""
+
+    first_rows_S: npt.NDArray[np.int64]
+    draft_rows_SN: npt.NDArray[np.int64]
+
+
+class LaunchedChain(LaunchedStep, Protocol):
+    """Passes one after the other: `wait` gives S rows for each of them, the first pass first. `rows` are the target's
+    rows of the same tokens, for its steps; `seconds` is what the device took, and known once it was waited for."""
+
+    rows: npt.NDArray[np.int64]
+    seconds: float
+
+
+@runtime_checkable
+class ChainExecutor(PipelinedExecutor, Protocol):
+    """An executor of a draft that can go on from its own tokens, and shares a device's queue with the target's: steps
+    of that which are launched later find the tokens there before anybody else knows them."""
+
+    def takes_chain(self, num_missing: SequenceABC[int], num_passes: int) -> bool:
+        """Whether so many passes can be launched as one, the first of them over so many tokens of each sequence."""
+        ...
+
+    def launch_chain(
+        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+    ) -> LaunchedChain:
+        """Queue a step that samples for each of its S sequences, whose tokens are all known, and after it a pass over
+        each token that was sampled, `num_passes` in all. The block tables hold what all of them write. `sampling` has S
+        rows for each pass, the first pass first.
+
+        With `after`, the batch holds two tokens of each sequence, its last known one and the one after that, which
+        `first_rows_S` has: as if no draft were right. The device moves all of it on by as many as are. The tables hold
+        what the passes write then, and `sampling` has rows for N passes more. Nobody has to wait for such a chain."""
         ...
 
 

@@ -15,9 +15,10 @@ from autobot_llm.engine.attention.summing import SummingAttention
 from autobot_llm.engine.description import OnProgress
 from autobot_llm.engine.eager import EagerExecutor
 from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
-from autobot_llm.engine.gpu.options import GpuLimits, GpuOptions, why_not_fused
+from autobot_llm.engine.gpu.options import ChainPlace, GpuLimits, GpuOptions, why_not_fused
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError, load_library
-from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE, CompiledExecutor, check_coverage
+from autobot_llm.engine.kernels.cpu.compiled import CompiledExecutor, check_coverage
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import Decoder
 from autobot_llm.engine.models.weights import DecoderWeights, load_weights
@@ -70,18 +71,19 @@ def make_executor(
     on_progress: OnProgress | None,
     sums_attention: bool = False,
     features: FeatureKinds = NO_FEATURES,
+    chain: ChainPlace | None = None,
 ) -> tuple[Executor, int]:
     """The fastest step that can run here, and its number of cache blocks: fused on a GPU, compiled on a CPU, torch.
 
     With `sums_attention`, which a GPU does not do, it is an Evictor. `features`: what the steps on a GPU are to keep;
-    others are told step by step.
+    others are told step by step. `chain`: where a draft's passes go together.
     """
     if device.type == "cuda":
         if options.compiled_step == "on":
             raise ConfigurationError("AUTOBOT_COMPILED_STEP='on': expected auto or off on a GPU, or AUTOBOT_DEVICE=cpu")
         why_eager = why_not_fused(config, dtype)
         if why_eager is None:
-            return _gpu_executor(config, options, sizes, device, cache_dtype, on_progress, features)
+            return _gpu_executor(config, options, sizes, device, cache_dtype, on_progress, features, chain)
         if options.quantization is not QuantizationType.NONE and config.quantization is None:
             raise ConfigurationError(
                 f"AUTOBOT_QUANTIZATION_TYPE={options.quantization.value!r}: torch would run the steps, with weights "
@@ -111,6 +113,7 @@ def _gpu_executor(
     cache_dtype: torch.dtype,
     on_progress: OnProgress | None,
     features: FeatureKinds,
+    chain: ChainPlace | None,
 ) -> tuple[Executor, int]:
     from autobot_llm.engine.gpu.build import build_gpu_executor  # triton is needed only here
 
@@ -125,6 +128,7 @@ def _gpu_executor(
             cache_dtype=cache_dtype,
             features=features,
             quantization=options.quantization,
+            chain=chain,
         ),
         GpuLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.max_cached_tokens),
         device,

@@ -24,10 +24,9 @@ from autobot_llm.engine.executor import (
     SwappingExecutor,
 )
 from autobot_llm.engine.executors import NUM_FULL_SEQUENCES, make_cpu_executor, make_executor
-from autobot_llm.engine.gpu.options import DraftPlace
-from autobot_llm.engine.kernels.cpu.compiled import BLOCK_SIZE
+from autobot_llm.engine.gpu.options import ChainPlace, DraftPlace
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
-from autobot_llm.engine.kv_cache.policy import CachePolicy
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE, CachePolicy
 from autobot_llm.engine.kv_cache.storage import bytes_per_block
 from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.options import (
@@ -101,7 +100,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
             features=_features_of(executor, kinds, device),
             place=_place(executor, options),
         )
-        make_draft = partial(_draft_executor, options, sizes, device)
+        make_draft = partial(_draft_executor, options, sizes, device, target=target)
         speculator, speculation_reason = (
             no_speculation_beside_heavy_hitters(options.speculation)
             if policy.heavy_hitters
@@ -157,6 +156,8 @@ def _place(executor: Executor, options: EngineOptions) -> DraftPlace | None:
         executor.limits,
         options.attention_backend,
         uses_graphs=options.cuda_graphs != "off",
+        tokens_R=executor.tokens,
+        first_draft_row=executor.first_draft_row,
     )
 
 
@@ -203,6 +204,7 @@ def _draft_executor(
     config: ModelConfig,
     context: int,
     num_blocks: int,
+    target: Target | None = None,
 ) -> tuple[Executor, int]:
     options = replace(options, folder=folder)
     sizes = replace(sizes, max_model_len=context, max_cached_tokens=context)
@@ -212,7 +214,16 @@ def _draft_executor(
     block_bytes = bytes_per_block(config, BLOCK_SIZE, dtype)
     room = torch.cuda.mem_get_info(device)[0] // 4  # of what the target has left
     options = replace(options, kv_cache_memory=min(num_blocks * block_bytes, room), quantization=QuantizationType.NONE)
-    return make_executor(config, options, sizes, device, dtype, dtype, block_bytes, None)
+    chain = None if target is None else _chain_place(target, config, options.speculation.num_tokens)
+    return make_executor(config, options, sizes, device, dtype, dtype, block_bytes, None, chain=chain)
+
+
+def _chain_place(target: Target, draft: ModelConfig, longest: int) -> ChainPlace | None:
+    """None where a draft may draw what the target has no embedding of."""
+    place = target.place
+    if place is None or draft.vocab_size > target.config.vocab_size:
+        return None
+    return ChainPlace(longest, place.stream, place.tokens_R, place.first_draft_row)
 
 
 def _swap_space(options: EngineOptions, executor: Executor, device: torch.device, block_bytes: int) -> SwapSpace | None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autobot_llm.engine.gpu.graph_sizes import (
+    BYTES_PER_CHAIN,
     BYTES_PER_GRAPH,
+    chain_sizes,
     decode_graph_sizes,
     long_graph_sizes,
     prompt_graph_sizes,
@@ -168,6 +170,7 @@ def estimated_graph_bytes(
     num_batched_tokens: int,
     num_bytes_each: int,
     takes_trees: bool = False,
+    longest_chain: int = 0,
 ) -> int:
     """What the captured graphs of a GPU hold: one set of tensors that all of them share, and their kernels."""
     sizes = decode_graph_sizes(max_num_seqs)
@@ -181,7 +184,8 @@ def estimated_graph_bytes(
     num_graphs = len(sizes) + len(long_graph_sizes(max_num_seqs, max_model_len)) + len(prompt_sizes)
     if takes_trees:
         num_graphs += len(tree_graph_sizes(num_batched_tokens))
-    return shared + BYTES_PER_GRAPH * num_graphs
+    num_chains = 2 * sum(chain_sizes(max_num_seqs, longest_chain).values())
+    return shared + BYTES_PER_GRAPH * num_graphs + BYTES_PER_CHAIN * num_chains
 
 
 def estimated_activation_bytes(

@@ -105,7 +105,8 @@ def choose_cache_policy(
     if options.kv_heavy_hitters and device.type != "cpu":
         raise ConfigurationError(
             f"AUTOBOT_KV_HEAVY_HITTERS={options.kv_heavy_hitters:g}: the GPU kernels do not tell what was attended to; "
-            "expected 0, or AUTOBOT_DEVICE=cpu"
+            "expected 0 (AUTOBOT_KV_SLIDING_WINDOW keeps as few tokens, AUTOBOT_KV_CACHE_DTYPE=int8 all in half the "
+            "bytes), or AUTOBOT_DEVICE=cpu"
         )
     if 0 < options.kv_sliding_window < MAX_TREE_TOKENS and device.type != "cpu":
         raise ConfigurationError(

@@ -65,15 +65,16 @@ class Sequence:
     as many fewer: unless it is 0, block_ids[i] is not that of tokens [16 i, 16 i + 16).
 
     `draft_ids` are guesses at the tokens after the last one, to be computed and verified in the next step. Where they
-    branch, `draft_parents` says which follows which (draft_tree.py); it is empty for a line.
+    branch, `draft_parents` says which follows which (draft_tree.py); it is empty for a line. While only the device
+    knows them they are UNKNOWN_TOKEN, and `draft_rows` says where it finds each.
 
     `leader` is an earlier sequence with the same prompt (another choice of one request): this one waits until the
     leader's prompt is computed, then shares its blocks. `matcher` is where its answer stands in its grammar.
     """
 
     __slots__ = (
-        "arrival_time", "block_ids", "draft_ids", "draft_parents", "epoch", "first_scheduled_time", "id", "leader",
-        "matcher", "max_num_tokens", "num_cached_tokens", "num_computed_tokens", "num_evicted_tokens",
+        "arrival_time", "block_ids", "draft_ids", "draft_parents", "draft_rows", "epoch", "first_scheduled_time",
+        "id", "leader", "matcher", "max_num_tokens", "num_cached_tokens", "num_computed_tokens", "num_evicted_tokens",
         "num_preemptions", "num_prompt_tokens", "params", "pending_row", "priority", "published", "queue_position",
         "salt", "token_ids",
     )  # fmt: skip
@@ -105,6 +106,7 @@ class Sequence:
         self.pending_row = NO_ROW
         self.draft_ids: list[int] = []
         self.draft_parents: list[int] = []
+        self.draft_rows: list[int] = []
         self.epoch = 0
         self.block_ids: array[int] = array("i")  # int32, so that a step's block table takes it as one copy
         self.published: list[PrefixBlock] = []

@@ -203,7 +203,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ModelLoadError(f"{path}: {exc}") from exc
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path}: expected an object")

@@ -15,8 +15,7 @@ import msgspec
 
 from autobot_llm.errors import AuthenticationError, LLMError
 from autobot_llm.interface import LLMInterface
-from autobot_llm.observability import metrics as metrics_module
-from autobot_llm.observability.metrics import Metrics, RequestRecord
+from autobot_llm.observability.metrics import CONTENT_TYPE, Metrics, RequestRecord
 from autobot_llm.server.answers import Answers, Service
 from autobot_llm.server.anthropic_api import anthropic_api
 from autobot_llm.server.asgi import ClientDisconnected, Exchange, Header, Receive, Scope, Send
@@ -36,6 +35,7 @@ from autobot_llm.settings import Settings, tenant_of
 logger = logging.getLogger("autobot_llm.server")
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left; no client ever sees it
+LONGEST_MESSAGE = 2000  # characters of an error: it repeats what the client sent, who knows that already
 UNHEALTHY = ("failed", "stopped", "starting")  # worst first
 
 # Every dialect the server speaks, one line each.
@@ -119,6 +119,7 @@ class App:
 
     async def _fail(self, exchange: Exchange, error: LLMError, errors: ErrorFormat) -> None:
         exchange.error_code = error.code or error.type
+        error.message, error.param = _shortened(error.message), error.param and _shortened(error.param)
         if exchange.complete:
             logger.warning("request %s failed after its answer was complete: %s", exchange.request_id, error.message)
         elif exchange.started:
@@ -149,7 +150,7 @@ class App:
         await exchange.reply(200 if state == "ready" else 503, msgspec.json.encode(body))
 
     async def _show_metrics(self, exchange: Exchange, record: RequestRecord) -> None:
-        await exchange.reply(200, self._metrics.page(), content_type=metrics_module.CONTENT_TYPE.encode())
+        await exchange.reply(200, self._metrics.page(), content_type=CONTENT_TYPE.encode())
 
     async def _show_optimizations(self, exchange: Exchange, record: RequestRecord) -> None:
         body = {"object": "list", "data": self._llm.get_optimizations()}
@@ -161,6 +162,12 @@ class App:
 
     async def _nothing_here(self, exchange: Exchange, record: RequestRecord) -> None:
         raise PathNotFound(f"there is nothing at {exchange.path}; GET / lists what there is")
+
+
+def _shortened(text: str) -> str:
+    """Both ends of a text that is too long: an error begins with the field and ends with what is accepted."""
+    half = LONGEST_MESSAGE // 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 def _sent_key(exchange: Exchange) -> bytes:

@@ -24,8 +24,8 @@ OVER_HTTP = EVERY - NATIVE
 class About(msgspec.Struct, frozen=True):
     """One setting in words. `read_by` is the part that acts on it, `on` the providers it can act on.
 
-    `now` says that the reader exists; until it does, the setting is checked and shown, and has no effect. `later_on`
-    are the providers whose reader is still to be built although another one's exists.
+    `told_on` are those of them whose server has such a setting of its own: the knobs say how it is told, and nothing
+    here tells it.
     `shared` is what other programs read too, so that our child processes keep it.
     `variable` is AUTOBOT_ and the field's name unless it is given.
     """
@@ -33,8 +33,7 @@ class About(msgspec.Struct, frozen=True):
     doc: str
     read_by: str
     on: frozenset[str] = EVERY
-    now: bool = False
-    later_on: frozenset[str] = frozenset()
+    told_on: frozenset[str] = frozenset()
     secret: bool = False
     shared: bool = False
     variable: str = ""
@@ -44,6 +43,4 @@ class About(msgspec.Struct, frozen=True):
 def proxy(doc: str, *, variable: str, secret: bool = False) -> About:
     """A setting that other programs share, so that it may be written in lower case too."""
     alias = variable.lower()
-    return About(
-        doc, "transport/proxy", OVER_HTTP, now=True, secret=secret, shared=True, variable=variable, alias=alias
-    )
+    return About(doc, "transport/proxy", OVER_HTTP, secret=secret, shared=True, variable=variable, alias=alias)

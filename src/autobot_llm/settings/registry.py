@@ -141,7 +141,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Quantization
     quantization_type: Literal["none", "int8", "int4", "gptq", "awq", "fp8"] = "none"
     quantization_calibration: Path | None = None
-    llm_compressor: Literal["off", "installed", "install"] = "installed"
+    llm_compressor: Literal["off", "installed", "install"] = "off"
     use_quantized_models: bool = False
 
     # vLLM

@@ -33,7 +33,7 @@ def describe_settings(settings: Settings) -> list[SettingRow]:
 
 
 def ineffective_settings(settings: Settings) -> list[SettingRow]:
-    """The settings that the user set and that do nothing on the chosen provider, or nothing yet."""
+    """The settings that the user set and that do nothing on the chosen provider."""
     return [row for row in describe_settings(settings) if row.source != "default" and row.effect]
 
 
@@ -82,8 +82,8 @@ def _default(setting: Setting) -> str:
 
 
 def _effect(setting: Setting, settings: Settings) -> str:
-    if not setting.about.now or settings.provider in setting.about.later_on:
-        return "no effect yet"
+    if settings.provider in setting.about.told_on:
+        return f"no effect here: `autobot-llm knobs --engine {settings.provider}` says how its server is told"
     if settings.provider in setting.about.on:
         return ""
     return f"no effect on provider {settings.provider}, only on {', '.join(sorted(setting.about.on))}"
@@ -101,8 +101,7 @@ reported and ignored, because other programs share the prefix.
 
 Sizes are bytes, or a number with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024). "unset" as a
 default means that there is no value; `off` sets such a setting back to that, over a weaker source. "lossy" marks what
-can change an answer: all of it is off by default. Where "No effect yet" is written, the value is checked and shown, and
-the part that will read it is still to be built.
+can change an answer: all of it is off by default.
 
 """
 
@@ -114,8 +113,8 @@ def settings_page() -> str:
         about = setting.about
         variable = f"`{setting.variable}`" + (f" or `{about.alias}`" if about.alias else "")
         accepted = expected(HttpUrl) if setting.field == "clouds" else expected(setting.kind)
-        doc = about.doc + ("" if about.now else " **No effect yet.**")
-        doc += f" **No effect yet on {', '.join(sorted(about.later_on))}.**" if about.later_on else ""
+        told = f" On {', '.join(sorted(about.told_on))}, `autobot-llm knobs` says how the server is told."
+        doc = about.doc + (told if about.told_on else "")
         acts_on = "every provider" if about.on == EVERY else ", ".join(sorted(about.on))
         lines.append(f"| {variable} | {_default(setting)} | {accepted} | {doc} | {acts_on} | {about.read_by} |")
     return PAGE_HEAD + "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from autobot_llm.engine.models.whole_file import write_tensors
 from autobot_llm.errors import ConfigurationError
@@ -28,24 +29,33 @@ STEPS_BETWEEN_LOOKS = 16  # at whether all answers have ended: each look waits f
 # N sequences, S positions, B sequences of a batch
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequence b's answer is `ids_BS[b, starts_B[b] : ends_B[b]]`; what comes after `ends_B` means nothing."""
+    """Sequence b's answer is `ids_BS[b, starts_B[b] : ends_B[b]]`; what comes after `ends_B` means nothing. The two are
+    on the host, so that nobody waits for a device to know which rows count."""
 
     ids_BS: torch.Tensor
     starts_B: torch.Tensor
     ends_B: torch.Tensor
 
     def drafts_from(self, distance: int) -> torch.Tensor:
-        """True at the positions p [B, S] where a draft may begin, and token p + `distance` is part of the answer.
+        """The positions p where a draft may begin, and token p + `distance` is part of the answer: of sequence b as
+        number b * S + p, in rising order, int64 [R] on the device of the ids.
 
         The first draft begins when the answer's first token is known, at the prompt's last position.
         """
-        p_S = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device)
-        return (p_S + 1 >= self.starts_B[:, None]) & (p_S + distance < self.ends_B[:, None])
+        p_S = torch.arange(self.ids_BS.shape[1])
+        counts_BS = (p_S + 1 >= self.starts_B[:, None]) & (p_S + distance < self.ends_B[:, None])
+        return self.carried(counts_BS.flatten().nonzero().flatten())
+
+    def carried(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host on the device of the ids; nobody waits for it there."""
+        if self.ids_BS.is_cuda:
+            return tensor.pin_memory().to(self.ids_BS.device, non_blocking=True)
+        return tensor
 
 
 @dataclass(slots=True)
 class Answers:
-    """A set in memory; token ids on `device`."""
+    """A set in memory; token ids on any device, the rest on the host."""
 
     ids_NS: torch.Tensor
     starts_N: torch.Tensor
@@ -62,16 +72,25 @@ class Answers:
         return int((self.ends_N - self.starts_N).sum())
 
     def to(self, device: torch.device | str) -> Answers:
-        return Answers(
-            self.ids_NS.to(device), self.starts_N.to(device), self.ends_N.to(device), self.categories, self.model
-        )
+        return Answers(self.ids_NS.to(device), self.starts_N, self.ends_N, self.categories, self.model)
 
     def rows(self, numbers: Sequence[int]) -> Answers:
-        index = torch.tensor(list(numbers), dtype=torch.int64, device=self.ids_NS.device)
-        return Answers(
-            self.ids_NS[index], self.starts_N[index], self.ends_N[index], [self.categories[i] for i in numbers],
-            self.model,
-        )  # fmt: skip
+        index = torch.tensor(list(numbers), dtype=torch.int64)
+        ids_NS = self.ids_NS[index.to(self.ids_NS.device)]
+        categories = [self.categories[i] for i in numbers]
+        return Answers(ids_NS, self.starts_N[index], self.ends_N[index], categories, self.model)
+
+    @classmethod
+    def together(cls, sets: Sequence[Answers]) -> Answers:
+        """All answers of several sets of one model, on the host."""
+        length = max(one.ids_NS.shape[1] for one in sets)
+        return cls(
+            torch.cat([F.pad(one.ids_NS.cpu(), (0, length - one.ids_NS.shape[1])) for one in sets]),
+            torch.cat([one.starts_N for one in sets]),
+            torch.cat([one.ends_N for one in sets]),
+            [category for one in sets for category in one.categories],
+            sets[0].model,
+        )
 
     def split(self, share: float, seed: int) -> tuple[Answers, Answers]:
         """A random part of this share, at least one sequence of each category, and the rest: rest first."""
@@ -87,8 +106,9 @@ class Answers:
         """Once through the set in random order, from batch `first`: sequences of like length, about `num_tokens`
         positions together."""
         for numbers, length in self._plan_batches(num_tokens, chooser)[first:]:
-            index = torch.tensor(numbers, device=self.ids_NS.device)
-            yield Batch(self.ids_NS[index, :length].long(), self.starts_N[index], self.ends_N[index])
+            index = torch.tensor(numbers)
+            ids_BS = self.ids_NS[index.to(self.ids_NS.device), :length].long()
+            yield Batch(ids_BS, self.starts_N[index], self.ends_N[index])
 
     def _plan_batches(self, num_tokens: int, chooser: random.Random) -> list[tuple[list[int], int]]:
         """The rows and the length of each batch."""

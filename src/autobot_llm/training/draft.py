@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from autobot_llm.errors import ConfigurationError
 from autobot_llm.training.accuracy import NUM_RANKS, Accuracies, RankCounts
 from autobot_llm.training.answers import Answers, Batch
 from autobot_llm.training.forward import Model
+from autobot_llm.training.loop import Group
 
 INITIAL_STD = 0.02
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -59,17 +60,17 @@ class DraftTask:
         else:
             config = draft_config(model.config, options)
             weights = _random_weights(config, device)
-        self.draft = Model(config, _as_parameters(weights, device), f"draft of {model.name}")
+        self.draft = Model(config, as_parameters(weights, device), f"draft of {model.name}")
 
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        return [tensor for tensor in self.state().values() if isinstance(tensor, torch.nn.Parameter)]
+    def groups(self) -> list[Group]:
+        return [Group(list(parameters_of(self.draft.weights).values()))]
 
     def learn(self, batch: Batch) -> torch.Tensor:
-        counts_BS = batch.drafts_from(1)
+        rows_R = batch.drafts_from(1)
         with torch.no_grad():
-            wanted_RV = self.model.logits(self.model.hidden(batch.ids_BS).normed_BSE[counts_BS]).float().softmax(dim=-1)
+            wanted_RV = self.model.logits_at(batch.ids_BS, rows_R).float().softmax(dim=-1)
         with self._autocast():
-            logits_RV = self.draft.logits(self.draft.hidden(batch.ids_BS).normed_BSE[counts_BS])
+            logits_RV = self.draft.logits_at(batch.ids_BS, rows_R)
         loss = -(wanted_RV * logits_RV.float().log_softmax(dim=-1)).sum() / max(1, wanted_RV.shape[0])
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -80,21 +81,15 @@ class DraftTask:
         for category in sorted(set(answers.categories)):
             members = answers.rows([i for i, name in enumerate(answers.categories) if name == category])
             for batch in members.batches(batch_size, random.Random(0)):
-                counts_BS = batch.drafts_from(1)
-                right_R = self.model.logits(self.model.hidden(batch.ids_BS).normed_BSE[counts_BS]).argmax(dim=-1)
+                rows_R = batch.drafts_from(1)
+                right_R = self.model.logits_at(batch.ids_BS, rows_R).argmax(dim=-1)
                 with self._autocast():
-                    logits_RV = self.draft.logits(self.draft.hidden(batch.ids_BS).normed_BSE[counts_BS])
+                    logits_RV = self.draft.logits_at(batch.ids_BS, rows_R)
                 counts.add(category, 0, logits_RV.topk(NUM_RANKS, dim=-1).indices, right_R)
         return counts.accuracies()
 
     def state(self) -> dict[str, torch.Tensor]:
-        weights = self.draft.weights
-        named = {"embed": weights.embed_VE, "norm": weights.norm_E}
-        if weights.lm_head_VE is not weights.embed_VE:
-            named["lm_head"] = weights.lm_head_VE
-        for i, layer in enumerate(weights.layers):
-            named |= {f"{i}.{field.name}": getattr(layer, field.name) for field in fields(layer)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {**parameters_of(self.draft.weights)}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -104,7 +99,7 @@ class DraftTask:
     def export(self, folder: Path, accuracies: Accuracies) -> None:
         """A model folder as Hugging Face writes it, in bfloat16."""
         config = self.draft.config
-        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in _published(config, self.draft.weights)}
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in published(config, self.draft.weights)}
         write_tensors(folder / "model.safetensors", tensors)
         for name in TOKENIZER_FILES:
             if (self._folder / name).exists():
@@ -178,9 +173,11 @@ def _random_weights(config: ModelConfig, device: torch.device) -> DecoderWeights
     return DecoderWeights(embed_VE, layers, ones(), embed_VE)
 
 
-def _as_parameters(weights: DecoderWeights, device: torch.device) -> DecoderWeights:
+def as_parameters(weights: DecoderWeights, device: torch.device) -> DecoderWeights:
+    """Copies of the weights in float32, to be learned; tied ones stay tied."""
+
     def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
-        return torch.nn.Parameter(tensor.detach().to(device, copy=True))
+        return torch.nn.Parameter(tensor.detach().to(device, torch.float32, copy=True))
 
     embed_VE = parameter(weights.embed_VE)
     layers = []
@@ -192,8 +189,18 @@ def _as_parameters(weights: DecoderWeights, device: torch.device) -> DecoderWeig
     return DecoderWeights(embed_VE, tuple(layers), parameter(weights.norm_E), lm_head_VE)
 
 
-def _published(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors as Hugging Face's Llama has them."""
+def parameters_of(weights: DecoderWeights) -> dict[str, torch.nn.Parameter]:
+    """What `as_parameters` made, each once, by names of our own."""
+    named: dict[str, Any] = {"embed": weights.embed_VE, "norm": weights.norm_E}
+    if weights.lm_head_VE is not weights.embed_VE:
+        named["lm_head"] = weights.lm_head_VE
+    for i, layer in enumerate(weights.layers):
+        named |= {f"{i}.{field.name}": getattr(layer, field.name) for field in fields(layer)}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def published(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors as Hugging Face's Llama and its kin have them."""
     D, kv_rows = config.head_size, config.num_kv_heads * config.head_size
     yield "model.embed_tokens.weight", weights.embed_VE
     yield "model.norm.weight", weights.norm_E
@@ -203,6 +210,9 @@ def _published(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[s
         prefix = f"model.layers.{i}"
         yield f"{prefix}.input_layernorm.weight", layer.input_norm_E
         yield f"{prefix}.post_attention_layernorm.weight", layer.post_norm_E
+        for name, norm in (("q_norm", layer.q_norm_D), ("k_norm", layer.k_norm_D)):
+            if norm is not None:
+                yield f"{prefix}.self_attn.{name}.weight", norm
         for kind, qkv, gate_up, o, down in (
             ("weight", layer.qkv_weight, layer.gate_up_weight, layer.o_weight, layer.down_weight),
             ("bias", layer.qkv_bias, layer.gate_up_bias, layer.o_bias, layer.down_bias),

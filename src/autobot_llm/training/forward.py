@@ -101,6 +101,10 @@ class Model:
         """Logits [..., V] of `Hidden.normed_BSE`."""
         return F.linear(normed, self.weights.lm_head_VE)
 
+    def logits_at(self, ids_BS: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] of these positions alone, numbered through all sequences."""
+        return self.logits(self.hidden(ids_BS).normed_BSE.flatten(0, 1)[rows_R])
+
     def _attend(
         self,
         i: int,

@@ -9,7 +9,7 @@ import math
 import pickle
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +30,22 @@ STEPS_BETWEEN_REPORTS = 10  # reading a loss waits for the device
 NUM_LOOKED_AT = 64  # held-out sequences that accuracy is told of on the way; at the end it is all of them
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that learn at `rate` times the learning rate, which rises through the first `warm_up` of the
+    training."""
+
+    parameters: Sequence[torch.nn.Parameter]
+    rate: float = 1.0
+    warm_up: float = WARM_UP
+
+
 class Task(Protocol):
     """What is learned."""
 
     name: str
 
-    def parameters(self) -> Iterable[torch.nn.Parameter]: ...
+    def groups(self) -> Sequence[Group]: ...
 
     def learn(self, batch: Batch) -> torch.Tensor:
         """Add the batch's gradients to those of the parameters; return its loss, detached."""
@@ -146,11 +156,12 @@ def train(
 class _Loop:
     def __init__(self, task: Task, learned: Answers, options: LoopOptions, folder: Path) -> None:
         self._task, self._learned, self._options, self._folder = task, learned, options, folder
-        self._parameters = list(task.parameters())
-        self._on_gpu = self._parameters[0].is_cuda
+        self._groups = task.groups()
+        self._parameters = [parameter for group in self._groups for parameter in group.parameters]
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=self._on_gpu
-        )
+            [{"params": list(group.parameters)} for group in self._groups],
+            lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=self._parameters[0].is_cuda,
+        )  # fmt: skip
         self._epoch, self._place = 0, 0
         self._batches = iter(())  # type: Any
         self._seconds_before = 0.0
@@ -174,9 +185,9 @@ class _Loop:
         self._batches = self._epoch_from(self._place)
 
     def advance(self) -> torch.Tensor:
-        rate = self._options.learning_rate * _rate(self.share)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        share = self.share
+        for group, optimized in zip(self._groups, self._optimizer.param_groups, strict=True):
+            optimized["lr"] = self._options.learning_rate * group.rate * _rate(share, group.warm_up)
         loss = self._task.learn(self._next_batch())
         torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
         self._optimizer.step()
@@ -235,9 +246,9 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise ConfigurationError(f"{folder} holds {what}: take another --out, or --resume an unfinished one")
 
 
-def _rate(share: float) -> float:
-    """Of the learning rate: a short rise, then half a cosine."""
-    if share < WARM_UP:
-        return (share + WARM_UP / 10) / (1.1 * WARM_UP)
-    falling = (share - WARM_UP) / (1 - WARM_UP)
+def _rate(share: float, warm_up: float) -> float:
+    """Of the learning rate: a rise, then half a cosine."""
+    if share < warm_up:
+        return (share + warm_up / 10) / (1.1 * warm_up)
+    falling = (share - warm_up) / (1 - warm_up)
     return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * falling))

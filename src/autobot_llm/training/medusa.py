@@ -8,7 +8,7 @@ Source: section 2.2.1 of the paper (weights 0.8^k).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from autobot_llm.engine.speculative.medusa.tree import choose_tree
 from autobot_llm.training.accuracy import NUM_RANKS, Accuracies, RankCounts
 from autobot_llm.training.answers import Answers, Batch
 from autobot_llm.training.forward import Model
+from autobot_llm.training.loop import Group
 
 WEIGHT_DECAY = 0.8  # of a head's weight against the one before it
 NUM_TREE_NODES = 64
@@ -29,8 +30,8 @@ NUM_TREE_NODES = 64
 # B sequences, S positions, R rows that count, E hidden size, K heads
 @dataclass(frozen=True, slots=True)
 class MedusaOptions:
-    """`num_layers` residual blocks a head. `shares_lm_head` None: where the model ties its embeddings, heads use its
-    projection; else each has its own, as published."""
+    """`num_layers` residual blocks a head; None: 1, or 2 with a shared projection. `shares_lm_head` None: where the
+    model ties its embeddings, heads use its projection; else each has its own, as published."""
 
     num_heads: int = 5
     num_layers: int | None = None
@@ -58,34 +59,23 @@ class MedusaTask:
                 for head in self.heads:
                     head[-1].weight.copy_(weights.lm_head_VE)  # type: ignore[index]
 
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        return self.heads.parameters()
+    def groups(self) -> list[Group]:
+        return [Group(list(self.heads.parameters()))]
 
     def learn(self, batch: Batch) -> torch.Tensor:
-        rows_RE, labels_KR = self._rows(batch)
-        total = torch.zeros((), device=rows_RE.device)
-        for head, labels_R in enumerate(labels_KR):
+        total = torch.zeros((), device=batch.ids_BS.device)
+        normed_TE, choice_R = _of_target(self.model, batch)
+        for head, (rows_RE, labels_R) in enumerate(rows_and_labels(batch, normed_TE, choice_R, len(self.heads))):
             with self._autocast():
                 logits_RV = self.heads.head_logits(head, rows_RE)
-            loss = F.cross_entropy(logits_RV.float(), labels_R, ignore_index=-1, reduction="sum")
-            loss = WEIGHT_DECAY**head * loss / (labels_R >= 0).sum().clamp_(min=1)
+            loss = WEIGHT_DECAY**head * F.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
+            loss = loss / max(1, labels_R.shape[0])
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()  # a head's graph is given up before the next one's is made
         return total
 
-    @torch.no_grad()
     def evaluate(self, answers: Answers, batch_size: int) -> Accuracies:
-        counts = RankCounts()
-        for category in sorted(set(answers.categories)):
-            members = answers.rows([i for i, name in enumerate(answers.categories) if name == category])
-            for batch in members.batches(batch_size, random.Random(0)):
-                rows_RE, labels_KR = self._rows(batch)
-                for head, labels_R in enumerate(labels_KR):
-                    with self._autocast():
-                        best_RN = self.heads.head_logits(head, rows_RE).topk(NUM_RANKS, dim=-1).indices
-                    known_R = labels_R >= 0
-                    counts.add(category, head, best_RN[known_R], labels_R[known_R])
-        return counts.accuracies()
+        return count_right(self.model, self.heads, answers, batch_size, self._autocast)
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.heads.state_dict()
@@ -94,24 +84,57 @@ class MedusaTask:
         self.heads.load_state_dict(state)
 
     def export(self, folder: Path, accuracies: Accuracies) -> None:
-        shares = accuracies.overall
-        tree = choose_tree(shares, NUM_TREE_NODES)
-        save_medusa_heads(folder, self.heads, base_model=self.model.name, choices=tree.rank_paths(), accuracies=shares)
-
-    @torch.no_grad()
-    def _rows(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The hidden states at which drafts begin, and each head's labels there; -1 behind the answer's end."""
-        normed_BSE = self.model.hidden(batch.ids_BS).normed_BSE
-        begins_BS = batch.drafts_from(2)
-        choice_BS = self.model.logits(normed_BSE).argmax(dim=-1)
-        labels = []
-        for head in range(len(self.heads)):
-            ahead = 1 + head  # the target's choice after token p + 1 + head is what head `head` proposes at p
-            shifted_BS = F.pad(choice_BS, (0, ahead), value=-1)[:, ahead:]
-            labels.append(torch.where(batch.drafts_from(2 + head), shifted_BS, -1)[begins_BS])
-        return normed_BSE[begins_BS], labels
+        save(folder, self.heads, self.model.name, accuracies)
 
     def _autocast(self) -> torch.autocast:
         """bfloat16 on a GPU; master weights stay float32."""
         device = self.model.weights.device.type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+
+
+def rows_and_labels(
+    batch: Batch, normed_TE: torch.Tensor, choice_R: torch.Tensor, num_heads: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each head the hidden states at which its drafts begin, and its labels there.
+
+    `normed_TE`: those of all positions. `choice_R`: what the target chooses where that is part of the answer, in the
+    order of `batch.drafts_from(1)`.
+    """
+    known_R = batch.drafts_from(1)
+    choice_T = torch.zeros(normed_TE.shape[0], dtype=torch.int64, device=normed_TE.device)
+    choice_T[known_R] = choice_R
+    for head in range(num_heads):
+        # the target's choice after token p + 1 + head is what head `head` proposes at p
+        rows_R = batch.drafts_from(2 + head)
+        yield normed_TE[rows_R], choice_T[rows_R + 1 + head]
+
+
+@torch.no_grad()
+def count_right(
+    model: Model, heads: MedusaHeads, answers: Answers, batch_size: int, autocast: Callable[[], torch.autocast]
+) -> Accuracies:
+    """How often the heads' candidates are the choice of `model`."""
+    counts = RankCounts()
+    for category in sorted(set(answers.categories)):
+        members = answers.rows([i for i, name in enumerate(answers.categories) if name == category])
+        for batch in members.batches(batch_size, random.Random(0)):
+            with autocast():
+                normed_TE, choice_R = _of_target(model, batch)
+                for head, (rows_RE, labels_R) in enumerate(rows_and_labels(batch, normed_TE, choice_R, len(heads))):
+                    best_RN = heads.head_logits(head, rows_RE).topk(NUM_RANKS, dim=-1).indices
+                    counts.add(category, head, best_RN, labels_R)
+    return counts.accuracies()
+
+
+def save(folder: Path, heads: MedusaHeads, model: str, accuracies: Accuracies) -> None:
+    """Write the heads with their accuracies and the tree that is best by them."""
+    shares = accuracies.overall
+    tree = choose_tree(shares, NUM_TREE_NODES)
+    save_medusa_heads(folder, heads, base_model=model, choices=tree.rank_paths(), accuracies=shares)
+
+
+@torch.no_grad()
+def _of_target(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states of all positions, and the choices where they are part of the answer."""
+    normed_TE = model.hidden(batch.ids_BS).normed_BSE.flatten(0, 1)
+    return normed_TE, model.logits(normed_TE[batch.drafts_from(1)]).argmax(dim=-1)

@@ -22,16 +22,18 @@ from autobot_llm.training.answers import Answers, answer
 from autobot_llm.training.draft import DraftOptions, DraftTask
 from autobot_llm.training.eagle import EagleOptions, EagleTask
 from autobot_llm.training.forward import Model
+from autobot_llm.training.joint import JointOptions, JointTask
 from autobot_llm.training.loop import CHECKPOINT_FILE, METRICS_FILE, LoopOptions, Status, Task, check_folder, train
 from autobot_llm.training.medusa import MedusaOptions, MedusaTask
 from autobot_llm.training.prompts import read_prompts
 
-ANSWERS_FILE = "answers.safetensors"
+ANSWERS_SUFFIX = ".safetensors"
+ANSWERS_FILE = f"answers{ANSWERS_SUFFIX}"
 HELD_OUT = 0.05  # of the answers, where no others are given to measure with
 SHORTEST_ANSWER = 32  # tokens that every prompt leaves room for, where positions are counted
 
 OnProgress = Callable[[str, int, int], None]
-OnMethod = MedusaOptions | EagleOptions | DraftOptions
+OnMethod = MedusaOptions | JointOptions | EagleOptions | DraftOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ def run(
         "seconds": round(outcome.seconds, 1),
         "loss": outcome.loss,
         "device": torch.cuda.get_device_name() if model.weights.device.type == "cuda" else "cpu",
-        "num_parameters": sum(parameter.numel() for parameter in task.parameters()),
+        "num_parameters": sum(parameter.numel() for group in task.groups() for parameter in group.parameters),
         "num_answers": learned.num_sequences,
         "num_answer_tokens": learned.num_answer_tokens,
         "num_held_out": held_out.num_sequences,
@@ -168,6 +170,8 @@ def run(
         "labels": "the target's argmax, teacher-forced on its own answers",
         "options": asdict(loop) | {name: str(value) for name, value in asdict(method).items()},
     }
+    if isinstance(task, JointTask):
+        document |= task.about()
     if outcome.accuracies is not None:
         document["accuracies"] = outcome.accuracies.document()
         write_json(out / METRICS_FILE, document)
@@ -179,6 +183,8 @@ def run(
 def _task(model: Model, folder: Path, method: OnMethod, learned: Answers) -> Task:
     if isinstance(method, MedusaOptions):
         return MedusaTask(model, method)
+    if isinstance(method, JointOptions):
+        return JointTask(model, method, folder)
     if isinstance(method, EagleOptions):
         return EagleTask(model, method, learned)
     return DraftTask(model, method, folder)
@@ -193,9 +199,12 @@ def _answers(
     resume: bool,
     listeners: Listeners,
 ) -> Answers:
-    """The set that is given, the one that an interrupted training made, or a new one, kept for such a case."""
-    if len(data) == 1 and data[0].suffix == ".safetensors":
-        return _of_this_model(model, data[0])
+    """The sets that are given, the one that an interrupted training made, or a new one, kept for such a case."""
+    made = [path for path in data if path.suffix == ANSWERS_SUFFIX]
+    if made:
+        if len(made) < len(data):
+            raise ConfigurationError(f"{', '.join(map(str, data))}: expected answers alone, or texts alone")
+        return Answers.together([_of_this_model(model, path) for path in made])
     kept = out / ANSWERS_FILE
     if resume and kept.exists():
         return _of_this_model(model, kept)
@@ -205,7 +214,7 @@ def _answers(
 
 
 def _eval_answers(model: Model, folder: Path, path: Path, options: DataOptions, listeners: Listeners) -> Answers:
-    if path.suffix == ".safetensors":
+    if path.suffix == ANSWERS_SUFFIX:
         return _of_this_model(model, path)
     greedy = replace(options, num_prompts=None, temperatures=(0.0,), time_limit=None)
     return make_answers(model, folder, [path], greedy, listeners)

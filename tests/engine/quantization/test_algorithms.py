@@ -23,7 +23,7 @@ from autobot_llm.engine.quantization.packing import (
     unpack_rows,
 )
 from autobot_llm.engine.quantization.products import product_of, twin, with_quantized
-from autobot_llm.engine.quantization.rounding import round_activations, round_to_nearest
+from autobot_llm.engine.quantization.rounding import NUMBERS_AT_A_TIME, round_activations, round_to_nearest
 from autobot_llm.engine.quantization.scaling import scale_for_activations, smooth
 from autobot_llm.engine.quantization.scheme import Scheme
 from autobot_llm.engine.quantization.source import StoredModel
@@ -92,6 +92,15 @@ def test_rows_of_zeros_stay_zeros() -> None:
     for scheme in SCHEMES:
         for dtype in (torch.float16, torch.bfloat16):
             assert not round_to_nearest(torch.zeros(16, 64), scheme, dtype).dequantize().any()
+
+
+@pytest.mark.parametrize("scheme", [INT4_ASYMMETRIC, FP8], ids=lambda scheme: scheme.name)
+def test_a_matrix_that_is_rounded_in_parts_is_rounded_as_its_rows_are(scheme: Scheme) -> None:
+    weight = matrix(NUMBERS_AT_A_TIME // 4096 + 10, 4096)
+    whole = round_to_nearest(weight, scheme, torch.float32, search=False)
+    for start in (0, len(weight) - 20):  # the second part has ten rows
+        rows = round_to_nearest(weight[start : start + 20], scheme, torch.float32, search=False)
+        assert torch.equal(whole.rows(start, start + 20).dequantize(), rows.dequantize())
 
 
 @pytest.mark.parametrize("scheme", [INT4, INT4_ASYMMETRIC, FP8])

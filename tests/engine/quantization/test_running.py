@@ -18,16 +18,17 @@ from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.quantization.loader import LoadedModel, QuantizedModelLoader
 from autobot_llm.engine.quantization.online import quantize_online
-from autobot_llm.engine.quantization.quality import _logits, compare, compare_all
+from autobot_llm.engine.quantization.quality import _logits, compare, compare_all, open_engines
 from autobot_llm.engine.quantization.quantize import quantize_folder
 from autobot_llm.engine.quantization.registry import QUANTIZED_MODEL_REGISTRY, variants_of
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams
-from autobot_llm.errors import ConfigurationError
+from autobot_llm.errors import ConfigurationError, ModelLoadError
 from autobot_llm.settings.registry import user_cache_dir
 
 TEXT = "Once upon a time there was a little girl who had a big red ball. " * 60
+TASKS = Path("/proc/self/task")
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler here")
 
 
@@ -145,6 +146,24 @@ def test_quality_of_the_embedded_model_in_int8_is_measured(tmp_path: Path) -> No
     same, other = compare_all(TINY, [TINY, tmp_path / "tiny-w8"], text, cache_dir(), num_windows=1, length=64)
     assert (same.perplexity_change, same.top1_agreement, same.exact_continuations) == (0.0, 1.0, 1)
     assert other.kl > 0 and other.perplexity_before == same.perplexity and other.perplexity_change_error is None
+
+
+@needs_compiler
+@pytest.mark.skipif(not TASKS.is_dir(), reason="this system does not list a process's threads")
+def test_engines_opened_before_one_that_cannot_be_are_closed(tmp_path: Path) -> None:
+    """The threads of a compiled step end with it."""
+    good = EngineOptions(folder=TINY, cache_dir=cache_dir(), device="cpu", cpu_threads=3, max_model_len=64)
+    num_threads = len(list(TASKS.iterdir()))
+    with open_engines([good, good]) as engines:
+        assert len(engines) == 2
+        assert len(list(TASKS.iterdir())) > num_threads
+    assert len(list(TASKS.iterdir())) == num_threads
+    with (
+        pytest.raises(ModelLoadError, match=r"config\.json"),
+        open_engines([good, replace(good, folder=tmp_path)]),
+    ):
+        pass
+    assert len(list(TASKS.iterdir())) == num_threads
 
 
 # The loader

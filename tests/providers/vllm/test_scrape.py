@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replicas import METRICS
 
-from autobot_llm.observability.metrics import PROVIDER_METRICS
+from autobot_llm.observability.names import PROVIDER_METRICS
 from autobot_llm.providers.vllm.scrape import (
     SERIES,
     Accumulated,

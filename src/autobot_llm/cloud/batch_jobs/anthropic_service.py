@@ -7,7 +7,6 @@ part is neither sent again nor given up: nothing is asked, and paid, twice.
 
 from __future__ import annotations
 
-import asyncio
 import email.utils
 import time
 from collections.abc import AsyncGenerator, Callable, Collection
@@ -28,6 +27,7 @@ from autobot_llm.cloud.batch_jobs.service import (
     WireItem,
     Write,
     upload_seconds,
+    write_lines,
 )
 from autobot_llm.cloud.retry import RateLimitHandler
 from autobot_llm.collect import collect
@@ -153,14 +153,9 @@ class AnthropicBatches:
 
     async def download(self, part: Part, write: Write) -> None:
         assert part.batch_id is not None, "only what was created can be fetched"
-        last = b"\n"
         headers = {_VERSION: part.headers.get(_VERSION, NEWEST_VERSION)}
         async with self._pool.stream("GET", wire.results_path(part.batch_id), headers=headers) as answer:
-            async for piece in answer.chunks():
-                await asyncio.to_thread(write, piece)
-                last = piece
-        if not last.endswith(b"\n"):
-            await asyncio.to_thread(write, b"\n")
+            await write_lines(answer.chunks(), write)
 
     async def read(self, line: bytes) -> Outcome:
         said = read_answer(line, wire.ResultLine, self.name)

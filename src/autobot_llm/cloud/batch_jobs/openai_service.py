@@ -20,6 +20,7 @@ from autobot_llm.cloud.batch_jobs.service import (
     WireItem,
     Write,
     upload_seconds,
+    write_lines,
 )
 from autobot_llm.cloud.retry import RateLimitHandler
 from autobot_llm.dialects.bodies import encode, read_answer, read_object
@@ -147,13 +148,8 @@ class OpenAIBatches:
 
     async def download(self, part: Part, write: Write) -> None:
         for file_id in part.result_files:
-            last = b"\n"
             async with self._pool.stream("GET", wire.content_path(file_id)) as answer:
-                async for piece in answer.chunks():
-                    await asyncio.to_thread(write, piece)
-                    last = piece
-            if not last.endswith(b"\n"):
-                await asyncio.to_thread(write, b"\n")
+                await write_lines(answer.chunks(), write)
 
     async def read(self, line: bytes) -> Outcome:
         said = read_answer(line, wire.ResultLine, self.name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterable, Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,6 @@ from autobot_llm.types import LLMRequest, Usage
 
 Write = Callable[[bytes], object]
 
-
 CALL_SECONDS = 120.0  # for an answer that needs no model
 _MOST_CONNECTIONS = 4  # a job's calls are few, and large
 _MAX_RESULT_BYTES = 16 * 2**30
@@ -25,6 +25,16 @@ _BYTES_PER_SECOND = 250_000  # of an upload, at the slowest
 def upload_seconds(num_bytes: int) -> float:
     """How long sending `num_bytes`, and the answer to that, may take."""
     return CALL_SECONDS + num_bytes / _BYTES_PER_SECOND
+
+
+async def write_lines(chunks: AsyncIterable[bytes], write: Write) -> None:
+    """Give all of `chunks` to `write`, on another thread; the last line ends, even where the provider's does not."""
+    last = b"\n"
+    async for chunk in chunks:
+        await asyncio.to_thread(write, chunk)
+        last = chunk
+    if not last.endswith(b"\n"):
+        await asyncio.to_thread(write, b"\n")
 
 
 def sizes_of(limits: PoolLimits) -> PoolLimits:

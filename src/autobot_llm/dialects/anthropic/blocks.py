@@ -13,8 +13,8 @@ IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 REDACTED = "redacted_thinking"
 THINKING = "thinking"
 # Blocks with no counterpart in OpenAI's format: they travel as they are, to Anthropic or to a provider's refusal.
-CARRIED = frozenset({"document", "search_result", REDACTED})
-NOT_CACHEABLE = frozenset({THINKING, REDACTED})
+CARRIED = ("document", "search_result", REDACTED)
+NOT_CACHEABLE = (THINKING, REDACTED)
 
 Block = dict[str, Any]
 Part = dict[str, Any]

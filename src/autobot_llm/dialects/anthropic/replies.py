@@ -178,7 +178,7 @@ def _arguments(text: str, name: str, end: ChoiceEnd) -> dict[str, Any]:
     """This format has no place for arguments that are no object. Of a call that max_tokens cut, nothing is kept."""
     try:
         arguments = msgspec.json.decode(text) if text else {}
-    except (msgspec.MsgspecError, UnicodeEncodeError):
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
         arguments = None
     if isinstance(arguments, dict):
         return arguments

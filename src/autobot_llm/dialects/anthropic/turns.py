@@ -112,7 +112,7 @@ def _block(place: str, part: Part) -> Block:
         return {"type": "image", "source": _image_source(f"{place}.image_url", part.get("image_url")), **marks_of(part)}
     if kind == THINKING or kind in CARRIED:
         block = {name: value for name, value in part.items() if name != "is_error"}
-        if (block.get("citations") or {}).get("enabled"):
+        if block.get("citations") and block["citations"] != {"enabled": False}:
             raise UnsupportedError(f"{place}.citations: answers carry no citations", param=f"{place}.citations")
         return block
     raise UnsupportedError(
@@ -149,7 +149,7 @@ def _tool_use(place: str, call: dict[str, Any]) -> Block:
 def _arguments(place: str, text: str) -> dict[str, Any]:
     try:
         arguments = msgspec.json.decode(text) if text else {}
-    except (msgspec.MsgspecError, UnicodeEncodeError) as exc:
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as exc:
         raise InvalidRequestError(f"{place}: expected the JSON text of an object: {exc}", param=place) from exc
     if not isinstance(arguments, dict):
         raise InvalidRequestError(f"{place}: expected the JSON text of an object", param=place)

@@ -236,7 +236,7 @@ def _write_call(call: Mapping[str, Any], names: dict[str, str], where: str) -> d
 def _arguments(text: object, where: str) -> dict[str, Any]:
     try:
         arguments = msgspec.json.decode(text) if isinstance(text, str) and text.strip() else {}
-    except msgspec.DecodeError as exc:
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as exc:
         raise InvalidRequestError(f"{where}: the arguments are not JSON: {exc}", param=where) from exc
     if not isinstance(arguments, dict):
         raise InvalidRequestError(f"{where}: the arguments are not a JSON object, which Ollama expects", param=where)

@@ -139,7 +139,7 @@ def tool_calls(calls: Sequence[ToolCall], reason: FinishReason) -> list[dict[str
     for position, call in enumerate(calls):
         try:
             arguments = msgspec.json.decode(call.arguments or "{}", type=dict[str, Any])
-        except msgspec.MsgspecError as exc:
+        except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as exc:
             if reason == "length":
                 continue
             raise ProviderError(
@@ -182,7 +182,7 @@ def embed_body(model: str, response: EmbeddingResponse | None, elapsed: float) -
     return encode(
         {
             "model": response.model,
-            "embeddings": response.vectors,
+            "embeddings": [list(vector) for vector in response.vectors],
             "total_duration": _nanoseconds(elapsed),
             "prompt_eval_count": response.usage.prompt_tokens,
         }
@@ -191,7 +191,7 @@ def embed_body(model: str, response: EmbeddingResponse | None, elapsed: float) -
 
 def older_embed_body(model: str, response: EmbeddingResponse | None, elapsed: float) -> bytes:
     """The answer of `/api/embeddings`, which has one vector."""
-    return encode({"embedding": [] if response is None else response.vectors[0]})
+    return encode({"embedding": [] if response is None else list(response.vectors[0])})
 
 
 def tags_body(models: Mapping[str, ModelInfo]) -> bytes:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
+from autobot_llm.engine.kv_cache import policy
 
-BLOCK_SIZE: Final = 16
-"""Positions in a block of the cache: every kernel is built for it."""
+BLOCK_SIZE: Final = policy.BLOCK_SIZE
 
 MAX_DECODE_QUERIES: Final = 16
 """New tokens of one sequence that one decode program takes."""
@@ -36,6 +36,9 @@ CHUNK_QUANTUM: Final = 64
 
 PROGRAMS_PER_PROCESSOR: Final = 2
 """Decode programs that one multiprocessor holds at a time, and so what a step's items should fill."""
+
+LONG_PROGRAMS_PER_PROCESSOR: Final = 3
+"""The same where contexts are long: there more of them hide what each waits for, and starting them costs little."""
 
 ITEM_FIELDS: Final = 8
 """sequence (padding is -1 throughout), start, stop, first item of the sequence, its number of items, first query row,
@@ -139,14 +142,10 @@ class PagedAttention(Protocol):
         ...
 
 
-def max_items(num_sequences: int, num_kv_heads: int, num_processors: int) -> int:
-    """Work items that are enough for any mix of lengths of so many sequences."""
-    return num_sequences + full_load(num_kv_heads, num_processors)
-
-
-def full_load(num_kv_heads: int, num_processors: int) -> int:
+def full_load(num_kv_heads: int, num_processors: int, *, is_long: bool = False) -> int:
     """Items that occupy the device once; each is one program for every key/value head."""
-    return -(-PROGRAMS_PER_PROCESSOR * num_processors // num_kv_heads)
+    programs = LONG_PROGRAMS_PER_PROCESSOR if is_long else PROGRAMS_PER_PROCESSOR
+    return -(-programs * num_processors // num_kv_heads)
 
 
 def decode_sizes(
@@ -197,7 +196,7 @@ def fill_decode_arrays(
     items_I8 = arrays["items"]
     spare_items = len(items_I8) - len(lens)
     if cut is not None and not window:
-        num_items = cut.write(items_I8, batch, spare_items)
+        num_items = cut.write(items_I8, batch.context_lens, spare_items)
     else:
         num_items = plan_items(items_I8, batch.query_starts, batch.context_lens, spare_items=spare_items, window=window)
     items_I8[num_items:] = -1
@@ -306,27 +305,61 @@ class ItemCut:
     """
 
     def __init__(self) -> None:
-        self._size = 1
+        self.size = 1
+        self._spare_items = 0
         self._counts_S = np.zeros(0, np.int32)
         self._items_I8 = np.zeros((0, ITEM_FIELDS), np.int32)
+        self._sequences_I = self._items_I8[:, 0]  # of the items, and where each ends unless its context does
+        self._ends_I = self._items_I8[:, 2]
 
-    def write(self, items_I8: Int32Array, batch: StepBatch, spare_items: int) -> int:
+    def write(self, items_I8: Int32Array, lens: Int32Array, spare_items: int) -> int:
         """The same as `plan_items`, for a step of one token a sequence; the size may be that of an earlier step."""
-        lens = batch.context_lens
-        if len(lens) != len(self._counts_S) or not (-(-lens // self._size) == self._counts_S).all():
-            self._size = _item_size(lens, spare_items)
-            self._counts_S = -(-lens // self._size)
+        num_items = self._keep(lens, spare_items)
+        items_I8[:num_items] = self._items_I8
+        items_I8[:num_items, 7] = ends_I = lens[self._sequences_I]
+        np.minimum(self._ends_I, ends_I, out=items_I8[:num_items, 2])
+        return num_items
+
+    def write_queries(self, items_I8: Int32Array, query_starts: Int32Array, lens: Int32Array, spare_items: int) -> int:
+        """The same for any numbers of new tokens that one item takes."""
+        num_items = self.write(items_I8, lens, spare_items)
+        self._write_rows(items_I8, query_starts)
+        return num_items
+
+    def write_passes(
+        self, items_KI8: Int32Array, query_starts: Int32Array, lens_KS: Int32Array, spare_items: int
+    ) -> int:
+        """The same for K steps whose contexts only grow, each cut as the last one: an item that lies behind a context
+        is empty, which a kernel takes for no part of it. The first step has these numbers of new tokens, every other
+        one of each sequence. Returns the number of items of each."""
+        num_items = self._keep(lens_KS[-1], spare_items)
+        items_KI8[:, :num_items] = self._items_I8
+        items_KI8[:, :num_items, 7] = ends_KI = lens_KS[:, self._sequences_I]
+        np.minimum(self._ends_I, ends_KI, out=items_KI8[:, :num_items, 2])
+        self._write_rows(items_KI8[0], query_starts)
+        return num_items
+
+    def _write_rows(self, items_I8: Int32Array, query_starts: Int32Array) -> None:
+        num_items = len(self._items_I8)
+        items_I8[:num_items, 5] = query_starts[self._sequences_I]
+        items_I8[:num_items, 6] = (query_starts[1:] - query_starts[:-1])[self._sequences_I]
+
+    def _keep(self, lens: Int32Array, spare_items: int) -> int:
+        """Cut anew where a context has grown into another item, or the room is another; returns the number of items."""
+        is_known = spare_items == self._spare_items and len(lens) == len(self._counts_S)
+        if not is_known or not (-(-lens // self.size) == self._counts_S).all():
+            self._spare_items = spare_items
+            self.size = _item_size(lens, spare_items)
+            self._counts_S = -(-lens // self.size)
             table_S8 = np.zeros((len(lens), ITEM_FIELDS), np.int32)
             table_S8[:, 0] = table_S8[:, 5] = np.arange(len(lens))
             table_S8[:, 6] = 1
             table_S8[:, 7] = lens
             self._items_I8 = np.empty((int(self._counts_S.sum()), ITEM_FIELDS), np.int32)
-            _write_items(self._items_I8, table_S8, lens, self._size)
-        kept_I8, num_items = self._items_I8, len(self._items_I8)
-        kept_I8[:, 7] = lens[kept_I8[:, 0]]
-        np.minimum(kept_I8[:, 1] + self._size, kept_I8[:, 7], out=kept_I8[:, 2])
-        items_I8[:num_items] = kept_I8
-        return num_items
+            _write_items(self._items_I8, table_S8, lens, self.size)
+            self._sequences_I = self._items_I8[:, 0].copy()
+            self._ends_I = self._items_I8[:, 1] + np.int32(self.size)
+        return len(self._items_I8)
 
 
 def _write_items(items_I8: Int32Array, table_S8: Int32Array, lens: Int32Array, size: int) -> int:
@@ -356,8 +389,12 @@ def _item_size(lens: Int32Array, spare_items: int) -> int:
 
 
 def _smallest_fitting(lens: Int32Array, room: int, at_least: int, at_most: int) -> int:
-    """The smallest of some sizes between the bounds that makes `room` items or fewer; `at_most` is such a size."""
-    sizes = at_least + (at_most - at_least) * _CANDIDATES // _LAST_CANDIDATE
-    sizes = (sizes + (CHUNK_QUANTUM - 1)) // CHUNK_QUANTUM * CHUNK_QUANTUM
-    counts = ((lens[:, None] + (sizes - 1)) // sizes).sum(axis=0)
-    return int(sizes[(counts <= room).argmax()])
+    """The smallest size between the bounds that makes `room` items or fewer, to a quantum; `at_most` is such a size."""
+    while True:
+        sizes = at_least + (at_most - at_least) * _CANDIDATES // _LAST_CANDIDATE
+        sizes = (sizes + (CHUNK_QUANTUM - 1)) // CHUNK_QUANTUM * CHUNK_QUANTUM
+        counts = ((lens[:, None] + (sizes - 1)) // sizes).sum(axis=0)
+        first = int((counts <= room).argmax())
+        at_most = int(sizes[first])
+        if first == 0 or at_most - (at_least := int(sizes[first - 1])) <= CHUNK_QUANTUM:
+            return at_most

@@ -17,6 +17,7 @@ from autobot_llm.engine.attention.paged import (
     MAX_DECODE_QUERIES,
     TREE_FIELDS,
     AttentionShape,
+    ItemCut,
     PagedBatch,
     fill_tree_rows,
     full_load,
@@ -92,8 +93,10 @@ class TritonPagedAttention:
         self._keys, self._values = keys, values
         self._device = keys[0].device
         self._spare_items = full_load(shape.num_kv_heads, _num_processors(self._device))
-        self._max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size)
+        self.group_size = shape.group_size
+        self.max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size)
         self._fresh_kernel = fresh_kernel
+        self._cut = ItemCut()
         # they never move and never go: graphs hold their addresses
         self._workspaces: dict[int, DecodeWorkspace] = {}
         self._workspace(max_sequences + self._spare_items)
@@ -103,7 +106,7 @@ class TritonPagedAttention:
             return self._prepare_trees(batch)
         num_queries = np.diff(batch.query_starts)
         is_fresh = (num_queries == batch.context_lens) & (num_queries > 1)
-        is_decode = (num_queries <= self._max_queries) & ~is_fresh
+        is_decode = (num_queries <= self.max_queries) & ~is_fresh
         decoding, fresh, prefixed = (
             np.flatnonzero(kind).astype(np.int32) for kind in (is_decode, is_fresh, ~is_decode & ~is_fresh)
         )
@@ -127,10 +130,10 @@ class TritonPagedAttention:
         )
 
     def prepare_captured(self, batch: PagedBatch, arrays: Mapping[str, Int32Array]) -> TritonMetadata:
-        if batch.max_queries > self._max_queries:
+        if batch.max_queries > self.max_queries:
             raise ValueError(
                 f"a step with {batch.max_queries} new tokens of a sequence: the decode kernel takes up to "
-                f"{self._max_queries} where {self._shape.group_size} query heads share keys"
+                f"{self.max_queries} where {self._shape.group_size} query heads share keys"
             )
         return TritonMetadata(decode=batch, workspace=self._workspace(batch.items_I8.shape[0]))
 
@@ -144,7 +147,7 @@ class TritonPagedAttention:
             assert num_tokens <= SPLIT_TOKENS, f"{num_tokens} tokens of steps with trees"
             sizes["tree_rows"] = (num_tokens, TREE_FIELDS)
         if num_tokens <= SPLIT_TOKENS:
-            num_parts = num_sequences + num_tokens // self._max_queries  # each may end with one that is not full
+            num_parts = num_sequences + num_tokens // self.max_queries  # each may end with one that is not full
             return {"items": (num_parts + self._spare_items, ITEM_FIELDS)} | sizes
         num_tiles = num_sequences + -(-num_tokens // self._tokens_per_tile(SMALL_TILE))
         items = (num_sequences + self._spare_items, ITEM_FIELDS)
@@ -155,7 +158,11 @@ class TritonPagedAttention:
         num_sequences, num_blocks = batch.block_tables_SB.shape
         arrays["block_tables"][:num_sequences, :num_blocks] = batch.block_tables_SB
         if "tiles" not in arrays:
-            num_items = self._plan_by_queries(arrays["items"], batch)
+            starts, lens = batch.query_starts, batch.context_lens
+            if batch.tree_masks_T is None and not self._shape.widest_window and self._takes_whole(starts):
+                num_items = self._cut.write_queries(arrays["items"], starts, lens, self._spare_items)
+            else:
+                num_items = self._plan_by_queries(arrays["items"], batch)
             arrays["items"][num_items:] = -1
             if "tree_rows" in arrays:
                 fill_tree_rows(arrays["tree_rows"], batch)
@@ -176,7 +183,7 @@ class TritonPagedAttention:
         workspace = self._workspace(arrays["items"].shape[0])
         if "tiles" not in arrays:
             trees = arrays.get("tree_rows")
-            decode = PagedBatch(arrays["block_tables"], arrays["items"], self._max_queries, tree_rows_T4=trees)
+            decode = PagedBatch(arrays["block_tables"], arrays["items"], self.max_queries, tree_rows_T4=trees)
             return TritonMetadata(decode=decode, workspace=workspace)
         return TritonMetadata(
             decode=PagedBatch(arrays["block_tables"], arrays["items"], 1),
@@ -184,6 +191,11 @@ class TritonPagedAttention:
             prefixed=_Tiles(arrays["tiles"], SMALL_TILE),
             block_tables_SB=arrays["block_tables"],
         )
+
+    def prepare_pass(self, block_tables_SB: torch.Tensor, items_I8: torch.Tensor, max_queries: int) -> TritonMetadata:
+        """The same for a captured step of few new tokens of each sequence, `max_queries` at most."""
+        decode = PagedBatch(block_tables_SB, items_I8, 1 << (max_queries - 1).bit_length())
+        return TritonMetadata(decode=decode, workspace=self._workspace(items_I8.shape[0]))
 
     def attend(
         self,
@@ -208,9 +220,13 @@ class TritonPagedAttention:
         if metadata.decode is not None:
             paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window)
 
+    def _takes_whole(self, query_starts: Int32Array) -> bool:
+        """Whether an item takes all new tokens of each sequence."""
+        return int((query_starts[1:] - query_starts[:-1]).max()) <= self.max_queries
+
     def _prepare_trees(self, batch: StepBatch) -> TritonMetadata:
         """All of a step with trees by the decode kernel, whatever else is in it."""
-        num_parts = batch.num_sequences + batch.num_tokens // self._max_queries
+        num_parts = batch.num_sequences + batch.num_tokens // self.max_queries
         items_I8 = np.empty((num_parts + self._spare_items, ITEM_FIELDS), np.int32)
         rows_T4 = np.empty((batch.num_tokens, TREE_FIELDS), np.int32)
         items_I8 = items_I8[: self._plan_by_queries(items_I8, batch)]
@@ -223,7 +239,7 @@ class TritonPagedAttention:
             items_I8,
             batch.query_starts,
             batch.context_lens,
-            max_queries=self._max_queries,
+            max_queries=self.max_queries,
             spare_items=self._spare_items,
             window=self._shape.widest_window,
             has_tree_S=trees_of(batch),
@@ -254,7 +270,7 @@ class TritonPagedAttention:
         if fitting not in self._workspaces:
             self._workspaces[fitting] = DecodeWorkspace.allocate(
                 fitting,
-                max_queries=self._max_queries,
+                max_queries=self.max_queries,
                 group_size=self._shape.group_size,
                 num_kv_heads=self._shape.num_kv_heads,
                 head_size=self._shape.head_size,

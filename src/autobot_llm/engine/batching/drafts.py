@@ -86,7 +86,7 @@ def straighten(plan: StepPlan, batch: StepBatch, paths: SequenceABC[SequenceABC[
 
 def drop_rejected(sequence: Sequence, stop: int, num_rejected: int, pool: BlockPool) -> None:
     """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need."""
-    sequence.draft_ids, sequence.draft_parents = [], []
+    sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
     if not num_rejected:
         return
     del sequence.token_ids[stop - num_rejected : stop]

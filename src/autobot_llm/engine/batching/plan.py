@@ -48,6 +48,9 @@ class StepPlan:
     num_draft_tokens: int = 0
 
 
+_FEW_SEQUENCES, _FEW_TOKENS = 6, 32  # up to so many, lists are quicker than arrays
+
+
 # T packed tokens, S sequences, B blocks of the longest sequence, R rows whose logits are wanted
 @dataclass(frozen=True, slots=True)
 class StepBatch:
@@ -58,7 +61,8 @@ class StepBatch:
     slots_T[t] = block * block_size + offset. Unused entries of block_tables are 0 and must not be read.
 
     Where pending_rows_T[t] is not -1, the host does not know token t yet: it is the one that row pending_rows_T[t]
-    (of R) of the step launched last before this one samples, and ids_T[t] is -1.
+    (of R) of the step launched last before this one samples, and ids_T[t] is -1. Rows from that device's first draft
+    row on are drafts that it has not told yet either (ChainExecutor).
 
     Where a draft is a tree, its tokens have slots in the order of the draft and positions by their depth in the tree.
     Bit j of tree_masks_T[t] then says that token t sees new token j of its sequence: itself, and those before it on its
@@ -162,8 +166,18 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
     """Pack the scheduled tokens of a plan, in plan order; R rows are those of sequences that sample, for each draft
     token one more."""
     block_tables_SB = _block_tables([item.sequence.block_ids for item in scheduled])
-    if all(item.num_tokens == 1 for item in scheduled):
-        return _single_token_batch(scheduled, block_tables_SB, block_size)
+    num_tokens = sum(item.num_tokens for item in scheduled)
+    if num_tokens > _FEW_SEQUENCES and num_tokens == len(scheduled):
+        return single_token_batch(scheduled, block_tables_SB, block_size)
+    if num_tokens <= _FEW_TOKENS and not any(item.num_draft and item.sequence.draft_parents for item in scheduled):
+        return few_tokens_batch(scheduled, block_tables_SB, block_size)
+    return many_tokens_batch(scheduled, block_tables_SB, block_size)
+
+
+def many_tokens_batch(
+    scheduled: SequenceABC[ScheduledSequence], block_tables_SB: Int32Array, block_size: int
+) -> StepBatch:
+    """Any step, in arrays: some ten microseconds for each sequence, and hardly more for its tokens."""
     num_tokens = sum(item.num_tokens for item in scheduled)
     ids_T = np.empty(num_tokens, np.int64)
     positions_T = np.empty(num_tokens, np.int32)
@@ -180,6 +194,8 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
         ids_T[row : end - num_draft] = sequence.token_ids[start : stop - num_draft]
         if num_draft:
             ids_T[end - num_draft : end] = sequence.draft_ids[:num_draft]
+            if sequence.draft_rows:
+                pending_rows_T[end - num_draft : end] = sequence.draft_rows[:num_draft]
         positions_T[row:end] = positions
         places = positions - sequence.num_evicted_tokens
         blocks = block_tables_SB[s, places // block_size].astype(np.int64)
@@ -211,6 +227,44 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
     )
 
 
+def few_tokens_batch(
+    scheduled: SequenceABC[ScheduledSequence], block_tables_SB: Int32Array, block_size: int
+) -> StepBatch:
+    """The same for drafts that are lines, and other steps of few tokens: in lists, in a half of the time."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    pending_rows: list[int] = []
+    starts, context_lens = [0], []
+    logit_rows: list[int] = []
+    for sequence, start, num_new_tokens, samples, _epoch, num_draft in scheduled:
+        stop, num_evicted, block_ids = start + num_new_tokens, sequence.num_evicted_tokens, sequence.block_ids
+        ids += sequence.token_ids[start : stop - num_draft]
+        positions += range(start, stop)
+        places = range(start - num_evicted, stop - num_evicted)
+        slots += [block_ids[place // block_size] * block_size + place % block_size for place in places]
+        # only a sequence that decodes has a token that is not known yet
+        pending_rows += [sequence.pending_row] if num_new_tokens == 1 else [NO_ROW] * (num_new_tokens - num_draft)
+        if num_draft:
+            ids += sequence.draft_ids[:num_draft]
+            pending_rows += sequence.draft_rows[:num_draft] or [NO_ROW] * num_draft
+        end = len(ids)
+        if samples:
+            logit_rows += range(end - 1 - num_draft, end)
+        starts.append(end)
+        context_lens.append(stop - num_evicted)
+    return StepBatch(
+        ids_T=np.array(ids, np.int64),
+        positions_T=np.array(positions, np.int32),
+        slots_T=np.array(slots, np.int64),
+        query_starts=np.array(starts, np.int32),
+        context_lens=np.array(context_lens, np.int32),
+        block_tables_SB=block_tables_SB,
+        logit_rows_R=np.array(logit_rows, np.int64),
+        pending_rows_T=np.array(pending_rows, np.int32),
+    )
+
+
 def _block_tables(tables: SequenceABC[array[int]]) -> Int32Array:
     block_tables_SB = np.zeros((len(tables), max(map(len, tables))), np.int32)
     for s, block_ids in enumerate(tables):
@@ -218,7 +272,7 @@ def _block_tables(tables: SequenceABC[array[int]]) -> Int32Array:
     return block_tables_SB
 
 
-def _single_token_batch(
+def single_token_batch(
     scheduled: SequenceABC[ScheduledSequence], block_tables_SB: Int32Array, block_size: int
 ) -> StepBatch:
     """The common case, everybody decodes: no Python per sequence beyond reading its fields."""

@@ -28,7 +28,8 @@ does letting a preempted sequence back in.
 
 Guesses at the tokens after the last one are computed with it and dropped where they were wrong: drafts.py.
 
-All calls come from one thread, and `abort` between `plan` and `advance` is a programming error. The work of a call
+All calls come from one thread, and `abort` between `plan` and `advance` is a programming error, unless the plan has
+drafts, which is advanced and resolved at once when its verdict is there. The work of a call
 grows with the sequences of the step and not with those that wait.
 """
 
@@ -172,10 +173,16 @@ class Scheduler:
         return StepPlan(tuple(scheduled), num_tokens, num_prompt_tokens, num_draft_tokens)
 
     def advance(self, plan: StepPlan) -> None:
-        """Take a plan as computed: its sequences go on, those that sample by a token that is not known yet."""
+        """Take a plan as computed: its sequences go on, those that sample by a token that is not known yet.
+
+        With drafts it is called when the verdict is there: who has left meanwhile stays where it is.
+        """
         row = 0
         for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
-            assert sequence.epoch == epoch, f"sequence {sequence.id} left between plan and advance"
+            if sequence.epoch != epoch:
+                assert plan.num_draft_tokens, f"sequence {sequence.id} left between plan and advance"
+                row += samples * (1 + num_draft)
+                continue
             assert sequence.num_computed_tokens == start
             sequence.num_computed_tokens = start + num_tokens
             if samples:
@@ -204,8 +211,7 @@ class Scheduler:
             has_blocks = sequence.epoch == epoch
             if samples and num_accepted is not None:
                 num_rejected = num_draft - next(accepted)
-                if num_draft:
-                    assert has_blocks, "nobody is planned between a draft and its verdict"
+                if num_draft and has_blocks:
                     drop_rejected(sequence, stop, num_rejected, self.block_pool)
                     stop -= num_rejected
             if samples and (has_blocks or sequence in self._waiting):
@@ -407,7 +413,7 @@ class Scheduler:
         return sequence
 
     def _drop_blocks(self, sequence: Sequence) -> None:
-        sequence.draft_ids, sequence.draft_parents = [], []
+        sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
         self.block_pool.free(sequence.block_ids)
         sequence.block_ids = array("i")
         # what it had let go before will not be computed again if the rest comes back

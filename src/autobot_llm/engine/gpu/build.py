@@ -213,6 +213,7 @@ class _Builder:
             uses_graphs=self._uses_graphs,
             reason=f"fused kernels, attention by {attention.name}",
             features=features,
+            chain=self._options.chain,
             quantization=None if self._packer is None else self._packer.text,
         )
 
@@ -224,6 +225,7 @@ class _Builder:
             num_batched_tokens=self._limits.max_num_batched_tokens,
             num_bytes_each=self._dtype.itemsize,
             takes_trees=self._options.features != NO_FEATURES,
+            longest_chain=0 if self._options.chain is None else self._options.chain.longest,
         )
 
 

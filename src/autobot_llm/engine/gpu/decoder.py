@@ -127,22 +127,32 @@ class FusedDecoder:
         self, i: int, layer: LayerWeights, qkv_TC: torch.Tensor, inputs: DecoderInputs, metadata: Any
     ) -> torch.Tensor:
         """What the heads of layer i gather, [T, H*D], before the output projection. Rotates q and k in place."""
+        self._store(i, layer, qkv_TC, inputs.positions_T, inputs.slots_T)
+        return self._gathered(i, qkv_TC, metadata)
+
+    def _store(
+        self, i: int, layer: LayerWeights, qkv_TC: torch.Tensor, positions_T: torch.Tensor, slots_T: torch.Tensor
+    ) -> None:
+        """Rotate q and k in place, and write k and v into the cache."""
         config = self._config
-        num_heads, num_kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
         rotate_and_store(
             qkv_TC,
-            inputs.positions_T,
-            inputs.slots_T,
+            positions_T,
+            slots_T,
             self._cos_sin_PD,
             self._storage.keys[i],
             self._storage.values[i],
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_size=head_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
             q_norm_D=layer.q_norm_D,
             k_norm_D=layer.k_norm_D,
             eps=config.rms_norm_eps,
         )
+
+    def _gathered(self, i: int, qkv_TC: torch.Tensor, metadata: Any) -> torch.Tensor:
+        config = self._config
+        num_heads, num_kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
         heads = qkv_TC.view(-1, num_heads + 2 * num_kv_heads, head_size)
         out_THD = torch.empty(heads.shape[0], num_heads, head_size, dtype=qkv_TC.dtype, device=self.device)
         self._attention.attend(

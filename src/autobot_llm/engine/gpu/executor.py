@@ -8,25 +8,28 @@ this one go into it without ever leaving the device.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from autobot_llm.engine.attention.paged import PagedAttention, max_items
+from autobot_llm.engine.attention.paged import PagedAttention, full_load
 from autobot_llm.engine.attention.triton_paged import TritonPagedAttention
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.description import GpuDescription
-from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds, Features, SampledRows, SamplingArrays
+from autobot_llm.engine.executor import NO_FEATURES, FeatureKinds, Features, SamplingArrays, Unverified
+from autobot_llm.engine.gpu.chains import ChainGraph, ChainGraphs, run
+from autobot_llm.engine.gpu.chains import padding_of as padding_of_chain
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
 from autobot_llm.engine.gpu.features import copy_of, first_of, room_for
 from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS, decode_graph_sizes
 from autobot_llm.engine.gpu.graphs import CUDAGraphManager
 from autobot_llm.engine.gpu.moves import SlotMover
-from autobot_llm.engine.gpu.options import GpuLimits
+from autobot_llm.engine.gpu.options import ChainPlace, GpuLimits
+from autobot_llm.engine.gpu.results import LaunchedChainRows, LaunchedRows, ResultRing, ResultRows
 from autobot_llm.engine.gpu.staging import FetchedStaging, Layout, Staging
 from autobot_llm.engine.gpu.step_graphs import (
     PROMPTS,
@@ -45,50 +48,15 @@ from autobot_llm.engine.kv_cache.storage import PagedStorage
 from autobot_llm.engine.models.embeddings import Embeddings
 
 
-class _Launched:
-    """A queued step. `wait` reads its tokens from the page-locked rows that the device copies them to."""
-
-    def __init__(self, executor: GpuExecutor, rows: _ResultRows, num_rows: int, features: Features) -> None:
-        self.features = features
-        self._executor = executor
-        self._rows = rows
-        self._num_rows = num_rows
-
-    def wait(self) -> SampledRows:
-        start = time.perf_counter()
-        self._rows.arrived.synchronize()
-        self._executor.device_wait_seconds += time.perf_counter() - start
-        num_rows = self._num_rows
-        return SampledRows(self._rows.tokens[:num_rows].tolist(), self._rows.bests[:num_rows].tolist())
-
-
-class _ResultRows:
-    """A step's tokens and best logits in page-locked memory."""
-
-    def __init__(self, tokens_R: torch.Tensor, bests_R: torch.Tensor) -> None:
-        self.tokens_pinned, self.bests_pinned = tokens_R, bests_R
-        self.tokens, self.bests = tokens_R.numpy(), bests_R.numpy()
-        self.arrived = torch.cuda.Event()
-
-
-class _ResultRing:
-    """Room for the results of as many steps as may be under way."""
-
-    def __init__(self, max_rows: int) -> None:
-        self.tokens_pinned = torch.zeros((NUM_SLOTS, max_rows), dtype=torch.int32, pin_memory=True)
-        self.bests_pinned = torch.zeros((NUM_SLOTS, max_rows), dtype=torch.float32, pin_memory=True)
-        self.slots = [_ResultRows(*slot) for slot in zip(self.tokens_pinned, self.bests_pinned, strict=True)]
-
-
 # T packed tokens, R sampled rows, V vocabulary
 class GpuExecutor:
-    """PipelinedExecutor and BlockCopier on one CUDA device. `reason` says why it was chosen.
+    """ChainExecutor and BlockCopier on one CUDA device. `reason` says why it was chosen.
 
     Steps keep the `features` that were asked for when this was made; their tensors belong to `stream`, the one that
     runs the steps: who works on them there has nothing to wait for. It is one of its own unless one is given.
     `device_wait_seconds` adds up the time that the
     host has waited for the device. Before `capture`, and with `uses_graphs` false, every step is launched kernel by
-    kernel.
+    kernel. There are chains where there is a `chain` place for them, from `capture` on.
     """
 
     name = "gpu"
@@ -108,6 +76,7 @@ class GpuExecutor:
         features: FeatureKinds = NO_FEATURES,
         quantization: str | None = None,
         stream: torch.cuda.Stream | None = None,
+        chain: ChainPlace | None = None,
     ) -> None:
         self.feature_kinds = features
         self.reason = reason
@@ -121,10 +90,10 @@ class GpuExecutor:
         self._decoder = decoder
         self._storage = storage
         # A stream of our own: on the default one, whatever else the program does would wait for our steps.
-        self.stream = stream or torch.cuda.Stream(self._device)
+        self.stream = stream or (chain and chain.stream) or torch.cuda.Stream(self._device)
         with torch.cuda.stream(self.stream):
             max_rows = max(_most_rows(limits), *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
-            self._sampler = DeviceSampler(vocab_size, max_rows, self._device)
+            self._sampler = DeviceSampler(vocab_size, max_rows, self._device, num_draft_rows=MAX_ROWS)
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
             self._staging = Staging(_eager_layout(limits).num_bytes, self._device)
             self._takes_trees = features != NO_FEATURES and isinstance(attention, TritonPagedAttention)
@@ -132,13 +101,28 @@ class GpuExecutor:
                 limits,
                 attention,
                 table_width=-(-limits.max_model_len // storage.block_size),
-                num_spare_items=max_items(0, storage.num_kv_heads, num_processors),
+                num_spare_items=full_load(storage.num_kv_heads, num_processors),
+                num_spare_items_if_long=full_load(storage.num_kv_heads, num_processors, is_long=True),
                 window=widest_window,
                 takes_trees=self._takes_trees,
             )
-            self._graph_staging = FetchedStaging(self._steps.num_bytes if uses_graphs else 0, self._device)
+            self._chain_place, self._chains = chain, None
+            if chain is not None and uses_graphs and isinstance(attention, TritonPagedAttention):
+                self._chains = ChainGraphs(
+                    attention,
+                    chain.tokens_R,
+                    chain.first_row,
+                    longest=chain.longest,
+                    max_num_seqs=limits.max_num_seqs,
+                    table_width=-(-limits.max_model_len // storage.block_size),
+                    num_spare_items=full_load(storage.num_kv_heads, num_processors),
+                )
+            num_bytes = max(self._steps.num_bytes, 0 if self._chains is None else self._chains.num_bytes)
+            self._graph_staging = FetchedStaging(num_bytes if uses_graphs else 0, self._device)
             if uses_graphs:
                 self._steps.bind(self._graph_staging, self._sampler.tokens_R)
+            if self._chains is not None:
+                self._chains.bind(self._graph_staging.slots, self._graph_staging.on_device)
             self._sampling_staging = Staging(_sampling_layout(_most_rows(limits)).num_bytes, self._device)
             # where captured steps keep features: each overwrites those of the one before
             self._kept = self._room_for_features(
@@ -147,7 +131,7 @@ class GpuExecutor:
             )
         self._most_tokens = limits.max_num_batched_tokens
         # What a graph sends goes to the slot that the device counts, so launched steps have slots of their own.
-        self._graph_results, self._results = _ResultRing(max_rows), _ResultRing(max_rows)
+        self._graph_results, self._results = ResultRing(max(max_rows, MAX_ROWS)), ResultRing(max_rows)
         self._turn = 0
         self._swapper = BlockSwapper(storage, self.stream)
         self.copy_out = self._swapper.copy_out
@@ -168,24 +152,38 @@ class GpuExecutor:
         """
         with torch.cuda.stream(self.stream), torch.no_grad():
             graphs = sorted(self._steps.all, key=lambda graph: graph.num_tokens, reverse=True)
+            chains = [] if self._chains is None else self._chains.all
             for i, graph in enumerate(graphs):
                 self._replay(graph, self._fill_with_padding(graph))
                 self.stream.synchronize()
-                on_progress(i + 1, len(graphs))
+                on_progress(i + 1, len(graphs) + len(chains))
+            for i, chain in enumerate(chains, len(graphs)):
+                self._graph_staging.fill_all(padding_of_chain(chain))
+                self._replay_chain(chain)
+                self.stream.synchronize()
+                on_progress(i + 1, len(graphs) + len(chains))
             if graphs:
                 self._graph_staging.resume()
         self._steps.is_captured = bool(graphs)
+        if self._chains is not None:
+            self._chains.is_captured = True
 
     def rehearse(self) -> None:
         """Launch what `capture` would record, so that its kernels are met."""
         with torch.cuda.stream(self.stream), torch.no_grad():
             for graph in self._steps.all:
                 self._recorded_step(graph, self._fill_with_padding(graph))(self._graph_staging.on_device)
+            for chain in [] if self._chains is None else self._chains.all:
+                self._graph_staging.fill_all(padding_of_chain(chain))
+                self._recorded_chain(chain)(self._graph_staging.on_device)
             if self._takes_trees:
                 self._mover.rehearse()
             self.stream.synchronize()
 
-    def launch(self, batch: StepBatch, sampling: SamplingArrays) -> _Launched:
+    def _note_waited(self, seconds: float) -> None:
+        self.device_wait_seconds += seconds
+
+    def launch(self, batch: StepBatch, sampling: SamplingArrays) -> LaunchedRows:
         """Queue a step and its sampling, and return at once."""
         num_rows = len(batch.logit_rows_R)
         with torch.cuda.stream(self.stream), torch.no_grad():
@@ -193,7 +191,38 @@ class GpuExecutor:
             if rows is None or sampling.any_drawn:
                 rows = self._sample(logits_RV, sampling, num_rows)
             rows.arrived.record(self.stream)
-            return _Launched(self, rows, num_rows, features)
+            return LaunchedRows(rows, num_rows, features, self._note_waited)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """What the last step sampled, and from `first_draft_row` on what a draft leaves for later steps."""
+        return self._sampler.tokens_R
+
+    @property
+    def first_draft_row(self) -> int:
+        return self._sampler.max_rows
+
+    def takes_chain(self, num_missing: SequenceABC[int], num_passes: int) -> bool:
+        return self._chains is not None and self._chains.find(num_missing, num_passes, is_drawn=False) is not None
+
+    def launch_chain(
+        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+    ) -> LaunchedChainRows:
+        assert self._chains is not None and self._chain_place is not None
+        num_missing = np.diff(batch.query_starts).tolist()
+        chain = self._chains.find(num_missing, num_passes, is_drawn=sampling.any_drawn)
+        assert chain is not None, f"{num_passes} passes after {num_missing} tokens are not captured"
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            slot = self._graph_staging.next_slot()
+            self._chains.fill(chain, slot, batch, sampling, after)
+            result = self._graph_results.slots[slot]
+            result.begun.record(self.stream)
+            self._replay_chain(chain)
+            self._graph_staging.mark_queued()
+            result.arrived.record(self.stream)
+        return LaunchedChainRows(
+            result, chain.rows(batch.num_sequences), self._chain_place.first_row, self._note_waited
+        )
 
     def room_for_drafts(self, num_sequences: int) -> int:
         """As many as a captured step has: launching one kernel by kernel takes longer than drafts save."""
@@ -234,12 +263,12 @@ class GpuExecutor:
         self._is_closed = True
         self.stream.synchronize()
         self.graphs.clear()
-        del self._decoder, self._storage, self._steps, self._kept, self._swapper, self.attention
+        del self._decoder, self._storage, self._steps, self._chains, self._kept, self._swapper, self.attention
         del self.copy_out, self.copy_in
         if self._takes_trees:
             del self._mover, self.move
 
-    def _sample(self, logits_RV: torch.Tensor, sampling: SamplingArrays, num_rows: int) -> _ResultRows:
+    def _sample(self, logits_RV: torch.Tensor, sampling: SamplingArrays, num_rows: int) -> ResultRows:
         """Queue the sampling of a launched step, or of one that is to be drawn from."""
         rows = self._results.slots[self._turn]
         self._turn = (self._turn + 1) % NUM_SLOTS
@@ -253,7 +282,7 @@ class GpuExecutor:
 
     def _forward(
         self, batch: StepBatch, *, copies_features: bool = True
-    ) -> tuple[torch.Tensor, _ResultRows | None, Features]:
+    ) -> tuple[torch.Tensor, ResultRows | None, Features]:
         """Logits_RV, where a graph sends each row's best token, and features."""
         graph = self._steps.find(batch)
         num_tokens, num_rows = batch.num_tokens, len(batch.logit_rows_R)
@@ -269,6 +298,22 @@ class GpuExecutor:
 
     def _replay(self, graph: StepGraph, host: Arrays) -> torch.Tensor:
         return self.graphs.capture(graph.key, self._recorded_step(graph, host), self._graph_staging.on_device)
+
+    def _replay_chain(self, chain: ChainGraph) -> torch.Tensor:
+        return self.graphs.capture(chain.key, self._recorded_chain(chain), self._graph_staging.on_device)
+
+    def _recorded_chain(self, chain: ChainGraph) -> Callable[[torch.Tensor], torch.Tensor]:
+        chains = self._chains
+        assert chains is not None
+
+        def passes(_buffer: torch.Tensor) -> torch.Tensor:
+            self._graph_staging.fetch(chain.layout.num_bytes)
+            logits_RV = run(chain, self._decoder, self._sampler, chains.tokens_R)
+            ring, turn = self._graph_results, self._graph_staging.device_turn
+            send(chains.drafts_R, chains.bests_R, ring.tokens_pinned, ring.bests_pinned, chain.num_rows, turn=turn)
+            return logits_RV
+
+        return passes
 
     def _recorded_step(self, graph: StepGraph, host: Arrays) -> Callable[[torch.Tensor], torch.Tensor]:
         metadata = graph.prompts if graph.batch is None else self.attention.prepare_captured(graph.batch, host)

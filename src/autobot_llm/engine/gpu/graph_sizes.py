@@ -22,9 +22,18 @@ MAX_PROMPTS = 64
 MAX_ROWS = 128
 """Tokens of such a step up to which it may want the logits of all of them, to verify drafts."""
 
+CHAIN_SIZES = (1, 2, 4, 8, 16)
+"""Numbers of sequences with graphs for the passes of a draft, one for each number of passes."""
+
+LONGEST_CHAIN = 15
+"""Passes of such a graph at most."""
+
 BYTES_PER_GRAPH = 16 * 2**20
 """What a captured graph of some hundred kernels holds beside the tensors, which all of them share: measured on an H200,
 docs/log.md."""
+
+BYTES_PER_CHAIN = 10 * 2**20
+"""The same for a chain of a draft's passes, of two layers and three passes on average."""
 
 
 def num_logit_rows(num_tokens: int) -> int:
@@ -54,6 +63,13 @@ def long_graph_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
 def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
     """The numbers of tokens to capture a step with prompts for."""
     return tuple(size for size in PROMPT_SIZES if size <= max_num_batched_tokens)
+
+
+def chain_sizes(max_num_seqs: int, longest: int) -> dict[int, int]:
+    """The numbers of sequences to capture a draft's passes for, and the most passes: a step verifies so many tokens."""
+    last = padded_size(max_num_seqs, CHAIN_SIZES) or CHAIN_SIZES[-1]
+    lengths = {size: min(longest, LONGEST_CHAIN, MAX_ROWS // size - 1) for size in CHAIN_SIZES if size <= last}
+    return {size: length for size, length in lengths.items() if length > 0}
 
 
 def tree_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:

@@ -29,10 +29,21 @@ class GpuLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ChainPlace:
+    """Where a draft's passes run in chains of at most `longest`: on the target's stream. `tokens_R` are the tokens that
+    the target's steps sample and read; what is drawn is left there for them, from row `first_row` on."""
+
+    longest: int
+    stream: torch.cuda.Stream
+    tokens_R: torch.Tensor
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True)
 class GpuOptions:
     """What a user may ask of the GPU. `memory_utilization` is a share of the whole device; `cache_memory` (bytes)
     None: what that share leaves. `cache_dtype`: what keys and values are stored as. `quantization`: what weights are
-    rounded to as they are loaded. `features`: what every step is to keep."""
+    rounded to as they are loaded. `features`: what every step is to keep. `chain`: None for all but drafts."""
 
     folder: Path
     attention_backend: str
@@ -42,18 +53,21 @@ class GpuOptions:
     cache_dtype: torch.dtype | None = None  # None: the model's own
     features: FeatureKinds = NO_FEATURES
     quantization: QuantizationType = QuantizationType.NONE
+    chain: ChainPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlace:
-    """What a draft that reads the target's features shares with it: the stream of its steps, its embeddings there, and
-    the limits and choices that it was made with."""
+    """What a draft shares with its target: the stream of its steps, its embeddings there, room for drafts in rows from
+    `first_draft_row` on of the tokens that its steps can read, and the limits and choices that it was made with."""
 
     stream: torch.cuda.Stream
     embeddings: Embeddings
     limits: GpuLimits
     attention_backend: str
     uses_graphs: bool
+    tokens_R: torch.Tensor
+    first_draft_row: int
 
 
 def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:

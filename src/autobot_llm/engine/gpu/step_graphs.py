@@ -70,8 +70,9 @@ class StepGraph:
 class StepGraphs:
     """Every step that is worth capturing. Those with prompts or trees need our own attention.
 
-    `window` is the model's widest; `num_spare_items` are the work items that load the device once. Until `bind` there
-    is nothing to fill, and until `is_captured` nothing is found.
+    `window` is the model's widest; `num_spare_items` are the work items that load the device once, and
+    `num_spare_items_if_long` those of steps with long contexts. Until `bind` there is nothing to fill, and until
+    `is_captured` nothing is found.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class StepGraphs:
         *,
         table_width: int,
         num_spare_items: int,
+        num_spare_items_if_long: int,
         window: int,
         takes_trees: bool,
     ) -> None:
@@ -88,7 +90,7 @@ class StepGraphs:
         self.is_captured = False
         self._attention = attention
         self._table_width = table_width
-        self._num_spare_items = num_spare_items
+        self._num_spare_items = {DECODE: num_spare_items, LONG: num_spare_items_if_long}
         self._window = window
         self._item_cut = ItemCut()
         self._graphs: dict[str, StepGraph] = {}
@@ -150,8 +152,8 @@ class StepGraphs:
         return host
 
     def _layout(self, kind: str, size: int) -> Layout:
-        if kind in (DECODE, LONG):
-            num_items = size + self._num_spare_items
+        if kind in self._num_spare_items:
+            num_items = size + self._num_spare_items[kind]
             sizes = decode_sizes(size, max_queries=1, table_width=self._table_width, num_items=num_items)
         else:
             assert isinstance(self._attention, TritonPagedAttention)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import triton
 
+from autobot_llm.engine.attention.paged import BLOCK_SIZE
 from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.executor import SamplingArrays
 from autobot_llm.engine.gpu.executor import GpuExecutor
 from autobot_llm.engine.gpu.options import GpuLimits
 
-_BLOCK_SIZE = 16
 # What steps that are not captured are made of: (sequences that decode, tokens of a prompt's next part, tokens of the
 # prompt in the cache before it). Each line leads to kernels, or sizes of their tiles, of its own.
 _MIXES = ((1, 64, 64), (30, 64, 64), (90, 64, 64), (1, 8, 24), (1, 16, 16), (1, 64, 0), (1, 2048, 64))
@@ -50,7 +50,7 @@ def _mixed_batch(limits: GpuLimits, num_decoding: int, num_new: int, num_cached:
         slots_T=np.full(num_tokens, -1, np.int64),  # nothing is written
         query_starts=np.cumsum([0, *query_lens], dtype=np.int32),
         context_lens=context_lens,
-        block_tables_SB=np.zeros((len(query_lens), -(-int(context_lens[-1]) // _BLOCK_SIZE)), np.int32),
+        block_tables_SB=np.zeros((len(query_lens), -(-int(context_lens[-1]) // BLOCK_SIZE)), np.int32),
         logit_rows_R=np.zeros(1, np.int64),
         pending_rows_T=np.full(num_tokens, -1, np.int32),
     )

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from random import Random
 
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.errors import ConfigurationError
 
 _NOWHERE = -1
@@ -65,7 +66,7 @@ class BlockPool:
     def __init__(
         self,
         num_blocks: int,
-        block_size: int = 16,
+        block_size: int = BLOCK_SIZE,
         *,
         prefix_caching: bool = True,
         scattered: bool = False,

@@ -14,6 +14,7 @@ from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.errors import ConfigurationError
 
 BLOCK_SIZE = 16
+"""Tokens of a cache block. The compiled step's vectors and the kernels' tiles are built for it."""
 SHORTEST_CHUNK = 256
 """So many tokens may a step always add to what a sequence keeps: the products of shorter chunks are less efficient."""
 EVICTION_INTERVAL = 64

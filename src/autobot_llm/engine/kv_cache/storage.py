@@ -148,7 +148,8 @@ class PagedStorage:
     """Keys and values of all layers in one tensor L2BK..., the second index being 0 for keys and 1 for values.
 
     The positions of one head lie together within a block, PD, so that a kernel that works on one head reads whole
-    lines. Quantized, a block's head is P D numbers of one byte and then P scales (`scales_of`), in one row of bytes.
+    lines. Quantized, a block is K P D numbers of one byte and then K P scales (`numbers_and_scales`), in one row of
+    bytes: scales beside each head's numbers would move those of the next one off the lines of 128 bytes.
     """
 
     cache_L2BK: torch.Tensor
@@ -180,16 +181,24 @@ class PagedStorage:
 
 
 def scales_of(cache: torch.Tensor) -> torch.Tensor | None:
-    """A layer's quantized keys or values seen as scales, the last P of each row [B, K, P (D + 2) / 2]; else None."""
+    """A layer's quantized keys or values seen as scales, the last K P of each block; else None."""
     return cache.view(SCALE_DTYPE) if cache.dtype in QUANTIZED_DTYPES else None
+
+
+def numbers_and_scales(cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a layer's quantized keys or values, contiguous in a block: numbers BKPD as int8, and scales BKP."""
+    num_blocks, num_heads, row = cache.shape
+    block_size = row // (head_size + SCALE_DTYPE.itemsize)
+    blocks = cache.view(torch.int8).flatten(1)
+    num_numbers = num_heads * block_size * head_size
+    numbers = blocks[:, :num_numbers].view(num_blocks, num_heads, block_size, head_size)
+    scales = blocks.view(SCALE_DTYPE)[:, num_numbers // 2 :].view(num_blocks, num_heads, block_size)
+    return numbers, scales
 
 
 def take_blocks(cache: torch.Tensor, blocks: torch.Tensor, head_size: int) -> torch.Tensor:
     """Keys or values of these blocks of a layer as numbers, [blocks, K, P, D]; float32 where they are quantized."""
     if cache.dtype not in QUANTIZED_DTYPES:
         return cache[blocks]
-    rows = cache.view(torch.int8)[blocks]
-    block_size = rows.shape[-1] // (head_size + SCALE_DTYPE.itemsize)
-    numbers = rows[..., : block_size * head_size].contiguous().view(cache.dtype).float()
-    scales: torch.Tensor = rows.view(SCALE_DTYPE)[..., -block_size:].float()
-    return numbers.view(*scales.shape, head_size) * scales.unsqueeze(-1)
+    numbers, scales = numbers_and_scales(cache, head_size)
+    return numbers[blocks].view(cache.dtype).float() * scales[blocks].float().unsqueeze(-1)

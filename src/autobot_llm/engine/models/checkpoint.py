@@ -1,4 +1,4 @@
-"""Find the stored tensors of a model folder: which file, which bytes, which shape. Knows safetensors; reads no weight.
+"""Find the stored tensors of a model folder: which file, which bytes, which shape. Knows safetensors, and no model.
 
 Every header is checked against the shapes that the configuration asks for, so a truncated or foreign folder fails in
 milliseconds, before anything is allocated.
@@ -51,6 +51,16 @@ class Checkpoint:
         for dtype in dtypes:
             common = torch.promote_types(common, dtype)
         return common
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as it is stored; it may be mapped from its file. Raises ModelLoadError."""
+        path = self.tensors[name].path
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as exc:
+            raise ModelLoadError(f"{path}: tensor {name} cannot be read: {exc}") from exc
 
     def refuse_changed_files(self) -> None:
         """Raise ModelLoadError if a file is not what its header was read from: its tensors may be of two models."""
@@ -133,7 +143,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, _Header], dict[str, str]]:
         raise ModelLoadError(f"{folder}: {_why_no_safetensors(folder)}")
     try:
         file_of = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.DecodeError) as exc:
+    except (OSError, msgspec.DecodeError, RecursionError) as exc:
         raise ModelLoadError(f"{index}: {exc}") from exc
     headers = {}
     for file_name in sorted(set(file_of.values())):

@@ -109,7 +109,7 @@ class _ConfigFile(msgspec.Struct):
     vocab_size: _Count
     hidden_size: _Count
     intermediate_size: _Count
-    num_hidden_layers: _Count
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=100_000)]  # there is a value for each before any is read
     num_attention_heads: _Count
     num_key_value_heads: _Count | None = None
     head_dim: _Count | None = None
@@ -215,7 +215,11 @@ def _read(path: Path, kind: type[_File]) -> _File:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError as exc:
         raise ModelLoadError(f"{path}: no such file") from exc
-    except (OSError, msgspec.DecodeError) as exc:  # a wrong type is reported with its path: `$.hidden_size`
+    except (
+        OSError,
+        msgspec.DecodeError,
+        RecursionError,
+    ) as exc:  # a wrong type is reported with its path: `$.hidden_size`
         raise ModelLoadError(f"{path}: {exc}") from exc
 
 

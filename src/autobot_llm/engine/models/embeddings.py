@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from autobot_llm.engine.models.checkpoint import open_checkpoint, stored_shapes
 from autobot_llm.engine.models.config import ModelConfig
-from autobot_llm.errors import ModelLoadError
 
 _EMBEDDINGS, _PROJECTION = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -34,13 +32,6 @@ def load_embeddings(folder: Path, config: ModelConfig) -> Embeddings:
         model_type=config.model_type,
         may_ignore=frozenset(stored_shapes(folder)),
     )
-    found = []
-    for name in names:
-        path = checkpoint.tensors[name].path
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                found.append(file.get_tensor(name))
-        except (SafetensorError, OSError) as exc:
-            raise ModelLoadError(f"{path}: tensor {name} cannot be read: {exc}") from exc
+    found = [checkpoint.read(name) for name in names]
     checkpoint.refuse_changed_files()
     return Embeddings(found[0], found[-1])

@@ -89,32 +89,22 @@ class QuantizedModelLoader:
         kind = self.config.type
         if kind is QuantizationType.NONE:
             return LoadedModel(self._source(model), "unquantized", "", "no quantization was asked for")
-        if (found := self.find(model, cache_dir)) is not None:
-            return found
+        if (variant := self.find_variant(model)) is not None:
+            return variant
+        source = self._source(model)
+        folder = self._cached(source, cache_dir)
+        if (folder / "config.json").is_file():
+            by = _maker(folder)
+            return LoadedModel(folder, "cache", by, f"quantized before by {by}")
         if kind.needs_calibration and self._text is None:
             raise ConfigurationError(
                 f"{kind.value} needs a text to calibrate with: AUTOBOT_QUANTIZATION_CALIBRATION; w4 and fp8 need none"
             )
-        source = self._source(model)
-        folder = self._cached(source, cache_dir)
         made = quantize_to(
             source, folder, self.config, self._text, cache_dir,
             compressor_mode=self._mode, on_progress=self._on_progress, environ=self._environ,
         )  # fmt: skip
         return LoadedModel(folder, "quantized now", made.by, f"quantized now by {made.by}")
-
-    def find(self, model: str | Path, cache_dir: Path) -> LoadedModel | None:
-        """What is there already: the model itself, a known variant, one that was made before. Makes nothing.
-
-        Raises ConfigurationError where `model` is neither a folder nor a name that the hub knows.
-        """
-        if (variant := self.find_variant(model)) is not None:
-            return variant
-        folder = self._cached(self._source(model), cache_dir)
-        if not (folder / "config.json").is_file():
-            return None
-        by = _maker(folder)
-        return LoadedModel(folder, "cache", by, f"quantized before by {by}")
 
     def find_variant(self, model: str | Path) -> LoadedModel | None:
         """A published variant of the type, or the model itself where it is quantized."""

@@ -13,7 +13,6 @@ from autobot_llm.engine.quantization.weight import QuantizedWeight
 from autobot_llm.errors import ConfigurationError
 
 ONLINE_TYPES = (QuantizationType.W8A8, QuantizationType.W8, QuantizationType.W4, QuantizationType.FP8)
-_NUMBERS_AT_A_TIME = 16 << 20  # what rounding holds beside a matrix are some float32 copies of so many
 
 
 def online_scheme(kind: QuantizationType) -> Scheme:
@@ -38,14 +37,10 @@ def _quantized(layer: LayerWeights, scheme: Scheme) -> LayerWeights:
 
 
 def rounded(matrix: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
-    """The matrix rounded to nearest, some outputs at a time. Raises ConfigurationError where its groups do not fit."""
+    """The matrix rounded to nearest. Raises ConfigurationError where its groups do not fit."""
     if scheme.group_size and matrix.shape[1] % scheme.group_size:
         raise ConfigurationError(
             f"int4 at load needs inputs in multiples of {scheme.group_size}, and a matrix has {matrix.shape[1]}: "
             "use int8, or quantize the model with a smaller --group-size"
         )
-    num_rows = max(_NUMBERS_AT_A_TIME // matrix.shape[1], 1)
-    parts = [round_to_nearest(part, scheme, matrix.dtype) for part in torch.split(matrix, num_rows)]
-    whole = QuantizedWeight.below_each_other(parts)
-    assert whole is not None, "no part has groups of its own"
-    return whole
+    return round_to_nearest(matrix, scheme, matrix.dtype)

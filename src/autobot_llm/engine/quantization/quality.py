@@ -10,10 +10,11 @@ import math
 import statistics
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,11 +98,11 @@ def compare_all(
 ) -> list[Quality]:
     """Measure several folders against the same one, which reads the text once for all of them."""
     tell = on_progress or (lambda what, done, total: None)
-    reference, *candidates = engines = [_engine(folder, cache_dir, "off") for folder in (before, *after)]
-    try:
+    with open_engines(_options(folder, cache_dir, "off") for folder in (before, *after)) as engines:
+        reference = engines[0]
         length = min(length, reference.config.max_position_embeddings)
         windows_BL = sequences_of(text, reference.tokenizer, num_sequences=num_windows, length=length)
-        sums_CWF = torch.zeros(len(candidates), len(windows_BL), 4, dtype=torch.float64)
+        sums_CWF = torch.zeros(len(after), len(windows_BL), 4, dtype=torch.float64)
         for i, ids in enumerate(windows_BL.tolist()):
             tell("windows compared", i, len(windows_BL))
             for steps in zip(*(_logits(engine, ids) for engine in engines), strict=True):
@@ -112,9 +113,6 @@ def compare_all(
         tell("continuations", 0, 0)
         prompts = [ids[:PROMPT_TOKENS] for ids in windows_BL.tolist()[:MAX_CONTINUATIONS]]
         expected, *continued = [_continue(engine, prompts)[0] for engine in engines]
-    finally:
-        for engine in engines:
-            engine.close()
     num_tokens = windows_BL.shape[1] - 1
     found = []
     for folder, sums_WF, texts in zip(after, sums_CWF, continued, strict=True):
@@ -146,10 +144,17 @@ def _quality(means_WF: torch.Tensor, num_tokens: int, num_same: int, num_continu
     )
 
 
-def _engine(folder: Path, cache_dir: Path, compiled_step: str) -> Engine:
-    options = EngineOptions(folder=folder, cache_dir=cache_dir, device="cpu", prefix_caching=False)
-    assert compiled_step in ("auto", "off")
-    return load_engine(replace(options, compiled_step="off" if compiled_step == "off" else "auto"))
+def _options(folder: Path, cache_dir: Path, compiled_step: Literal["auto", "off"]) -> EngineOptions:
+    return EngineOptions(
+        folder=folder, cache_dir=cache_dir, device="cpu", prefix_caching=False, compiled_step=compiled_step
+    )
+
+
+@contextmanager
+def open_engines(all_options: Iterable[EngineOptions]) -> Iterator[list[Engine]]:
+    """An engine for each, closed in the end; where one cannot be made, those before it are closed."""
+    with ExitStack() as opened:
+        yield [opened.enter_context(closing(load_engine(options))) for options in all_options]
 
 
 # R rows, V vocabulary
@@ -210,8 +215,7 @@ class _Speed:
 
 def _speed(after: Path, before: Path, cache_dir: Path, prompts: Sequence[list[int]]) -> _Speed:
     """Both take turns, so that what else the machine does meets both."""
-    ours, theirs = (_engine(folder, cache_dir, "auto") for folder in (after, before))
-    try:
+    with open_engines(_options(folder, cache_dir, "auto") for folder in (after, before)) as (ours, theirs):
         for engine in (ours, theirs):
             _continue(engine, prompts[:1])  # warm
         pairs = [(_continue(ours, [prompt])[1], _continue(theirs, [prompt])[1]) for prompt in prompts]
@@ -222,6 +226,3 @@ def _speed(after: Path, before: Path, cache_dir: Path, prompts: Sequence[list[in
             ratio=statistics.median(ratios) if ratios else 0.0,
             step=f"{ours.executor.name}: {ours.executor.reason}",
         )
-    finally:
-        ours.close()
-        theirs.close()

@@ -62,29 +62,20 @@ def round_to_nearest(
     importance_I: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Each number to the nearest one that the scheme can hold. `dtype` is the matrix's, and that of its scales."""
-    scales_OG, zeros_OG = choose_scales(weight_OI, scheme, dtype, search=search, importance_I=importance_I)
-    return round_with(weight_OI, scales_OG, zeros_OG, scheme, dtype)
+    parts = [_round_rows(part, scheme, dtype, search, importance_I) for part in _some_rows(weight_OI, scheme)]
+    whole = QuantizedWeight.below_each_other(parts)
+    assert whole is not None, "no part has groups of its own"
+    return whole
 
 
-def round_with(
-    weight_OI: torch.Tensor,
-    scales_OG: torch.Tensor,
-    zeros_OG: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
+def _round_rows(
+    weight_OI: torch.Tensor, scheme: Scheme, dtype: torch.dtype, search: bool, importance_I: torch.Tensor | None
 ) -> QuantizedWeight:
-    """Round to nearest with scales that are given."""
-    num_outputs, num_inputs = weight_OI.shape
-    scales = scales_OG.expand(num_outputs, -1)
+    scales_OG, zeros_OG = choose_scales(weight_OI, scheme, dtype, search=search, importance_I=importance_I)
+    scales = scales_OG.expand(len(weight_OI), -1)
     zeros = torch.zeros_like(scales, dtype=torch.float32) if zeros_OG is None else zeros_OG.float()
-    dtype_of_values = FP8 if scheme.kind == "float" else torch.int8
-    values_OI = torch.empty(weight_OI.shape, dtype=dtype_of_values, device=weight_OI.device)
-    start = 0
-    for part in _some_rows(weight_OI, scheme):
-        rows = slice(start, start + len(part))
-        values_OGS = _rounded(_in_groups(part.float(), scheme.group_size), scales[rows].float(), zeros[rows], scheme)
-        values_OI[rows] = values_OGS.flatten(1)[:, :num_inputs].to(dtype_of_values)
-        start = rows.stop
+    values_OGS = _rounded(_in_groups(weight_OI.float(), scheme.group_size), scales.float(), zeros, scheme)
+    values_OI = values_OGS.flatten(1)[:, : weight_OI.shape[1]]
     return QuantizedWeight.from_values(values_OI, scales.to(dtype).contiguous(), zeros_OG, scheme, dtype=dtype)
 
 

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from autobot_llm.engine.models.checkpoint import open_checkpoint
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.shapes import expected_shapes
 from autobot_llm.engine.quantization.layerwise import DenseLayer
-from autobot_llm.errors import ModelLoadError
 
 
 class StoredModel:
@@ -38,15 +36,7 @@ class StoredModel:
 
     def tensors(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Copies of the named tensors; none stays mapped."""
-        found = {}
-        for name in names:
-            path = self._checkpoint.tensors[name].path
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found[name] = file.get_tensor(name).to(dtype, copy=True)
-            except (SafetensorError, OSError) as error:
-                raise ModelLoadError(f"{path}: tensor {name} cannot be read: {error}") from error
-        return found
+        return {name: self._checkpoint.read(name).to(dtype, copy=True) for name in names}
 
     def rest(self) -> dict[str, torch.Tensor]:
         """What belongs to no layer: embedding, last norm and, if it has its own, the head."""

@@ -71,7 +71,7 @@ class QuantizedWeight(torch.Tensor):
         elif scheme.num_bits == 8:
             stored = values_OI.to(torch.int8)
         else:
-            stored = nibbles(values_OI.to(torch.int16) + 8)
+            stored = nibbles(values_OI.to(torch.int8) + 8)
         zeros = None if zero_points_OG is None else zero_points_OG.to(torch.int8)
         return cls(stored, scales_OG, zeros, scheme, dtype=dtype, group_of_input_I=group_of_input_I)
 

@@ -115,15 +115,20 @@ def row_offsets(item: ScheduledSequence) -> SequenceABC[int]:
 
 def verify_sampled(sampled: SampledRows, scheduled: SequenceABC[ScheduledSequence]) -> list[Verdict]:
     """The same where a device has sampled each row with the noise of its position."""
-    outcomes: list[Outcome] = [
-        SampledToken(token) if math.isfinite(best) else broken_logits(best)
-        for token, best in zip(sampled.tokens, sampled.best_logits, strict=True)
-    ]
+    outcomes = outcomes_of(sampled)
     verdicts = []
     for one in _drafted(scheduled):
         verdicts.append(Verdict([], []))
         _follow(one, outcomes[one.row : one.row + one.num_rows], verdicts[-1])
     return verdicts
+
+
+def outcomes_of(sampled: SampledRows) -> list[Outcome]:
+    """What the rows of a device mean."""
+    return [
+        SampledToken(token) if math.isfinite(best) else broken_logits(best)
+        for token, best in zip(sampled.tokens, sampled.best_logits, strict=True)
+    ]
 
 
 def _drafted(scheduled: SequenceABC[ScheduledSequence]) -> Iterator[_Drafted]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,7 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
         )
     try:
         if target.features in (None, features_of(method, folder, target.config)):
-            return _make_heads(method, folder, target)
+            return _make_heads(method, folder, target, options.num_tokens)
     except (ConfigurationError, ModelLoadError) as error:
         if not is_asked_for:
             log.info("%s lies beside the model, and is not used for %s: %s", folder.name, method, error)
@@ -168,13 +169,13 @@ def _heads(method: HeadsMethod, options: SpeculationOptions, target: Target) -> 
     raise ConfigurationError(f"{setting}: this step gives no hidden states; expected auto, ngram, draft or none")
 
 
-def _make_heads(method: HeadsMethod, folder: Path, target: Target) -> CostlyProposer:
+def _make_heads(method: HeadsMethod, folder: Path, target: Target, num_tokens: int) -> CostlyProposer:
     place = target.place
     if method == "medusa":
         return make_medusa(folder, target.folder, target.config, stream=None if place is None else place.stream)
     if place is None:
         return make_eagle(folder, target.folder, target.config, target.max_model_len)
-    return make_eagle_on_device(folder, target.config, place, num_blocks=target.num_blocks)
+    return make_eagle_on_device(folder, target.config, place, num_tokens=num_tokens, num_blocks=target.num_blocks)
 
 
 def _draft_model(options: SpeculationOptions, target: Target, make_executor: MakeExecutor) -> DraftModel | None:
@@ -201,10 +202,15 @@ def make_draft_model(folder: Path, target: Target, make_executor: MakeExecutor) 
     config = load_config(folder)
     context = min(target.max_model_len, config.max_position_embeddings)
     executor, num_blocks = make_executor(folder, config, context, target.num_blocks)
-    return DraftModel(
-        executor,
-        BlockPool(num_blocks, target.block_size, prefix_caching=target.prefix_caching),
-        vocab_size=min(target.config.vocab_size, config.vocab_size),
-        max_tokens=target.max_num_batched_tokens,
-        max_model_len=context,
-    )
+    with ExitStack() as made:
+        made.callback(executor.close)
+        pool = BlockPool(num_blocks, target.block_size, prefix_caching=target.prefix_caching)
+        draft = DraftModel(
+            executor,
+            pool,
+            vocab_size=min(target.config.vocab_size, config.vocab_size),
+            max_tokens=target.max_num_batched_tokens,
+            max_model_len=context,
+        )
+        made.pop_all()  # from here on the draft model closes it
+    return draft

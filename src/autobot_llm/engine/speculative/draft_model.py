@@ -13,23 +13,50 @@ were not drafted for lately give their blocks up; what is missing is computed ag
 from __future__ import annotations
 
 import dataclasses
+import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
-from autobot_llm.engine.executor import Executor, FeatureKinds, Features, PipelinedExecutor
+from autobot_llm.engine.executor import (
+    ChainExecutor,
+    Executor,
+    FeatureKinds,
+    Features,
+    LaunchedChain,
+    PipelinedExecutor,
+    Unverified,
+)
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sampler import Sampler, SamplingArraysBuilder, SamplingFailure
 from autobot_llm.engine.sequence import NO_ROW, UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.chain import Chain, known, make_room
-from autobot_llm.engine.speculative.proposer import Computed, Draft
+from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
+
+
+class _Chain(NamedTuple):
+    """Passes under way, for whom, and how many of the tokens are given out."""
+
+    launched: LaunchedChain
+    shadows: list[Sequence]
+    num_tokens: int
+    num_given: int
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Of those that are given out, for each sequence."""
+        return self.launched.rows.reshape(self.num_tokens, len(self.shadows))[: self.num_given].T
 
 
 class DraftModel:
-    """CostlyProposer over an executor that nobody else uses. `vocab_size` is the target's, which the executor's logits
-    are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
+    """LaunchingProposer over an executor that nobody else uses. `vocab_size` is the target's, which the executor's
+    logits are cut to; `max_tokens` and `max_model_len` are the executor's limits for a step and for a sequence."""
 
     name = "draft"
     wanted: FeatureKinds | None = None
@@ -43,9 +70,12 @@ class DraftModel:
         self._sampler = Sampler(vocab_size)
         self._sampling_arrays = SamplingArraysBuilder(vocab_size)
         self._pipelined = executor if isinstance(executor, PipelinedExecutor) else None
+        self._chains = executor if isinstance(executor, ChainExecutor) else None
         self._max_tokens = max_tokens
         self._max_model_len = max_model_len
         self._shadows: OrderedDict[int, Sequence] = OrderedDict()  # least recently drafted for first
+        self._under_way: _Chain | None = None  # whose drafts a step of the target verifies
+        self._behind: _Chain | None = None  # and the one that goes on from its verdict
 
     def observe(self, computed: SequenceABC[Computed], features: Features) -> None:
         """It looks at tokens alone."""
@@ -61,14 +91,7 @@ class DraftModel:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         """One pass over what is missing of every sequence, then one for each further token."""
-        for sequence in sequences:
-            if (shadow := self._shadows.get(sequence.id)) is not None:
-                self._follow(shadow, sequence)
-                self._shadows.move_to_end(sequence.id)
-            else:
-                self._shadows[sequence.id] = self._shadow(sequence)
-        wanted = {s.id for s in sequences}
-        drafting = [s.id for s in sequences if self._make_room(self._shadows[s.id], num_tokens, wanted)]
+        drafting = self._catch_up_with(sequences, num_tokens)
         if self._pipelined is not None:
             self._chain(self._pipelined, [self._shadows[i] for i in drafting], num_tokens)
         else:
@@ -76,6 +99,47 @@ class DraftModel:
                 drafting = self._pass(drafting)
         drafts = (known(self._shadows[s.id].token_ids[len(s.token_ids) :]) for s in sequences)
         return [Draft(token_ids) if token_ids else None for token_ids in drafts]
+
+    def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:
+        """The same passes as one launch, where little is missing of every sequence and all have room."""
+        if self._chains is None or not sequences:
+            return None
+        drafting = self._catch_up_with(sequences, num_tokens)
+        shadows = [self._shadows[i] for i in drafting]
+        behind, self._behind = self._behind, None
+        if behind is not None and behind.shadows == shadows and behind.num_tokens >= num_tokens:
+            return self._give_out(behind._replace(num_given=num_tokens))
+        missing = [len(shadow.token_ids) - shadow.num_computed_tokens for shadow in shadows]
+        if len(drafting) < len(sequences) or not self._chains.takes_chain(missing, num_tokens):
+            return None
+        parts = [ScheduledSequence(s, s.num_computed_tokens, n, True) for s, n in zip(shadows, missing, strict=True)]
+        batch = build_batch(parts, self.pool.block_size)
+        offsets = [offset for offset in range(num_tokens) for _ in shadows]
+        sampling = self._sampling_arrays.build(shadows * num_tokens, offsets)
+        launched = self._chains.launch_chain(batch, sampling, num_tokens)
+        return self._give_out(_Chain(launched, shadows, num_tokens, num_tokens))
+
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+        before, wanted = self._under_way, {s.id for s in sequences}
+        shadows = [self._shadows[s.id] for s in sequences if s.id in self._shadows]
+        if self._chains is None or before is None or before.shadows != shadows:
+            return
+        # as far as if all drafts were right, and one token more
+        has_room = all(self._make_room(shadow, num_tokens + 1, wanted) for shadow in shadows)
+        if not has_room or not self._chains.takes_chain([2] * len(shadows), num_tokens):
+            return
+        parts = [ScheduledSequence(s, len(s.token_ids) - before.num_tokens - 1, 2, True) for s in shadows]
+        batch = build_batch(parts, self.pool.block_size)
+        number = before.num_given + num_tokens
+        offsets = [offset for offset in range(1 - before.num_tokens, 1 - before.num_tokens + number) for _ in shadows]
+        sampling = self._sampling_arrays.build(shadows * number, offsets)
+        after = Unverified(np.array(first_rows), before.rows)
+        self._behind = _Chain(
+            self._chains.launch_chain(batch, sampling, num_tokens, after), shadows, num_tokens, num_tokens
+        )
+
+    def drop_behind(self) -> None:
+        self._behind = None
 
     def num_passes(self, num_tokens: int) -> int:
         return num_tokens
@@ -88,6 +152,43 @@ class DraftModel:
 
     def close(self) -> None:
         self.executor.close()
+
+    def _catch_up_with(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[int]:
+        """Follow the sequences; returns the ids of those that have room for so many tokens more."""
+        for sequence in sequences:
+            if (shadow := self._shadows.get(sequence.id)) is not None:
+                self._follow(shadow, sequence)
+                self._shadows.move_to_end(sequence.id)
+            else:
+                self._shadows[sequence.id] = self._shadow(sequence)
+        wanted = {s.id for s in sequences}
+        return [s.id for s in sequences if self._make_room(self._shadows[s.id], num_tokens, wanted)]
+
+    def _give_out(self, chain: _Chain) -> LaunchedDrafts:
+        """Take a chain as computed."""
+        number, shadows = chain.num_tokens, chain.shadows
+        for shadow in shadows:
+            shadow.num_computed_tokens = len(shadow.token_ids) + number - 1
+            shadow.token_ids.extend([UNKNOWN_TOKEN] * number)
+        self._under_way = chain
+        return LaunchedDrafts(chain.rows.tolist(), lambda: self._settle(chain))
+
+    def _settle(self, chain: _Chain) -> tuple[list[Draft | None], float]:
+        """Fill in what a chain has drawn."""
+        self._under_way = None
+        token_ids, bests = chain.launched.wait()
+        drafts: list[Draft | None] = []
+        for i, shadow in enumerate(chain.shadows):
+            found = [
+                self._target_id(token_ids[row]) if math.isfinite(bests[row]) else UNKNOWN_TOKEN
+                for row in range(i, len(token_ids), len(chain.shadows))
+            ]
+            shadow.token_ids[-chain.num_tokens :] = found
+            if UNKNOWN_TOKEN in found:
+                self._behind = None  # the device has compared it all the same
+            given = known(found[: chain.num_given])
+            drafts.append(Draft(given) if given else None)
+        return drafts, chain.launched.seconds * chain.num_given / chain.num_tokens
 
     def _shadow(self, sequence: Sequence) -> Sequence:
         shadow = Sequence(sequence.id, sequence.token_ids, _plain(sequence.params), salt=sequence.salt)

@@ -18,7 +18,7 @@ from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.embeddings import Embeddings, load_embeddings
 from autobot_llm.engine.speculative.eagle.checkpoint import load_eagle
 from autobot_llm.engine.speculative.eagle.config import default_feature_layers, load_eagle_config
-from autobot_llm.engine.speculative.eagle.device_proposer import DeviceEagleProposer
+from autobot_llm.engine.speculative.eagle.device_proposer import DEVICE_BREADTH, DeviceEagleProposer
 from autobot_llm.engine.speculative.eagle.model import EagleDraft
 from autobot_llm.engine.speculative.eagle.proposer import EagleProposer
 from autobot_llm.engine.speculative.medusa.checkpoint import load_medusa_heads
@@ -33,9 +33,10 @@ HeadsMethod = Literal["medusa", "eagle3"]
 
 
 def find_heads(folder: Path, method: HeadsMethod) -> Path | None:
-    """The folder of heads for the model in `folder`, of those beside it: `<model>-medusa` or `<model>-eagle3`, else
-    the published Medusa heads under their name, with or without their owner's. None where there are none."""
-    places = [folder.with_name(f"{folder.name}-{method}")]
+    """The folder of heads for the model in `folder`: `medusa` or `eagle3` in it, `<model>-medusa` or `<model>-eagle3`
+    beside it, else the published Medusa heads under their name, with or without their owner's. None where there are
+    none."""
+    places = [folder / method, folder.with_name(f"{folder.name}-{method}")]
     if method == "medusa":
         published = (heads for model, heads in MEDUSA_CHECKPOINTS.items() if model.split("/")[-1] == folder.name)
         for owner, name in (heads.split("/") for heads in published):
@@ -109,32 +110,35 @@ def make_eagle(
 
 
 def make_eagle_on_device(
-    heads_folder: Path, config: ModelConfig, place: DraftPlace, *, num_blocks: int
+    heads_folder: Path, config: ModelConfig, place: DraftPlace, *, num_tokens: int, num_blocks: int
 ) -> DeviceEagleProposer:
-    """The same beside a model that runs on a GPU, with at most so many cache blocks. Raises ModelLoadError where it
-    does not fit the model, ConfigurationError where it does not fit into memory."""
-    from autobot_llm.engine.gpu.eagle_executor import build_eagle_executor  # triton is needed only here
+    """The same beside a model that runs on a GPU, for drafts at most `num_tokens` deep, with at most so many cache
+    blocks. Raises ModelLoadError where it does not fit the model, ConfigurationError where it does not fit into
+    memory."""
+    from autobot_llm.engine.gpu.eagle_trees import build_eagle_trees  # triton is needed only here
 
     embed_VE, limits = place.embeddings.embed_VE, place.limits
-    layer = load_eagle_config(heads_folder).layer
-    why_not = why_not_fused(layer, embed_VE.dtype)
+    eagle_config = load_eagle_config(heads_folder)
+    why_not = why_not_fused(eagle_config.layer, embed_VE.dtype)
     if why_not is not None:
         raise ModelLoadError(f"{heads_folder}: {why_not}")
     try:
         draft = _load_eagle(heads_folder, config, place.embeddings, embed_VE.dtype)
-        executor, num_blocks = build_eagle_executor(draft, place, num_blocks=num_blocks, name=heads_folder.name)
+        device, num_blocks = build_eagle_trees(
+            draft, place, max_depth=num_tokens, num_blocks=num_blocks, name=heads_folder.name
+        )
     except torch.OutOfMemoryError as error:
         raise ConfigurationError(
             f"{heads_folder}: the GPU has no room for the draft beside the model: {error}; set "
             "AUTOBOT_GPU_MEMORY_UTILIZATION lower"
         ) from error
     return DeviceEagleProposer(
-        executor,
+        device,
         BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=False, scattered=True),
-        draft.target_ids.cpu().numpy(),
         features_of("eagle3", heads_folder, config).layers,
-        max_tokens=limits.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
+        breadth=DEVICE_BREADTH,
+        max_rows=MAX_ROWS,
     )
 
 

@@ -6,9 +6,10 @@ their time, sets `Sequence.draft_ids` and `draft_parents`, and the engine verifi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from autobot_llm.engine.batching import draft_tree
 from autobot_llm.engine.executor import FeatureKinds, Features
@@ -113,3 +114,31 @@ class CostlyProposer(Protocol):
     def forget(self, sequence: Sequence) -> None: ...
 
     def close(self) -> None: ...
+
+
+class LaunchedDrafts(NamedTuple):
+    """Drafts that a device computes: `rows` say for each sequence where a step finds the tokens (Sequence.draft_rows).
+    `wait`, called once, gives the drafts, and the seconds that they took the device."""
+
+    rows: list[list[int]]
+    wait: Callable[[], tuple[list[Draft | None], float]]
+
+
+@runtime_checkable
+class LaunchingProposer(CostlyProposer, Protocol):
+    """A method whose drafts may be verified before anybody but the device knows them."""
+
+    def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:
+        """What `propose` would draft, queued: lines of so many tokens each. None: not now, for all of them; ask
+        `propose`. The drafts are waited for before anything else is asked of it, but to `forget` and what follows."""
+        ...
+
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+        """Queue drafts for after the target's step that was launched last, which verifies all of those that were
+        launched before: `first_rows` are its rows of the choices after the sequences' last known tokens. `launch` gives
+        them out if it is asked for no more and for the same sequences, and else they are forgotten."""
+        ...
+
+    def drop_behind(self) -> None:
+        """Forget those: the step after that verdict has no drafts of this method."""
+        ...

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +17,21 @@ from autobot_llm.engine.batching.plan import StepBatch, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.executor import Executor, FeatureExecutor, Features
 from autobot_llm.engine.request import RequestStats
-from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller
 from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
 from autobot_llm.engine.speculative.possible import possible
-from autobot_llm.engine.speculative.proposer import Computed, CostlyProposer, Draft, FreeProposer
+from autobot_llm.engine.speculative.proposer import (
+    Computed,
+    CostlyProposer,
+    Draft,
+    FreeProposer,
+    LaunchedDrafts,
+    LaunchingProposer,
+)
 
 MOST_REST = 4  # steps
 
@@ -59,6 +67,15 @@ class MethodFigures:
         return [passed / tried for passed, tried in zip(self.passed, self.tried, strict=True) if tried]
 
 
+class _Launched(NamedTuple):
+    """Drafts under way, whose they are, how deep, and the tokens that were caught up with for them."""
+
+    drafts: LaunchedDrafts
+    sequences: list[Sequence]
+    num_tokens: int
+    num_behind: int
+
+
 class Speculator:
     """Sets the drafts of sequences that decode. `max_tokens` bounds each of them.
 
@@ -89,6 +106,10 @@ class Speculator:
         self._policy: DraftPolicy = self.controller if policy is None else policy
         self._free = None if make_free is None else make_free(self._observe_free)
         self._costly = costly
+        self._launching = costly if isinstance(costly, LaunchingProposer) else None
+        self._launched: _Launched | None = None  # whose drafts nobody but the device knows
+        self._last_wanted: tuple[int, list[int]] = 0, []  # when drafts were launched last: how deep, and of whom
+        self._num_behind = 0  # tokens of the drafts that are launched before they are wanted
         self._wanted = None if costly is None else costly.wanted
         self._features = Features()  # of the step at hand
         self.clock = clock
@@ -124,12 +145,20 @@ class Speculator:
             for method, figures in self.figures.items()
         }
 
-    def propose(self, sequences: list[Sequence], room: int, *, takes_trees: bool = False) -> None:
+    def propose(
+        self, sequences: list[Sequence], room: int, *, takes_trees: bool = False, may_wait: bool = False
+    ) -> None:
         """Set the drafts of the sequences that the next step may decode, which has `room` for so many tokens of them.
-        Unless what runs it `takes_trees`, they are the best paths of those that branch."""
+        Unless what runs it `takes_trees`, they are the best paths of those that branch. With `may_wait` some may be
+        known to the device alone until `settle`, which is then called before the step's verdict."""
         self.drafting_seconds = 0.0
+        self._propose(sequences, room, takes_trees, may_wait)
+        if self._launching is not None and self._launched is None:
+            self._launching.drop_behind()
+
+    def _propose(self, sequences: list[Sequence], room: int, takes_trees: bool, may_wait: bool) -> None:
         for sequence in sequences:
-            sequence.draft_ids, sequence.draft_parents = [], []
+            sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
         if not sequences or room < len(sequences):
             return
         if self._num_to_rest:
@@ -155,7 +184,38 @@ class Speculator:
             if number and draft is not None and free is not None:
                 self._give(sequence, draft.first(number), free.name, draft.kind, takes_trees)
         if costly is not None and decision.num_costly:
-            self._run_costly(costly, [sequences[i] for i in decision.costly_for], decision.num_costly, takes_trees)
+            wanting = [sequences[i] for i in decision.costly_for]
+            if not (may_wait and self._launch_costly(wanting, decision.num_costly)):
+                self._run_costly(costly, wanting, decision.num_costly, takes_trees)
+
+    def launch_behind(self, plan: StepPlan) -> None:
+        """Queue the drafts of the step after the one that was launched last, which verifies drafts that nobody knows
+        yet: where it verifies them all, and the step before it had drafts of the same sequences, too."""
+        launched = self._launched
+        if launched is None or self._launching is None or not self._num_behind:
+            return
+        first_rows, row = [], 0
+        for item in plan.scheduled:
+            if item.num_draft != launched.num_tokens:
+                return
+            first_rows.append(row)
+            row += 1 + item.num_draft
+        if [item.sequence for item in plan.scheduled] == launched.sequences:
+            self._launching.launch_behind(launched.sequences, self._num_behind, first_rows)
+
+    def settle(self) -> None:
+        """Fill in the drafts that were launched, where there are any: waits for them."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        drafts, self.drafting_seconds = launched.drafts.wait()
+        for sequence, draft in zip(launched.sequences, drafts, strict=True):
+            if sequence.draft_rows:  # else it has left
+                sequence.draft_rows = []
+                token_ids = [] if draft is None else draft.token_ids
+                sequence.draft_ids[: len(token_ids)] = token_ids
+        assert self._costly is not None
+        self._record_costly(self._costly, launched.sequences, launched.num_tokens, launched.num_behind)
 
     def execute(self, executor: Executor, batch: StepBatch) -> torch.Tensor:
         """Run a step of the target; returns logits_RV. What the costly method wants of it is kept for `observe`."""
@@ -243,16 +303,35 @@ class Speculator:
         start = self.clock()
         drafts = costly.propose(sequences, num_tokens)
         self.drafting_seconds = self.clock() - start
-        self.controller.costly_costs.record(
-            len(sequences), costly.num_passes(num_tokens), num_behind, self.drafting_seconds
-        )
-        given = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft is not None:
                 self._give(sequence, draft, costly.name, self._kind(sequence), takes_trees)
-                given += len(sequence.draft_ids)
-        if given:
-            self.controller.costly_costs.record_tokens(len(sequences), num_tokens, given)
+        self._record_costly(costly, sequences, num_tokens, num_behind)
+
+    def _launch_costly(self, sequences: list[Sequence], num_tokens: int) -> bool:
+        """Queue the costly method's drafts, if it does that; the step that verifies them can be queued behind."""
+        if self._launching is None:
+            return False
+        num_behind = sum(self._launching.lag(s) - 1 for s in sequences)
+        launched = self._launching.launch(sequences, num_tokens)
+        if launched is None:
+            return False
+        for sequence, rows in zip(sequences, launched.rows, strict=True):
+            sequence.draft_ids, sequence.draft_parents = [UNKNOWN_TOKEN] * len(rows), []
+            sequence.draft_rows = rows
+            self._drafted_by[sequence.id] = self._launching.name, self._kind(sequence), []
+        before, self._last_wanted = self._last_wanted, (num_tokens, [sequence.id for sequence in sequences])
+        self._num_behind = max(num_tokens, before[0]) if before[1] == self._last_wanted[1] else 0
+        self._launched = _Launched(launched, sequences, num_tokens, num_behind)
+        return True
+
+    def _record_costly(
+        self, costly: CostlyProposer, sequences: list[Sequence], num_tokens: int, num_behind: int
+    ) -> None:
+        costs = self.controller.costly_costs
+        costs.record(len(sequences), costly.num_passes(num_tokens), num_behind, self.drafting_seconds)
+        if given := sum(len(sequence.draft_ids) for sequence in sequences):
+            costs.record_tokens(len(sequences), num_tokens, given)
 
     def _give(self, sequence: Sequence, draft: Draft, method: str, kind: str, takes_trees: bool) -> None:
         draft = possible(draft if takes_trees else draft.as_line(), sequence)

@@ -87,8 +87,8 @@ class JsonCall:
             call = json.loads(self.raw)
         except (ValueError, RecursionError):
             return []
-        arguments = _arguments(call) if isinstance(call, dict) else None
-        if arguments is None or call.get("name") not in self._functions:
+        arguments = _arguments(call) if isinstance(call, dict) and isinstance(call.get("name"), str) else None
+        if arguments is None or call["name"] not in self._functions:
             return []
         self.is_call = True
         return [CallStart(self.position, call["name"]), CallArguments(self.position, arguments)]

@@ -30,9 +30,9 @@ def quantized_weights(
 ) -> tuple[Path, QuantizationType]:
     """The folder to load, and what to quantize it to while it is loaded.
 
-    A variant beside the model comes first, then one made before. Without a calibration text, types that need none are
-    made at load, in memory; INT8 is rounded without SmoothQuant then. With one, and for GPTQ and AWQ, a folder is made
-    under the cache directory, once. AUTOBOT_USE_QUANTIZED_MODELS alone takes a variant beside the model, of any type,
+    A variant beside the model comes first. Without a calibration text, types that need none are made at load, in
+    memory; INT8 is rounded without SmoothQuant then. With one, and for GPTQ and AWQ, a folder is made under the cache
+    directory, once. AUTOBOT_USE_QUANTIZED_MODELS alone takes a variant beside the model, of any type,
     and makes none.
     """
     kind = QuantizationType.from_setting(settings.quantization_type)
@@ -48,7 +48,7 @@ def quantized_weights(
         environ=child_environment({}),
     )
     if text is None and kind in ONLINE_TYPES:
-        found = loader.find(folder, settings.cache_dir)
+        found = loader.find_variant(folder)
         return (folder, kind) if found is None else (_told(folder, found), QuantizationType.NONE)
     return _told(folder, loader.load_or_quantize(folder, settings.cache_dir)), QuantizationType.NONE
 

@@ -8,8 +8,6 @@ from autobot_llm.engine.description import DescribedExecutor, TellsQuantization
 from autobot_llm.engine.engine import Engine
 from autobot_llm.report import OptimizationOutcome
 
-_NOT_BUILT = ("medusa_heads",)
-
 
 def why_no_prefixes(engine: Engine) -> str:
     """Why the engine's pool finds no prefixes."""
@@ -61,5 +59,11 @@ def running_optimizations(engine: Engine) -> Iterator[OptimizationOutcome]:
     yield OptimizationOutcome(
         name="speculative_decoding", applied=engine.speculator is not None, reason=engine.speculation_reason
     )
-    for name in _NOT_BUILT:
-        yield OptimizationOutcome(name=name, applied=False, reason="not built yet")
+    methods = engine.speculator.methods if engine.speculator is not None else ()
+    yield OptimizationOutcome(
+        name="medusa_heads",
+        applied="medusa" in methods,
+        reason=engine.speculation_reason
+        if "medusa" in methods or not methods
+        else f"{' and '.join(methods)} drafts; AUTOBOT_SPECULATION_METHOD=medusa has heads do it",
+    )

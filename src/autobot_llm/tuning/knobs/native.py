@@ -11,7 +11,6 @@ from autobot_llm.tuning.knobs.facts import Argument, EngineFacts, Instead, Knob,
 from autobot_llm.tuning.knobs.versions import ALWAYS
 
 GIB = 2**30
-BLOCK_SIZE = 16
 
 _OURS = tuple(setting.field for setting in SETTINGS if ON_NATIVE <= setting.about.on < EVERY)
 ARGUMENTS = {field: Argument(place="setting") for field in _OURS} | {
@@ -58,7 +57,7 @@ KNOBS = table(
     Knob("speculative_draft_tensor_parallel_size", instead=(Instead("nothing: a draft runs on one GPU"),)),
     Knob("speculative_disable_by_batch_size", instead=(Instead("drafting stops where it costs more than it saves"),)),
     Knob("sliding_window", (Way("kv_sliding_window"),)),
-    Knob("block_size", instead=(Instead(f"nothing: blocks hold {BLOCK_SIZE} tokens"),)),
+    Knob("block_size", instead=(Instead("nothing: blocks hold 16 tokens"),)),
     Knob("enforce_eager", (Way("cuda_graphs", {True: "off", False: "auto"}),)),
     Knob("cuda_graph_batch_sizes", instead=(Instead("cuda_graphs; the sizes are the engine's"),)),
     Knob("max_seq_len_to_capture", instead=(Instead("cuda_graphs; a graph serves every length"),)),

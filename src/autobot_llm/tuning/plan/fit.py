@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autobot_llm.engine.batching.profiles import get_batching_config
-from autobot_llm.engine.kv_cache.policy import CachePolicy, choose_policy
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE, CachePolicy, choose_policy
 from autobot_llm.engine.memory import (
     DeviceMemory,
     MemoryDemand,
@@ -20,7 +20,6 @@ from autobot_llm.engine.models.config import ModelConfig, load_config
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType, Scheme, scheme_of
 from autobot_llm.errors import ConfigurationError
 
-BLOCK_SIZE = 16
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 UTILIZATION = 0.9  # the default of AUTOBOT_GPU_MEMORY_UTILIZATION
 # The driver's context and loaded kernels: taken before an engine allocates anything. Measured figures differ from card

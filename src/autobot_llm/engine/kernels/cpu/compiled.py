@@ -15,6 +15,7 @@ from autobot_llm.engine.batching.plan import Int64Array, StepBatch
 from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.kernels.cpu.build import CannotCompileError
 from autobot_llm.engine.kernels.cpu.cache import STORED_AS, CompiledCache
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.models.decoder import rope_tables
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
@@ -22,7 +23,6 @@ from autobot_llm.engine.quantization.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
-BLOCK_SIZE = 16
 THREAD_TRIAL_SECONDS = 0.25
 THREAD_TRIAL_STEPS = 40
 

@@ -1,7 +1,5 @@
 """What an EAGLE layer reads of each token: its embedding and a feature, both normed, side by side, in one launch. Knows
 tables and rows; knows nothing of the layer.
-
-In a chain of drafts neither the token nor its feature ever leaves the device: both are rows that the pass before wrote.
 """
 
 from __future__ import annotations
@@ -11,19 +9,18 @@ import triton
 import triton.language as tl
 
 from autobot_llm.engine.kernels.gpu.launch import (
-    first_launch_options,
+    launch_options,
     lean,
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
 
 
-# T packed tokens, R rows of the pass before, V the target's vocabulary, W the draft's, E hidden size
+# T packed tokens, F rows of features, V the target's vocabulary, E hidden size
 @lean
 @triton.jit
 def _draft_input_kernel(  # type: ignore[no-untyped-def]
-    ids_ptr, token_rows_ptr, last_tokens_ptr, target_ids_ptr, embed_ptr, features_ptr, returned_ptr,
-    embed_norm_ptr, feature_norm_ptr, both_ptr, residual_ptr, eps, E,
+    ids_ptr, rows_ptr, embed_ptr, features_ptr, embed_norm_ptr, feature_norm_ptr, both_ptr, residual_ptr, eps, E,
     NORMED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_kernel_start(PDL)
@@ -33,15 +30,12 @@ def _draft_input_kernel(  # type: ignore[no-untyped-def]
     embed_norm = tl.load(embed_norm_ptr + columns, inside, 0.0).to(tl.float32)
     feature_norm = tl.load(feature_norm_ptr + columns, inside, 0.0).to(tl.float32)
     wait_for_previous_kernel(PDL)
-    row = tl.load(token_rows_ptr + token).to(tl.int64)
-    is_drafted = row >= 0
-    draft_id = tl.load(last_tokens_ptr + row, mask=is_drafted, other=0)
-    drafted_id = tl.load(target_ids_ptr + draft_id, mask=is_drafted, other=0)
-    token_id = tl.where(is_drafted, drafted_id, tl.load(ids_ptr + token)).to(tl.int64)
+    row = token
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + token).to(tl.int64)
+    token_id = tl.load(ids_ptr + token).to(tl.int64)
     embedded = tl.load(embed_ptr + token_id * E + columns, inside, 0.0).to(tl.float32)
-    given = tl.load(features_ptr + token * E + columns, inside & (row < 0), 0.0)
-    returned = tl.load(returned_ptr + row * E + columns, inside & is_drafted, 0.0)
-    feature = tl.where(is_drafted, returned, given).to(tl.float32)
+    feature = tl.load(features_ptr + row * E + columns, inside, 0.0).to(tl.float32)
     embedded *= tl.rsqrt(tl.sum(embedded * embedded) / E + eps) * embed_norm
     normed = feature * tl.rsqrt(tl.sum(feature * feature) / E + eps) * feature_norm
     out_dtype = both_ptr.dtype.element_ty
@@ -52,12 +46,9 @@ def _draft_input_kernel(  # type: ignore[no-untyped-def]
 
 def draft_input(
     ids_T: torch.Tensor,
-    token_rows_T: torch.Tensor,
-    last_tokens_R: torch.Tensor,
-    target_ids_W: torch.Tensor,
+    rows_T: torch.Tensor | None,
     embed_VE: torch.Tensor,
-    features_TE: torch.Tensor,
-    returned_RE: torch.Tensor,
+    features_FE: torch.Tensor,
     embed_norm_E: torch.Tensor,
     feature_norm_E: torch.Tensor,
     eps: float,
@@ -66,27 +57,22 @@ def draft_input(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New tensors both_TX (X = 2 E: the normed embedding, then the normed feature) and residual_TE.
 
-    Token t is the target's ids[t] with features[t], or where token_rows[t] is not negative, what that row of the pass
-    before gave: target_ids[last_tokens[row]] with returned[row]. The residual is the feature, normed or as it is.
-    Index arrays are int32; `features_TE` and `returned_RE` may have more rows than are read.
+    Token t is ids[t] with the feature in row rows[t], or in row t where `rows_T` is None. The residual is the feature,
+    normed or as it is. Index arrays are int32, and may be written by the kernel before.
     """
     num_tokens, width = ids_T.shape[0], embed_VE.shape[1]
     both_TX = torch.empty((num_tokens, 2 * width), dtype=embed_VE.dtype, device=embed_VE.device)
     residual_TE = torch.empty((num_tokens, width), dtype=embed_VE.dtype, device=embed_VE.device)
-    assert token_rows_T.shape == (num_tokens,) and features_TE.shape[0] >= num_tokens
-    assert features_TE.shape[1] == returned_RE.shape[1] == width
-    for tensor in (ids_T, token_rows_T, last_tokens_R, target_ids_W, embed_VE, features_TE, returned_RE):
+    assert features_FE.shape[1] == width and (rows_T is not None or features_FE.shape[0] >= num_tokens)
+    for tensor in (ids_T, embed_VE, features_FE):
         assert tensor.is_contiguous()
     block = triton.next_power_of_2(width)
     if num_tokens:
         _draft_input_kernel[(num_tokens,)](
             ids_T,
-            token_rows_T,
-            last_tokens_R,
-            target_ids_W,
+            rows_T,
             embed_VE,
-            features_TE,
-            returned_RE,
+            features_FE,
             embed_norm_E,
             feature_norm_E,
             both_TX,
@@ -96,19 +82,16 @@ def draft_input(
             NORMED=norm_before_residual,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
-            **first_launch_options(embed_VE.device),
+            **launch_options(embed_VE.device),
         )
     return both_TX, residual_TE
 
 
 def draft_input_reference(
     ids_T: torch.Tensor,
-    token_rows_T: torch.Tensor,
-    last_tokens_R: torch.Tensor,
-    target_ids_W: torch.Tensor,
+    rows_T: torch.Tensor | None,
     embed_VE: torch.Tensor,
-    features_TE: torch.Tensor,
-    returned_RE: torch.Tensor,
+    features_FE: torch.Tensor,
     embed_norm_E: torch.Tensor,
     feature_norm_E: torch.Tensor,
     eps: float,
@@ -116,15 +99,11 @@ def draft_input_reference(
     norm_before_residual: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The slow twin, in float64."""
-    ids_T, features_TE = ids_T.long().clone(), features_TE[: len(ids_T)].double().clone()
-    is_drafted_T = token_rows_T >= 0
-    rows = token_rows_T[is_drafted_T].long()
-    ids_T[is_drafted_T] = target_ids_W[last_tokens_R[rows].long()].long()
-    features_TE[is_drafted_T] = returned_RE[rows].double()
+    features_TE = (features_FE[: len(ids_T)] if rows_T is None else features_FE[rows_T.long()]).double()
 
     def normed(x: torch.Tensor, norm_E: torch.Tensor) -> torch.Tensor:
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_E.double()
 
     normed_TE = normed(features_TE, feature_norm_E)
-    both_TX = torch.cat((normed(embed_VE[ids_T].double(), embed_norm_E), normed_TE), dim=-1)
+    both_TX = torch.cat((normed(embed_VE[ids_T.long()].double(), embed_norm_E), normed_TE), dim=-1)
     return both_TX, normed_TE if norm_before_residual else features_TE

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
@@ -24,8 +24,22 @@ import triton.language as tl
 
 _HOPPER = (9, 0)
 
-# While kernels are compiled ahead: what was asked for so far, by (kernel, key).
-_ahead: ContextVar[dict[tuple[Any, ...], Any] | None] = ContextVar("kernels compiled ahead", default=None)
+
+class Ahead:
+    """While kernels are compiled ahead: what was asked for so far, by (kernel, key)."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+        self.kernels: dict[tuple[Any, ...], Any] = {}
+        self._compilations: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def submit(self, key: tuple[Any, ...], compilation: Callable[..., object], *arguments: Any) -> None:
+        """Have a kernel that is not Triton's compiled, once."""
+        if key not in self._compilations:
+            self._compilations[key] = self._threads.submit(compilation, *arguments)
+
+
+_ahead: ContextVar[Ahead | None] = ContextVar("kernels compiled ahead", default=None)
 
 
 @triton.jit
@@ -70,16 +84,21 @@ def compile_ahead(device: torch.device) -> Iterator[None]:
     whatever they held: go through steps whose outcome nobody wants. A kernel that cannot be compiled says so where it
     is launched in earnest.
     """
-    kernels: dict[tuple[Any, ...], Any] = {}
-    token = _ahead.set(kernels)
-    try:
-        with ThreadPoolExecutor(os.cpu_count(), "compile", torch.cuda.set_device, (device,)) as threads:
+    with ThreadPoolExecutor(os.cpu_count(), "compile", torch.cuda.set_device, (device,)) as threads:
+        ahead = Ahead(threads)
+        token = _ahead.set(ahead)
+        try:
             with triton.AsyncCompileMode(threads, ignore_errors=True):
                 yield
-            for _ in threads.map(_load, kernels.values()):
+            for _ in threads.map(_load, ahead.kernels.values()):
                 pass
-    finally:
-        _ahead.reset(token)
+        finally:
+            _ahead.reset(token)
+
+
+def ahead_of_launches() -> Ahead | None:
+    """Where kernels are only to be compiled now, not launched."""
+    return _ahead.get()
 
 
 def _load(kernel: Any) -> None:
@@ -121,8 +140,8 @@ class _LeanKernel:
         if compiled is None:
             if (ahead := _ahead.get()) is None:
                 self._compiled[key] = self._kernel[grid](*arguments, **named)
-            elif (self, key) not in ahead:
-                ahead[self, key] = self._kernel.warmup(*arguments, grid=grid, **named)
+            elif (self, key) not in ahead.kernels:
+                ahead.kernels[self, key] = self._kernel.warmup(*arguments, grid=grid, **named)
         elif _ahead.get() is None:
             compiled[grid](*arguments, *(named[name] for name in names[len(arguments) :]))
 

@@ -1,14 +1,12 @@
 """The decoder's products on a GPU: y = x W^T with what surrounds it. Knows operators; knows nothing of layers.
 
-With few rows, a product is one Triton kernel that streams W (skinny.py), with RMSNorm, bias, gated SiLU and residual
-folded in. With many, or where it measured faster, it is cuBLAS's, between the small kernels (norm.py, activation.py).
-tiles.py says which. Quantized weights have kernels (quantized.py, quantized_many.py) and tables of their own. Each
-operator has a twin in float64, `*_reference`, that it is tested against.
+With few rows, a product is one kernel that streams W (streamed.py; skinny.py, whose kernels are Triton's), with bias,
+gated SiLU and residual folded in. With many, or where it measured faster, it is cuBLAS's, between the small kernels
+(norm.py, activation.py). tiles.py and stream_tiles.py say which. Quantized weights have further kernels (quantized.py,
+quantized_many.py) and tables of their own. Each operator has a twin in float64, `*_reference`, to be tested against.
 """
 
 from __future__ import annotations
-
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -28,13 +26,12 @@ from autobot_llm.engine.kernels.gpu.row_launch import (
     workspace,
 )
 from autobot_llm.engine.kernels.gpu.skinny import matvec_kernel, rows_kernel
+from autobot_llm.engine.kernels.gpu.stream_tiles import StreamTile, choose_stream_tile
+from autobot_llm.engine.kernels.gpu.streamed import Weight, format_of, multiply_streamed, why_not_streamed
 from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, RowsTile, Tile, choose_tile
 from autobot_llm.engine.quantization.packed import PackedWeight
 
 # T rows, I inputs, O outputs, F feed-forward size (W is [2F, I]: gate rows, then up rows)
-
-Weight: TypeAlias = torch.Tensor | PackedWeight
-"""[O, I], in the activations' dtype or quantized."""
 
 _MIN_PADDED_ROWS = 16  # below it, Triton leaves Hopper's matrix instructions for older, slower ones
 
@@ -49,7 +46,7 @@ def linear(
 ) -> torch.Tensor:
     """x W^T + bias. Rows of `x_TI` and `out` may lie any distance apart. Returns `out`, a new tensor by default."""
     out = _output(x_TI, _num_outputs(weight_OI), out, out_dtype)
-    return product(_tile_for(Kind.PLAIN, x_TI, weight_OI), x_TI, weight_OI, out, bias=bias_O)
+    return product(_tile_for(Kind.PLAIN, x_TI, weight_OI, out), x_TI, weight_OI, out, bias=bias_O)
 
 
 def linear_add(
@@ -62,7 +59,7 @@ def linear_add(
 ) -> torch.Tensor:
     """residual + x W^T + bias. `out` may be `residual_TO` itself; it is a new tensor by default."""
     out = _output(x_TI, _num_outputs(weight_OI), out, None)
-    tile = _tile_for(Kind.PLAIN, x_TI, weight_OI)
+    tile = _tile_for(Kind.PLAIN, x_TI, weight_OI, out)
     return product(tile, x_TI, weight_OI, out, bias=bias_O, residual=residual_TO)
 
 
@@ -78,7 +75,7 @@ def norm_linear(
 ) -> torch.Tensor:
     """RMSNorm(x) W^T + bias. Rows of `x_TI` and `out` may lie any distance apart. Returns `out`, new by default."""
     out = _output(x_TI, _num_outputs(weight_OI), out, out_dtype)
-    tile = _tile_for(Kind.NORM, x_TI, weight_OI)
+    tile = _tile_for(Kind.NORM, x_TI, weight_OI, out)
     return product(tile, x_TI, weight_OI, out, norm=norm_I, eps=eps, bias=bias_O)
 
 
@@ -96,12 +93,12 @@ def norm_linear_gated(
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
     """
     out = _output(x_TI, _num_outputs(weight_2FI) // 2, out, None)
-    tile = _tile_for(Kind.GATED, x_TI, weight_2FI)
+    tile = _tile_for(Kind.GATED, x_TI, weight_2FI, out)
     return product(tile, x_TI, weight_2FI, out, norm=norm_I, eps=eps, bias=bias_2F, gated=True)
 
 
 def product(
-    tile: Tile | None,
+    tile: Tile | StreamTile | None,
     x_TI: torch.Tensor,
     weight: Weight,
     out: torch.Tensor,
@@ -113,6 +110,9 @@ def product(
     gated: bool = False,
 ) -> torch.Tensor:
     """The product with what surrounds it, by this tile, or by torch where it is None."""
+    if isinstance(tile, StreamTile):
+        x_TI = x_TI if norm is None else rms_norm(x_TI, norm, eps)
+        return multiply_streamed(tile, x_TI, weight, out, bias=bias, residual=residual, gated=gated)
     if isinstance(weight, PackedWeight):
         return _quantized_product(
             tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated
@@ -231,9 +231,15 @@ def _num_outputs(weight: Weight) -> int:
     return weight.num_outputs if isinstance(weight, PackedWeight) else weight.shape[0]
 
 
-def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: Weight) -> Tile | None:
+def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: Weight, out: torch.Tensor) -> Tile | StreamTile | None:
     """The tile of the table, or None where only torch's product is possible or worthwhile."""
     halves = 2 if kind is Kind.GATED else 1
+    if why_not_streamed(x_TI, weight, out.dtype) is None and (
+        tile := choose_stream_tile(
+            kind, x_TI.shape[0], _num_outputs(weight) // halves, x_TI.shape[1], format_of(weight)
+        )
+    ):
+        return tile
     if isinstance(weight, PackedWeight):
         num_outputs, num_bits = weight.num_outputs // halves, 4 if weight.group else 8
         may_round = weight.activations is not None

@@ -227,14 +227,14 @@ def _prefill(  # type: ignore[no-untyped-def]
             if lookup_ptr is not None:
                 # looked up a tile ahead by hand: looking up inside would take the tiles' pipeline stages
                 next_blocks_N = tl.load(lookup_ptr + (n0 + N + n) // PAGE, mask=n0 + N + n < context, other=0)
-                rows_N = blocks_N.to(tl.int64) * K + head
-                offsets_N = rows_N * (PAGE * D) + (n % PAGE) * D
+                wide_blocks_N = blocks_N.to(tl.int64)
+                offsets_N = (wide_blocks_N * K + head) * (PAGE * D) + (n % PAGE) * D
                 blocks_N = next_blocks_N
             else:
                 offsets_N = (n0 + n).to(tl.int64) * kv_stride
             if key_scales_ptr is not None:
-                offsets_N += rows_N * (PAGE * 2)  # bytes of scales
-                scales_N = rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + n % PAGE
+                offsets_N += wide_blocks_N * (K * PAGE * 2)  # bytes of scales
+                scales_N = _scales_at(wide_blocks_N, head, n, PAGE, K, D)
                 key_scales_N = tl.load(key_scales_ptr + scales_N).to(tl.float32)
                 value_scales_N = tl.load(value_scales_ptr + scales_N).to(tl.float32)
             k_ND = numbers_of_bytes(tl.load(keys_ptr + offsets_N[:, None] + d[None, :]), q_MD, PDL)
@@ -256,14 +256,14 @@ def _prefill(  # type: ignore[no-untyped-def]
         is_there_N = position_N < context
         if lookup_ptr is not None:
             edge_blocks_N = tl.load(lookup_ptr + position_N // PAGE, mask=is_there_N, other=0)
-            edge_rows_N = edge_blocks_N.to(tl.int64) * K + head
-            offsets_N = edge_rows_N * (PAGE * D) + (position_N % PAGE) * D
+            edge_blocks_N = edge_blocks_N.to(tl.int64)
+            offsets_N = (edge_blocks_N * K + head) * (PAGE * D) + (position_N % PAGE) * D
         else:
             offsets_N = position_N.to(tl.int64) * kv_stride
         # positions after the context may hold anything, another sequence's NaN too: they are not read
         if key_scales_ptr is not None:
-            offsets_N += edge_rows_N * (PAGE * 2)
-            scales_N = edge_rows_N * (PAGE * (D + 2) // 2) + PAGE * D // 2 + position_N % PAGE
+            offsets_N += edge_blocks_N * (K * PAGE * 2)
+            scales_N = _scales_at(edge_blocks_N, head, position_N, PAGE, K, D)
             key_scales_N = tl.load(key_scales_ptr + scales_N, mask=is_there_N, other=0.0).to(tl.float32)
             value_scales_N = tl.load(value_scales_ptr + scales_N, mask=is_there_N, other=0.0).to(tl.float32)
         k_ND = tl.load(keys_ptr + offsets_N[:, None] + d[None, :], mask=is_there_N[:, None], other=0.0)
@@ -293,3 +293,11 @@ def _prefill(  # type: ignore[no-untyped-def]
         out_MD.to(out_ptr.dtype.element_ty),
         mask=is_row_M[:, None],
     )
+
+
+@triton.jit
+def _scales_at(  # type: ignore[no-untyped-def]
+    blocks_N, head, position_N, PAGE: tl.constexpr, K: tl.constexpr, D: tl.constexpr
+):
+    """Where the scales of positions lie: behind all numbers of their block."""
+    return blocks_N * (K * PAGE * (D + 2) // 2) + (K * PAGE * D // 2 + head * PAGE) + position_N % PAGE

@@ -17,10 +17,8 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
-from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, SCALE_DTYPE, quantize_positions, scales_of
-
-BLOCK_SIZE = 16
-"""Positions in a block of the cache. A slot is block * BLOCK_SIZE + the position's place in it."""
+from autobot_llm.engine.kv_cache.policy import BLOCK_SIZE
+from autobot_llm.engine.kv_cache.storage import QUANTIZED_DTYPES, numbers_and_scales, quantize_positions, scales_of
 
 _FEW_TOKENS = 16
 
@@ -70,14 +68,15 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
 
     if first_head + HEADS > H:
         cache_head = tl.where(heads < H + K, heads - H, heads - H - K)
-        row = slot // BLOCK_SIZE * K + cache_head
-        offsets = row * (BLOCK_SIZE * D) + slot % BLOCK_SIZE * D + dims
+        block = slot // BLOCK_SIZE
+        offsets = (block * K + cache_head) * (BLOCK_SIZE * D) + slot % BLOCK_SIZE * D + dims
         is_key_stored = inside & (heads >= H) & (slot >= 0) & (heads < H + K)
         is_value_stored = inside & (slot >= 0) & (heads >= H + K)
         if key_scales_ptr is not None:
-            offsets += row * (BLOCK_SIZE * 2)  # bytes of scales
+            offsets += block * (K * BLOCK_SIZE * 2)  # bytes of scales
             stored_low, stored_high, scales = _rounded(rotated_low, rotated_high, keys_ptr.dtype.element_ty)
-            scale_offsets = row * (BLOCK_SIZE * (D + 2) // 2) + BLOCK_SIZE * D // 2 + slot % BLOCK_SIZE
+            scale_offsets = block * (K * BLOCK_SIZE * (D + 2) // 2) + K * BLOCK_SIZE * D // 2
+            scale_offsets += cache_head * BLOCK_SIZE + slot % BLOCK_SIZE
             tl.store(key_scales_ptr + scale_offsets, scales, (heads >= H) & (heads < H + K) & (slot >= 0))
             tl.store(value_scales_ptr + scale_offsets, scales, (heads >= H + K) & (heads < H + 2 * K) & (slot >= 0))
         else:
@@ -202,7 +201,6 @@ def rotate_and_store_reference(
             continue
         numbers_TKD, scales_TK = quantize_positions(part[stored_T], cache.dtype)
         blocks, places = slots // BLOCK_SIZE, slots % BLOCK_SIZE
-        as_bytes = cache.view(torch.int8)  # torch scatters no float8
-        numbers = as_bytes[..., : BLOCK_SIZE * head_size].view(*as_bytes.shape[:2], BLOCK_SIZE, head_size)
+        numbers, scales = numbers_and_scales(cache, head_size)
         numbers[blocks, :, places] = numbers_TKD.view(torch.int8)
-        cache.view(SCALE_DTYPE)[..., -BLOCK_SIZE:][blocks, :, places] = scales_TK
+        scales[blocks, :, places] = scales_TK

@@ -44,10 +44,11 @@ class DeviceSampler:
     """Samples up to `max_rows` rows at once, in buffers of its own.
 
     `tokens_R` (int32) and `bests_R` (float32) hold what the last call chose and each row's best logit; rows beyond
-    those of the last call hold older answers. Their addresses never change.
+    those of the last call hold older answers. Their addresses never change. The last `num_draft_rows` of the tokens are
+    left to others, from row `max_rows` on.
     """
 
-    def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, max_rows: int, device: torch.device, *, num_draft_rows: int = 0) -> None:
         self.vocab_size = vocab_size
         self.max_rows = max_rows
         self._num_chunks = triton.cdiv(vocab_size, _CHUNK)
@@ -59,7 +60,7 @@ class DeviceSampler:
         def buffer(dtype: torch.dtype, *widths: int) -> torch.Tensor:
             return torch.zeros((max_rows, *widths), dtype=dtype, device=device)
 
-        self.tokens_R = buffer(torch.int32)
+        self.tokens_R = torch.zeros(max_rows + num_draft_rows, dtype=torch.int32, device=device)
         self.bests_R = buffer(torch.float32)
         self._chunk_bests = buffer(torch.int64, self._num_chunks)
         self._group_bests = buffer(torch.int32, num_groups)
@@ -79,28 +80,31 @@ class DeviceSampler:
         *,
         any_drawn: bool = False,
         any_restricted: bool = False,
+        into: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens_R (int32) and the best logit_R (float32) of each row of the float32 `logits_RV`.
 
         `any_drawn` says whether a row may be drawn, `any_restricted` whether a drawn one may have top_k, top_p or
         min_p; where they are false, the parameters are not read. A row holding NaN or infinity, or minus infinity
         alone, has such a best logit; its token means nothing, but lies in the vocabulary. Both tensors are views of
-        the sampler's buffers: the next call overwrites them.
+        the sampler's buffers, which the next call overwrites, or of those that they are to be written `into`.
         """
         num_rows = logits_RV.shape[0]
+        tokens_R, bests_R = into = into or (self.tokens_R, self.bests_R)
         assert num_rows <= self.max_rows and logits_RV.shape[1] == self.vocab_size
         assert logits_RV.dtype == torch.float32 and logits_RV.stride(1) == 1
         if num_rows:
-            self._best(logits_RV, with_groups=any_drawn and any_restricted)
+            self._best(logits_RV, into, with_groups=any_drawn and any_restricted)
             if any_drawn:
                 assert sampling is not None and len(sampling.keys_R) >= num_rows
                 if any_restricted:
-                    self._restrict(logits_RV, sampling)
-                self._draw(logits_RV, sampling, any_restricted)
-        return self.tokens_R[:num_rows], self.bests_R[:num_rows]
+                    self._restrict(logits_RV, sampling, into)
+                self._draw(logits_RV, sampling, into, any_restricted)
+        return tokens_R[:num_rows], bests_R[:num_rows]
 
-    def _best(self, logits_RV: torch.Tensor, *, with_groups: bool) -> None:
+    def _best(self, logits_RV: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor], *, with_groups: bool) -> None:
         num_rows, num_chunks = logits_RV.shape[0], self._num_chunks
+        tokens_R, bests_R = into
         kernels.best_of_chunks_kernel[(num_chunks, num_rows)](
             logits_RV,
             logits_RV.stride(0),
@@ -114,8 +118,8 @@ class DeviceSampler:
         kernels.best_of_rows_kernel[(num_rows,)](
             self._chunk_bests,
             self._group_bests,
-            self.tokens_R,
-            self.bests_R,
+            tokens_R,
+            bests_R,
             self._bars,
             self._num_candidates,
             self.vocab_size,
@@ -126,12 +130,15 @@ class DeviceSampler:
             **self._options,
         )
 
-    def _restrict(self, logits_RV: torch.Tensor, sampling: SamplingTensors) -> None:
+    def _restrict(
+        self, logits_RV: torch.Tensor, sampling: SamplingTensors, into: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         num_rows, num_chunks = logits_RV.shape[0], self._num_chunks
+        tokens_R, bests_R = into
         kernels.collect_candidates_kernel[(num_chunks, num_rows)](
             logits_RV,
             logits_RV.stride(0),
-            self.bests_R,
+            bests_R,
             self._bars,
             sampling.temperature_R,
             sampling.top_k_R,
@@ -149,7 +156,7 @@ class DeviceSampler:
         kernels.restrict_rows_kernel[(num_rows,)](
             logits_RV,
             logits_RV.stride(0),
-            self.bests_R,
+            bests_R,
             self._chunk_masses,
             self._num_candidates,
             self._candidate_logits,
@@ -160,7 +167,7 @@ class DeviceSampler:
             sampling.min_p_R,
             sampling.keys_R,
             sampling.is_drawn_R,
-            self.tokens_R,
+            tokens_R,
             self._is_pending,
             self._thresholds,
             self.vocab_size,
@@ -170,13 +177,20 @@ class DeviceSampler:
             **self._options,
         )
 
-    def _draw(self, logits_RV: torch.Tensor, sampling: SamplingTensors, any_restricted: bool) -> None:
+    def _draw(
+        self,
+        logits_RV: torch.Tensor,
+        sampling: SamplingTensors,
+        into: tuple[torch.Tensor, torch.Tensor],
+        any_restricted: bool,
+    ) -> None:
         num_rows, num_chunks = logits_RV.shape[0], self._num_draw_chunks
+        tokens_R, bests_R = into
         is_pending_R = self._is_pending if any_restricted else sampling.is_drawn_R
         kernels.draw_from_chunks_kernel[(num_chunks, num_rows)](
             logits_RV,
             logits_RV.stride(0),
-            self.bests_R,
+            bests_R,
             sampling.temperature_R,
             sampling.min_p_R,
             sampling.keys_R,
@@ -191,7 +205,7 @@ class DeviceSampler:
         kernels.draw_from_rows_kernel[(num_rows,)](
             self._chunk_draws,
             is_pending_R,
-            self.tokens_R,
+            tokens_R,
             self.vocab_size,
             num_chunks,
             CHUNKS=triton.next_power_of_2(num_chunks),

@@ -29,7 +29,6 @@ def move_slots(storage: PagedStorage, moves_M2: torch.Tensor, head_size: int) ->
     assert moves_M2.shape[0] <= MOVES_PER_PROGRAM and moves_M2.is_contiguous()
     scales = scales_of(storage.keys[0])
     num_kv_heads, block_size = storage.num_kv_heads, storage.block_size
-    row = cache[0, 0, 0, 0].numel()
     _move_slots[(cache.shape[0] * 2 * num_kv_heads,)](
         cache,
         None if scales is None else cache.view(torch.int16),
@@ -39,8 +38,8 @@ def move_slots(storage: PagedStorage, moves_M2: torch.Tensor, head_size: int) ->
         K=num_kv_heads,
         P=block_size,
         D=head_size,
-        ROW=row,
-        BLOCK=MOVES_PER_PROGRAM,
+        BLOCK_NUMBERS=cache[0, 0, 0].numel(),
+        M=MOVES_PER_PROGRAM,
         num_warps=4,
         **launch_options(cache.device),
     )
@@ -57,27 +56,28 @@ def _move_slots(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
-    ROW: tl.constexpr,  # of a block's head: P D numbers, and the bytes of P scales
-    BLOCK: tl.constexpr,
+    BLOCK_NUMBERS: tl.constexpr,  # K P D of a block, and the bytes of K P scales
+    M: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_kernel_start(PDL)
     layer = (tl.program_id(0) // K).to(tl.int64)  # keys and values count apart
     head = tl.program_id(0) % K
-    m = tl.arange(0, BLOCK)
+    m = tl.arange(0, M)
     d = tl.arange(0, D)
     wait_for_previous_kernel(PDL)
     from_M = tl.load(moves_ptr + m * 2, mask=m < num_moves, other=-1)
     to_M = tl.load(moves_ptr + m * 2 + 1, mask=m < num_moves, other=-1)
     is_move_M = from_M >= 0
-    rows_from_M = (layer * num_blocks + from_M // P) * K + head
-    rows_to_M = (layer * num_blocks + to_M // P) * K + head
-    numbers_from_MD = rows_from_M[:, None] * ROW + (from_M % P)[:, None] * D + d[None, :]
-    numbers_to_MD = rows_to_M[:, None] * ROW + (to_M % P)[:, None] * D + d[None, :]
+    blocks_from_M = (layer * num_blocks + from_M // P) * BLOCK_NUMBERS
+    blocks_to_M = (layer * num_blocks + to_M // P) * BLOCK_NUMBERS
+    place_from_M, place_to_M = head * P + from_M % P, head * P + to_M % P
+    numbers_from_MD = (blocks_from_M + place_from_M * D)[:, None] + d[None, :]
+    numbers_to_MD = (blocks_to_M + place_to_M * D)[:, None] + d[None, :]
     numbers_MD = tl.load(cache_ptr + numbers_from_MD, mask=is_move_M[:, None])
     if scales_ptr is not None:
-        scales_M = tl.load(scales_ptr + rows_from_M * (ROW // 2) + P * D // 2 + from_M % P, mask=is_move_M)
+        scales_M = tl.load(scales_ptr + blocks_from_M // 2 + K * P * D // 2 + place_from_M, mask=is_move_M)
     tl.debug_barrier()  # a slot may be read by one thread and written by another: all is read first
     tl.store(cache_ptr + numbers_to_MD, numbers_MD, mask=is_move_M[:, None])
     if scales_ptr is not None:
-        tl.store(scales_ptr + rows_to_M * (ROW // 2) + P * D // 2 + to_M % P, scales_M, mask=is_move_M)
+        tl.store(scales_ptr + blocks_to_M // 2 + K * P * D // 2 + place_to_M, scales_M, mask=is_move_M)

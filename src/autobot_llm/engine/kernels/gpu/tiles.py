@@ -54,7 +54,7 @@ class RowsTile:
 
 
 Tile: TypeAlias = MatvecTile | RowsTile
-AnyTile = TypeVar("AnyTile", bound=Tile | None)
+AnyTile = TypeVar("AnyTile")
 
 MAX_ROWS = 128  # above it every product is torch's
 

@@ -74,6 +74,13 @@ class EagleDraft(nn.Module):
         returned: torch.Tensor = self.midlayer(embedded, feature, cos_sin, attend)
         return returned
 
+    def keys_values(
+        self, embedded: torch.Tensor, feature: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` gives its `attend` for keys and values, alone."""
+        layer = self.midlayer
+        return layer.self_attn.keys_values(layer.both(embedded, layer.hidden_norm(feature)), cos_sin)
+
     def logits(self, feature: torch.Tensor) -> torch.Tensor:
         """Logits [..., W] over the draft's vocabulary, of what `forward` returned."""
         normed = self.norm(feature)
@@ -100,10 +107,13 @@ class _Layer(nn.Module):
     ) -> torch.Tensor:
         normed = self.hidden_norm(feature)
         residual = normed if self._norm_before_residual else feature
-        both = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
-        hidden = residual + self.self_attn(both, cos_sin, attend)
+        hidden = residual + self.self_attn(self.both(embedded, normed), cos_sin, attend)
         added: torch.Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return added
+
+    def both(self, embedded: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """What attention reads: token and normed feature side by side."""
+        return torch.cat((self.input_layernorm(embedded), normed), dim=-1)
 
 
 class _Attention(nn.Module):
@@ -117,12 +127,15 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(layer.num_heads * layer.head_size, size, bias=layer.o_bias)
 
     def forward(self, both: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
-        heads = (-1, self._head_size)
-        q = rotated(self.q_proj(both).unflatten(-1, heads), *cos_sin)
-        k = rotated(self.k_proj(both).unflatten(-1, heads), *cos_sin)
-        v = self.v_proj(both).unflatten(-1, heads)
-        projected: torch.Tensor = self.o_proj(attend(q, k, v).flatten(-2))
+        q = rotated(self.q_proj(both).unflatten(-1, (-1, self._head_size)), *cos_sin)
+        projected: torch.Tensor = self.o_proj(attend(q, *self.keys_values(both, cos_sin)).flatten(-2))
         return projected
+
+    def keys_values(
+        self, both: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = (-1, self._head_size)
+        return rotated(self.k_proj(both).unflatten(-1, heads), *cos_sin), self.v_proj(both).unflatten(-1, heads)
 
 
 class _FeedForward(nn.Module):

@@ -1,0 +1,183 @@
+"""Products of few rows in CUDA C++: what the numbers that the weights stand for give, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from autobot_llm.engine.kernels.gpu.linear import linear_reference, norm_linear_gated_reference
+from autobot_llm.engine.kernels.gpu.norm import rms_norm
+from autobot_llm.engine.kernels.gpu.nvrtc import CudaError, compile_source, find_nvrtc
+from autobot_llm.engine.kernels.gpu.stream_tiles import TABLES, Format, StreamTile, choose_stream_tile
+from autobot_llm.engine.kernels.gpu.streamed import multiply_streamed, stage_bytes, why_not_streamed
+from autobot_llm.engine.kernels.gpu.tiles import Kind
+from autobot_llm.engine.quantization.packed import PackedWeight
+from tests.kernels.test_quantized import random_weight
+
+EPS = 1e-5
+DTYPE = torch.bfloat16
+MULTIPROCESSOR_BYTES = 227 << 10  # shared memory that a program may have on Hopper; a kilobyte more is the system's
+# outputs, inputs: whole stages; more tiles than programs; a part of a stage; less than one
+SHAPES = [(6144, 4096), (14336, 1024), (4096, 14336), (96, 1664), (32, 256)]
+ROWS = [1, 2, 5, 8, 9, 16]
+KINDS = ["bf16", "int8", "fp8", "int4", "int4 with zeros"]
+
+
+def all_tiles(fmt: Format) -> set[StreamTile]:
+    return {tile for _, shapes in TABLES[fmt] for of_kind in shapes.values() for tile in of_kind.values()}
+
+
+def weight_of(kind: str, num_outputs: int, num_inputs: int, *, group: int = 128) -> torch.Tensor | PackedWeight:
+    device = torch.device("cuda")
+    if kind != "bf16":
+        return random_weight(kind, num_outputs, num_inputs, DTYPE, device, group=group)
+    generator = torch.Generator().manual_seed(num_outputs)
+    return (torch.randn(num_outputs, num_inputs, generator=generator) * num_inputs**-0.5).to(DTYPE).to(device)
+
+
+def numbers_of(weight: torch.Tensor | PackedWeight) -> torch.Tensor:
+    return weight.double() if isinstance(weight, torch.Tensor) else weight.dequantized(torch.float64)
+
+
+def check(tile: StreamTile, weight: torch.Tensor | PackedWeight, rows: int, what: str) -> None:
+    numbers = numbers_of(weight)
+    num_outputs, num_inputs = numbers.shape[0] // (2 if what == "gated" else 1), numbers.shape[1]
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DTYPE).cuda()
+
+    x = random(rows, num_inputs + 24)[:, 8 : num_inputs + 8]
+    assert why_not_streamed(x, weight, DTYPE) is None
+    bias = random(numbers.shape[0]) if rows % 2 else None
+    around = torch.full((rows, num_outputs + 16), torch.nan, dtype=DTYPE, device="cuda")
+    out = around[:, 8 : num_outputs + 8]
+    residual = random(rows, num_outputs) if what == "add" else None
+    if residual is not None:
+        out.copy_(residual)
+    multiply_streamed(
+        tile, x, weight, out, bias=bias, residual=None if residual is None else out, gated=what == "gated"
+    )
+    expected = linear_reference(x, numbers, bias)
+    if what == "gated":
+        gate, up = expected.chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate) * up
+    elif residual is not None:
+        expected += residual.double()
+    error = float((out.double() - expected).norm() / expected.norm())
+    assert error < 6e-3, f"{what}, {rows} rows: relative error {error:.2e}"
+    assert around[:, :8].isnan().all() and around[:, num_outputs + 8 :].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["plain", "add", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_that_of_the_numbers_the_weights_stand_for(kind: str, what: str) -> None:
+    for num_outputs, num_inputs in SHAPES:
+        weight = weight_of(kind, num_outputs * (2 if what == "gated" else 1), num_inputs)
+        fmt = {"bf16": Format.BF16, "int8": Format.INT8, "fp8": Format.FLOAT8}.get(kind, Format.INT4)
+        tiles = sorted(all_tiles(fmt), key=repr)
+        for i, rows in enumerate(ROWS):
+            check(tiles[i % len(tiles)], weight, rows, what)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tile_of_the_table_works_for_every_number_of_rows(kind: str) -> None:
+    fmt = {"bf16": Format.BF16, "int8": Format.INT8, "fp8": Format.FLOAT8}.get(kind, Format.INT4)
+    weight = weight_of(kind, 4096, 2048)
+    for tile, rows in itertools.product(all_tiles(fmt), ROWS):
+        check(tile, weight, rows, "plain")
+
+
+@pytest.mark.gpu
+def test_groups_may_be_smaller() -> None:
+    for kind in ("int4", "int4 with zeros"):
+        check(StreamTile(4, 1024, 3, 1), weight_of(kind, 96, 1280, group=64), 3, "plain")
+
+
+@pytest.mark.gpu
+def test_every_8_bit_number_is_multiplied_as_itself() -> None:
+    numbers = torch.arange(-127, 128, device="cuda").repeat(17)[:4096]
+    for values in (numbers.to(torch.int8), torch.arange(256, dtype=torch.uint8, device="cuda").repeat(16)):
+        stored = values if values.dtype == torch.int8 else values.view(torch.float8_e4m3fn)
+        stored = torch.where(stored.float().isnan(), torch.zeros_like(stored.float()), stored.float()).to(stored.dtype)
+        rows = stored.repeat(32, 1).contiguous()
+        weight = PackedWeight(rows, torch.ones(32, device="cuda"), 4096)
+        x = torch.zeros(8, 4096, dtype=DTYPE, device="cuda")
+        for first in range(0, 4096, 8):  # one number of W at a time
+            x.zero_()
+            x[torch.arange(8), first + torch.arange(8)] = 1
+            out = torch.empty(8, 32, dtype=DTYPE, device="cuda")
+            multiply_streamed(StreamTile(8, 1024, 5, 1), x, weight, out)
+            assert torch.equal(out, stored[first : first + 8].to(DTYPE)[:, None].expand(8, 32))
+            if first == 256 and values.dtype == torch.int8:
+                break
+
+
+@pytest.mark.gpu
+def test_a_chain_of_products_in_a_graph_gives_what_one_after_the_other_does() -> None:
+    """Kernels begin before the ones whose output they read have ended."""
+    torch.manual_seed(0)
+    up = weight_of("int8", 2 * 2048, 1024)
+    down = weight_of("int8", 1024, 2048)
+    norm = torch.ones(1024, dtype=DTYPE, device="cuda")
+    tile = StreamTile(4, 1024, 5, 1, x_in_ring=True)
+    wide = StreamTile(8, 1024, 2, 2)
+    start = torch.randn(1, 1024, device="cuda").to(DTYPE)
+    hidden, inner = torch.empty_like(start), torch.empty(1, 2048, dtype=DTYPE, device="cuda")
+
+    def chain(*, wait: bool) -> None:
+        hidden.copy_(start)
+        for _ in range(40):
+            multiply_streamed(wide, rms_norm(hidden, norm, EPS), up, inner, gated=True)
+            if wait:
+                torch.cuda.synchronize()
+            multiply_streamed(tile, inner, down, hidden, residual=hidden)
+            if wait:
+                torch.cuda.synchronize()
+
+    chain(wait=True)
+    expected = hidden.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(wait=False)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(hidden, expected)
+    first = norm_linear_gated_reference(start, norm, EPS, numbers_of(up))
+    multiply_streamed(wide, rms_norm(start, norm, EPS), up, inner, gated=True)
+    assert float((inner.double() - first).norm() / first.norm()) < 8e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_other_kernels_are_taken() -> None:
+    x, weight = torch.zeros(1, 256, dtype=DTYPE), torch.zeros(32, 256, dtype=DTYPE)
+    assert why_not_streamed(x, weight, DTYPE) == "no GPU from Hopper on"
+    assert why_not_streamed(torch.zeros(17, 256, dtype=DTYPE), weight, DTYPE) == "17 rows, not 1 to 16"
+
+
+@pytest.mark.parametrize("fmt", list(Format))
+def test_a_tile_fits_a_multiprocessor_as_often_as_it_says(fmt: Format) -> None:
+    for most_rows, shapes in TABLES[fmt]:
+        for tile in {tile for of_kind in shapes.values() for tile in of_kind.values()}:
+            ring = tile.num_stages * stage_bytes(tile, fmt, 128, most_rows, offsets=True)
+            sums = tile.num_warps * tile.blocks * 8 * -(-most_rows // 8) * 20 * 4
+            assert (ring + sums + 1024) * tile.resident <= MULTIPROCESSOR_BYTES, f"{tile}: {ring} and {sums} bytes"
+            assert tile.segment % (64 * tile.num_warps) == 0
+            assert fmt is not Format.INT4 or tile.segment // tile.num_warps % 128 == 0
+
+
+def test_one_row_of_bfloat16_is_left_to_the_kernel_without_matrix_units() -> None:
+    assert choose_stream_tile(Kind.PLAIN, 1, 4096, 4096, Format.BF16) is None
+    assert choose_stream_tile(Kind.PLAIN, 2, 4096, 4096, Format.BF16) is not None
+    assert choose_stream_tile(Kind.PLAIN, 1, 4096, 4096, Format.INT8) is not None
+    assert choose_stream_tile(Kind.PLAIN, 17, 4096, 4096, Format.INT8) is None
+
+
+@pytest.mark.skipif(find_nvrtc() is None, reason="NVRTC comes with torch for CUDA")
+def test_what_the_compiler_says_is_heard() -> None:
+    with pytest.raises(CudaError, match="nonsense"):
+        compile_source("nonsense", "sm_90", {})
