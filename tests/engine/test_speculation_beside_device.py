@@ -201,8 +201,8 @@ class Lengths(Always):
         self._rng = random.Random(seed)
         self._is_varied = seed >= 3
 
-    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
-        decision = super().decide(free, costly, credit_of)
+    def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
+        decision = super().decide(free, costly, room)
         if not self._is_varied:
             return decision
         number = self._rng.choice([0, 1, 2, 3, 3])
