@@ -294,8 +294,6 @@ def jobs_of(formats: list[str], rows: list[int]) -> list[Job]:
                 for way in candidates(fmt, num_rows, shape.kind):
                     padded = num_rows if isinstance(way, RowsTile) else 0
                     if not isinstance(way, Library | StreamTile):  # the latter is compiled quickly, and not kept
-                        way, Library | StreamTile
-                    ):  # whose kernel is compiled in no time, and kept nowhere
                         jobs.setdefault((fmt, shape.kind, padded, way), (fmt, shape, num_rows, way))
     return list(jobs.values())
 

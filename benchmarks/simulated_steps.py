@@ -86,8 +86,9 @@ class Cpu:
 @dataclass(frozen=True)
 class Gpu:
     """Mistral-7B's shape on an H200, November 2026. Milliseconds by `sizes`, numbers of sequences: a step without
-    drafts, beside the host; what having drafts adds, each of their tokens, and a pass of the draft. `catching_up`: a pass
-    that catches up, and `behind`: each token of that. `waiting`: what a step without drafts takes longer where the host waited before it."""
+    drafts, beside the host; what having drafts adds, each of their tokens, and a pass of the draft. `catching_up`: a
+    pass that catches up, and `behind`: each token of that. `waiting`: what a step without drafts takes longer where the
+    host waited before it."""
 
     sizes: tuple[int, ...] = (1, 8, 16, 32, 128)
     plain: tuple[float, ...] = (3.61, 4.0, 4.18, 4.3, 5.4)
