@@ -265,7 +265,7 @@ def test_who_leaves_while_its_drafts_are_verified_is_gone_at_once() -> None:
     check.abort(check.open_requests()[0])
     assert len(draft._shadows) == num_drafting - 1
     check.finish()
-    assert draft.pool.num_free == draft.pool.num_blocks and not speculator._credits
+    assert draft.pool.num_free == draft.pool.num_blocks and not speculator._of_text
 
 
 def test_nothing_is_waited_for_while_nothing_is_drafted() -> None:
