@@ -6,7 +6,7 @@ long, stories to go on with, code.
 
 The chats in a training text are short, and a draft that has seen no long prompt guesses badly behind one. So the
 instructions that the chats' own users give over a passage ("Summarize the text.", "Repeat this text exactly.") are put
-before and behind passages of the prose, of 60 to 1,400 tokens. No passage shares a line of 40 characters with a
+before and behind passages of the prose, of 60 to 1,400 tokens. No passage shares a whole line of 40 characters with a
 held-out prompt. Code is continued as it stands.
 """
 
