@@ -242,9 +242,10 @@ def test_a_tile_fits_a_multiprocessor_as_often_as_it_says(fmt: Format) -> None:
             assert fmt is not Format.INT4 or tile.segment // tile.num_warps % 128 == 0
 
 
-def test_one_row_of_bfloat16_is_left_to_the_kernel_without_matrix_units() -> None:
+def test_few_rows_are_left_to_other_kernels_where_those_are_as_fast() -> None:
     assert choose_stream_tile(Kind.PLAIN, 1, 4096, 4096, Format.BF16) is None
     assert choose_stream_tile(Kind.PLAIN, 2, 4096, 4096, Format.BF16) is not None
+    assert choose_stream_tile(Kind.PLAIN, 9, 4096, 4096, Format.BF16) is None
     assert choose_stream_tile(Kind.PLAIN, 1, 4096, 4096, Format.INT8) is not None
     assert choose_stream_tile(Kind.PLAIN, 17, 4096, 4096, Format.INT8) is None
 

@@ -74,8 +74,11 @@ def _round_rows(
     scales_OG, zeros_OG = choose_scales(weight_OI, scheme, dtype, search=search, importance_I=importance_I)
     scales = scales_OG.expand(len(weight_OI), -1)
     zeros = torch.zeros_like(scales, dtype=torch.float32) if zeros_OG is None else zeros_OG.float()
-    values_OGS = _rounded(_in_groups(weight_OI.float(), scheme.group_size), scales.float(), zeros, scheme)
-    values_OI = values_OGS.flatten(1)[:, : weight_OI.shape[1]]
+    dtype_of_values = FP8 if scheme.kind == "float" else torch.int8
+    values_OI = torch.empty(weight_OI.shape, dtype=dtype_of_values, device=weight_OI.device)
+    grouped_OGS = _in_groups(weight_OI.float(), scheme.group_size)
+    values_OI.copy_(_rounded(grouped_OGS, scales.float(), zeros, scheme).flatten(1)[:, : weight_OI.shape[1]])
+    del grouped_OGS  # four times the memory, and what follows takes some, too
     return QuantizedWeight.from_values(values_OI, scales.to(dtype).contiguous(), zeros_OG, scheme, dtype=dtype)
 
 

@@ -67,7 +67,7 @@ _EIGHT_BITS = (
 
 # For each format: the most rows of a table, ascending, and the table.
 TABLES: Mapping[Format, tuple[tuple[int, Shapes], ...]] = {
-    Format.BF16: ((16, _same(_DEEP, _DEEP)),),
+    Format.BF16: ((8, _same(_DEEP, _DEEP)),),
     Format.INT8: _EIGHT_BITS,
     Format.FLOAT8: _EIGHT_BITS,
     Format.INT4: ((16, _same(StreamTile(4, 1024, 5, 1), StreamTile(4, 1024, 2, 2))),),
