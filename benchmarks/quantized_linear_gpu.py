@@ -2,7 +2,7 @@
 
 As linear_gpu.py does for bfloat16 weights: chains of launches in CUDA graphs, each with another layer's weights, then
 whole steps (32 layers, products only) beside cuBLAS's in bfloat16. `a8` means activations in 8 bits, too. Prints the
-winners as they are written in engine/kernels/gpu/quantized_tiles.py (RowsTile) and many_tiles.py.
+winners as they are written in engine/kernels/gpu/stream_tiles.py, quantized_tiles.py (RowsTile) and many_tiles.py.
 
     python benchmarks/quantized_linear_gpu.py --out quantized.json
     python benchmarks/quantized_linear_gpu.py --formats int4,fp8a8 --rows 1,32
@@ -11,13 +11,14 @@ winners as they are written in engine/kernels/gpu/quantized_tiles.py (RowsTile) 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -30,6 +31,8 @@ from autobot_llm.engine.kernels.gpu.many_tiles import Library, ManyTile, Way
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
 from autobot_llm.engine.kernels.gpu.quantized_many import multiply_by
+from autobot_llm.engine.kernels.gpu.stream_tiles import MAX_STREAMED_ROWS, Format, StreamTile
+from autobot_llm.engine.kernels.gpu.streamed import multiply_streamed, stage_bytes
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
 from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
@@ -40,8 +43,11 @@ GROUP = 128
 READ_BANDWIDTH = 4e12  # about what is needed to choose a chain's length
 LAYER_SHAPES = SHAPES[:-1]  # the head stays bfloat16
 REPEATS = 5
+RING_BYTES = 200 << 10  # of a multiprocessor's shared memory
 
-Candidate: TypeAlias = RowsTile | Way
+STREAMED = {"int8": Format.INT8, "fp8": Format.FLOAT8, "int4": Format.INT4}
+
+Candidate: TypeAlias = RowsTile | StreamTile | Way
 
 
 def candidates(fmt: str, num_rows: int, kind: Kind) -> list[Candidate]:
@@ -49,6 +55,7 @@ def candidates(fmt: str, num_rows: int, kind: Kind) -> list[Candidate]:
     tiles: list[Candidate] = []
     if not fmt.endswith("a8"):
         tiles += row_candidates(fmt, num_rows)
+        tiles += stream_candidates(fmt, num_rows)
     if num_rows >= 32:
         tiles += rounded_candidates(fmt, num_rows) if fmt.endswith("a8") else many_candidates(fmt, num_rows)
     halves = 2 if kind is Kind.GATED else 1
@@ -76,6 +83,23 @@ def row_candidates(fmt: str, num_rows: int) -> list[Candidate]:
         tiles += [RowsTile(64, 128, 4, 4, num_splits=n, **options) for n in (2, 4)]
     elif num_rows <= 128:
         tiles += [RowsTile(64, 128, 4, 2, num_splits=2, **options), RowsTile(128, 128, 8, 2, num_splits=2, **options)]
+    return tiles
+
+
+def stream_candidates(fmt: str, num_rows: int) -> list[Candidate]:
+    """Rings of a half and of all of a multiprocessor's memory, filled with stages."""
+    if num_rows > MAX_STREAMED_ROWS:
+        return []
+    most_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
+    tiles: list[Candidate] = []
+    for warps, segment, blocks, resident, x_in_ring in itertools.product(
+        (4, 8), (512, 1024, 2048), (1, 2), (1, 2), (False, True) if num_rows == 1 else (False,)
+    ):
+        tile = StreamTile(warps, segment, 2, blocks, resident, x_in_ring)
+        size = stage_bytes(tile, STREAMED[fmt], GROUP, most_rows, offsets=False)
+        room = RING_BYTES // resident - warps * blocks * 80 * -(-most_rows // 8) * 8
+        if room >= 2 * size and segment // warps % (128 if fmt == "int4" else 64) == 0:
+            tiles.append(replace(tile, num_stages=room // size))
     return tiles
 
 
@@ -120,7 +144,7 @@ def rounded_candidates(fmt: str, num_rows: int) -> list[Candidate]:
 def source(candidate: Candidate) -> str:
     if isinstance(candidate, RowsTile):
         return tile_source(candidate)
-    if isinstance(candidate, Library):
+    if isinstance(candidate, Library | StreamTile):
         return str(candidate)
     parts = [str(getattr(candidate, field.name)) for field in fields(candidate)[:5]]
     parts += [
@@ -165,6 +189,10 @@ def run(fmt: str, way: Candidate, shape: Shape, x: torch.Tensor, norm: torch.Ten
         out: torch.Tensor, residual: torch.Tensor) -> None:  # fmt: skip
     has_norm, gated = shape.kind is not Kind.PLAIN, shape.kind is Kind.GATED
     added = residual if shape.adds else None
+    if isinstance(way, StreamTile):
+        x = rms_norm(x, norm, EPS) if has_norm else x
+        multiply_streamed(way, x, weight, out, residual=added, gated=gated)
+        return
     if not isinstance(way, RowsTile):
         multiply_by(
             way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated,
@@ -265,7 +293,7 @@ def jobs_of(formats: list[str], rows: list[int]) -> list[Job]:
             for shape in LAYER_SHAPES:
                 for way in candidates(fmt, num_rows, shape.kind):
                     padded = num_rows if isinstance(way, RowsTile) else 0
-                    if not isinstance(way, Library):
+                    if not isinstance(way, Library | StreamTile):  # the latter is compiled quickly, and not kept
                         jobs.setdefault((fmt, shape.kind, padded, way), (fmt, shape, num_rows, way))
     return list(jobs.values())
 
@@ -360,7 +388,7 @@ def one_for_all(timings: list[Timing]) -> str:
     shapes = [shape for shape in LAYER_SHAPES if shape.kind is not Kind.GATED]
     seconds: dict[Candidate, float] = {}
     for t in timings:
-        if t.shape in shapes and not isinstance(t.candidate, RowsTile):
+        if t.shape in shapes and not isinstance(t.candidate, RowsTile | StreamTile):
             seconds[t.candidate] = seconds.get(t.candidate, 0.0) + t.seconds
     if not seconds:
         return "    no kernel of many rows"

@@ -60,16 +60,18 @@ class CpuCosts:
     tile: float = 0.8
 
 
+CPU_COSTS = {"greedy": CpuCosts(1.51, 0.40, 0.28), "sampled": CpuCosts(1.87, 0.53, 0.35)}
+
+
 class Cpu:
     """One thread of an AMD EPYC with AVX-512 in a busy virtual machine, the embedded model, November 2026."""
 
     room = 256
     looking = 3e-6
     is_beside_host = False
-    costs = {"greedy": CpuCosts(1.51, 0.40, 0.28), "sampled": CpuCosts(1.87, 0.53, 0.35)}
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float:
-        costs = self.costs[mode]
+        costs = CPU_COSTS[mode]
         tiles = -(-(num_sequences + num_draft) // 6)
         took = costs.plain + costs.tile * (tiles - 1) + costs.sequence * (num_sequences - 1) + costs.token * num_draft
         return (took + costs.verified * (num_draft > 0)) / 1e3
@@ -84,15 +86,17 @@ class Cpu:
 @dataclass(frozen=True)
 class Gpu:
     """Mistral-7B's shape on an H200, November 2026. Milliseconds by `sizes`, numbers of sequences: a step without
-    drafts, beside the host; what having drafts adds, each of their tokens, and a pass of the draft. `behind`: a token
-    that it catches up with. `waiting`: what a step without drafts takes longer where the host waited before it."""
+    drafts, beside the host; what having drafts adds, each of their tokens, and a pass of the draft. `catching_up`: a
+    pass that catches up, and `behind`: each token of that. `waiting`: what a step without drafts takes longer where the
+    host waited before it."""
 
     sizes: tuple[int, ...] = (1, 8, 16, 32, 128)
     plain: tuple[float, ...] = (3.61, 4.0, 4.18, 4.3, 5.4)
     drafted: tuple[float, ...] = (0.8, 0.7, 1.0, 2.4, 5.0)
     token: tuple[float, ...] = (0.02, 0.024, 0.034, 0.034, 0.034)
-    draft_pass: tuple[float, ...] = (0.19, 0.36, 0.39, 0.42, 1.0)
-    behind: float = 0.0015
+    draft_pass: tuple[float, ...] = (0.19, 0.43, 0.44, 0.45, 1.0)
+    catching_up: float = 0.2
+    behind: float = 0.001
     waiting: float = 0.35
     looking: float = 5e-6
     room: int = 128
@@ -103,7 +107,8 @@ class Gpu:
         return (self._at(self.plain, num_sequences) + added * (num_draft > 0)) / 1e3
 
     def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
-        return (num_tokens * self._at(self.draft_pass, num_sequences) + self.behind * num_behind) / 1e3
+        catching_up = self.catching_up * (num_behind > 2 * num_sequences) + self.behind * num_behind
+        return (num_tokens * self._at(self.draft_pass, num_sequences) + catching_up) / 1e3
 
     def noise(self, rng: random.Random) -> float:
         return 0.012 * abs(rng.gauss(0.0, 1.0)) + (rng.random() * 0.3 if rng.random() < 0.02 else 0.0)
@@ -115,7 +120,7 @@ class Gpu:
 MACHINES: dict[str, Machine] = {
     "cpu": Cpu(),
     "gpu": Gpu(),
-    "gpu, fp8 weights": Gpu(plain=(2.85, 3.0, 3.3, 3.5, 4.6), draft_pass=(0.16, 0.36, 0.39, 0.42, 1.0)),
+    "gpu, fp8 weights": Gpu(plain=(2.85, 3.0, 3.3, 3.5, 4.6), draft_pass=(0.16, 0.43, 0.44, 0.45, 1.0)),
     "gpu, no gaps": Gpu(drafted=(0.55, 0.6, 0.65, 0.7, 2.0), draft_pass=(0.12, 0.2, 0.25, 0.3, 0.6)),
     "gpu, a dearer draft": Gpu(draft_pass=(0.4, 0.55, 0.6, 0.65, 1.1), behind=0.004),
 }

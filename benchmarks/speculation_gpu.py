@@ -273,7 +273,7 @@ def main() -> None:
             result["batch 1, sampled"] = run_batch(engine, every, 1, arguments.prompts, is_sampled=True)
     result["about"] = about(every)
     result[f"ms of steps with {LINE_NUMBERS} drafts each"] = step_costs(engine)
-    if arguments.heads:
+    if heads:
         result[f"ms of steps with trees of {TREE_NUMBERS} drafts each"] = step_costs(engine, with_trees=True)
     engine.close()
     print(json.dumps(result))

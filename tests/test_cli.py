@@ -18,11 +18,12 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
 
 from autobot_llm.cli.answer import for_terminal, print_answer
-from autobot_llm.cli.main import main
+from autobot_llm.cli.main import cli, main
 from autobot_llm.cli.serve import curl_line, serve, start_lines
 from autobot_llm.cli.session import Session
 from autobot_llm.errors import ProviderError
@@ -99,10 +100,23 @@ def test_the_help_names_every_command_and_answers_at_once(run: Run) -> None:
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "config", "models"])
-def test_every_command_explains_itself_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
-    assert f"Examples:\n    autobot-llm {command}" in capsys.readouterr().out
+def commands(group: click.Group, *before: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        yield (*before, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, *before, name)
+
+
+COMMANDS = {" ".join(names): (names, command) for names, command in commands(cli)}
+
+
+@pytest.mark.parametrize(("names", "command"), COMMANDS.values(), ids=COMMANDS)
+def test_every_command_explains_itself_with_examples(
+    names: tuple[str, ...], command: click.Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*names, "--help"]) == 0
+    assert f"Examples:\n    autobot-llm {' '.join(names)}" in capsys.readouterr().out
+    assert [p.name for p in command.params if isinstance(p, click.Option) and not p.help] == []
 
 
 def test_the_help_loads_neither_the_engine_nor_the_server() -> None:

@@ -201,8 +201,8 @@ class Lengths(Always):
         self._rng = random.Random(seed)
         self._is_varied = seed >= 3
 
-    def decide(self, free: Histories, costly: CostlyOffer | None, credit_of: CreditOf) -> Decision | None:
-        decision = super().decide(free, costly, credit_of)
+    def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
+        decision = super().decide(free, costly, room)
         if not self._is_varied:
             return decision
         number = self._rng.choice([0, 1, 2, 3, 3])
@@ -265,7 +265,7 @@ def test_who_leaves_while_its_drafts_are_verified_is_gone_at_once() -> None:
     check.abort(check.open_requests()[0])
     assert len(draft._shadows) == num_drafting - 1
     check.finish()
-    assert draft.pool.num_free == draft.pool.num_blocks and not speculator._credits
+    assert draft.pool.num_free == draft.pool.num_blocks and not speculator._of_text
 
 
 def test_nothing_is_waited_for_while_nothing_is_drafted() -> None:

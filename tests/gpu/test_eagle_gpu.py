@@ -18,7 +18,7 @@ from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import SpeculationOptions
-from autobot_llm.engine.speculative.eagle.device_proposer import DEVICE_BREADTH, DeviceEagleProposer
+from autobot_llm.engine.speculative.eagle.device_proposer import DeviceEagleProposer
 from autobot_llm.engine.speculative.heads import find_heads, make_eagle
 from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.proposer import Computed, Draft
@@ -60,7 +60,7 @@ def test_trees_are_those_of_the_cpu_but_for_near_ties(eagle: Engine) -> None:
     """The same features in bfloat16, in pieces, of sequences with and without a found prefix, together and alone."""
     folder = find_heads(TINY, "eagle3")
     assert folder is not None
-    twin, proposer = make_eagle(folder, TINY, CONFIG, 512, breadth=DEVICE_BREADTH), costly(eagle)
+    twin, proposer = make_eagle(folder, TINY, CONFIG, 512, breadth=8), costly(eagle)
     rng, kinds = np.random.default_rng(0), proposer.wanted
     assert kinds is not None
     sequences = []
@@ -81,11 +81,15 @@ def test_trees_are_those_of_the_cpu_but_for_near_ties(eagle: Engine) -> None:
             assert mine is not None and theirs is not None
             found, expected = paths_of(mine), paths_of(theirs)
             num_same, num_nodes = num_same + len(found & expected), num_nodes + len(found)
-            num_best, num_drafts = num_best + (mine.as_line() == theirs.as_line()), num_drafts + 1
+            same = np.cumprod(
+                [a == b for a, b in zip(mine.as_line().token_ids, theirs.as_line().token_ids, strict=False)]
+            )
+            num_best, num_drafts = num_best + int(same.sum()), num_drafts + len(same)
     for s in sequences:
         proposer.forget(s)
     assert num_same >= 0.8 * num_nodes, f"{num_same} of {num_nodes}"
-    assert num_best >= 0.7 * num_drafts, f"{num_best} of {num_drafts}"
+    # the layer is rounded to 8 bits: where guesses are nearly as good as each other, another one comes first
+    assert num_best >= 0.55 * num_drafts, f"{num_best} of {num_drafts}"
     assert proposer.pool.num_free == proposer.pool.num_blocks and proposer.num_bytes == 0
 
 

@@ -115,7 +115,7 @@ def test_trees_are_those_of_the_plain_proposer(
         [(s.params, 0) for s in sequences],
     )
     streams_in = torch.cat([torch.zeros(3, 3 * SIZE, dtype=dtype), streams[0][16:], streams[1]]).to(device)
-    for depth in (2,) if rounds else (3, 1):
+    for depth in (2,) if rounds or has_biases else (3, 1):
         layout = draft_layout(4, table_width=4, spare_items=3)
         host = np.full(layout.num_bytes, 113, np.uint8)
         fill_draft(layout.on_host(host), together, range(3, 12), roots, 8 * depth, cut=ItemCut())

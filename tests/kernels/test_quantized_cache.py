@@ -87,6 +87,23 @@ def test_decoding_attends_to_the_rounded_keys_and_values(
 
 
 @CACHE_DTYPES
+def test_values_of_very_different_sizes_are_weighed_alike(
+    cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Weights become float16 by the largest scale so far, which here grows ten thousand times within a context."""
+    step = random_step([200, 90], [1, 3], num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** -(4 * torch.rand(step.values.shape[:3], generator=generator)).to(device)
+    growing = step.batch.block_tables_SB[0, : -(-200 // BLOCK_SIZE)]
+    sizes[growing] = torch.logspace(-4, 0, len(growing), device=device)[:, None, None]
+    values = step.values.float() * sizes.unsqueeze(-1)
+    rounded = dataclasses.replace(with_quantized_cache(step, cache_dtype), values=quantized(values, cache_dtype))
+    out_THD, expected_THD = attend(rounded)
+    for row in range(4):  # each by itself, because they differ in size
+        assert relative_error(out_THD[row], expected_THD[row]) < TOLERANCE[dtype]
+
+
+@CACHE_DTYPES
 @pytest.mark.parametrize("window", [0, 40])
 def test_a_prompt_after_a_cached_prefix_attends_to_the_rounded_prefix(
     window: int, cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device

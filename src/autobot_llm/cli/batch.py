@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 import msgspec
 
+from autobot_llm.cli.group import Group
 from autobot_llm.cli.progress import Progress
 from autobot_llm.errors import LLMError
 from autobot_llm.settings import load_settings
@@ -31,6 +32,7 @@ _wait = click.option("--wait", is_flag=True, help="Wait until the job has ended;
 
 
 @click.group(
+    cls=Group,
     short_help="Send many requests as one job, at half the price.",
     epilog="""\b
 Examples:
@@ -39,6 +41,7 @@ Examples:
   autobot-llm batch submit --resume job-3f9a        go on after a crash
   autobot-llm batch status job-3f9a --wait
   autobot-llm batch fetch job-3f9a --out answers.jsonl
+  autobot-llm batch cancel job-3f9a
   autobot-llm batch list""",
 )
 def batch() -> None:

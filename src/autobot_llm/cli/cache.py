@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from autobot_llm.cli.group import Group
 from autobot_llm.errors import ProviderUnavailable
 from autobot_llm.settings import load_settings
 from autobot_llm.types import Finish, Start, TextDelta
@@ -40,6 +41,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 @click.group(
+    cls=Group,
     short_help="Look at and empty the stores of kept answers and vectors.",
     epilog="""\b
 Examples:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import msgspec
 
+from autobot_llm.cli.group import Group
 from autobot_llm.cli.progress import Progress
 from autobot_llm.errors import ConfigurationError
 
@@ -53,6 +54,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.group(
+    cls=Group,
     short_help="Make Medusa heads, an EAGLE-3 draft or a draft model for a model.",
     epilog="""\b
 Examples:
@@ -99,8 +101,14 @@ def _common(command: CommandT) -> CommandT:
             help="Text (plain, .xz, .gz), prompts (.jsonl), or answers that `train data` wrote. May be repeated.",
         ),
         click.option("--out", type=_NEW, required=True, help="Where the result goes."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where to compute.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of answers, weights and order."),
         click.option("--time-limit", type=float, help="Seconds, after which it ends well."),
         click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON."),
     ):
@@ -111,12 +119,14 @@ def _common(command: CommandT) -> CommandT:
 def _learning(command: CommandT) -> CommandT:
     for option in (
         click.option("--eval-data", type=_FILE, help="Prompts or answers to measure with, instead of held-out ones."),
-        click.option("--steps", type=click.IntRange(1), default=2000, show_default=True),
+        click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Steps of learning."),
         click.option(
             "--batch-size", type=click.IntRange(1), default=8192, show_default=True, help="Tokens of one step."
         ),
-        click.option("--learning-rate", type=float, default=1e-3, show_default=True),
-        click.option("--evaluate-every", type=click.IntRange(1), default=200, show_default=True, help="Steps."),
+        click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="At its highest."),
+        click.option(
+            "--evaluate-every", type=click.IntRange(1), default=200, show_default=True, help="Steps between measurings."
+        ),
         click.option("--resume", is_flag=True, help="Go on with the interrupted training in --out."),
     ):
         command = option(command)
@@ -145,7 +155,7 @@ def data(model: Path, out: Path, device: Any, as_json: bool, **options: Any) -> 
 
 
 @train.command(short_help="Medusa heads, on a frozen model.")
-@click.option("--num-heads", type=click.IntRange(1), help="5.")
+@click.option("--num-heads", type=click.IntRange(1), help="Tokens guessed ahead; 5.")
 @click.option("--num-layers", type=click.IntRange(1), help="Residual blocks a head; 1, or 2 with a shared projection.")
 @click.option(
     "--share-lm-head/--own-lm-head",
@@ -228,8 +238,8 @@ def eagle3(
 
 
 @train.command(short_help="A draft model: a small Llama with the model's vocabulary.")
-@click.option("--num-layers", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--hidden-size", type=click.IntRange(1), help="Half of the model's.")
+@click.option("--num-layers", type=click.IntRange(1), default=2, show_default=True, help="Layers of the draft.")
+@click.option("--hidden-size", type=click.IntRange(1), help="Of the draft; half of the model's.")
 @click.option("--init", type=_FOLDER, help="Go on from this draft instead; its tokenizer is the model's.")
 @_learning
 def draft(num_layers: int, hidden_size: int | None, init: Path | None, **options: Any) -> None:

@@ -279,11 +279,9 @@ class Engine:
         begin_time: float,
         features: Features | None,
     ) -> Judged:
-        scheduler, choices, mover = self.scheduler, self._choices, self._mover
-        judged = take_verdicts(plan, batch, verdicts, scheduler=scheduler, choices=choices, mover=mover)
+        judged = take_verdicts(plan, batch, verdicts, self.scheduler, self._choices, self._mover)
         self.num_steps += 1
-        seconds = speculator.clock() - begin_time
-        learn(speculator, plan, verdicts, seconds, choices=choices, features=features)
+        learn(speculator, plan, verdicts, speculator.clock() - begin_time, self._choices, features)
         self._last_end_time = self._clock()
         return judged
 

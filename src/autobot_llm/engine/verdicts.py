@@ -37,7 +37,6 @@ def take_verdicts(
     plan: StepPlan,
     batch: StepBatch,
     verdicts: SequenceABC[Verdict],
-    *,
     scheduler: Scheduler,
     choices: Mapping[int, Choice],
     mover: TreeExecutor | None,
@@ -68,7 +67,6 @@ def learn(
     plan: StepPlan,
     verdicts: SequenceABC[Verdict],
     seconds: float,
-    *,
     choices: Mapping[int, Choice],
     features: Features | None,
 ) -> None:

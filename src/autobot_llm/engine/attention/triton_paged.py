@@ -147,7 +147,8 @@ class TritonPagedAttention:
             assert num_tokens <= SPLIT_TOKENS, f"{num_tokens} tokens of steps with trees"
             sizes["tree_rows"] = (num_tokens, TREE_FIELDS)
         if num_tokens <= SPLIT_TOKENS:
-            num_parts = num_sequences + num_tokens // self.max_queries  # each may end with one that is not full
+            part = self._tree_part(num_tokens) if takes_trees else self.max_queries
+            num_parts = num_sequences + num_tokens // part  # each may end with one that is not full
             return {"items": (num_parts + self._spare_items, ITEM_FIELDS)} | sizes
         num_tiles = num_sequences + -(-num_tokens // self._tokens_per_tile(SMALL_TILE))
         items = (num_sequences + self._spare_items, ITEM_FIELDS)
@@ -162,7 +163,9 @@ class TritonPagedAttention:
             if batch.tree_masks_T is None and not self._shape.widest_window and self._takes_whole(starts):
                 num_items = self._cut.write_queries(arrays["items"], starts, lens, self._spare_items)
             else:
-                num_items = self._plan_by_queries(arrays["items"], batch)
+                trees = arrays.get("tree_rows")
+                part = self.max_queries if trees is None else self._tree_part(len(trees))
+                num_items = self._plan_by_queries(arrays["items"], batch, part)
             arrays["items"][num_items:] = -1
             if "tree_rows" in arrays:
                 fill_tree_rows(arrays["tree_rows"], batch)
@@ -183,7 +186,8 @@ class TritonPagedAttention:
         workspace = self._workspace(arrays["items"].shape[0])
         if "tiles" not in arrays:
             trees = arrays.get("tree_rows")
-            decode = PagedBatch(arrays["block_tables"], arrays["items"], self.max_queries, tree_rows_T4=trees)
+            part = self.max_queries if trees is None else self._tree_part(len(trees))
+            decode = PagedBatch(arrays["block_tables"], arrays["items"], part, tree_rows_T4=trees)
             return TritonMetadata(decode=decode, workspace=workspace)
         return TritonMetadata(
             decode=PagedBatch(arrays["block_tables"], arrays["items"], 1),
@@ -226,20 +230,28 @@ class TritonPagedAttention:
 
     def _prepare_trees(self, batch: StepBatch) -> TritonMetadata:
         """All of a step with trees by the decode kernel, whatever else is in it."""
-        num_parts = batch.num_sequences + batch.num_tokens // self.max_queries
+        part = self._tree_part(batch.num_tokens)
+        num_parts = batch.num_sequences + batch.num_tokens // part
         items_I8 = np.empty((num_parts + self._spare_items, ITEM_FIELDS), np.int32)
         rows_T4 = np.empty((batch.num_tokens, TREE_FIELDS), np.int32)
-        items_I8 = items_I8[: self._plan_by_queries(items_I8, batch)]
+        items_I8 = items_I8[: self._plan_by_queries(items_I8, batch, part)]
         fill_tree_rows(rows_T4, batch)
         arrays = {"block_tables": batch.block_tables_SB, "items": items_I8, "tree_rows": rows_T4}
         return self.prepare_prompts(_upload(arrays, self._device))
 
-    def _plan_by_queries(self, items_I8: Int32Array, batch: StepBatch) -> int:
+    def _tree_part(self, num_tokens: int) -> int:
+        """Query rows of one program where so many tokens are attended as trees: small parts are many programs, and
+        small products. Of 4, 8 and 16 tokens with 4 heads the best measured on an H200: 4.33 ms a step instead of 4.66
+        for 16 tokens after 800, 4.62 instead of 4.87 for 32."""
+        num_rows = 16 if num_tokens <= 16 else 32 if num_tokens <= 64 else MAX_ROWS
+        return max(1, min(num_rows // self.group_size, self.max_queries))
+
+    def _plan_by_queries(self, items_I8: Int32Array, batch: StepBatch, max_queries: int) -> int:
         return plan_items_by_queries(
             items_I8,
             batch.query_starts,
             batch.context_lens,
-            max_queries=self.max_queries,
+            max_queries=max_queries,
             spare_items=self._spare_items,
             window=self._shape.widest_window,
             has_tree_S=trees_of(batch),

@@ -84,14 +84,16 @@ def straighten(plan: StepPlan, batch: StepBatch, paths: SequenceABC[SequenceABC[
     return np.array(slots_from, np.int64), np.array(slots_to, np.int64)
 
 
-def drop_rejected(sequence: Sequence, stop: int, num_rejected: int, pool: BlockPool) -> None:
-    """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need."""
+def drop_rejected(sequence: Sequence, stop: int, num_rejected: int, pool: BlockPool) -> int:
+    """Take back the last draft tokens of a sequence that was advanced to `stop`, and the blocks they alone need.
+    Returns where it stops now."""
     sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
     if not num_rejected:
-        return
+        return stop
     del sequence.token_ids[stop - num_rejected : stop]
     sequence.num_computed_tokens = stop - num_rejected
     num_blocks = -(-(sequence.num_computed_tokens - sequence.num_evicted_tokens) // pool.block_size)
     if num_blocks < len(sequence.block_ids):
         pool.free(sequence.block_ids[num_blocks:])
         del sequence.block_ids[num_blocks:]
+    return stop - num_rejected

@@ -29,8 +29,7 @@ does letting a preempted sequence back in.
 Guesses at the tokens after the last one are computed with it and dropped where they were wrong: drafts.py.
 
 All calls come from one thread, and `abort` between `plan` and `advance` is a programming error, unless the plan has
-drafts, which is advanced and resolved at once when its verdict is there. The work of a call
-grows with the sequences of the step and not with those that wait.
+drafts: then both come with its verdict. A call's work grows with the step's sequences, not with those that wait.
 """
 
 from __future__ import annotations
@@ -173,10 +172,8 @@ class Scheduler:
         return StepPlan(tuple(scheduled), num_tokens, num_prompt_tokens, num_draft_tokens)
 
     def advance(self, plan: StepPlan) -> None:
-        """Take a plan as computed: its sequences go on, those that sample by a token that is not known yet.
-
-        With drafts it is called when the verdict is there: who has left meanwhile stays where it is.
-        """
+        """Take a plan as computed: its sequences go on, those that sample by a token that is not known yet. With
+        drafts it is called when the verdict is there: who has left meanwhile stays where it is."""
         row = 0
         for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
             if sequence.epoch != epoch:
@@ -212,8 +209,7 @@ class Scheduler:
             if samples and num_accepted is not None:
                 num_rejected = num_draft - next(accepted)
                 if num_draft and has_blocks:
-                    drop_rejected(sequence, stop, num_rejected, self.block_pool)
-                    stop -= num_rejected
+                    stop = drop_rejected(sequence, stop, num_rejected, self.block_pool)
             if samples and (has_blocks or sequence in self._waiting):
                 sequence.fill_in(stop, token)
             if not has_blocks:

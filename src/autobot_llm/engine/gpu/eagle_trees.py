@@ -49,9 +49,6 @@ log = logging.getLogger(__name__)
 _SHARE_FOR_CACHE = 4
 """The draft's cache takes a fourth of what the target and the draft's weights leave."""
 
-import os
-
-ROUNDS = os.environ.get("EAGLE_ROUNDS", "1") == "1"
 _MOST_CHOSEN = 63  # nodes of a tree beside its root
 
 _TOKENS = ("ids", "positions", "slots")
@@ -306,7 +303,7 @@ def build_eagle_trees(
         attention,
         max_context=limits.max_model_len,
         max_rows=SIZES[-1] * NUM_BRANCHES,
-        rounds=ROUNDS,
+        rounds=True,
     )
     trees = EagleTrees(
         decoder,

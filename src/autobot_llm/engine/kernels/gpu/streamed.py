@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ _HOPPER = (9, 0)  # the first with copies that barriers count
 _LINE = 128  # bytes: two chunks of a row
 _BLOCK = 16  # rows of W
 _GROUPS = (64, 128)
-_MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernel's compiler must not see it
+MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernel's compiler must not see it
 
 _kernel = CudaKernel("streamed_rows.cu", "streamed_rows")
 
@@ -80,18 +81,59 @@ def multiply_streamed(
     gated: bool = False,
 ) -> torch.Tensor:
     """The product with what surrounds it, as `multiply` in linear.py; a norm comes before it."""
+    product = prepare(tile, x_TI, weight, out, bias=bias, residual=residual, gated=gated)
+    multiprocessors = torch.cuda.get_device_properties(x_TI.device).multi_processor_count
+    _kernel.launch(
+        product.constants,
+        (product.arguments, ctypes.c_uint(MAGIC)),
+        programs=min(product.num_tiles, multiprocessors * tile.resident),
+        threads=32 * (tile.num_warps + 1),
+        shared_bytes=product.shared_bytes,
+        device=x_TI.device,
+    )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A product as the kernel is told of it. `arguments` holds addresses: the tensors must stay."""
+
+    constants: dict[str, int]
+    arguments: ctypes.Structure
+    num_tiles: int
+    shared_bytes: int
+
+
+def prepare(
+    tile: StreamTile,
+    x_TI: torch.Tensor,
+    weight: Weight,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> Prepared:
+    """See `multiply_streamed`."""
     num_rows, num_inputs = x_TI.shape
     fmt = format_of(weight)
     values = weight if isinstance(weight, torch.Tensor) else weight.values
     scales, offsets = (None, None) if isinstance(weight, torch.Tensor) else (weight.scales, weight.offsets)
-    group = 64 if isinstance(weight, torch.Tensor) or not weight.group else weight.group
+    group = weight.group if fmt is Format.INT4 and isinstance(weight, PackedWeight) else _GROUPS[0]
     halves = 2 if gated else 1
     num_outputs = values.shape[0] // halves
-    blocks = 2 if gated else tile.blocks
+    if gated:
+        tile = replace(tile, blocks=2)  # one of each half
+    max_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
     assert out.shape == (num_rows, num_outputs) and out.stride(1) == 1 and out.dtype == x_TI.dtype
     assert residual is None or (residual.shape == out.shape and residual.stride(1) == 1)
-    assert scales is None or not offsets or scales.dtype == x_TI.dtype
-    max_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
+    assert fmt is not Format.INT4 or (scales is not None and scales.dtype == x_TI.dtype)
+    arguments = _Product(
+        *(_address(x_TI), x_TI.stride(0), _address(values), values.stride(0) * values.element_size()),
+        *(_address(scales), _address(offsets), _address(bias)),
+        *(_address(residual), 0 if residual is None else residual.stride(0)),
+        *(_address(out), out.stride(0), num_rows, num_outputs),
+    )
     constants = {
         "FORMAT": int(fmt),
         "INPUTS": num_inputs,
@@ -101,27 +143,13 @@ def multiply_streamed(
         "X_ROWS": max_rows,
         "X_IN_RING": int(tile.x_in_ring),
         "WARPS": tile.num_warps,
-        "BLOCKS": blocks,
+        "BLOCKS": tile.blocks,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
     }
-    product = _Product(
-        *(_address(x_TI), x_TI.stride(0), _address(values), values.stride(0) * values.element_size()),
-        *(_address(scales), _address(offsets), _address(bias)),
-        *(_address(residual), 0 if residual is None else residual.stride(0)),
-        *(_address(out), out.stride(0), num_rows, num_outputs),
-    )
-    multiprocessors = torch.cuda.get_device_properties(x_TI.device).multi_processor_count
-    _kernel.launch(
-        constants,
-        (product, ctypes.c_uint(_MAGIC)),
-        programs=min(num_outputs * halves // (_BLOCK * blocks), multiprocessors * tile.resident),
-        threads=32 * (tile.num_warps + 1),
-        shared_bytes=tile.num_stages * stage_bytes(tile, fmt, group, max_rows, offsets=offsets is not None),
-        device=x_TI.device,
-    )
-    return out
+    shared = tile.num_stages * stage_bytes(tile, fmt, group, max_rows, offsets=offsets is not None)
+    return Prepared(constants, arguments, values.shape[0] // (_BLOCK * tile.blocks), shared)
 
 
 class _Product(ctypes.Structure):

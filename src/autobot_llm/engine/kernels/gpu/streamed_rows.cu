@@ -42,13 +42,18 @@ constexpr int X_AT = SCALES_AT + SCALE_BYTES * (1 + OFFSETS);
 constexpr int X_STRIDE = SEGMENT_INPUTS * 2 + (FORMAT == BF16 ? 64 : 16);
 constexpr int STAGE_BYTES = (X_AT + (X_IN_RING ? X_ROWS * X_STRIDE : 0) + 127) / 128 * 128;
 
-// --- the ring's barriers and copies ----------------------------------------------------------------------------------
+// --- instructions: tests have another set, for a processor -----------------------------------------------------------
+
+#ifndef INSTRUCTIONS
+extern __shared__ __align__(128) u8 dynamic_shared[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void init(u64* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
+
+__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -67,7 +72,11 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
       : "memory");
 }
 
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }  // who multiplies
 
 __device__ __forceinline__ u64 read_once() {
   u64 policy;
@@ -90,17 +99,11 @@ __device__ __forceinline__ void copy(u8* to, const void* from, u32 bytes, u64* b
                : "memory");
 }
 
-// --- numbers ---------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float wide(u16 v) { return __uint_as_float((u32)v << 16); }
-
 __device__ __forceinline__ u16 narrow(float v) {
   u16 r;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
-
-__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // pairs of bfloat16
   u32 d;
@@ -116,6 +119,20 @@ __device__ __forceinline__ u32 merge(u32 bits, u32 rest) {
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "n"(MASK), "r"(rest));
   return d;
 }
+
+__device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+
+// --- numbers ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float wide(u16 v) { return __uint_as_float((u32)v << 16); }
+
+__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // Two int8 in the low bytes of a word's halves. The fraction of 128.0 has 7 bits: with the low bits of a number in it it is
 // 128 more than they say; 128.0 with the number's sign in the last bit of the exponent is 128 or 256. The difference is it.
@@ -141,13 +158,6 @@ __device__ __forceinline__ void widen(u32 bytes, u32 magic, u32& low, u32& high)
 // Two numbers of 4 bits in the low bytes, less 8: in the fraction of 128.0, and 136 taken off.
 __device__ __forceinline__ u32 int4_pair(u32 a, u32 magic) {
   return multiply_add(merge<0x000f000fu>(a, magic), 0x3f803f80u, 0xc308c308u);
-}
-
-__device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ int input_of(int chunk) {
@@ -227,9 +237,9 @@ __device__ __forceinline__ void fill_ring(const Product& p, u8* ring, u64* full,
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT) streamed_rows(const Product p, u32 magic) {
-  asm volatile("griddepcontrol.launch_dependents;");
-  extern __shared__ __align__(128) u8 ring[];
-  __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+  let_next_kernel_start();
+  u8* const ring = dynamic_shared;
+  __shared__ u64 full[STAGES], empty[STAGES];
   __shared__ float sums[WARPS][BLOCKS][8 * X_TILES * SUMS_STRIDE];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;  // a thread's rows of W are g and g + 8, its row of x is g
@@ -238,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT) streamed
       init(&full[i], 1);
       init(&empty[i], WARPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   if (warp == WARPS) {
@@ -385,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT) streamed
       }
     }
 
-    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");  // the tile before has been read
+    meet();  // the tile before has been read
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -393,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT) streamed
         float* to = sums[warp][b] + (8 * n + 2 * t) * SUMS_STRIDE + g;
         to[0] = y[b][n][0], to[SUMS_STRIDE] = y[b][n][1], to[8] = y[b][n][2], to[SUMS_STRIDE + 8] = y[b][n][3];
       }
-    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+    meet();
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
       const int i = threadIdx.x + e * WARPS * 32, row = i / TILE_OUTPUTS, output = i % TILE_OUTPUTS;

@@ -40,7 +40,7 @@ class MedusaProposer:
     """CostlyProposer of trees of the heads' best tokens.
 
     `accuracies[k][r]`: how often the r-th candidate of head k is right, which the trees are chosen by. A draft that is
-    asked to be d tokens deep has at most `breadth` * d of them, and no more than `tree_candidates` with its root: where
+    asked to be d tokens deep has at most `breadth` * d of them, and no more than TREE_CANDIDATES with its root: where
     a token to verify has its price, as on a CPU, a `breadth` of 1 spends no more on a tree than on a line. `max_rows`:
     tokens of all trees of a step with their roots, where the step takes no more.
     """
@@ -54,13 +54,11 @@ class MedusaProposer:
         accuracies: SequenceABC[SequenceABC[float]],
         *,
         breadth: int = 1,
-        tree_candidates: int = TREE_CANDIDATES,
         max_rows: int | None = None,
     ) -> None:
         self.heads = heads
         self._accuracies = accuracies
         self._breadth = breadth
-        self._tree_candidates = tree_candidates
         self._max_rows = max_rows
         self._trees: dict[tuple[int, int], CandidateTree] = {}
         self._hidden: dict[int, tuple[int, torch.Tensor]] = {}  # by sequence id: its tokens then, and its state E
@@ -109,7 +107,7 @@ class MedusaProposer:
     def tree(self, num_tokens: int, num_sequences: int) -> CandidateTree:
         """The tree of so many tokens' depth for each of so many sequences."""
         depth = min(num_tokens, self.heads.num_heads)
-        num_nodes = min(1 + self._breadth * depth, self._tree_candidates)
+        num_nodes = min(1 + self._breadth * depth, TREE_CANDIDATES)
         if self._max_rows is not None:  # one of few sizes, each of which is chosen once
             share = max(2, self._max_rows // num_sequences)
             num_nodes = min(num_nodes, 1 << (share.bit_length() - 1))
