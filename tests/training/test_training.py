@@ -216,6 +216,7 @@ def test_an_eagle_draft_goes_on_from_another_and_may_know_more_tokens(
     folder: Path, answers: Answers, tmp_path: Path
 ) -> None:
     model = Model.load(folder, dtype=torch.float32, device="cpu")
+    answers = answers.rows(range(8))
     first = EagleTask(model, EagleOptions(num_steps=2, draft_vocab_size=512, feature_layers=(1, 3, 6)), answers)
     options = LoopOptions(steps=10, batch_size=1024, learning_rate=1e-2)
     learned = train(first, answers, answers, options, tmp_path / "first")
@@ -237,16 +238,20 @@ def test_stage_2_makes_another_model_that_the_engine_runs_with_its_heads(
     folder: Path, answers: Answers, tmp_path: Path
 ) -> None:
     model = Model.load(folder, dtype=torch.float32, device="cpu")
-    options = LoopOptions(steps=12, batch_size=1024, learning_rate=1e-2)
+    answers = answers.rows(range(8))
+    options = LoopOptions(steps=6, batch_size=1024, learning_rate=1e-2)
     train(task("medusa", folder, answers), answers, answers, options, tmp_path / "heads")
     joint = JointTask(model, JointOptions(tmp_path / "heads", model_rate=0.02), folder)
     seen: list[Status] = []
     before = joint.evaluate(answers, 1024)
     assert joint.about()["agreement"] == 1.0, "as yet it is the same model"
-    outcome = train(joint, answers, answers, replace(options, steps=30), tmp_path / "out", on_status=seen.append)
+    outcome = train(joint, answers, answers, replace(options, steps=15), tmp_path / "out", on_status=seen.append)
     assert outcome.accuracies is not None and outcome.loss < seen[0].loss
     assert outcome.accuracies.top(1)[0] > before.top(1)[0]
     assert 0.5 < joint.about()["agreement"] <= 1.0
+    again = JointTask(model, JointOptions(tmp_path / "heads"), folder)
+    again.load_state({name: tensor.clone() for name, tensor in joint.state().items()})
+    assert again.evaluate(answers, 1024) == outcome.accuracies, "its heads project as the model does now"
     config = load_config(tmp_path / "out")
     assert config == load_config(folder)
     made = load_weights(tmp_path / "out", config, dtype=torch.float32, device="cpu")
@@ -305,6 +310,13 @@ def test_wrong_arguments_are_named(tmp_path: Path, prompts: Path) -> None:
             "hidden_size=100: expected",
         ),
         (("medusa", *common, "--out", tmp_path / "x", "--temperatures", "-1"), "temperatures"),
+        (("medusa", *common, "--out", tmp_path / "x", "--stage", 2), "--stage 2 and --init HEADS go together"),
+        (
+            ("medusa", *common, "--out", tmp_path / "x", "--stage", 2, "--init", TINY, "--num-heads", 3),
+            "those of --init",
+        ),
+        (("medusa", *common, "--out", tmp_path / "x", "--model-rate", 1), "stage 1 leaves the model as it is"),
+        (("medusa", *common, *QUICK, "--out", tmp_path / "w", "--stage", 2, "--init", TINY), "no tensor of Medusa"),
         (("tree", tmp_path), "no metrics of a finished training"),
     ):
         _, said = run(*arguments, code=2)

@@ -155,7 +155,7 @@ def data(model: Path, out: Path, device: Any, as_json: bool, **options: Any) -> 
 
 
 @train.command(short_help="Medusa heads, on a frozen model.")
-@click.option("--num-heads", type=click.IntRange(1), default=5, show_default=True, help="Tokens guessed ahead.")
+@click.option("--num-heads", type=click.IntRange(1), help="Tokens guessed ahead; 5.")
 @click.option("--num-layers", type=click.IntRange(1), help="Residual blocks a head; 1, or 2 with a shared projection.")
 @click.option(
     "--share-lm-head/--own-lm-head",
@@ -171,17 +171,15 @@ def data(model: Path, out: Path, device: Any, as_json: bool, **options: Any) -> 
     help="1: heads on the model as it is. 2: both together, from stage 1's heads. Lossy: it makes another model.",
 )
 @click.option("--init", type=_FOLDER, help="Stage 2: the heads of stage 1.")
-@click.option(
-    "--model-rate", type=float, default=0.1, show_default=True, help="Stage 2: the model's share of the learning rate."
-)
+@click.option("--model-rate", type=float, help="Stage 2: the model's share of the learning rate; 0.1.")
 @_learning
 def medusa(
-    num_heads: int,
+    num_heads: int | None,
     num_layers: int | None,
     shares_lm_head: bool | None,
     stage: str,
     init: Path | None,
-    model_rate: float,
+    model_rate: float | None,
     **options: Any,
 ) -> None:
     """Train Medusa heads: on a frozen model (Medusa-1), or together with it (Medusa-2).
@@ -191,14 +189,22 @@ def medusa(
     """
     if (stage == "2") != (init is not None):
         raise click.UsageError("--stage 2 and --init HEADS go together: stage 2 goes on from the heads of stage 1")
+    if stage == "2" and any(option is not None for option in (num_heads, num_layers, shares_lm_head)):
+        raise click.UsageError("--num-heads, --num-layers and the projection are those of --init in stage 2")
+    if stage == "1" and model_rate is not None:
+        raise click.UsageError("--model-rate: stage 1 leaves the model as it is")
     _need_engine()
-    from autobot_llm.training.joint import JointOptions
-    from autobot_llm.training.medusa import MedusaOptions
+    from autobot_llm.training.joint import MODEL_RATE, JointOptions
+    from autobot_llm.training.medusa import NUM_HEADS, MedusaOptions
 
     if init is not None:
-        _run(JointOptions(init, model_rate), "Training a model and its Medusa heads", options)
+        _run(
+            JointOptions(init, MODEL_RATE if model_rate is None else model_rate),
+            "Training a model and its Medusa heads",
+            options,
+        )
         return
-    _run(MedusaOptions(num_heads, num_layers, shares_lm_head), "Training Medusa heads", options)
+    _run(MedusaOptions(num_heads or NUM_HEADS, num_layers, shares_lm_head), "Training Medusa heads", options)
 
 
 @train.command(short_help="An EAGLE-3 draft, on a frozen model.")

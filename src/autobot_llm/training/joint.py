@@ -30,6 +30,7 @@ from autobot_llm.training.loop import Group
 from autobot_llm.training.medusa import WEIGHT_DECAY, count_right, rows_and_labels, save
 
 HEADS_WEIGHT = 0.2  # of the heads' loss beside the model's own
+MODEL_RATE = 0.1
 WARM_UP = 0.2  # of the training, for the model; the heads have theirs
 HEADS_FOLDER = "medusa"  # below the model's
 
@@ -40,7 +41,7 @@ class JointOptions:
     """`init`: the heads of stage 1, for the model as it is. `model_rate`: the model's share of the learning rate."""
 
     init: Path
-    model_rate: float = 0.1
+    model_rate: float = MODEL_RATE
 
     def __post_init__(self) -> None:
         if not 0 < self.model_rate <= 1:

@@ -25,6 +25,7 @@ from autobot_llm.training.loop import Group
 
 WEIGHT_DECAY = 0.8  # of a head's weight against the one before it
 NUM_TREE_NODES = 64
+NUM_HEADS = 5
 
 
 # B sequences, S positions, R rows that count, E hidden size, K heads
@@ -33,7 +34,7 @@ class MedusaOptions:
     """`num_layers` residual blocks a head; None: 1, or 2 with a shared projection. `shares_lm_head` None: where the
     model ties its embeddings, heads use its projection; else each has its own, as published."""
 
-    num_heads: int = 5
+    num_heads: int = NUM_HEADS
     num_layers: int | None = None
     shares_lm_head: bool | None = None
 
