@@ -11,7 +11,7 @@ from typing import Any, Literal
 from autobot_llm.engine.load import load_draft_model, load_engine
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.request import EngineRequest, RequestStats
-from autobot_llm.engine.sequence import SamplingParams
+from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.heads import make_eagle, make_medusa
 from autobot_llm.engine.speculative.ngram import NgramProposer
@@ -80,7 +80,9 @@ class Setup:
                 eagle = make_eagle(MODEL.with_name("tiny-eagle3"), MODEL, config, config.max_position_embeddings)
                 return Speculator(most, costly=eagle, policy=always)
             case "auto":
-                return Speculator(most, make_free=NgramProposer, costly=self.draft)
+                auto = Speculator(most, make_free=NgramProposer, costly=self.draft)
+                auto.rehearse(Sequence(-1, [0, 0], self.params(1, is_sampled=False)))
+                return auto
         raise ValueError(f"{method!r}: expected one of {', '.join(METHODS)}")
 
     def prompts(self, category: str, half: Half = "all") -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from autobot_llm.engine.executor import NO_FEATURES
 from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.options import EngineOptions
+from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import SpeculationOptions, Target, make_draft_model
 from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
+from autobot_llm.engine.speculative.measurements import ON_CPU, CostlyCosts
 from autobot_llm.engine.speculative.pairs import (
     DRAFT_MODEL_RECOMMENDATIONS,
     TINY_LLAMA,
@@ -180,6 +183,30 @@ def test_below_the_floor_it_stops_after_twenty_drafts_and_tries_again() -> None:
     assert decoder.get_metrics()["measurements"] == 0
     with pytest.raises(ValueError, match="accepted=3"):
         decoder.record_acceptance(2, 3)
+
+
+def test_a_drafts_costs_are_known_before_the_first_answer(tmp_path: Path) -> None:
+    """Else a short answer could never afford to find out, and no draft would ever be seen."""
+    speculation = SpeculationOptions(method="draft", draft_model=DRAFT)
+    with closing(load_engine(options(tmp_path, speculation=speculation))) as engine:
+        assert engine.speculator is not None
+        costs = engine.speculator.controller.costly_costs
+        each = costs.per_pass(1)
+        assert each is not None
+        prior = 1000 * each * ON_CPU.token_behind
+        assert costs.catch_up(1000, each) < prior, "tokens that are caught up with share a pass"
+
+
+def test_a_cache_that_is_too_small_to_rehearse_in_leaves_costs_unknown(tmp_path: Path) -> None:
+    speculation = SpeculationOptions(method="draft", draft_model=DRAFT)
+    with closing(load_engine(options(tmp_path, speculation=speculation))) as engine:
+        speculator = engine.speculator
+        assert speculator is not None
+        speculator.controller.costly_costs = CostlyCosts()
+        speculator.rehearse(Sequence(-2, [0] * 300, SamplingParams(max_tokens=1)))  # beyond the context
+        assert speculator.controller.costly_costs.per_pass(1) is None
+        speculator.rehearse(Sequence(-3, [0, 0], SamplingParams(max_tokens=1)))
+        assert speculator.controller.costly_costs.per_pass(1) is not None
 
 
 @pytest.mark.parametrize(

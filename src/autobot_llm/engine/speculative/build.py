@@ -15,6 +15,7 @@ from autobot_llm.engine.executor import NO_FEATURES, Executor, FeatureKinds
 from autobot_llm.engine.gpu.options import DraftPlace
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.models.config import ModelConfig, load_config
+from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.heads import (
     HeadsMethod,
@@ -115,6 +116,8 @@ def build_speculator(
         clock=time.thread_time if target.is_on_cpu else time.perf_counter,
         priors=ON_CPU if target.is_on_cpu else ON_GPU,
     )
+    if target.is_on_cpu and isinstance(costly, DraftModel):
+        speculator.rehearse(Sequence(-1, [0, 0], SamplingParams(max_tokens=1, temperature=0.0)))
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 
 

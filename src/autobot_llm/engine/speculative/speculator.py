@@ -34,6 +34,7 @@ from autobot_llm.engine.speculative.proposer import (
 )
 
 MOST_REST = 4  # steps
+REHEARSED = (1, 1, 1, 32, 32)  # by how many tokens a sequence grows while a method's costs are measured
 
 
 @dataclass(slots=True)
@@ -144,6 +145,20 @@ class Speculator:
             f"{figures.num_proposed:,} tokens; by position {' '.join(f'{rate:.0%}' for rate in figures.by_position)}"
             for method, figures in self.figures.items()
         }
+
+    def rehearse(self, sequence: Sequence) -> None:
+        """Find out what the costly method takes, a pass and a token to catch up with, on a sequence that nobody asked
+        for: answers are too short to pay for that, and without it would never see a draft."""
+        costly = self._costly
+        assert costly is not None, "there is something to rehearse"
+        for number in (0, *REHEARSED):
+            sequence.token_ids.extend([sequence.token_ids[0]] * number)
+            num_behind, start = costly.lag(sequence) - 1, self.clock()
+            if costly.propose([sequence], 1) == [None]:  # its cache is too small
+                break
+            if number:  # else it was the first time, with all that that takes
+                self.controller.costly_costs.record(1, costly.num_passes(1), num_behind, self.clock() - start)
+        costly.forget(sequence)
 
     def propose(
         self, sequences: list[Sequence], room: int, *, takes_trees: bool = False, may_wait: bool = False
