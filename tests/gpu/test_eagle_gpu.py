@@ -88,9 +88,9 @@ def test_trees_are_those_of_the_cpu_but_for_near_ties(eagle: Engine) -> None:
     for s in sequences:
         proposer.forget(s)
     assert num_same >= 0.8 * num_nodes, f"{num_same} of {num_nodes}"
-    # The layer is rounded to 8 bits: where guesses are nearly as good as each other, another one comes first. In float32
-    # on a CPU that alone leaves all of these first tokens the same, and 95 % of the nodes; 81 and 97 % with the heads of
-    # the first training, which were less sure.
+    # The layer is rounded to 8 bits: where guesses are nearly as good as each other, another one comes first. In
+    # float32 on a CPU that alone leaves all of these first tokens the same, and 95 % of the nodes; 81 and 97 % with the
+    # heads of the first training, which were less sure.
     assert num_best >= 0.7 * num_drafts, f"{num_best} of {num_drafts}"
     assert proposer.pool.num_free == proposer.pool.num_blocks and proposer.num_bytes == 0
 
