@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import TINY, tiny_engine
 from fake_device import FakeDevice
 
 import autobot_llm
+from autobot_llm.engine.batching.plan import StepBatch
 from autobot_llm.engine.executor import NO_FEATURES
 from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.build import SpeculationOptions, Target, make_draft_model
+from autobot_llm.engine.speculative.build import SpeculationOptions, Target, build_speculator, make_draft_model
 from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
 from autobot_llm.engine.speculative.measurements import ON_CPU, CostlyCosts
 from autobot_llm.engine.speculative.pairs import (
@@ -117,15 +119,30 @@ def test_auto_takes_what_there_is(tmp_path: Path) -> None:
         engine.close()
 
 
-def test_an_executor_whose_draft_model_cannot_be_made_is_closed() -> None:
-    device = FakeDevice(4, 16)
-    target = Target(
+def target() -> Target:
+    return Target(
         folder=TINY, is_on_cpu=True, tokenizer=Tokenizer.from_folder(TINY), config=load_config(TINY),
         features=NO_FEATURES, place=None, num_blocks=4, block_size=16, prefix_caching=True,
         max_num_batched_tokens=64, max_model_len=64,
     )  # fmt: skip
+
+
+def test_an_executor_whose_draft_model_cannot_be_made_is_closed() -> None:
+    device = FakeDevice(4, 16)
     with pytest.raises(ConfigurationError, match="num_blocks=0"):
-        make_draft_model(DRAFT, target, lambda folder, config, context, num_blocks: (device, 0))
+        make_draft_model(DRAFT, target(), lambda folder, config, context, num_blocks: (device, 0))
+    assert device.is_closed
+
+
+def test_a_draft_that_breaks_while_its_costs_are_measured_is_closed() -> None:
+    class Broken(FakeDevice):
+        def execute(self, batch: StepBatch) -> torch.Tensor:
+            raise RuntimeError("no step today")
+
+    device = Broken(4, 16)
+    speculation = SpeculationOptions(method="draft", draft_model=DRAFT)
+    with pytest.raises(RuntimeError, match="no step today"):
+        build_speculator(speculation, target(), lambda folder, config, context, num_blocks: (device, 4))
     assert device.is_closed
 
 

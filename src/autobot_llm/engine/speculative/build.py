@@ -117,7 +117,10 @@ def build_speculator(
         priors=ON_CPU if target.is_on_cpu else ON_GPU,
     )
     if target.is_on_cpu and isinstance(costly, DraftModel):
-        speculator.rehearse(Sequence(-1, [0, 0], SamplingParams(max_tokens=1, temperature=0.0)))
+        with ExitStack() as made:
+            made.callback(speculator.close)
+            speculator.rehearse(Sequence(-1, [0, 0], SamplingParams(max_tokens=1, temperature=0.0)))
+            made.pop_all()
     return speculator, f"{' and '.join(speculator.methods)}, where measured acceptance and costs say that it pays"
 
 

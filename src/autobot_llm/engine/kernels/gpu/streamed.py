@@ -9,13 +9,13 @@ from typing import TypeAlias
 import torch
 
 from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc
-from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT
+from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
 from autobot_llm.engine.kernels.gpu.stream_tiles import MAX_STREAMED_ROWS, Format, StreamTile
 from autobot_llm.engine.quantization.packed import PackedWeight
 
 Weight: TypeAlias = torch.Tensor | PackedWeight
 
-_HOPPER = (9, 0)  # the first with copies that barriers count
+_HOPPER = 9  # major capability: older ones have no copies that barriers count, newer ones may have less shared memory
 _LINE = 128  # bytes: two chunks of a row
 _BLOCK = 16  # rows of W
 _GROUPS = (64, 128)
@@ -38,8 +38,8 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
     values = weight if isinstance(weight, torch.Tensor) else weight.values
     if not 0 < num_rows <= MAX_STREAMED_ROWS:
         return f"{num_rows} rows, not 1 to {MAX_STREAMED_ROWS}"
-    if not x_TI.is_cuda or torch.cuda.get_device_capability(x_TI.device) < _HOPPER:
-        return "no GPU from Hopper on"
+    if not x_TI.is_cuda or capability_of(x_TI.device)[0] != _HOPPER:
+        return "no Hopper GPU"
     if find_nvrtc() is None:
         return "no compiler for it"
     dense = weight.dtype if isinstance(weight, torch.Tensor) else x_TI.dtype
@@ -126,7 +126,9 @@ def prepare(
         tile = replace(tile, blocks=2)  # one of each half
     max_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
     assert out.shape == (num_rows, num_outputs) and out.stride(1) == 1 and out.dtype == x_TI.dtype
+    assert bias is None or (bias.shape == (values.shape[0],) and bias.dtype == x_TI.dtype)
     assert residual is None or (residual.shape == out.shape and residual.stride(1) == 1)
+    assert residual is None or residual.dtype == x_TI.dtype
     assert fmt is not Format.INT4 or (scales is not None and scales.dtype == x_TI.dtype)
     arguments = _Product(
         *(_address(x_TI), x_TI.stride(0), _address(values), values.stride(0) * values.element_size()),
