@@ -1,10 +1,11 @@
-// What streamed_rows.cu asks of a GPU, for a processor: a thread for a thread, and the PTX manual's words for the rest.
-// One program at a time; copies are done at once, so what is tested is what is computed, not what waits for what.
+// What the kernels in CUDA C++ ask of a GPU, for a processor: a thread for a thread, and the PTX manual's words for the rest.
+// One program or cluster at a time; copies are done at once, so what is tested is what is computed, not what waits for what.
 #include <barrier>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -16,31 +17,61 @@
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
 
 using std::min;
 struct uint4 {
   uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index {
   int x;
 };
 static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
 
-constexpr int THREADS = WARPS * 32 + 32;
-static uint8_t* dynamic_shared;
-static uint64_t dynamic_size;
-static bool out_of_bounds;
-static std::unique_ptr<std::barrier<>> everybody, multipliers, warps[WARPS + 1];
+#ifdef WARPGROUPS
+constexpr int MOST_WARPS = 4 * WARPGROUPS;
+#else
+constexpr int MOST_WARPS = WARPS;
+#endif
 
-inline void __syncthreads() { everybody->arrive_and_wait(); }
-inline void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
-inline void meet() { multipliers->arrive_and_wait(); }
+// What a program's threads share. Programs of a cluster run side by side.
+struct Program {
+  uint8_t* shared;
+  uint64_t shared_size;
+  int rank;
+  std::unique_ptr<std::barrier<>> everybody, multipliers, cluster, warps[MOST_WARPS + 1];
+};
+static thread_local Program* program;
+static std::vector<std::unique_ptr<Program>> programs;  // of the cluster
+static bool out_of_bounds;
+#define dynamic_shared (program->shared)
+
+inline void __syncthreads() { program->everybody->arrive_and_wait(); }
+inline void __syncwarp() { program->warps[threadIdx.x / 32]->arrive_and_wait(); }
+inline void meet(int) { program->multipliers->arrive_and_wait(); }
+inline void meet_cluster() { programs[0]->cluster->arrive_and_wait(); }
+inline int rank_in_cluster() { return program->rank; }
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 inline void publish_barriers() {}
 inline uint64_t read_once() { return 0; }
+inline uint32_t shared_address(const void* p) { return (const uint8_t*)p - program->shared; }
+inline float4 read_from(int rank, const float* local) {
+  float4 v;
+  std::memcpy(&v, programs[rank]->shared + shared_address(local), 16);
+  return v;
+}
 
 // --- barriers that count arrivals and bytes; a phase ends when neither is outstanding ---
 
@@ -80,16 +111,22 @@ inline void wait(unsigned long long* barrier, uint32_t parity) {
   std::unique_lock lock(mutex);
   changed.wait(lock, [&] { return counter(barrier).phase != (int)parity; });
 }
-inline void copy(uint8_t* to, const void* from, uint32_t bytes, unsigned long long* barrier) {
-  std::lock_guard lock(mutex);
-  const bool is_aligned = (uintptr_t)from % 16 == 0 && bytes % 16 == 0 && (to - dynamic_shared) % 16 == 0;
-  if (!is_aligned || to < dynamic_shared || to + bytes > dynamic_shared + dynamic_size)
+inline void copy_piece(uint8_t* to, const void* from, uint32_t bytes) {
+  const bool is_aligned = (uintptr_t)from % 16 == 0 && bytes % 16 == 0 && (to - program->shared) % 16 == 0;
+  if (!is_aligned || to < program->shared || to + bytes > program->shared + program->shared_size)
     out_of_bounds = true;
   else
     std::memcpy(to, from, bytes);
+}
+inline void arrived(unsigned long long* barrier, uint32_t bytes) {
   Counter& c = counter(barrier);
   c.bytes -= bytes;
   settle(c);
+}
+inline void copy(uint8_t* to, const void* from, uint32_t bytes, unsigned long long* barrier) {
+  std::lock_guard lock(mutex);
+  copy_piece(to, from, bytes);
+  arrived(barrier, bytes);
 }
 inline void copy_once(uint8_t* to, const void* from, uint32_t bytes, unsigned long long* barrier, uint64_t) {
   copy(to, from, bytes, barrier);
@@ -127,7 +164,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 // mma.m16n8k16: thread 4 g + t holds rows g and g + 8 of A and column g of B, numbers 2t, 2t + 1 and 2t + 8, 2t + 9 of each
-static uint32_t fragments[WARPS][32][6];
+static uint32_t fragments[MOST_WARPS][32][6];
 inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   auto& of_warp = fragments[warp];
@@ -145,28 +182,105 @@ inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
   __syncwarp();
 }
 
+// A tensor map: a matrix of bytes, copied a box at a time, whose pieces of 16 bytes change places with the row.
+struct Matrix {
+  const uint8_t* start;
+  uint64_t num_rows, row_bytes, stride, box_rows, box_bytes, unused[10];
+};
+inline void copy_box_once(uint8_t* to, const Matrix& m, int column, int row, unsigned long long* barrier, uint64_t) {
+  std::lock_guard lock(mutex);
+  out_of_bounds |= row + m.box_rows > m.num_rows || column + m.box_bytes > m.row_bytes || shared_address(to) % 1024;
+  for (int r = 0; r < (int)m.box_rows; ++r)
+    for (int i = 0; i < (int)m.box_bytes / 16; ++i) {
+      const int place = i ^ (m.box_bytes == 128 ? r & 7 : r / 2 & 3);
+      copy_piece(to + r * m.box_bytes + place * 16, m.start + (row + r) * m.stride + column + i * 16, 16);
+    }
+  arrived(barrier, m.box_rows * m.box_bytes);
+}
+
 #include SOURCE
 
-// Returns whether every copy was aligned and stayed inside the ring.
-extern "C" bool run(const Product* product, uint32_t magic, int programs, uint64_t shared_bytes) {
-  std::vector<uint8_t> memory(shared_bytes + 128);
-  dynamic_shared = memory.data() + (128 - (uintptr_t)memory.data() % 128) % 128;
-  dynamic_size = shared_bytes;
+constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
+#ifdef WARPGROUPS  // streamed_blocks.cu
+constexpr int CLUSTER = PARTS;
+
+// wgmma: a warp has 16 of the 64 rows, thread 4 g + t the rows g and g + 8 of the first operand: words t and 4 + t of 32 bytes of
+// each. The second one is blocks of 8 rows by 16 bytes, whose distances a descriptor tells: along inputs, and along rows.
+static uint32_t first_operands[PARTS][WARPS][32][4];
+inline float number(const uint8_t* from, int i) {
+  if (!ROUNDED) return bf16(((const uint16_t*)from)[i]);
+  if (FORMAT == INT8) return ((const int8_t*)from)[i];
+  const int exponent = from[i] >> 3 & 15, fraction = from[i] & 7;  // float8_e4m3
+  const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
+  return from[i] & 0x80 ? -size : size;
+}
+void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  auto& of_warp = first_operands[program->rank][warp];
+  std::memcpy(of_warp[lane], w, 16);
+  __syncwarp();
+  const uint8_t* blocks = program->shared + (x & 0x3fff) * 16;
+  const uint64_t along_inputs = (x >> 16 & 0x3fff) * 16, along_rows = (x >> 32 & 0x3fff) * 16;
+  out_of_bounds |= blocks + along_inputs + ROWS / 8 * along_rows > program->shared + program->shared_size;
+  constexpr int PER_WORD = ROUNDED ? 4 : 2;
+  for (int n = 0; n < SUMS; ++n) {
+    const int column = n / 4 * 8 + 2 * t + n % 2;
+    for (int half = 0; half < 2; ++half)
+      for (int other = 0; other < 4; ++other)
+        for (int i = 0; i < PER_WORD; ++i) {
+          const uint8_t* of_column = blocks + half * along_inputs + column / 8 * along_rows + column % 8 * 16;
+          const float a = number((const uint8_t*)&of_warp[4 * g + other][2 * half + n / 2 % 2], i);
+          sums[n] += (Sum)(a * number(of_column, other * PER_WORD + i));
+        }
+  }
+  __syncwarp();
+}
+void begin_products(Sum (&)[SUMS]) {}
+void end_products(Sum (&)[SUMS]) {}
+#else
+constexpr int CLUSTER = 1;
+#endif
+
+// Returns whether every copy was aligned and stayed inside the program's memory.
+static bool run_programs(int num_programs, uint64_t shared_bytes, const std::function<void()>& kernel) {
   out_of_bounds = false;
-  gridDim.x = programs;
-  for (int program = 0; program < programs; ++program) {
-    std::memset(dynamic_shared, 0xff, shared_bytes);  // NaN
-    everybody = std::make_unique<std::barrier<>>(THREADS);
-    multipliers = std::make_unique<std::barrier<>>(WARPS * 32);
-    for (auto& warp : warps) warp = std::make_unique<std::barrier<>>(32);
+  gridDim.x = num_programs;
+  for (int first = 0; first < num_programs; first += CLUSTER) {
+    std::vector<std::vector<uint8_t>> memory(CLUSTER, std::vector<uint8_t>(shared_bytes + 1024, 0xff));  // NaN
     std::vector<std::thread> threads;
-    for (int i = 0; i < THREADS; ++i)
-      threads.emplace_back([=] {
-        threadIdx.x = i;
-        blockIdx.x = program;
-        streamed_rows(*product, magic);
-      });
+    programs.clear();
+    counters.clear();
+    for (int rank = 0; rank < CLUSTER; ++rank) {
+      auto made = std::make_unique<Program>();
+      made->shared = memory[rank].data() + (1024 - (uintptr_t)memory[rank].data() % 1024) % 1024;
+      made->shared_size = shared_bytes;
+      made->rank = rank;
+      made->everybody = std::make_unique<std::barrier<>>(THREADS_OF_A_PROGRAM);
+      made->multipliers = std::make_unique<std::barrier<>>(WARPS * 32);
+      made->cluster = std::make_unique<std::barrier<>>(WARPS * 32 * CLUSTER);
+      for (auto& warp : made->warps) warp = std::make_unique<std::barrier<>>(32);
+      programs.push_back(std::move(made));
+    }
+    for (int rank = 0; rank < CLUSTER; ++rank)
+      for (int i = 0; i < THREADS_OF_A_PROGRAM; ++i)
+        threads.emplace_back([=, &kernel] {
+          program = programs[rank].get();
+          threadIdx.x = i;
+          blockIdx.x = first + rank;
+          kernel();
+        });
     for (auto& thread : threads) thread.join();
   }
   return !out_of_bounds;
 }
+
+
+#ifdef WARPGROUPS
+extern "C" bool run(const Matrix* w, const Product* product, uint32_t magic, int num_programs, uint64_t shared_bytes) {
+  return run_programs(num_programs, shared_bytes, [=] { streamed_blocks(*w, *product, magic); });
+}
+#else
+extern "C" bool run(const Product* product, uint32_t magic, int num_programs, uint64_t shared_bytes) {
+  return run_programs(num_programs, shared_bytes, [=] { streamed_rows(*product, magic); });
+}
+#endif

@@ -87,12 +87,12 @@ def check(
 # --- on the processor ---------------------------------------------------------------------------------------------
 
 
-def compile_for_processor(constants: dict[str, int], folder: Path) -> ctypes.CDLL:
+def compile_for_processor(constants: dict[str, int], folder: Path, name: str = "streamed_rows.cu") -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     library = folder / "streamed.so"
-    source = f'-DSOURCE="{Path(nvrtc.__file__).with_name("streamed_rows.cu")}"'
+    source = f'-DSOURCE="{Path(nvrtc.__file__).with_name(name)}"'
     options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", source]
     options += [f"-D{name}={number}" for name, number in constants.items()]
     header = str(Path(__file__).with_name("instructions.h"))
@@ -253,4 +253,4 @@ def test_few_rows_are_left_to_other_kernels_where_those_are_as_fast() -> None:
 @pytest.mark.skipif(find_nvrtc() is None, reason="NVRTC comes with torch for CUDA")
 def test_what_the_compiler_says_is_heard() -> None:
     with pytest.raises(CudaError, match="nonsense"):
-        compile_source("nonsense", "sm_90", {})
+        compile_source("nonsense", "sm_90a", {})

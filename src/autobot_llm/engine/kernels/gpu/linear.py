@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 import triton
 
 from autobot_llm.engine.kernels.gpu.activation import silu_mul
+from autobot_llm.engine.kernels.gpu.block_tiles import BlockTile
 from autobot_llm.engine.kernels.gpu.launch import launch_options
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
@@ -28,6 +29,7 @@ from autobot_llm.engine.kernels.gpu.row_launch import (
 from autobot_llm.engine.kernels.gpu.skinny import matvec_kernel, rows_kernel
 from autobot_llm.engine.kernels.gpu.stream_tiles import StreamTile, choose_stream_tile
 from autobot_llm.engine.kernels.gpu.streamed import Weight, format_of, multiply_streamed, why_not_streamed
+from autobot_llm.engine.kernels.gpu.streamed_blocks import block_tile_for, multiply_blocks
 from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, RowsTile, Tile, choose_tile
 from autobot_llm.engine.quantization.packed import PackedWeight
 
@@ -98,7 +100,7 @@ def norm_linear_gated(
 
 
 def product(
-    tile: Tile | StreamTile | None,
+    tile: Tile | StreamTile | BlockTile | None,
     x_TI: torch.Tensor,
     weight: Weight,
     out: torch.Tensor,
@@ -113,6 +115,12 @@ def product(
     if isinstance(tile, StreamTile):
         x_TI = x_TI if norm is None else rms_norm(x_TI, norm, eps)
         return multiply_streamed(tile, x_TI, weight, out, bias=bias, residual=residual, gated=gated)
+    if isinstance(tile, BlockTile):
+        assert isinstance(weight, PackedWeight), "the kernel knows no other"
+        return multiply_blocks(
+            tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated,
+            rounded=weight.activations is not None,
+        )  # fmt: skip
     if isinstance(weight, PackedWeight):
         return _quantized_product(
             tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated
@@ -231,7 +239,9 @@ def _num_outputs(weight: Weight) -> int:
     return weight.num_outputs if isinstance(weight, PackedWeight) else weight.shape[0]
 
 
-def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: Weight, out: torch.Tensor) -> Tile | StreamTile | None:
+def _tile_for(
+    kind: Kind, x_TI: torch.Tensor, weight: Weight, out: torch.Tensor
+) -> Tile | StreamTile | BlockTile | None:
     """The tile of the table, or None where only torch's product is possible or worthwhile."""
     halves = 2 if kind is Kind.GATED else 1
     if why_not_streamed(x_TI, weight, out.dtype) is None and (
@@ -241,6 +251,8 @@ def _tile_for(kind: Kind, x_TI: torch.Tensor, weight: Weight, out: torch.Tensor)
     ):
         return tile
     if isinstance(weight, PackedWeight):
+        if tile := block_tile_for(x_TI, weight, out, rounded=weight.activations is not None):
+            return tile
         num_outputs, num_bits = weight.num_outputs // halves, 4 if weight.group else 8
         may_round = weight.activations is not None
         return choose_quantized_tile(kind, x_TI.shape[0], num_outputs, weight.num_inputs, num_bits, may_round=may_round)

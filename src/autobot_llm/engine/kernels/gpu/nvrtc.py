@@ -21,9 +21,15 @@ import torch
 
 from autobot_llm.engine.kernels.gpu.launch import ahead_of_launches
 
+_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _LOG_LENGTH = 2000
+_MAP_ALIGNMENT = 64
+_BYTES = 0  # CU_TENSOR_MAP_DATA_TYPE_UINT8
+_SWIZZLES = {64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_64B and _128B
+_FETCH_256_BYTES = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+_HEADERS = ("hopper.cuh", "numbers.cuh")
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +84,13 @@ class CudaKernel:
         threads: int,
         shared_bytes: int,
         device: torch.device,
+        cluster: int = 1,
     ) -> None:
-        """Queue it on the current stream, before the previous kernel has ended: it must wait for that itself."""
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        """Queue it on the current stream, before the previous kernel has ended: it must wait for that itself.
+
+        `cluster` programs in a row run side by side and may read each other's shared memory.
+        """
+        architecture = architecture_of(device)
         key = (architecture, *constants.items())
         if (ahead := ahead_of_launches()) is not None:
             ahead.submit((self, key), self._compile, architecture, dict(constants), key)
@@ -90,26 +100,36 @@ class CudaKernel:
             cubin = self._compiled.get(key) or self._compile(architecture, constants, key)
             function = self._loaded[device.index, shared_bytes, key] = _load(cubin, self._name, shared_bytes)
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        attribute = _Attribute(_PROGRAMMATIC_LAUNCH, (1).to_bytes(4, sys.byteorder))
+        attributes = (_Attribute * 2)(
+            _attribute(_PROGRAMMATIC_LAUNCH, 1),
+            _attribute(_CLUSTER, cluster, 1, 1),
+        )
         stream = torch.cuda.current_stream(device).cuda_stream
-        config = _Config(programs, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.pointer(attribute), 1)
+        config = _Config(programs, 1, 1, threads, 1, 1, shared_bytes, stream, attributes, 2 if cluster > 1 else 1)
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launching {self._name}")
 
     def _compile(self, architecture: str, constants: Mapping[str, int], key: tuple[object, ...]) -> bytes:
-        source = files(__package__).joinpath(self._source).read_text(encoding="utf-8")
-        cubin = self._compiled[key] = compile_source(source, architecture, constants)
+        cubin = self._compiled[key] = compile_source(_read(self._source), architecture, constants)
         return cubin
 
 
+def architecture_of(device: torch.device) -> str:
+    """What the compiler calls it. Hopper's own instructions belong to "sm_90a" alone."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major == 9 else ''}"
+
+
 def compile_source(source: str, architecture: str, constants: Mapping[str, int]) -> bytes:
-    """Machine code for an architecture ("sm_90"), with these constants defined. Needs no device."""
+    """Machine code for an architecture ("sm_90a"), with these constants defined. Needs no device."""
     nvrtc = find_nvrtc()
     if nvrtc is None:
         raise CudaError("NVRTC was not found")
     program = ctypes.c_void_p()
     options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{name}={n}" for name, n in constants.items())]
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None):
+    contents = (ctypes.c_char_p * len(_HEADERS))(*(_read(name).encode() for name in _HEADERS))
+    names = (ctypes.c_char_p * len(_HEADERS))(*(name.encode() for name in _HEADERS))
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, len(_HEADERS), contents, names):
         raise CudaError("NVRTC takes no program")
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
@@ -120,10 +140,19 @@ def compile_source(source: str, architecture: str, constants: Mapping[str, int])
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def _read(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _attribute(kind: int, *values: int) -> _Attribute:
+    content = b"".join(value.to_bytes(4, sys.byteorder) for value in values)
+    return _Attribute(kind, (ctypes.c_ubyte * 64)(*content))
+
+
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute: an id, and a value of 64 bytes at the next multiple of 8."""
 
-    _fields_ = (("id", ctypes.c_ulonglong), ("value", ctypes.c_char * 64))
+    _fields_ = (("id", ctypes.c_ulonglong), ("value", ctypes.c_ubyte * 64))
 
 
 class _Config(ctypes.Structure):
@@ -165,3 +194,32 @@ def _check(code: int, what: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
         raise CudaError(f"{what}: {(text.value or b'an error').decode()} ({code})")
+
+
+# --- tensor maps ----------------------------------------------------------------------------------------------------
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: what a kernel's copies of parts of a matrix need to know of it."""
+
+    _fields_ = (("opaque", ctypes.c_ulonglong * 16),)
+
+
+@lru_cache(maxsize=4096)
+def map_of_bytes(address: int, num_rows: int, row_bytes: int, stride: int, box_rows: int, box_bytes: int) -> TensorMap:
+    """Of a matrix in global memory, copied `box_rows` rows by `box_bytes` (64 or 128) at a time.
+
+    A copied row's pieces of 16 bytes change places with its number, so that the same piece of neighbouring rows lies in
+    different banks of shared memory (the driver's swizzles of 64 and 128 bytes).
+    """
+    space = (ctypes.c_ubyte * (2 * ctypes.sizeof(TensorMap)))()
+    start = -ctypes.addressof(space) % _MAP_ALIGNMENT
+    sizes = (ctypes.c_ulonglong * 2)(row_bytes, num_rows)
+    box = (ctypes.c_uint * 2)(box_bytes, box_rows)
+    code = _driver().cuTensorMapEncodeTiled(
+        *(ctypes.byref(space, start), _BYTES, 2, ctypes.c_void_p(address)),
+        *(sizes, (ctypes.c_ulonglong * 1)(stride), box, (ctypes.c_uint * 2)(1, 1)),
+        *(0, _SWIZZLES[box_bytes], _FETCH_256_BYTES, 0),
+    )
+    _check(code, f"a map of {num_rows} rows of {row_bytes} bytes")
+    return TensorMap.from_buffer_copy(space, start)

@@ -15,10 +15,10 @@ from autobot_llm.engine.quantization.packed import PackedWeight
 
 Weight: TypeAlias = torch.Tensor | PackedWeight
 
-_HOPPER = 9  # major capability: older ones have no copies that barriers count, newer ones may have less shared memory
+HOPPER = 9  # major capability: older ones have no copies that barriers count, newer ones may have less shared memory
 _LINE = 128  # bytes: two chunks of a row
 _BLOCK = 16  # rows of W
-_GROUPS = (64, 128)
+GROUPS = (64, 128)
 MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernel's compiler must not see it
 
 _kernel = CudaKernel("streamed_rows.cu", "streamed_rows")
@@ -38,14 +38,14 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
     values = weight if isinstance(weight, torch.Tensor) else weight.values
     if not 0 < num_rows <= MAX_STREAMED_ROWS:
         return f"{num_rows} rows, not 1 to {MAX_STREAMED_ROWS}"
-    if not x_TI.is_cuda or capability_of(x_TI.device)[0] != _HOPPER:
+    if not x_TI.is_cuda or capability_of(x_TI.device)[0] != HOPPER:
         return "no Hopper GPU"
     if find_nvrtc() is None:
         return "no compiler for it"
     dense = weight.dtype if isinstance(weight, torch.Tensor) else x_TI.dtype
     if any(dtype != torch.bfloat16 for dtype in (x_TI.dtype, dense, out_dtype)):
         return f"{x_TI.dtype} times {dense} to {out_dtype}, not all in bfloat16"
-    if isinstance(weight, PackedWeight) and weight.group and weight.group not in _GROUPS:
+    if isinstance(weight, PackedWeight) and weight.group and weight.group not in GROUPS:
         return f"groups of {weight.group}"
     if isinstance(weight, PackedWeight) and weight.group and 2 * values.shape[1] != num_inputs:
         return "inputs that were padded"
@@ -119,7 +119,7 @@ def prepare(
     fmt = format_of(weight)
     values = weight if isinstance(weight, torch.Tensor) else weight.values
     scales, offsets = (None, None) if isinstance(weight, torch.Tensor) else (weight.scales, weight.offsets)
-    group = weight.group if fmt is Format.INT4 and isinstance(weight, PackedWeight) else _GROUPS[0]
+    group = weight.group if fmt is Format.INT4 and isinstance(weight, PackedWeight) else GROUPS[0]
     halves = 2 if gated else 1
     num_outputs = values.shape[0] // halves
     if gated:
@@ -131,10 +131,10 @@ def prepare(
     assert residual is None or residual.dtype == x_TI.dtype
     assert fmt is not Format.INT4 or (scales is not None and scales.dtype == x_TI.dtype)
     arguments = _Product(
-        *(_address(x_TI), x_TI.stride(0), _address(values), values.stride(0) * values.element_size()),
-        *(_address(scales), _address(offsets), _address(bias)),
-        *(_address(residual), 0 if residual is None else residual.stride(0)),
-        *(_address(out), out.stride(0), num_rows, num_outputs),
+        *(address_of(x_TI), x_TI.stride(0), address_of(values), values.stride(0) * values.element_size()),
+        *(address_of(scales), address_of(offsets), address_of(bias)),
+        *(address_of(residual), 0 if residual is None else residual.stride(0)),
+        *(address_of(out), out.stride(0), num_rows, num_outputs),
     )
     constants = {
         "FORMAT": int(fmt),
@@ -167,5 +167,5 @@ class _Product(ctypes.Structure):
     )
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address_of(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

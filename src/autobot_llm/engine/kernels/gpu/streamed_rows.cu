@@ -7,15 +7,8 @@
 // Which of a tile's numbers a thread multiplies is free, as long as it takes the same ones of x: so a thread takes 16
 // neighbouring bytes of W, where the instruction's own order would have it take them from all over.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define BF16 0
-#define INT8 1
-#define FLOAT8 2
-#define INT4 3
+#include "hopper.cuh"
+#include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed.py: FORMAT, INPUTS, GROUP and OFFSETS (of 4 bits), GATED, X_ROWS (most
 // rows of x), X_IN_RING, WARPS, BLOCKS (of 16 rows of W in a tile), SEGMENT (bytes of a row in a stage), STAGES, RESIDENT.
@@ -41,124 +34,6 @@ constexpr int SCALE_BYTES = STAGE_GROUPS * BLOCKS * 32;
 constexpr int X_AT = SCALES_AT + SCALE_BYTES * (1 + OFFSETS);
 constexpr int X_STRIDE = SEGMENT_INPUTS * 2 + (FORMAT == BF16 ? 64 : 16);
 constexpr int STAGE_BYTES = (X_AT + (X_IN_RING ? X_ROWS * X_STRIDE : 0) + 127) / 128 * 128;
-
-// --- instructions: tests have another set, for a processor -----------------------------------------------------------
-
-#ifndef INSTRUCTIONS
-extern __shared__ __align__(128) u8 dynamic_shared[];
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void init(u64* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-__device__ __forceinline__ void arrive(u64* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
-  asm volatile(
-      "{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }" ::"r"(
-          shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }  // who multiplies
-
-__device__ __forceinline__ u64 read_once() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ __forceinline__ void copy_once(u8* to, const void* from, u32 bytes, u64* barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy(u8* to, const void* from, u32 bytes, u64* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-
-__device__ __forceinline__ u16 narrow(float v) {
-  u16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-  return r;
-}
-
-__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // pairs of bfloat16
-  u32 d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-// (bits & MASK) | rest in one instruction. The compiler makes two of it where it sees that both are constants, so 128.0
-// twice, `magic`, is an argument of the kernel.
-template <u32 MASK>
-__device__ __forceinline__ u32 merge(u32 bits, u32 rest) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "n"(MASK), "r"(rest));
-  return d;
-}
-
-__device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-#endif
-
-// --- numbers ---------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float wide(u16 v) { return __uint_as_float((u32)v << 16); }
-
-__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// Two int8 in the low bytes of a word's halves. The fraction of 128.0 has 7 bits: with the low bits of a number in it it is
-// 128 more than they say; 128.0 with the number's sign in the last bit of the exponent is 128 or 256. The difference is it.
-__device__ __forceinline__ u32 int8_pair(u32 a, u32 magic) {
-  return multiply_add(merge<0x00800080u>(a, magic), 0xbf80bf80u, merge<0x007f007fu>(a, magic));
-}
-
-// Two float8 (e4m3) in the high bytes: exponent and fraction moved to where bfloat16 has them, then 2^120 for the bias.
-__device__ __forceinline__ u32 float8_pair(u32 a) {
-  return multiply_add(merge<0x07f007f0u>(a >> 4, a & 0x80008000u), 0x7b807b80u, 0x80008000u);
-}
-
-__device__ __forceinline__ void widen(u32 bytes, u32 magic, u32& low, u32& high) {
-  if (FORMAT == INT8) {
-    low = int8_pair(__byte_perm(bytes, 0, 0x4140), magic);
-    high = int8_pair(__byte_perm(bytes, 0, 0x4342), magic);
-  } else {
-    low = float8_pair(__byte_perm(bytes, 0, 0x1404));
-    high = float8_pair(__byte_perm(bytes, 0, 0x3424));
-  }
-}
-
-// Two numbers of 4 bits in the low bytes, less 8: in the fraction of 128.0, and 136 taken off.
-__device__ __forceinline__ u32 int4_pair(u32 a, u32 magic) {
-  return multiply_add(merge<0x000f000fu>(a, magic), 0x3f803f80u, 0xc308c308u);
-}
 
 __device__ __forceinline__ int input_of(int chunk) {
   if (FORMAT == BF16) return chunk * (CHUNK / 2);
@@ -395,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT) streamed
       }
     }
 
-    meet();  // the tile before has been read
+    meet(WARPS * 32);  // the tile before has been read
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -403,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT) streamed
         float* to = sums[warp][b] + (8 * n + 2 * t) * SUMS_STRIDE + g;
         to[0] = y[b][n][0], to[SUMS_STRIDE] = y[b][n][1], to[8] = y[b][n][2], to[SUMS_STRIDE + 8] = y[b][n][3];
       }
-    meet();
+    meet(WARPS * 32);
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
       const int i = threadIdx.x + e * WARPS * 32, row = i / TILE_OUTPUTS, output = i % TILE_OUTPUTS;

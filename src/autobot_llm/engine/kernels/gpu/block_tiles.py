@@ -1,0 +1,87 @@
+"""How streamed_blocks.cu cuts a product of 17 to 128 rows. Knows shapes; knows no tensors.
+
+Chosen by a rule, from what was measured on an H200 by `benchmarks/quantized_linear_gpu.py`
+(docs/results/quantized_linear_gpu.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autobot_llm.engine.kernels.gpu.stream_tiles import Format
+
+FEWEST_ROWS, MOST_ROWS = 17, 128
+_RING_BYTES = 200 << 10  # of a multiprocessor's shared memory; small kernels find room beside it
+_MOST_STAGES = 16
+_MULTIPROCESSORS = 132
+_ALIGNMENT = 1024
+_PARTS = (4, 2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTile:
+    """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; bytes of a row of W in a
+    stage of the ring; stages; programs on a multiprocessor."""
+
+    num_warpgroups: int
+    parts: int
+    segment: int
+    num_stages: int
+    resident: int = 1
+
+    @property
+    def weight_rows(self) -> int:
+        """Of W, in a tile."""
+        return 64 * self.num_warpgroups
+
+
+def padded_rows(num_rows: int) -> int:
+    """What the kernel is compiled for: 32, 64 or 128 rows."""
+    return next(most for most in (32, 64, MOST_ROWS) if num_rows <= most)
+
+
+def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
+    """Shared memory of one stage of the ring, as streamed_blocks.cu lays it out."""
+    rows, inputs = padded_rows(num_rows), tile.segment * (2 if fmt is Format.INT4 else 1)
+    scales = 2 * tile.weight_rows * 2 * (1 + offsets) if fmt is Format.INT4 else 0
+    size = tile.weight_rows * tile.segment + inputs * rows * (1 if rounded else 2) + scales
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def shared_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
+    """Of a program: the ring, a tile's sums, two barriers for each stage."""
+    ring = tile.num_stages * stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
+    return ring + padded_rows(num_rows) * (tile.weight_rows + 4) * 4 + tile.num_stages * 16
+
+
+def filled(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> BlockTile:
+    """This tile with as many stages as a multiprocessor has room for."""
+    one = BlockTile(tile.num_warpgroups, tile.parts, tile.segment, 0, tile.resident)
+    room = _RING_BYTES // tile.resident - shared_bytes(one, num_rows, fmt, rounded=rounded, offsets=offsets)
+    stage = stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets) + 16
+    return BlockTile(tile.num_warpgroups, tile.parts, tile.segment, min(room // stage, _MOST_STAGES), tile.resident)
+
+
+def choose_block_tile(
+    num_rows: int,
+    weight_rows: int,
+    row_bytes: int,
+    fmt: Format,
+    *,
+    rounded: bool = False,
+    offsets: bool = False,
+    group: int = 0,
+) -> BlockTile | None:
+    """The tile for a product; None where rows, outputs or inputs do not fit.
+
+    `weight_rows`: rows of W, both halves' if gated; `row_bytes`: of one of them.
+    """
+    if not FEWEST_ROWS <= num_rows <= MOST_ROWS or weight_rows % 128:
+        return None
+    wide = fmt is Format.INT4 and num_rows > 64  # x is most of a stage
+    segment = 64 if wide or (group and group % 128) else 128
+    num_tiles = weight_rows // 128
+    for parts in _PARTS:
+        if row_bytes % (segment * parts) == 0 and (parts == 1 or num_tiles * parts <= _MULTIPROCESSORS):
+            return filled(BlockTile(2, parts, segment, 0), num_rows, fmt, rounded=rounded, offsets=offsets)
+    return None

@@ -1,0 +1,353 @@
+// y = x W^T for up to 128 rows of x: numbers of 8 or 4 bits, as packed.py lays them out, on Hopper's matrix units.
+//
+// As in streamed_rows.cu one thread of a program copies W into a ring in shared memory, from before the previous kernel's
+// end on. Here it copies x, too, which arrange.py has left in the order in which it is needed. The matrix units read x
+// from there, as their second operand; the first, W, they take from registers, where it becomes numbers on its way. A
+// warpgroup multiplies 64 rows of W. Where a product has too few outputs for the device, the programs of a cluster share
+// the inputs of a tile, and sum up in each other's shared memory.
+//
+// A thread takes 16 neighbouring bytes of W, where the instruction would have it take them from all over 64; so arrange.py
+// puts the inputs of x in that order. Source of instructions and layouts: the PTX manual, on wgmma.
+
+#include "hopper.cuh"
+#include "numbers.cuh"
+
+// Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
+// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x: 32, 64 or 128), WARPGROUPS, PARTS (programs that share a tile's
+// inputs), SEGMENT (bytes of a row in a stage: 64 or 128), STAGES, RESIDENT.
+constexpr int HALVES = GATED ? 2 : 1;
+constexpr int WARPS = 4 * WARPGROUPS;
+constexpr int THREADS = 32 * WARPS;  // that multiply
+constexpr int TILE_ROWS = 64 * WARPGROUPS;  // of W
+constexpr int TILE_OUTPUTS = TILE_ROWS / HALVES;
+constexpr int BOX_ROWS = TILE_ROWS / 2;  // of a stage's two copies: gate and up if GATED
+constexpr int ROW_BYTES = FORMAT == INT4 ? INPUTS / 2 : INPUTS;
+constexpr int SEGMENTS = ROW_BYTES / SEGMENT / PARTS;  // of a program
+constexpr int X_SIZE = ROUNDED ? 1 : 2;
+constexpr int PIECES = FORMAT == INT4 ? 2 : 1;  // of x in a stage: what the low and the high bits are multiplied with
+constexpr int CHUNK = 64;  // bytes of a row of W that a thread has a quarter of
+
+// A stage: W, then x, then scales and offsets of its groups.
+constexpr int X_AT = TILE_ROWS * SEGMENT;
+constexpr int PIECE_BYTES = SEGMENT * ROWS * X_SIZE;
+constexpr int SCALES_AT = X_AT + PIECES * PIECE_BYTES;
+constexpr int SCALE_BYTES = FORMAT == INT4 ? 2 * TILE_ROWS * 2 : 0;
+constexpr int STAGE_BYTES = (SCALES_AT + SCALE_BYTES * (1 + OFFSETS) + 1023) / 1024 * 1024;
+constexpr int SUMS_STRIDE = TILE_ROWS + 4;  // of a row of x; what is more keeps a warp's stores in different banks
+constexpr int SUMS_AT = STAGES * STAGE_BYTES;
+constexpr int BARRIERS_AT = SUMS_AT + ROWS * SUMS_STRIDE * 4;
+
+constexpr int QUADS = TILE_OUTPUTS / 4;  // a thread finishes four outputs at a time, of every so many rows of x
+constexpr int ROWS_AT_ONCE = THREADS / QUADS;
+constexpr int PART_ROWS = ROWS / PARTS;  // that one of a tile's programs finishes
+constexpr int ELEMENTS = (PART_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+
+static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && (FORMAT != INT4 || GROUP % SEGMENT == 0) && FORMAT != BF16, "");
+
+#if ROUNDED && FORMAT == INT8
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+constexpr int SUMS = ROWS / 2;  // of a thread: 64 rows of W times ROWS over 128 threads
+
+// --- the matrix units ------------------------------------------------------------------------------------------------
+
+// 64 rows of W, of which this thread has those of `w`, times a matrix in shared memory, are added up. Begins, and does not end.
+__device__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x);
+__device__ void begin_products(Sum (&sums)[SUMS]);
+__device__ void end_products(Sum (&sums)[SUMS]);
+
+#ifndef INSTRUCTIONS
+#if ROUNDED && FORMAT == INT8
+#define KEPT(i) "+r"(sums[i])
+#define OPERATION(shape) shape "k32.s32.s8.s8 "
+#define AFTER "1;"
+#elif ROUNDED
+#define KEPT(i) "+f"(sums[i])
+#define OPERATION(shape) shape "k32.f32.e4m3.e4m3 "
+#define AFTER "1, 1, 1;"
+#else
+#define KEPT(i) "+f"(sums[i])
+#define OPERATION(shape) shape "k16.f32.bf16.bf16 "
+#define AFTER "1, 1, 1, 0;"
+#endif
+#define KEPT_4(i) KEPT(i), KEPT(i + 1), KEPT(i + 2), KEPT(i + 3)
+#define KEPT_16(i) KEPT_4(i), KEPT_4(i + 4), KEPT_4(i + 8), KEPT_4(i + 12)
+#define NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define NAMES_32 NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_64 \
+  NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+           ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#if ROWS == 32
+#define ALL_KEPT KEPT_16(0)
+#define OPERANDS OPERATION("m64n32") "{" NAMES_16 "}, {%16,%17,%18,%19}, %20, "
+#elif ROWS == 64
+#define ALL_KEPT KEPT_16(0), KEPT_16(16)
+#define OPERANDS OPERATION("m64n64") "{" NAMES_32 "}, {%32,%33,%34,%35}, %36, "
+#else
+#define ALL_KEPT KEPT_16(0), KEPT_16(16), KEPT_16(32), KEPT_16(48)
+#define OPERANDS OPERATION("m64n128") "{" NAMES_64 "}, {%64,%65,%66,%67}, %68, "
+#endif
+
+__device__ __forceinline__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
+  asm volatile("wgmma.mma_async.sync.aligned." OPERANDS AFTER
+               : ALL_KEPT
+               : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));
+}
+
+__device__ __forceinline__ void begin_products(Sum (&sums)[SUMS]) {
+  asm volatile("wgmma.fence.sync.aligned;" : ALL_KEPT : : "memory");
+}
+
+__device__ __forceinline__ void end_products(Sum (&sums)[SUMS]) {
+  asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" : ALL_KEPT : : "memory");
+}
+#endif
+
+// Of x at this place: 8 rows by 16 bytes lie together, the next rows follow, then the next 16 bytes.
+__device__ __forceinline__ u64 matrix_at(const u8* x) {
+  return (u64)(shared_address(x) >> 4 & 0x3fff) | (u64)(ROWS * 16 >> 4) << 16 | (u64)(128 >> 4) << 32;
+}
+
+// --- the kernel ------------------------------------------------------------------------------------------------------
+
+struct Product {
+  const u8* x;            // as arrange.py has it
+  const float* x_scales;  // [num_rows], read if ROUNDED
+  const void* scales;     // float [outputs] of 8 bits, bfloat16 [groups, outputs] of 4
+  const u16* offsets;     // as the scales, read if OFFSETS: added to each number of a group, before its scale
+  const u16* bias;        // or null
+  const u16* residual;    // or null
+  long long residual_stride;
+  u16* out;
+  long long out_stride;
+  int num_rows;
+  int num_outputs;        // of one half, if GATED
+};
+
+__device__ __forceinline__ int first_row_of(const Product& p, int tile, int box) {
+  return GATED ? box * p.num_outputs + tile * BOX_ROWS : tile * TILE_ROWS + box * BOX_ROWS;
+}
+
+__device__ __forceinline__ void fill_ring(const Matrix& w, const Product& p, u8* ring, u64* full, u64* empty, int first) {
+  const u64 policy = read_once();
+  const int num_tiles = p.num_outputs / TILE_OUTPUTS;
+  auto copy_x = [&](int slot, int s) {
+    const int byte = (first + s) * SEGMENT;
+    const int input = FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte;
+    for (int i = 0; i < PIECES; ++i)
+      copy(ring + slot * STAGE_BYTES + X_AT + i * PIECE_BYTES, p.x + (long long)(input + i * GROUP) * (ROWS * X_SIZE),
+           PIECE_BYTES, &full[slot]);
+  };
+  int slot = 0, parity = 1, unreleased = 0;  // stages that lack x, until the previous kernel has ended
+  bool released = false;
+  auto release = [&] {
+    wait_for_previous_kernel();
+    for (int i = 0; i < unreleased; ++i) copy_x(i, i % SEGMENTS);
+    released = true;
+  };
+  for (int tile = blockIdx.x / PARTS; tile < num_tiles; tile += gridDim.x / PARTS) {
+    for (int s = 0; s < SEGMENTS; ++s) {
+      if (!released && unreleased == STAGES) release();
+      wait(&empty[slot], parity);
+      u8* to = ring + slot * STAGE_BYTES;
+      expect(&full[slot], TILE_ROWS * SEGMENT + PIECES * PIECE_BYTES + SCALE_BYTES * (1 + OFFSETS));
+      for (int box = 0; box < 2; ++box) {
+        const int row = first_row_of(p, tile, box);
+        copy_box_once(to + box * BOX_ROWS * SEGMENT, w, (first + s) * SEGMENT, row, &full[slot], policy);
+        for (int i = 0; i < (FORMAT == INT4 ? 2 : 0); ++i) {  // the groups of the low and the high bits
+          const long long at = (long long)((first + s) * SEGMENT / GROUP * 2 + i) * (p.num_outputs * HALVES) + row;
+          u8* scales = to + SCALES_AT + (i * TILE_ROWS + box * BOX_ROWS) * 2;
+          copy(scales, (const u16*)p.scales + at, BOX_ROWS * 2, &full[slot]);
+          if (OFFSETS) copy(scales + SCALE_BYTES, p.offsets + at, BOX_ROWS * 2, &full[slot]);
+        }
+      }
+      if (!released)
+        ++unreleased;
+      else
+        copy_x(slot, s);
+      if (++slot == STAGES) {
+        slot = 0;
+        parity ^= 1;
+      }
+    }
+  }
+  if (!released) release();
+}
+
+// 16 bytes of a row of a stage, where the copy has put them: in another order in each row, in different banks.
+__device__ __forceinline__ uint4 bytes_of(const u8* stage, int row, int i) {
+  const int place = SEGMENT == 128 ? i ^ (row & 7) : i ^ (row >> 1 & 3);
+  return *(const uint4*)(stage + row * SEGMENT + place * 16);
+}
+
+__device__ __forceinline__ u32 twice(u16 v) { return v | (u32)v << 16; }
+
+// What numbers of 4 bits of a row become: v + less, times scale, each in both halves of a word.
+struct Affine {
+  u32 less, scale;
+};
+
+__device__ __forceinline__ Affine affine_of(const u8* stage, int group, int row) {
+  const u8* at = stage + SCALES_AT + (group * TILE_ROWS + row) * 2;
+  const float offset = OFFSETS ? wide(*(const u16*)(at + SCALE_BYTES)) : 0.f;
+  return {twice(narrow(offset - 136.f)), twice(*(const u16*)at)};
+}
+
+__device__ __forceinline__ u32 scaled_pair(u32 bits, u32 magic, const Affine& a) {
+  const u32 number = multiply_add(merge<0x000f000fu>(bits, magic), 0x3f803f80u, a.less);
+  return multiply_add(number, a.scale, 0x80008000u);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
+    streamed_blocks(const __grid_constant__ Matrix w, const Product p, u32 magic) {
+  let_next_kernel_start();
+  u8* const ring = dynamic_shared;
+  float* const sums = (float*)(ring + SUMS_AT);  // [ROWS, SUMS_STRIDE]
+  u64* const full = (u64*)(ring + BARRIERS_AT);
+  u64* const empty = full + STAGES;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int part = PARTS > 1 ? rank_in_cluster() : 0;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      init(&full[i], 1);
+      init(&empty[i], WARPS);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  if (warp == WARPS) {
+    if (lane == 0) fill_ring(w, p, ring, full, empty, part * SEGMENTS);
+    return;
+  }
+  wait_for_previous_kernel();
+
+  const int g = lane >> 2, t = lane & 3;
+  const int row = GATED ? warp * 8 + g : warp * 16 + g;  // of the tile; the thread's other one:
+  const int row_8 = GATED ? BOX_ROWS + row : row + 8;
+  const int quad = threadIdx.x % QUADS, first_row = part * PART_ROWS + threadIdx.x / QUADS;
+
+  int slot = 0, parity = 0;
+  for (int tile = blockIdx.x / PARTS; tile < p.num_outputs / TILE_OUTPUTS; tile += gridDim.x / PARTS) {
+    // Asked for now, used when the sums are there.
+    const int output = tile * TILE_OUTPUTS + quad * 4;
+    float4 scale = make_float4(1.f, 1.f, 1.f, 1.f), up_scale = scale;
+    if (FORMAT != INT4) {
+      scale = *(const float4*)((const float*)p.scales + output);
+      if (GATED) up_scale = *(const float4*)((const float*)p.scales + p.num_outputs + output);
+    }
+    float x_scale[ELEMENTS];
+    uint2 residual[ELEMENTS];
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+      const int n = first_row + e * ROWS_AT_ONCE;
+      x_scale[e] = 1.f, residual[e] = make_uint2(0, 0);
+      if (n >= p.num_rows) continue;
+      if (ROUNDED) x_scale[e] = p.x_scales[n];
+      if (!GATED && p.residual) residual[e] = *(const uint2*)(p.residual + n * p.residual_stride + output);
+    }
+
+    Sum y[SUMS];
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) y[i] = 0;
+#pragma unroll 1
+    for (int s = 0; s < SEGMENTS; ++s) {
+      wait(&full[slot], parity);
+      const u8* stage = ring + slot * STAGE_BYTES;
+      const u64 x = matrix_at(stage + X_AT);
+      constexpr u64 STEP = 32 * ROWS >> 4;  // 32 bytes of each row of x
+      u32 a[SEGMENT / CHUNK * (FORMAT == INT4 ? 8 : ROUNDED ? 2 : 4)][4];
+      Affine low = {}, low_8 = {}, high = {}, high_8 = {};
+      if (FORMAT == INT4) {
+        low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row_8);
+        high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row_8);
+      }
+#pragma unroll
+      for (int c = 0; c < SEGMENT / CHUNK; ++c) {
+        const uint4 bytes = bytes_of(stage, row, c * 4 + t), bytes_8 = bytes_of(stage, row_8, c * 4 + t);
+        if (ROUNDED) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            u32(&of)[4] = a[2 * c + j];
+            of[0] = word(bytes, 2 * j), of[1] = word(bytes_8, 2 * j);
+            of[2] = word(bytes, 2 * j + 1), of[3] = word(bytes_8, 2 * j + 1);
+          }
+        } else if (FORMAT == INT4) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const u32 b = __byte_perm(word(bytes, j), 0, 0x4140), b_2 = __byte_perm(word(bytes, j), 0, 0x4342);
+            const u32 c_ = __byte_perm(word(bytes_8, j), 0, 0x4140), c_2 = __byte_perm(word(bytes_8, j), 0, 0x4342);
+            u32(&of)[4] = a[4 * c + j];
+            of[0] = scaled_pair(b, magic, low), of[1] = scaled_pair(c_, magic, low_8);
+            of[2] = scaled_pair(b_2, magic, low), of[3] = scaled_pair(c_2, magic, low_8);
+            u32(&of_high)[4] = a[SEGMENT / CHUNK * 4 + 4 * c + j];
+            of_high[0] = scaled_pair(b >> 4, magic, high), of_high[1] = scaled_pair(c_ >> 4, magic, high_8);
+            of_high[2] = scaled_pair(b_2 >> 4, magic, high), of_high[3] = scaled_pair(c_2 >> 4, magic, high_8);
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            widen(word(bytes, j), magic, a[4 * c + j][0], a[4 * c + j][2]);
+            widen(word(bytes_8, j), magic, a[4 * c + j][1], a[4 * c + j][3]);
+          }
+        }
+      }
+      begin_products(y);
+#pragma unroll
+      for (int i = 0; i < sizeof a / sizeof a[0]; ++i) {
+        constexpr int PIECE_STEPS = SEGMENT * X_SIZE / 32;
+        multiply_block(y, a[i], x + i / PIECE_STEPS * (PIECE_BYTES >> 4) + i % PIECE_STEPS * STEP);
+      }
+      end_products(y);
+      if (lane == 0) arrive(&empty[slot]);
+      if (++slot == STAGES) {
+        slot = 0;
+        parity ^= 1;
+      }
+    }
+
+    if (PARTS == 1) meet(THREADS);  // the tile before has been read
+#pragma unroll
+    for (int i = 0; i < SUMS / 4; ++i) {
+      float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE;
+      to[row] = y[4 * i], to[SUMS_STRIDE + row] = y[4 * i + 1];
+      to[row_8] = y[4 * i + 2], to[SUMS_STRIDE + row_8] = y[4 * i + 3];
+    }
+    if (PARTS > 1)
+      meet_cluster();
+    else
+      meet(THREADS);
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+      const int n = first_row + e * ROWS_AT_ONCE;
+      if (n >= p.num_rows || n >= (part + 1) * PART_ROWS) continue;
+      float of[4] = {}, up[4] = {};
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        auto add = [&](float(&to)[4], const float* from) {
+          const float4 v = PARTS > 1 ? read_from(i, from) : *(const float4*)from;
+          to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+        };
+        add(of, sums + n * SUMS_STRIDE + quad * 4);
+        if (GATED) add(up, sums + n * SUMS_STRIDE + BOX_ROWS + quad * 4);
+      }
+      u16 narrowed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const u32 both = i < 2 ? residual[e].x : residual[e].y;
+        float v = of[i] * (&scale.x)[i] * x_scale[e];
+        if (p.bias) v += wide(p.bias[output + i]);
+        if (GATED) {
+          float u = up[i] * (&up_scale.x)[i] * x_scale[e];
+          if (p.bias) u += wide(p.bias[p.num_outputs + output + i]);
+          v = v / (1.f + __expf(-v)) * u;
+        }
+        narrowed[i] = narrow(v + wide(i % 2 ? both >> 16 : both & 0xffff));
+      }
+      *(uint2*)(p.out + n * p.out_stride + output) =
+          make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+    }
+    if (PARTS > 1) meet_cluster();  // a program that ended would take its sums along
+  }
+}

@@ -1,0 +1,146 @@
+"""Products of 17 to 128 rows by streamed_blocks.cu. Knows its constants and what fits it; chooses no tiles."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from autobot_llm.engine.kernels.gpu.arrange import arrange
+from autobot_llm.engine.kernels.gpu.block_tiles import BlockTile, choose_block_tile, padded_rows, shared_bytes
+from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc, map_of_bytes
+from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
+from autobot_llm.engine.kernels.gpu.stream_tiles import Format
+from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, address_of, format_of
+from autobot_llm.engine.quantization.packed import PackedWeight
+
+_kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
+
+
+def block_tile_for(
+    x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool
+) -> BlockTile | None:
+    """The tile for this product, or None where the kernel cannot compute it."""
+    num_rows, num_inputs = x_TI.shape
+    values = weight.values
+    possible = (
+        x_TI.is_cuda
+        and capability_of(x_TI.device)[0] == HOPPER
+        and find_nvrtc() is not None
+        and x_TI.dtype == out.dtype == torch.bfloat16
+        and x_TI.stride(1) == values.stride(1) == 1
+        and num_inputs == values.shape[1] * (2 if weight.group else 1)
+        and (not weight.group or weight.group in GROUPS)
+        and values.stride(0) % ALIGNMENT == values.data_ptr() % ALIGNMENT == 0
+        and out.stride(0) % 4 == 0
+    )
+    if not possible:
+        return None
+    fmt, offsets = format_of(weight), weight.offsets is not None
+    return choose_block_tile(
+        num_rows, values.shape[0], values.shape[1], fmt, rounded=rounded, offsets=offsets, group=weight.group
+    )
+
+
+def multiply_blocks(
+    tile: BlockTile,
+    x_TI: torch.Tensor,
+    weight: PackedWeight,
+    out: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    rounded: bool = False,
+) -> torch.Tensor:
+    """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
+    arranged, x_scales_T = arrange(
+        x_TI, padded_rows(x_TI.shape[0]), weight.values.dtype if rounded else None, norm=norm, eps=eps
+    )
+    prepared = prepare(
+        tile, arranged, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated, rounded=rounded
+    )
+    values, box_rows = weight.values, tile.weight_rows // 2
+    matrix = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), box_rows, tile.segment)
+    multiprocessors = torch.cuda.get_device_properties(out.device).multi_processor_count
+    programs = prepared.num_tiles * tile.parts
+    _kernel.launch(
+        prepared.constants,
+        (matrix, prepared.arguments, ctypes.c_uint(MAGIC)),
+        programs=programs if tile.parts > 1 else min(programs, multiprocessors * tile.resident),
+        threads=128 * tile.num_warpgroups + 32,
+        shared_bytes=prepared.shared_bytes,
+        device=out.device,
+        cluster=tile.parts,
+    )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A product as the kernel is told of it. `arguments` holds addresses: the tensors must stay."""
+
+    constants: dict[str, int]
+    arguments: ctypes.Structure
+    num_tiles: int
+    shared_bytes: int
+
+
+def prepare(
+    tile: BlockTile,
+    arranged: torch.Tensor,
+    x_scales_T: torch.Tensor | None,
+    weight: PackedWeight,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gated: bool,
+    rounded: bool,
+) -> Prepared:
+    """What the kernel is launched with for x as `arrange` has left it."""
+    num_rows, num_outputs = out.shape
+    fmt, offsets = format_of(weight), weight.offsets
+    halves = 2 if gated else 1
+    assert weight.values.shape[0] == num_outputs * halves and out.stride(1) == 1 and out.dtype == torch.bfloat16
+    assert bias is None or (bias.shape == (weight.values.shape[0],) and bias.dtype == out.dtype)
+    assert residual is None or (residual.shape == out.shape and residual.stride(1) == 1)
+    assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
+    assert (x_scales_T is not None) == rounded and not (rounded and fmt is Format.INT4)
+    assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
+    assert tile.parts == 1 or padded_rows(num_rows) % tile.parts == 0
+    arguments = _Product(
+        *(address_of(arranged), address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
+        *(address_of(bias), address_of(residual), 0 if residual is None else residual.stride(0)),
+        *(address_of(out), out.stride(0), num_rows, num_outputs),
+    )
+    constants = {
+        "FORMAT": int(fmt),
+        "ROUNDED": int(rounded),
+        "INPUTS": weight.num_inputs,
+        "GROUP": weight.group or GROUPS[0],
+        "OFFSETS": int(offsets is not None),
+        "GATED": int(gated),
+        "ROWS": padded_rows(num_rows),
+        "WARPGROUPS": tile.num_warpgroups,
+        "PARTS": tile.parts,
+        "SEGMENT": tile.segment,
+        "STAGES": tile.num_stages,
+        "RESIDENT": tile.resident,
+    }
+    shared = shared_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets is not None)
+    return Prepared(constants, arguments, weight.values.shape[0] // tile.weight_rows, shared)
+
+
+class _Product(ctypes.Structure):
+    """`Product` of streamed_blocks.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "x_scales", "scales", "offsets", "bias", "residual")),
+        ("residual_stride", ctypes.c_longlong),
+        *(("out", ctypes.c_void_p), ("out_stride", ctypes.c_longlong)),
+        *(("num_rows", ctypes.c_int), ("num_outputs", ctypes.c_int)),
+    )

@@ -1,0 +1,248 @@
+"""Products of 17 to 128 rows in CUDA C++: what the numbers that the weights stand for give, in float64.
+
+On a GPU as they are; here the same source, compiled for the processor: instructions.h has what it asks of a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeAlias, cast
+
+import pytest
+import torch
+
+from autobot_llm.engine.kernels.gpu.arrange import arrange
+from autobot_llm.engine.kernels.gpu.block_tiles import (
+    BlockTile,
+    choose_block_tile,
+    filled,
+    padded_rows,
+    shared_bytes,
+)
+from autobot_llm.engine.kernels.gpu.linear import linear_reference
+from autobot_llm.engine.kernels.gpu.norm import rms_norm
+from autobot_llm.engine.kernels.gpu.stream_tiles import Format
+from autobot_llm.engine.kernels.gpu.streamed import MAGIC
+from autobot_llm.engine.kernels.gpu.streamed_blocks import block_tile_for, multiply_blocks, prepare
+from autobot_llm.engine.quantization.packed import PackedWeight
+from autobot_llm.engine.quantization.rounding import round_activations
+from tests.kernels.test_streamed import MULTIPROCESSOR_BYTES, compile_for_processor, weight_of
+
+Multiply: TypeAlias = Callable[..., torch.Tensor]
+
+EPS = 1e-5
+DTYPE = torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = ["int8", "fp8", "int4", "int4 with zeros", "int8, rounded", "fp8, rounded"]
+FORMATS = {"int8": Format.INT8, "fp8": Format.FLOAT8, "int4": Format.INT4, "int4 with zeros": Format.INT4}
+# whole tiles for every multiprocessor, and a few
+SHAPES = [(6144, 4096), (14336, 4096), (4096, 14336), (256, 512)]
+
+
+def check(kind: str, shape: tuple[int, int], rows: int, what: str, multiply: Multiply, *, group: int = 128) -> None:
+    stored, rounded = kind.removesuffix(", rounded"), kind.endswith(", rounded")
+    gated, num_inputs = what == "gated", shape[1]
+    weight = weight_of(stored, shape[0] * (2 if gated else 1), num_inputs, group=group, device=DEVICE)
+    assert isinstance(weight, PackedWeight)
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(DTYPE).to(DEVICE)
+
+    x = random(rows, num_inputs + 24)[:, 8 : num_inputs + 8]
+    norm = 1 + 0.3 * random(num_inputs) if what in ("norm", "gated") else None
+    bias = random(weight.num_outputs) if rows % 2 else None
+    around = torch.full((rows, shape[0] + 16), torch.nan, dtype=DTYPE, device=DEVICE)
+    out = around[:, 8 : shape[0] + 8]
+    residual = random(rows, shape[0]) if what == "add" else None
+    if residual is not None:
+        out.copy_(residual)
+    multiply(
+        x, weight, out, norm=norm, eps=EPS, bias=bias, residual=None if residual is None else out, gated=gated,
+        rounded=rounded,
+    )  # fmt: skip
+    wide = x.float()
+    if norm is not None:
+        wide = normed_rows(x, norm)
+    if rounded:
+        values, scales = round_activations(wide, cast(Literal["int8", "fp8"], stored))
+        wide = values.float() * scales
+    elif norm is not None:
+        wide = wide.to(DTYPE).float()
+    expected = linear_reference(wide, weight.dequantized(torch.float32), bias)
+    if gated:
+        gate, up = expected.chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate) * up
+    elif residual is not None:
+        expected += residual.double()
+    error = float((out.double() - expected).norm() / expected.norm())
+    # numbers of 4 bits are rounded once more, to bfloat16; a sum of float8 products on the units has fewer bits
+    bound = 6e-3 if "4" in kind else 5e-3 if kind == "fp8, rounded" else 4e-3
+    assert error < bound, f"{kind}, {what}, {rows} rows of {shape}: relative error {error:.2e}"
+    assert around[:, :8].isnan().all() and around[:, shape[0] + 8 :].isnan().all()
+
+
+# --- x in the kernel's order --------------------------------------------------------------------------------------
+
+
+def arranged_reference(x: torch.Tensor, most_rows: int) -> torch.Tensor:
+    """Numbers x, a word of four bytes at a time, where `arrange` says they are; NaN, or -1, in rows that are not there."""
+    num_rows, num_inputs = x.shape
+    words = x.contiguous().view(torch.int32)  # of a thread's 16 bytes of W: two of them for each of its words, or one
+    per_byte = x.element_size()
+    # [rows, 64 inputs, thread, pair of words or word, word of them]
+    words = words.view(num_rows, num_inputs // 64, 4, -1, 2).transpose(2, 3).transpose(3, 4)
+    arranged = torch.full((num_inputs * per_byte // 16, most_rows, 4), -1, dtype=torch.int32, device=x.device)
+    arranged[:, :num_rows] = words.reshape(num_rows, -1, 4).transpose(0, 1)
+    return arranged.flatten().view(x.dtype)
+
+
+@pytest.mark.parametrize("rounded_to", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("normed", [False, True])
+def test_every_number_is_where_the_matrix_units_look_for_it(rounded_to: torch.dtype | None, normed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(19, 192, generator=generator).to(DTYPE).to(DEVICE)
+    norm = torch.rand(192, generator=generator).to(DTYPE).to(DEVICE) if normed else None
+    arranged, scales = arrange(x, 32, rounded_to, norm=norm, eps=EPS)
+    wide = x.float() if norm is None else normed_rows(x, norm)
+    expected, of_rows = wide.to(DTYPE), None
+    if rounded_to is not None:
+        expected, of_rows = round_activations(wide, "int8" if rounded_to == torch.int8 else "fp8")
+        torch.testing.assert_close(scales, of_rows.flatten(), rtol=1e-6, atol=0)
+    per_block = 16 // expected.element_size()
+    found = arranged.view(-1, 32, per_block)[:, :19].float()
+    wanted = arranged_reference(expected, 32).view(-1, 32, per_block)[:, :19].float()
+    if rounded_to is None:  # Triton's interpreter cuts bits off where a GPU rounds
+        torch.testing.assert_close(found, wanted, rtol=2**-7 if normed else 0, atol=0)
+    else:  # the norm's last bit may round a number the other way, and the interpreter halves one in fifty of float8's
+        assert float((found != wanted).float().mean()) <= (0.05 if normed or rounded_to != torch.int8 else 0)
+
+
+def normed_rows(x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    return x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS) * norm.float()
+
+
+# --- on the processor ---------------------------------------------------------------------------------------------
+
+
+class Box(ctypes.Structure):
+    """`Matrix` of instructions.h."""
+
+    _fields_ = (
+        ("start", ctypes.c_void_p),
+        *((name, ctypes.c_uint64) for name in ("num_rows", "row_bytes", "stride", "box_rows", "box_bytes")),
+        ("unused", ctypes.c_uint64 * 10),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "rows", "what", "tile", "group"),
+    [
+        ("int8, rounded", (256, 512), 20, "add", BlockTile(2, 4, 128, 2), 128),  # four programs share the inputs
+        ("fp8, rounded", (256, 256), 33, "gated", BlockTile(2, 1, 128, 2), 128),  # one program, several tiles
+        ("int8", (128, 256), 19, "norm", BlockTile(1, 2, 128, 3), 128),
+        ("fp8", (128, 256), 32, "gated", BlockTile(1, 1, 64, 6), 128),  # more stages than a tile has
+        ("int4", (256, 1024), 17, "gated", BlockTile(2, 1, 64, 3), 128),
+        ("int4 with zeros", (256, 1024), 65, "add", BlockTile(2, 2, 64, 2), 64),
+        ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 128, 1), 128),
+    ],
+)
+def test_the_same_source_computes_the_same_on_a_processor(
+    kind: str, shape: tuple[int, int], rows: int, what: str, tile: BlockTile, group: int, tmp_path: Path
+) -> None:
+    def multiply(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, norm: torch.Tensor | None, eps: float,
+                 bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, rounded: bool) -> None:  # fmt: skip
+        numbers, x_scales = x if norm is None else normed_rows(x, norm).to(DTYPE), None
+        if rounded:
+            wide = x.float() if norm is None else normed_rows(x, norm)
+            numbers, x_scales = round_activations(wide, cast(Literal["int8", "fp8"], kind.removesuffix(", rounded")))
+        arranged = arranged_reference(numbers, padded_rows(rows))
+        prepared = prepare(
+            tile, arranged, x_scales, weight, out, bias=bias, residual=residual, gated=gated, rounded=rounded
+        )
+        library = compile_for_processor(prepared.constants, tmp_path, "streamed_blocks.cu")
+        values = weight.values
+        box = Box(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
+        programs = prepared.num_tiles * tile.parts if tile.parts > 1 else max(prepared.num_tiles // 2, 1)
+        size = ctypes.c_uint64(prepared.shared_bytes)
+        is_inside = library.run(ctypes.byref(box), ctypes.byref(prepared.arguments), MAGIC, programs, size)
+        assert is_inside, "a copy that is not aligned, or leaves its memory"
+
+    check(kind, shape, rows, what, cast(Multiply, multiply), group=group)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+def multiply_as_chosen(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool, **named: object) -> None:
+    tile = block_tile_for(x, weight, out, rounded=rounded)
+    assert tile is not None
+    multiply_blocks(tile, x, weight, out, rounded=rounded, **named)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["plain", "norm", "add", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_that_of_the_numbers_the_weights_stand_for(kind: str, what: str) -> None:
+    for shape in SHAPES:
+        for rows in (17, 32, 64, 127):
+            check(kind, shape, rows, what, cast(Multiply, multiply_as_chosen))
+    if "4" in kind:
+        check(kind, (256, 1280), 40, what, cast(Multiply, multiply_as_chosen), group=64)
+
+
+@pytest.mark.gpu
+def test_a_chain_of_products_in_a_graph_gives_what_one_after_the_other_does() -> None:
+    """Kernels begin before the ones whose output they read have ended."""
+    torch.manual_seed(0)
+    up, down = weight_of("int8", 2 * 2048, 1024), weight_of("int8", 1024, 2048)
+    assert isinstance(up, PackedWeight) and isinstance(down, PackedWeight)
+    norm = torch.ones(1024, dtype=DTYPE, device="cuda")
+    start = torch.randn(40, 1024, device="cuda").to(DTYPE)
+    hidden, inner = torch.empty_like(start), torch.empty(40, 2048, dtype=DTYPE, device="cuda")
+
+    def chain(*, wait: bool) -> None:
+        hidden.copy_(start)
+        for _ in range(40):
+            multiply_as_chosen(hidden, up, inner, rounded=True, norm=norm, eps=EPS, gated=True)
+            if wait:
+                torch.cuda.synchronize()
+            multiply_as_chosen(inner, down, hidden, rounded=True, residual=hidden)
+            if wait:
+                torch.cuda.synchronize()
+
+    chain(wait=True)
+    expected = hidden.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(wait=False)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(hidden, expected)
+    assert bool(rms_norm(hidden, norm, EPS).isfinite().all())
+
+
+# --- tiles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [32, 64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tile_fits_a_multiprocessor(kind: str, rows: int) -> None:
+    stored, rounded = kind.removesuffix(", rounded"), kind.endswith(", rounded")
+    fmt, offsets = FORMATS[stored], "zeros" in kind
+    for outputs, inputs in SHAPES:
+        row_bytes, group = (inputs // 2, 128) if fmt is Format.INT4 else (inputs, 0)
+        tile = choose_block_tile(rows, outputs, row_bytes, fmt, rounded=rounded, offsets=offsets, group=group)
+        assert tile is not None and tile.num_stages >= 2
+        used = shared_bytes(tile, rows, fmt, rounded=rounded, offsets=offsets)
+        assert (used + 1024) * tile.resident <= MULTIPROCESSOR_BYTES
+        assert filled(tile, rows, fmt, rounded=rounded, offsets=offsets) == tile
+
+
+def test_other_products_are_left_to_other_kernels() -> None:
+    assert choose_block_tile(16, 4096, 4096, Format.INT8) is None
+    assert choose_block_tile(129, 4096, 4096, Format.INT8) is None
+    assert choose_block_tile(32, 4096 + 64, 4096, Format.INT8) is None
+    assert choose_block_tile(32, 4096, 4096 + 64, Format.INT8) is None
