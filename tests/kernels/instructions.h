@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -54,13 +55,18 @@ struct Program {
 };
 static thread_local Program* program;
 static std::vector<std::unique_ptr<Program>> programs;  // of the cluster
+static thread_local std::optional<std::barrier<>::arrival_token> arrival;  // at the cluster's barrier, not waited for yet
 static bool out_of_bounds;
 #define dynamic_shared (program->shared)
 
 inline void __syncthreads() { program->everybody->arrive_and_wait(); }
 inline void __syncwarp() { program->warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void meet(int) { program->multipliers->arrive_and_wait(); }
-inline void meet_cluster() { programs[0]->cluster->arrive_and_wait(); }
+inline void arrive_at_cluster() { arrival.emplace(programs[0]->cluster->arrive()); }
+inline void wait_for_cluster() {
+  programs[0]->cluster->wait(std::move(*arrival));
+  arrival.reset();
+}
 inline int rank_in_cluster() { return program->rank; }
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
@@ -182,6 +188,21 @@ inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
   __syncwarp();
 }
 
+inline void in_program(int rank, const std::function<void(ptrdiff_t)>& what) {  // with how far its memory is from here
+  Program* const here = program;
+  program = programs[rank].get();
+  what(program->shared - here->shared);
+  program = here;
+}
+inline void copy_to_all(uint8_t* to, const void* from, uint32_t bytes, unsigned long long* barrier, uint32_t ranks) {
+  for (int rank = 0; ranks >> rank; ++rank)
+    if (ranks >> rank & 1)
+      in_program(rank, [=](ptrdiff_t far) { copy(to + far, from, bytes, barrier + far / 8); });
+}
+inline void arrive_at(unsigned long long* barrier, int rank) {
+  in_program(rank, [=](ptrdiff_t far) { arrive(barrier + far / 8); });
+}
+
 // A tensor map: a matrix of bytes, copied a box at a time, whose pieces of 16 bytes change places with the row.
 struct Matrix {
   const uint8_t* start;
@@ -202,11 +223,10 @@ inline void copy_box_once(uint8_t* to, const Matrix& m, int column, int row, uns
 
 constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
 #ifdef WARPGROUPS  // streamed_blocks.cu
-constexpr int CLUSTER = PARTS;
 
 // wgmma: a warp has 16 of the 64 rows, thread 4 g + t the rows g and g + 8 of the first operand: words t and 4 + t of 32 bytes of
 // each. The second one is blocks of 8 rows by 16 bytes, whose distances a descriptor tells: along inputs, and along rows.
-static uint32_t first_operands[PARTS][WARPS][32][4];
+static uint32_t first_operands[CLUSTER][WARPS][32][4];
 inline float number(const uint8_t* from, int i) {
   if (!ROUNDED) return bf16(((const uint16_t*)from)[i]);
   if (FORMAT == INT8) return ((const int8_t*)from)[i];
@@ -257,7 +277,7 @@ static bool run_programs(int num_programs, uint64_t shared_bytes, const std::fun
       made->rank = rank;
       made->everybody = std::make_unique<std::barrier<>>(THREADS_OF_A_PROGRAM);
       made->multipliers = std::make_unique<std::barrier<>>(WARPS * 32);
-      made->cluster = std::make_unique<std::barrier<>>(WARPS * 32 * CLUSTER);
+      made->cluster = std::make_unique<std::barrier<>>(THREADS_OF_A_PROGRAM * CLUSTER);
       for (auto& warp : made->warps) warp = std::make_unique<std::barrier<>>(32);
       programs.push_back(std::move(made));
     }
@@ -268,6 +288,8 @@ static bool run_programs(int num_programs, uint64_t shared_bytes, const std::fun
           threadIdx.x = i;
           blockIdx.x = first + rank;
           kernel();
+          if (arrival) wait_for_cluster();
+          programs[0]->cluster->arrive_and_drop();
         });
     for (auto& thread : threads) thread.join();
   }

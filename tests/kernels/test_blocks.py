@@ -140,13 +140,13 @@ class Box(ctypes.Structure):
 @pytest.mark.parametrize(
     ("kind", "shape", "rows", "what", "tile", "group"),
     [
-        ("int8, rounded", (256, 512), 20, "add", BlockTile(2, 4, 128, 2), 128),  # four programs share the inputs
-        ("fp8, rounded", (256, 256), 33, "gated", BlockTile(2, 1, 128, 2), 128),  # one program, several tiles
-        ("int8", (128, 256), 19, "norm", BlockTile(1, 2, 128, 3), 128),
-        ("fp8", (128, 256), 32, "gated", BlockTile(1, 1, 64, 6), 128),  # more stages than a tile has
-        ("int4", (256, 1024), 17, "gated", BlockTile(2, 1, 64, 3), 128),
-        ("int4 with zeros", (256, 1024), 65, "add", BlockTile(2, 2, 64, 2), 64),
-        ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 128, 1), 128),
+        ("int8, rounded", (256, 512), 20, "add", BlockTile(2, 4, 1, 128, 2), 128),  # four programs share the inputs
+        ("fp8, rounded", (256, 256), 33, "gated", BlockTile(2, 1, 2, 128, 2), 128),  # neighbouring tiles share x
+        ("int8", (128, 256), 19, "norm", BlockTile(1, 2, 2, 128, 3), 128),
+        ("fp8", (128, 256), 32, "gated", BlockTile(1, 1, 4, 64, 6), 128),  # more stages than a tile has
+        ("int4", (256, 1024), 17, "gated", BlockTile(2, 1, 4, 64, 3), 128),
+        ("int4 with zeros", (256, 1024), 65, "add", BlockTile(2, 2, 1, 64, 2), 64),
+        ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 1, 128, 1), 128),
     ],
 )
 def test_the_same_source_computes_the_same_on_a_processor(
@@ -165,7 +165,7 @@ def test_the_same_source_computes_the_same_on_a_processor(
         library = compile_for_processor(prepared.constants, tmp_path, "streamed_blocks.cu")
         values = weight.values
         box = Box(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
-        programs = prepared.num_tiles * tile.parts if tile.parts > 1 else max(prepared.num_tiles // 2, 1)
+        programs = prepared.num_tiles * tile.parts
         size = ctypes.c_uint64(prepared.shared_bytes)
         is_inside = library.run(ctypes.byref(box), ctypes.byref(prepared.arguments), MAGIC, programs, size)
         assert is_inside, "a copy that is not aligned, or leaves its memory"

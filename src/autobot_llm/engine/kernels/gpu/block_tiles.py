@@ -6,7 +6,7 @@ Chosen by a rule, from what was measured on an H200 by `benchmarks/quantized_lin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 
@@ -20,13 +20,14 @@ _PARTS = (4, 2, 1)
 
 @dataclass(frozen=True, slots=True)
 class BlockTile:
-    """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; bytes of a row of W in a
-    stage of the ring; stages; programs on a multiprocessor."""
+    """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; neighbouring tiles whose
+    programs share x; bytes of a row of W in a stage of the ring; stages; programs on a multiprocessor."""
 
     num_warpgroups: int
     parts: int
+    sharers: int
     segment: int
-    num_stages: int
+    num_stages: int = 0
     resident: int = 1
 
     @property
@@ -49,17 +50,15 @@ def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, o
 
 
 def shared_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
-    """Of a program: the ring, a tile's sums, two barriers for each stage."""
+    """Of a program: the ring, where a tile's sums come once it is empty, and two barriers for each stage."""
     ring = tile.num_stages * stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
-    return ring + padded_rows(num_rows) * (tile.weight_rows + 4) * 4 + tile.num_stages * 16
+    return max(ring, padded_rows(num_rows) * (tile.weight_rows + 4) * 4) + tile.num_stages * 16
 
 
 def filled(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> BlockTile:
-    """This tile with as many stages as a multiprocessor has room for."""
-    one = BlockTile(tile.num_warpgroups, tile.parts, tile.segment, 0, tile.resident)
-    room = _RING_BYTES // tile.resident - shared_bytes(one, num_rows, fmt, rounded=rounded, offsets=offsets)
+    """This tile with as many stages as there is room for."""
     stage = stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets) + 16
-    return BlockTile(tile.num_warpgroups, tile.parts, tile.segment, min(room // stage, _MOST_STAGES), tile.resident)
+    return replace(tile, num_stages=min(_RING_BYTES // tile.resident // stage, _MOST_STAGES))
 
 
 def choose_block_tile(
@@ -83,5 +82,5 @@ def choose_block_tile(
     num_tiles = weight_rows // 128
     for parts in _PARTS:
         if row_bytes % (segment * parts) == 0 and (parts == 1 or num_tiles * parts <= _MULTIPROCESSORS):
-            return filled(BlockTile(2, parts, segment, 0), num_rows, fmt, rounded=rounded, offsets=offsets)
+            return filled(BlockTile(2, parts, 1, segment), num_rows, fmt, rounded=rounded, offsets=offsets)
     return None

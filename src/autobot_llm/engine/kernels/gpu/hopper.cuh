@@ -75,15 +75,33 @@ __device__ __forceinline__ void copy_box_once(u8* to, const Matrix& matrix, int 
       : "memory");
 }
 
+// The same piece for several programs of a cluster, a bit of `programs` for each, at the same place and barrier of theirs.
+__device__ __forceinline__ void copy_to_all(u8* to, const void* from, u32 bytes, u64* barrier, u32 programs) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"((u16)programs)
+      : "memory");
+}
+
+__device__ __forceinline__ void arrive_at(u64* barrier, int rank) {  // at that of another program of the cluster
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
+      "[there]; }" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 __device__ __forceinline__ int rank_in_cluster() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-__device__ __forceinline__ void meet_cluster() {  // all threads of its programs that have not ended
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// All threads of a cluster's programs that have not ended meet; who need not wait may end.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // The same place in the shared memory of another program of the cluster.
 __device__ __forceinline__ float4 read_from(int rank, const float* local) {

@@ -3,8 +3,9 @@
 // As in streamed_rows.cu one thread of a program copies W into a ring in shared memory, from before the previous kernel's
 // end on. Here it copies x, too, which arrange.py has left in the order in which it is needed. The matrix units read x
 // from there, as their second operand; the first, W, they take from registers, where it becomes numbers on its way. A
-// warpgroup multiplies 64 rows of W. Where a product has too few outputs for the device, the programs of a cluster share
-// the inputs of a tile, and sum up in each other's shared memory.
+// warpgroup multiplies 64 rows of W. Of a cluster's programs, those of neighbouring tiles fetch x once for all of them: with
+// many rows, x from the second-level cache is more than W. Where a product has too few outputs for the device, programs
+// share a tile's inputs instead, or as well, and sum up in each other's shared memory.
 //
 // A thread takes 16 neighbouring bytes of W, where the instruction would have it take them from all over 64; so arrange.py
 // puts the inputs of x in that order. Source of instructions and layouts: the PTX manual, on wgmma.
@@ -14,7 +15,8 @@
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
 // GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x: 32, 64 or 128), WARPGROUPS, PARTS (programs that share a tile's
-// inputs), SEGMENT (bytes of a row in a stage: 64 or 128), STAGES, RESIDENT.
+// inputs), SHARERS (neighbouring tiles whose programs share x), SEGMENT (bytes of a row in a stage: 64 or 128), STAGES,
+// RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
@@ -25,6 +27,7 @@ constexpr int ROW_BYTES = FORMAT == INT4 ? INPUTS / 2 : INPUTS;
 constexpr int SEGMENTS = ROW_BYTES / SEGMENT / PARTS;  // of a program
 constexpr int X_SIZE = ROUNDED ? 1 : 2;
 constexpr int PIECES = FORMAT == INT4 ? 2 : 1;  // of x in a stage: what the low and the high bits are multiplied with
+constexpr int CLUSTER = PARTS * SHARERS;
 constexpr int CHUNK = 64;  // bytes of a row of W that a thread has a quarter of
 
 // A stage: W, then x, then scales and offsets of its groups.
@@ -34,8 +37,8 @@ constexpr int SCALES_AT = X_AT + PIECES * PIECE_BYTES;
 constexpr int SCALE_BYTES = FORMAT == INT4 ? 2 * TILE_ROWS * 2 : 0;
 constexpr int STAGE_BYTES = (SCALES_AT + SCALE_BYTES * (1 + OFFSETS) + 1023) / 1024 * 1024;
 constexpr int SUMS_STRIDE = TILE_ROWS + 4;  // of a row of x; what is more keeps a warp's stores in different banks
-constexpr int SUMS_AT = STAGES * STAGE_BYTES;
-constexpr int BARRIERS_AT = SUMS_AT + ROWS * SUMS_STRIDE * 4;
+constexpr int SUM_BYTES = ROWS * SUMS_STRIDE * 4;  // where the ring was
+constexpr int BARRIERS_AT = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
 
 constexpr int QUADS = TILE_OUTPUTS / 4;  // a thread finishes four outputs at a time, of every so many rows of x
 constexpr int ROWS_AT_ONCE = THREADS / QUADS;
@@ -126,54 +129,59 @@ struct Product {
   int num_outputs;        // of one half, if GATED
 };
 
-__device__ __forceinline__ int first_row_of(const Product& p, int tile, int box) {
-  return GATED ? box * p.num_outputs + tile * BOX_ROWS : tile * TILE_ROWS + box * BOX_ROWS;
-}
+// Which tile and which part of its inputs a program multiplies.
+struct Place {
+  int tile, part, sharer;
+};
 
-__device__ __forceinline__ void fill_ring(const Matrix& w, const Product& p, u8* ring, u64* full, u64* empty, int first) {
+__device__ __forceinline__ void fill_ring(const Matrix& w, const Product& p, const Place& place, u8* ring, u64* full,
+                                          u64* empty) {
   const u64 policy = read_once();
-  const int num_tiles = p.num_outputs / TILE_OUTPUTS;
+  const int first = place.part * SEGMENTS;
   auto copy_x = [&](int slot, int s) {
     const int byte = (first + s) * SEGMENT;
     const int input = FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte;
-    for (int i = 0; i < PIECES; ++i)
-      copy(ring + slot * STAGE_BYTES + X_AT + i * PIECE_BYTES, p.x + (long long)(input + i * GROUP) * (ROWS * X_SIZE),
-           PIECE_BYTES, &full[slot]);
-  };
-  int slot = 0, parity = 1, unreleased = 0;  // stages that lack x, until the previous kernel has ended
-  bool released = false;
-  auto release = [&] {
-    wait_for_previous_kernel();
-    for (int i = 0; i < unreleased; ++i) copy_x(i, i % SEGMENTS);
-    released = true;
-  };
-  for (int tile = blockIdx.x / PARTS; tile < num_tiles; tile += gridDim.x / PARTS) {
-    for (int s = 0; s < SEGMENTS; ++s) {
-      if (!released && unreleased == STAGES) release();
-      wait(&empty[slot], parity);
-      u8* to = ring + slot * STAGE_BYTES;
-      expect(&full[slot], TILE_ROWS * SEGMENT + PIECES * PIECE_BYTES + SCALE_BYTES * (1 + OFFSETS));
-      for (int box = 0; box < 2; ++box) {
-        const int row = first_row_of(p, tile, box);
-        copy_box_once(to + box * BOX_ROWS * SEGMENT, w, (first + s) * SEGMENT, row, &full[slot], policy);
-        for (int i = 0; i < (FORMAT == INT4 ? 2 : 0); ++i) {  // the groups of the low and the high bits
-          const long long at = (long long)((first + s) * SEGMENT / GROUP * 2 + i) * (p.num_outputs * HALVES) + row;
-          u8* scales = to + SCALES_AT + (i * TILE_ROWS + box * BOX_ROWS) * 2;
-          copy(scales, (const u16*)p.scales + at, BOX_ROWS * 2, &full[slot]);
-          if (OFFSETS) copy(scales + SCALE_BYTES, p.offsets + at, BOX_ROWS * 2, &full[slot]);
-        }
-      }
-      if (!released)
-        ++unreleased;
+    constexpr int BYTES = PIECE_BYTES / SHARERS;
+    for (int i = 0; i < PIECES; ++i) {
+      const u8* from = p.x + (long long)(input + i * GROUP) * (ROWS * X_SIZE) + place.sharer * BYTES;
+      u8* to = ring + slot * STAGE_BYTES + X_AT + i * PIECE_BYTES + place.sharer * BYTES;
+      if (SHARERS > 1)
+        copy_to_all(to, from, BYTES, &full[slot], ((1 << SHARERS) - 1) << place.part * SHARERS);
       else
-        copy_x(slot, s);
-      if (++slot == STAGES) {
-        slot = 0;
-        parity ^= 1;
+        copy(to, from, BYTES, &full[slot]);
+    }
+  };
+  int slot = 0, parity = 1;
+  for (int s = 0; s < SEGMENTS; ++s) {
+    if (s == STAGES) {
+      wait_for_previous_kernel();
+      if (CLUSTER > 1) wait_for_cluster();
+      for (int i = 0; i < STAGES; ++i) copy_x(i, i);
+    }
+    wait(&empty[slot], parity);
+    u8* to = ring + slot * STAGE_BYTES;
+    expect(&full[slot], TILE_ROWS * SEGMENT + PIECES * PIECE_BYTES + SCALE_BYTES * (1 + OFFSETS));
+    for (int box = 0; box < 2; ++box) {
+      const int row = GATED ? box * p.num_outputs + place.tile * BOX_ROWS : place.tile * TILE_ROWS + box * BOX_ROWS;
+      copy_box_once(to + box * BOX_ROWS * SEGMENT, w, (first + s) * SEGMENT, row, &full[slot], policy);
+      for (int i = 0; i < (FORMAT == INT4 ? 2 : 0); ++i) {  // the groups of the low and the high bits
+        const long long at = (long long)((first + s) * SEGMENT / GROUP * 2 + i) * (p.num_outputs * HALVES) + row;
+        u8* scales = to + SCALES_AT + (i * TILE_ROWS + box * BOX_ROWS) * 2;
+        copy(scales, (const u16*)p.scales + at, BOX_ROWS * 2, &full[slot]);
+        if (OFFSETS) copy(scales + SCALE_BYTES, p.offsets + at, BOX_ROWS * 2, &full[slot]);
       }
     }
+    if (s >= STAGES) copy_x(slot, s);
+    if (++slot == STAGES) {
+      slot = 0;
+      parity ^= 1;
+    }
   }
-  if (!released) release();
+  if (SEGMENTS <= STAGES) {
+    wait_for_previous_kernel();
+    if (CLUSTER > 1) wait_for_cluster();
+    for (int s = 0; s < SEGMENTS; ++s) copy_x(s, s);
+  }
 }
 
 // 16 bytes of a row of a stage, where the copy has put them: in another order in each row, in different banks.
@@ -204,150 +212,156 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
     streamed_blocks(const __grid_constant__ Matrix w, const Product p, u32 magic) {
   let_next_kernel_start();
   u8* const ring = dynamic_shared;
-  float* const sums = (float*)(ring + SUMS_AT);  // [ROWS, SUMS_STRIDE]
+  float* const sums = (float*)ring;  // [ROWS, SUMS_STRIDE], once the ring is empty for good
   u64* const full = (u64*)(ring + BARRIERS_AT);
   u64* const empty = full + STAGES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int part = PARTS > 1 ? rank_in_cluster() : 0;
+  const int rank = CLUSTER > 1 ? rank_in_cluster() : 0;
+  const Place place = {(int)blockIdx.x / CLUSTER * SHARERS + rank % SHARERS, rank / SHARERS, rank % SHARERS};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init(&full[i], 1);
-      init(&empty[i], WARPS);
+      init(&empty[i], WARPS * SHARERS);
     }
     publish_barriers();
   }
   __syncthreads();
+  if (CLUSTER > 1) arrive_at_cluster();  // so others may write here
   if (warp == WARPS) {
-    if (lane == 0) fill_ring(w, p, ring, full, empty, part * SEGMENTS);
+    if (lane == 0) fill_ring(w, p, place, ring, full, empty);
     return;
   }
   wait_for_previous_kernel();
+  if (CLUSTER > 1) wait_for_cluster();
 
   const int g = lane >> 2, t = lane & 3;
   const int row = GATED ? warp * 8 + g : warp * 16 + g;  // of the tile; the thread's other one:
   const int row_8 = GATED ? BOX_ROWS + row : row + 8;
-  const int quad = threadIdx.x % QUADS, first_row = part * PART_ROWS + threadIdx.x / QUADS;
+  const int quad = threadIdx.x % QUADS, first_row = place.part * PART_ROWS + threadIdx.x / QUADS;
 
+  // Asked for now, used when the sums are there.
+  const int output = place.tile * TILE_OUTPUTS + quad * 4;
+  float4 scale = make_float4(1.f, 1.f, 1.f, 1.f), up_scale = scale;
+  if (FORMAT != INT4) {
+    scale = *(const float4*)((const float*)p.scales + output);
+    if (GATED) up_scale = *(const float4*)((const float*)p.scales + p.num_outputs + output);
+  }
+  float x_scale[ELEMENTS];
+  uint2 residual[ELEMENTS];
+#pragma unroll
+  for (int e = 0; e < ELEMENTS; ++e) {
+    const int n = first_row + e * ROWS_AT_ONCE;
+    x_scale[e] = 1.f, residual[e] = make_uint2(0, 0);
+    if (n >= p.num_rows) continue;
+    if (ROUNDED) x_scale[e] = p.x_scales[n];
+    if (!GATED && p.residual) residual[e] = *(const uint2*)(p.residual + n * p.residual_stride + output);
+  }
+
+  Sum y[SUMS];
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) y[i] = 0;
   int slot = 0, parity = 0;
-  for (int tile = blockIdx.x / PARTS; tile < p.num_outputs / TILE_OUTPUTS; tile += gridDim.x / PARTS) {
-    // Asked for now, used when the sums are there.
-    const int output = tile * TILE_OUTPUTS + quad * 4;
-    float4 scale = make_float4(1.f, 1.f, 1.f, 1.f), up_scale = scale;
-    if (FORMAT != INT4) {
-      scale = *(const float4*)((const float*)p.scales + output);
-      if (GATED) up_scale = *(const float4*)((const float*)p.scales + p.num_outputs + output);
-    }
-    float x_scale[ELEMENTS];
-    uint2 residual[ELEMENTS];
-#pragma unroll
-    for (int e = 0; e < ELEMENTS; ++e) {
-      const int n = first_row + e * ROWS_AT_ONCE;
-      x_scale[e] = 1.f, residual[e] = make_uint2(0, 0);
-      if (n >= p.num_rows) continue;
-      if (ROUNDED) x_scale[e] = p.x_scales[n];
-      if (!GATED && p.residual) residual[e] = *(const uint2*)(p.residual + n * p.residual_stride + output);
-    }
-
-    Sum y[SUMS];
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) y[i] = 0;
 #pragma unroll 1
-    for (int s = 0; s < SEGMENTS; ++s) {
-      wait(&full[slot], parity);
-      const u8* stage = ring + slot * STAGE_BYTES;
-      const u64 x = matrix_at(stage + X_AT);
-      constexpr u64 STEP = 32 * ROWS >> 4;  // 32 bytes of each row of x
-      u32 a[SEGMENT / CHUNK * (FORMAT == INT4 ? 8 : ROUNDED ? 2 : 4)][4];
-      Affine low = {}, low_8 = {}, high = {}, high_8 = {};
-      if (FORMAT == INT4) {
-        low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row_8);
-        high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row_8);
-      }
+  for (int s = 0; s < SEGMENTS; ++s) {
+    wait(&full[slot], parity);
+    const u8* stage = ring + slot * STAGE_BYTES;
+    const u64 x = matrix_at(stage + X_AT);
+    constexpr u64 STEP = 32 * ROWS >> 4;  // 32 bytes of each row of x
+    u32 a[SEGMENT / CHUNK * (FORMAT == INT4 ? 8 : ROUNDED ? 2 : 4)][4];
+    Affine low = {}, low_8 = {}, high = {}, high_8 = {};
+    if (FORMAT == INT4) {
+      low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row_8);
+      high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row_8);
+    }
 #pragma unroll
-      for (int c = 0; c < SEGMENT / CHUNK; ++c) {
-        const uint4 bytes = bytes_of(stage, row, c * 4 + t), bytes_8 = bytes_of(stage, row_8, c * 4 + t);
-        if (ROUNDED) {
+    for (int c = 0; c < SEGMENT / CHUNK; ++c) {
+      const uint4 bytes = bytes_of(stage, row, c * 4 + t), bytes_8 = bytes_of(stage, row_8, c * 4 + t);
+      if (ROUNDED) {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            u32(&of)[4] = a[2 * c + j];
-            of[0] = word(bytes, 2 * j), of[1] = word(bytes_8, 2 * j);
-            of[2] = word(bytes, 2 * j + 1), of[3] = word(bytes_8, 2 * j + 1);
-          }
-        } else if (FORMAT == INT4) {
+        for (int j = 0; j < 2; ++j) {
+          u32(&of)[4] = a[2 * c + j];
+          of[0] = word(bytes, 2 * j), of[1] = word(bytes_8, 2 * j);
+          of[2] = word(bytes, 2 * j + 1), of[3] = word(bytes_8, 2 * j + 1);
+        }
+      } else if (FORMAT == INT4) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const u32 b = __byte_perm(word(bytes, j), 0, 0x4140), b_2 = __byte_perm(word(bytes, j), 0, 0x4342);
-            const u32 c_ = __byte_perm(word(bytes_8, j), 0, 0x4140), c_2 = __byte_perm(word(bytes_8, j), 0, 0x4342);
-            u32(&of)[4] = a[4 * c + j];
-            of[0] = scaled_pair(b, magic, low), of[1] = scaled_pair(c_, magic, low_8);
-            of[2] = scaled_pair(b_2, magic, low), of[3] = scaled_pair(c_2, magic, low_8);
-            u32(&of_high)[4] = a[SEGMENT / CHUNK * 4 + 4 * c + j];
-            of_high[0] = scaled_pair(b >> 4, magic, high), of_high[1] = scaled_pair(c_ >> 4, magic, high_8);
-            of_high[2] = scaled_pair(b_2 >> 4, magic, high), of_high[3] = scaled_pair(c_2 >> 4, magic, high_8);
-          }
-        } else {
+        for (int j = 0; j < 4; ++j) {
+          const u32 b = __byte_perm(word(bytes, j), 0, 0x4140), b_2 = __byte_perm(word(bytes, j), 0, 0x4342);
+          const u32 c_ = __byte_perm(word(bytes_8, j), 0, 0x4140), c_2 = __byte_perm(word(bytes_8, j), 0, 0x4342);
+          u32(&of)[4] = a[4 * c + j];
+          of[0] = scaled_pair(b, magic, low), of[1] = scaled_pair(c_, magic, low_8);
+          of[2] = scaled_pair(b_2, magic, low), of[3] = scaled_pair(c_2, magic, low_8);
+          u32(&of_high)[4] = a[SEGMENT / CHUNK * 4 + 4 * c + j];
+          of_high[0] = scaled_pair(b >> 4, magic, high), of_high[1] = scaled_pair(c_ >> 4, magic, high_8);
+          of_high[2] = scaled_pair(b_2 >> 4, magic, high), of_high[3] = scaled_pair(c_2 >> 4, magic, high_8);
+        }
+      } else {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            widen(word(bytes, j), magic, a[4 * c + j][0], a[4 * c + j][2]);
-            widen(word(bytes_8, j), magic, a[4 * c + j][1], a[4 * c + j][3]);
-          }
+        for (int j = 0; j < 4; ++j) {
+          widen(word(bytes, j), magic, a[4 * c + j][0], a[4 * c + j][2]);
+          widen(word(bytes_8, j), magic, a[4 * c + j][1], a[4 * c + j][3]);
         }
       }
-      begin_products(y);
-#pragma unroll
-      for (int i = 0; i < sizeof a / sizeof a[0]; ++i) {
-        constexpr int PIECE_STEPS = SEGMENT * X_SIZE / 32;
-        multiply_block(y, a[i], x + i / PIECE_STEPS * (PIECE_BYTES >> 4) + i % PIECE_STEPS * STEP);
-      }
-      end_products(y);
-      if (lane == 0) arrive(&empty[slot]);
-      if (++slot == STAGES) {
-        slot = 0;
-        parity ^= 1;
-      }
     }
+    begin_products(y);
+#pragma unroll
+    for (int i = 0; i < sizeof a / sizeof a[0]; ++i) {
+      constexpr int PIECE_STEPS = SEGMENT * X_SIZE / 32;
+      multiply_block(y, a[i], x + i / PIECE_STEPS * (PIECE_BYTES >> 4) + i % PIECE_STEPS * STEP);
+    }
+    end_products(y);
+    if (lane < SHARERS) SHARERS > 1 ? arrive_at(&empty[slot], place.part * SHARERS + lane) : arrive(&empty[slot]);
+    if (++slot == STAGES) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
 
-    if (PARTS == 1) meet(THREADS);  // the tile before has been read
+  meet(THREADS);  // everybody is done with the ring
 #pragma unroll
-    for (int i = 0; i < SUMS / 4; ++i) {
-      float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE;
-      to[row] = y[4 * i], to[SUMS_STRIDE + row] = y[4 * i + 1];
-      to[row_8] = y[4 * i + 2], to[SUMS_STRIDE + row_8] = y[4 * i + 3];
+  for (int i = 0; i < SUMS / 4; ++i) {
+    float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE;
+    to[row] = y[4 * i], to[SUMS_STRIDE + row] = y[4 * i + 1];
+    to[row_8] = y[4 * i + 2], to[SUMS_STRIDE + row_8] = y[4 * i + 3];
+  }
+  if (PARTS > 1) {
+    arrive_at_cluster();
+    wait_for_cluster();
+  } else {
+    meet(THREADS);
+  }
+#pragma unroll
+  for (int e = 0; e < ELEMENTS; ++e) {
+    const int n = first_row + e * ROWS_AT_ONCE;
+    if (n >= p.num_rows || n >= (place.part + 1) * PART_ROWS) continue;
+    float of[4] = {}, up[4] = {};
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      auto add = [&](float(&to)[4], const float* from) {
+        const float4 v = PARTS > 1 ? read_from(i * SHARERS + place.sharer, from) : *(const float4*)from;
+        to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+      };
+      add(of, sums + n * SUMS_STRIDE + quad * 4);
+      if (GATED) add(up, sums + n * SUMS_STRIDE + BOX_ROWS + quad * 4);
     }
-    if (PARTS > 1)
-      meet_cluster();
-    else
-      meet(THREADS);
+    u16 narrowed[4];
 #pragma unroll
-    for (int e = 0; e < ELEMENTS; ++e) {
-      const int n = first_row + e * ROWS_AT_ONCE;
-      if (n >= p.num_rows || n >= (part + 1) * PART_ROWS) continue;
-      float of[4] = {}, up[4] = {};
-#pragma unroll
-      for (int i = 0; i < PARTS; ++i) {
-        auto add = [&](float(&to)[4], const float* from) {
-          const float4 v = PARTS > 1 ? read_from(i, from) : *(const float4*)from;
-          to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
-        };
-        add(of, sums + n * SUMS_STRIDE + quad * 4);
-        if (GATED) add(up, sums + n * SUMS_STRIDE + BOX_ROWS + quad * 4);
+    for (int i = 0; i < 4; ++i) {
+      const u32 both = i < 2 ? residual[e].x : residual[e].y;
+      float v = of[i] * (&scale.x)[i] * x_scale[e];
+      if (p.bias) v += wide(p.bias[output + i]);
+      if (GATED) {
+        float u = up[i] * (&up_scale.x)[i] * x_scale[e];
+        if (p.bias) u += wide(p.bias[p.num_outputs + output + i]);
+        v = v / (1.f + __expf(-v)) * u;
       }
-      u16 narrowed[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const u32 both = i < 2 ? residual[e].x : residual[e].y;
-        float v = of[i] * (&scale.x)[i] * x_scale[e];
-        if (p.bias) v += wide(p.bias[output + i]);
-        if (GATED) {
-          float u = up[i] * (&up_scale.x)[i] * x_scale[e];
-          if (p.bias) u += wide(p.bias[p.num_outputs + output + i]);
-          v = v / (1.f + __expf(-v)) * u;
-        }
-        narrowed[i] = narrow(v + wide(i % 2 ? both >> 16 : both & 0xffff));
-      }
-      *(uint2*)(p.out + n * p.out_stride + output) =
-          make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+      narrowed[i] = narrow(v + wide(i % 2 ? both >> 16 : both & 0xffff));
     }
-    if (PARTS > 1) meet_cluster();  // a program that ended would take its sums along
+    *(uint2*)(p.out + n * p.out_stride + output) =
+        make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+  }
+  if (CLUSTER > 1) {  // a program that ended would take its sums and its barriers along
+    arrive_at_cluster();
+    wait_for_cluster();
   }
 }

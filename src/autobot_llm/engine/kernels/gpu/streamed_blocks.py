@@ -65,16 +65,14 @@ def multiply_blocks(
     )
     values, box_rows = weight.values, tile.weight_rows // 2
     matrix = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), box_rows, tile.segment)
-    multiprocessors = torch.cuda.get_device_properties(out.device).multi_processor_count
-    programs = prepared.num_tiles * tile.parts
     _kernel.launch(
         prepared.constants,
         (matrix, prepared.arguments, ctypes.c_uint(MAGIC)),
-        programs=programs if tile.parts > 1 else min(programs, multiprocessors * tile.resident),
+        programs=prepared.num_tiles * tile.parts,
         threads=128 * tile.num_warpgroups + 32,
         shared_bytes=prepared.shared_bytes,
         device=out.device,
-        cluster=tile.parts,
+        cluster=tile.parts * tile.sharers,
     )
     return out
 
@@ -111,7 +109,8 @@ def prepare(
     assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
     assert (x_scales_T is not None) == rounded and not (rounded and fmt is Format.INT4)
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
-    assert tile.parts == 1 or padded_rows(num_rows) % tile.parts == 0
+    num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
+    assert not rest and num_tiles % tile.sharers == 0 and weight.values.shape[1] % (tile.segment * tile.parts) == 0
     arguments = _Product(
         *(address_of(arranged), address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
         *(address_of(bias), address_of(residual), 0 if residual is None else residual.stride(0)),
@@ -127,12 +126,13 @@ def prepare(
         "ROWS": padded_rows(num_rows),
         "WARPGROUPS": tile.num_warpgroups,
         "PARTS": tile.parts,
+        "SHARERS": tile.sharers,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
     }
     shared = shared_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets is not None)
-    return Prepared(constants, arguments, weight.values.shape[0] // tile.weight_rows, shared)
+    return Prepared(constants, arguments, num_tiles, shared)
 
 
 class _Product(ctypes.Structure):
