@@ -21,6 +21,8 @@ from autobot_llm.engine.kernels.gpu.many_kernels import rounded_row
 
 # T rows, I inputs
 
+_INPUTS_AT_ONCE = 1024  # of a program, where nothing has to be known of the whole row
+
 
 def arrange(
     x_TI: torch.Tensor,
@@ -41,8 +43,9 @@ def arrange(
     scales_T = None
     if rounded_to is not None:
         scales_T = torch.empty(num_rows, dtype=torch.float32, device=x_TI.device)
-    block = triton.next_power_of_2(num_inputs)
-    arrange_kernel[(num_rows,)](
+    needs_row = norm is not None or rounded_to is not None
+    block = triton.next_power_of_2(num_inputs) if needs_row else _INPUTS_AT_ONCE
+    arrange_kernel[(num_rows, triton.cdiv(num_inputs, block))](
         x_TI,
         x_TI.stride(0),
         norm,
@@ -78,7 +81,7 @@ def arrange_kernel(  # type: ignore[no-untyped-def]
 ):
     let_next_kernel_start(PDL)
     row = tl.program_id(0).to(tl.int64)
-    at_I = tl.arange(0, BLOCK_I)
+    at_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside_I = at_I < num_inputs
     # A thread t of four has bytes 16 t and so on of W. In an instruction it stands for words t and 4 + t of eight, or for
     # pairs t and 4 + t: so these are its first word (pair) and its second, then its third and fourth.

@@ -59,6 +59,7 @@ constexpr int SUMS = ROWS / 2;  // of a thread: 64 rows of W times ROWS over 128
 // 64 rows of W, of which this thread has those of `w`, times a matrix in shared memory, are added up. Begins, and does not end.
 __device__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x);
 __device__ void begin_products(Sum (&sums)[SUMS]);
+__device__ void commit_products(Sum (&sums)[SUMS]);
 __device__ void end_products(Sum (&sums)[SUMS]);
 
 #ifndef INSTRUCTIONS
@@ -103,8 +104,12 @@ __device__ __forceinline__ void begin_products(Sum (&sums)[SUMS]) {
   asm volatile("wgmma.fence.sync.aligned;" : ALL_KEPT : : "memory");
 }
 
+__device__ __forceinline__ void commit_products(Sum (&sums)[SUMS]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" : ALL_KEPT : : "memory");
+}
+
 __device__ __forceinline__ void end_products(Sum (&sums)[SUMS]) {
-  asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" : ALL_KEPT : : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_KEPT : : "memory");
 }
 #endif
 
@@ -208,6 +213,43 @@ __device__ __forceinline__ u32 scaled_pair(u32 bits, u32 magic, const Affine& a)
   return multiply_add(number, a.scale, 0x80008000u);
 }
 
+constexpr int OPERANDS_OF_CHUNK = FORMAT == INT4 ? 8 : ROUNDED ? 2 : 4;
+constexpr int OPERANDS_OF_STAGE = SEGMENT / CHUNK * OPERANDS_OF_CHUNK;
+
+// A thread's numbers of a stage, in the order of its pieces of x.
+__device__ __forceinline__ void operands_of(u32 (&a)[OPERANDS_OF_STAGE][4], const u8* stage, int row, int row_8, int t,
+                                            u32 magic) {
+  Affine low = {}, low_8 = {}, high = {}, high_8 = {};
+  if (FORMAT == INT4) {
+    low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row_8);
+    high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row_8);
+  }
+#pragma unroll
+  for (int c = 0; c < SEGMENT / CHUNK; ++c) {
+    const uint4 bytes = bytes_of(stage, row, c * 4 + t), bytes_8 = bytes_of(stage, row_8, c * 4 + t);
+#pragma unroll
+    for (int j = 0; j < (ROUNDED ? 2 : 4); ++j) {
+      if (ROUNDED) {
+        u32(&of)[4] = a[2 * c + j];
+        of[0] = word(bytes, 2 * j), of[1] = word(bytes_8, 2 * j);
+        of[2] = word(bytes, 2 * j + 1), of[3] = word(bytes_8, 2 * j + 1);
+      } else if (FORMAT == INT4) {
+        u32(&of)[4] = a[4 * c + j];
+        u32(&of_high)[4] = a[OPERANDS_OF_STAGE / 2 + 4 * c + j];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // two bytes of one of the rows: the first ones of both, then the others
+          const u32 bits = __byte_perm(word(i % 2 ? bytes_8 : bytes, j), 0, i < 2 ? 0x4140 : 0x4342);
+          of[i] = scaled_pair(bits, magic, i % 2 ? low_8 : low);
+          of_high[i] = scaled_pair(bits >> 4, magic, i % 2 ? high_8 : high);
+        }
+      } else {
+        widen(word(bytes, j), magic, a[4 * c + j][0], a[4 * c + j][2]);
+        widen(word(bytes_8, j), magic, a[4 * c + j][1], a[4 * c + j][3]);
+      }
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
     streamed_blocks(const __grid_constant__ Matrix w, const Product p, u32 magic) {
   let_next_kernel_start();
@@ -260,61 +302,36 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
   Sum y[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) y[i] = 0;
-  int slot = 0, parity = 0;
-#pragma unroll 1
-  for (int s = 0; s < SEGMENTS; ++s) {
-    wait(&full[slot], parity);
-    const u8* stage = ring + slot * STAGE_BYTES;
-    const u64 x = matrix_at(stage + X_AT);
-    constexpr u64 STEP = 32 * ROWS >> 4;  // 32 bytes of each row of x
-    u32 a[SEGMENT / CHUNK * (FORMAT == INT4 ? 8 : ROUNDED ? 2 : 4)][4];
-    Affine low = {}, low_8 = {}, high = {}, high_8 = {};
-    if (FORMAT == INT4) {
-      low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row_8);
-      high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row_8);
-    }
-#pragma unroll
-    for (int c = 0; c < SEGMENT / CHUNK; ++c) {
-      const uint4 bytes = bytes_of(stage, row, c * 4 + t), bytes_8 = bytes_of(stage, row_8, c * 4 + t);
-      if (ROUNDED) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          u32(&of)[4] = a[2 * c + j];
-          of[0] = word(bytes, 2 * j), of[1] = word(bytes_8, 2 * j);
-          of[2] = word(bytes, 2 * j + 1), of[3] = word(bytes_8, 2 * j + 1);
-        }
-      } else if (FORMAT == INT4) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const u32 b = __byte_perm(word(bytes, j), 0, 0x4140), b_2 = __byte_perm(word(bytes, j), 0, 0x4342);
-          const u32 c_ = __byte_perm(word(bytes_8, j), 0, 0x4140), c_2 = __byte_perm(word(bytes_8, j), 0, 0x4342);
-          u32(&of)[4] = a[4 * c + j];
-          of[0] = scaled_pair(b, magic, low), of[1] = scaled_pair(c_, magic, low_8);
-          of[2] = scaled_pair(b_2, magic, low), of[3] = scaled_pair(c_2, magic, low_8);
-          u32(&of_high)[4] = a[SEGMENT / CHUNK * 4 + 4 * c + j];
-          of_high[0] = scaled_pair(b >> 4, magic, high), of_high[1] = scaled_pair(c_ >> 4, magic, high_8);
-          of_high[2] = scaled_pair(b_2 >> 4, magic, high), of_high[3] = scaled_pair(c_2 >> 4, magic, high_8);
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          widen(word(bytes, j), magic, a[4 * c + j][0], a[4 * c + j][2]);
-          widen(word(bytes_8, j), magic, a[4 * c + j][1], a[4 * c + j][3]);
-        }
-      }
-    }
-    begin_products(y);
-#pragma unroll
-    for (int i = 0; i < sizeof a / sizeof a[0]; ++i) {
-      constexpr int PIECE_STEPS = SEGMENT * X_SIZE / 32;
-      multiply_block(y, a[i], x + i / PIECE_STEPS * (PIECE_BYTES >> 4) + i % PIECE_STEPS * STEP);
-    }
-    end_products(y);
-    if (lane < SHARERS) SHARERS > 1 ? arrive_at(&empty[slot], place.part * SHARERS + lane) : arrive(&empty[slot]);
-    if (++slot == STAGES) {
-      slot = 0;
+  // Numbers of the next stage are made while the matrix units are busy with those of this one.
+  int slot = 0, parity = 0, next_slot = 0;
+  auto take = [&](u32(&a)[OPERANDS_OF_STAGE][4]) {
+    wait(&full[next_slot], parity);
+    operands_of(a, ring + next_slot * STAGE_BYTES, row, row_8, t, magic);
+    if (++next_slot == STAGES) {
+      next_slot = 0;
       parity ^= 1;
     }
+  };
+  auto step = [&](u32(&a)[OPERANDS_OF_STAGE][4], u32(&next)[OPERANDS_OF_STAGE][4], bool is_last) {
+    const u64 x = matrix_at(ring + slot * STAGE_BYTES + X_AT);
+    begin_products(y);
+#pragma unroll
+    for (int i = 0; i < OPERANDS_OF_STAGE; ++i) {
+      constexpr int PIECE_STEPS = SEGMENT * X_SIZE / 32;  // of 32 bytes of each row of x
+      multiply_block(y, a[i], x + i / PIECE_STEPS * (PIECE_BYTES >> 4) + i % PIECE_STEPS * (32 * ROWS >> 4));
+    }
+    commit_products(y);
+    if (!is_last) take(next);
+    end_products(y);
+    if (lane < SHARERS) SHARERS > 1 ? arrive_at(&empty[slot], place.part * SHARERS + lane) : arrive(&empty[slot]);
+    if (++slot == STAGES) slot = 0;
+  };
+  u32 a[OPERANDS_OF_STAGE][4], b[OPERANDS_OF_STAGE][4];
+  take(a);
+#pragma unroll 1
+  for (int s = 0; s < SEGMENTS; s += 2) {
+    step(a, b, s + 1 == SEGMENTS);
+    if (SEGMENTS % 2 == 0 || s + 1 < SEGMENTS) step(b, a, s + 2 >= SEGMENTS);
   }
 
   meet(THREADS);  // everybody is done with the ring
