@@ -188,45 +188,37 @@ inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
   __syncwarp();
 }
 
-inline void in_program(int rank, const std::function<void(ptrdiff_t)>& what) {  // with how far its memory is from here
-  Program* const here = program;
-  program = programs[rank].get();
-  what(program->shared - here->shared);
-  program = here;
-}
-inline void copy_to_all(uint8_t* to, const void* from, uint32_t bytes, unsigned long long* barrier, uint32_t ranks) {
-  for (int rank = 0; ranks >> rank; ++rank)
-    if (ranks >> rank & 1)
-      in_program(rank, [=](ptrdiff_t far) { copy(to + far, from, bytes, barrier + far / 8); });
-}
-inline void arrive_at(unsigned long long* barrier, int rank) {
-  in_program(rank, [=](ptrdiff_t far) { arrive(barrier + far / 8); });
-}
-
 // A tensor map: a matrix of bytes, copied a box at a time, whose pieces of 16 bytes change places with the row.
 struct Matrix {
   const uint8_t* start;
   uint64_t num_rows, row_bytes, stride, box_rows, box_bytes, unused[10];
 };
-inline void copy_box_once(uint8_t* to, const Matrix& m, int column, int row, unsigned long long* barrier, uint64_t) {
+inline void copy_box(uint8_t* to, const Matrix& m, int column, int row, unsigned long long* barrier) {
+  static const uint8_t zeros[16] alignas(16) = {};
   std::lock_guard lock(mutex);
-  out_of_bounds |= row + m.box_rows > m.num_rows || column + m.box_bytes > m.row_bytes || shared_address(to) % 1024;
+  out_of_bounds |= column + m.box_bytes > m.row_bytes || shared_address(to) % 1024;
   for (int r = 0; r < (int)m.box_rows; ++r)
     for (int i = 0; i < (int)m.box_bytes / 16; ++i) {
       const int place = i ^ (m.box_bytes == 128 ? r & 7 : r / 2 & 3);
-      copy_piece(to + r * m.box_bytes + place * 16, m.start + (row + r) * m.stride + column + i * 16, 16);
+      const uint8_t* from = m.start + (row + r) * m.stride + column + i * 16;
+      copy_piece(to + r * m.box_bytes + place * 16, row + r < (int)m.num_rows ? from : zeros, 16);
     }
   arrived(barrier, m.box_rows * m.box_bytes);
+}
+inline void copy_box_once(uint8_t* to, const Matrix& m, int column, int row, unsigned long long* barrier, uint64_t) {
+  copy_box(to, m, column, row, barrier);
 }
 
 #include SOURCE
 
 constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
 #ifdef WARPGROUPS  // streamed_blocks.cu
+constexpr int CLUSTER = PARTS;
 
-// wgmma: a warp has 16 of the 64 rows, thread 4 g + t the rows g and g + 8 of the first operand: words t and 4 + t of 32 bytes of
-// each. The second one is blocks of 8 rows by 16 bytes, whose distances a descriptor tells: along inputs, and along rows.
-static uint32_t first_operands[CLUSTER][WARPS][32][4];
+// wgmma: of a warpgroup's 64 rows a warp has 16, thread 4 g + t the sums of rows g and g + 8. Operands in memory are blocks of 8 rows
+// by 16 bytes, whose distances a descriptor tells, along inputs and along rows; or rows of 128 bytes, whose pieces of 16 have
+// changed places. An operand in registers: words t and 4 + t of 32 bytes of each row.
+static uint32_t first_operands[PARTS][WARPS][32][4];
 inline float number(const uint8_t* from, int i) {
   if (!ROUNDED) return bf16(((const uint16_t*)from)[i]);
   if (FORMAT == INT8) return ((const int8_t*)from)[i];
@@ -234,30 +226,42 @@ inline float number(const uint8_t* from, int i) {
   const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
   return from[i] & 0x80 ? -size : size;
 }
+inline const uint8_t* word_of(u64 matrix, int row, int word) {  // of eight
+  const bool swizzled = matrix >> 62;
+  const uint64_t along_inputs = (matrix >> 16 & 0x3fff) * 16, along_rows = (matrix >> 32 & 0x3fff) * 16;
+  uint64_t at = (matrix & 0x3fff) * 16 + row / 8 * along_rows;
+  at += swizzled ? row % 8 * 128 + word * 4 : row % 8 * 16 + word / 4 * along_inputs + word % 4 * 4;
+  if (swizzled) at ^= (at >> 7 & 7) << 4;
+  if (at + 4 > program->shared_size) out_of_bounds = true, at = 0;
+  return program->shared + at;
+}
+template <class Word>
+inline void multiply_words(Sum (&sums)[SUMS], u64 x, const Word& word_of_w) {
+  for (int n = 0; n < SUMS; ++n)
+    for (int word = 0; word < 8; ++word)
+      for (int i = 0; i < (ROUNDED ? 4 : 2); ++i) {
+        const int column = n / 4 * 8 + threadIdx.x % 4 * 2 + n % 2;
+        sums[n] += (Sum)(number(word_of_w(n / 2 % 2, word), i) * number(word_of(x, column, word), i));
+      }
+}
 void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto& of_warp = first_operands[program->rank][warp];
   std::memcpy(of_warp[lane], w, 16);
   __syncwarp();
-  const uint8_t* blocks = program->shared + (x & 0x3fff) * 16;
-  const uint64_t along_inputs = (x >> 16 & 0x3fff) * 16, along_rows = (x >> 32 & 0x3fff) * 16;
-  out_of_bounds |= blocks + along_inputs + ROWS / 8 * along_rows > program->shared + program->shared_size;
-  constexpr int PER_WORD = ROUNDED ? 4 : 2;
-  for (int n = 0; n < SUMS; ++n) {
-    const int column = n / 4 * 8 + 2 * t + n % 2;
-    for (int half = 0; half < 2; ++half)
-      for (int other = 0; other < 4; ++other)
-        for (int i = 0; i < PER_WORD; ++i) {
-          const uint8_t* of_column = blocks + half * along_inputs + column / 8 * along_rows + column % 8 * 16;
-          const float a = number((const uint8_t*)&of_warp[4 * g + other][2 * half + n / 2 % 2], i);
-          sums[n] += (Sum)(a * number(of_column, other * PER_WORD + i));
-        }
-  }
+  multiply_words(sums, x, [&](int half, int word) {
+    return (const uint8_t*)&of_warp[lane / 4 * 4 + word % 4][word / 4 * 2 + half];
+  });
   __syncwarp();
+}
+void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x) {
+  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  multiply_words(sums, x, [&](int half, int word) { return word_of(w, row + 8 * half, word); });
 }
 void begin_products(Sum (&)[SUMS]) {}
 void commit_products(Sum (&)[SUMS]) {}
 void end_products(Sum (&)[SUMS]) {}
+void end_older_products(Sum (&)[SUMS]) {}
 #else
 constexpr int CLUSTER = 1;
 #endif
@@ -299,8 +303,8 @@ static bool run_programs(int num_programs, uint64_t shared_bytes, const std::fun
 
 
 #ifdef WARPGROUPS
-extern "C" bool run(const Matrix* w, const Product* product, uint32_t magic, int num_programs, uint64_t shared_bytes) {
-  return run_programs(num_programs, shared_bytes, [=] { streamed_blocks(*w, *product, magic); });
+extern "C" bool run(const Matrix* w, const Matrix* x, const Product* product, uint32_t magic, int num_programs, uint64_t shared_bytes) {
+  return run_programs(num_programs, shared_bytes, [=] { streamed_blocks(*w, *x, *product, magic); });
 }
 #else
 extern "C" bool run(const Product* product, uint32_t magic, int num_programs, uint64_t shared_bytes) {

@@ -20,12 +20,11 @@ _PARTS = (4, 2, 1)
 
 @dataclass(frozen=True, slots=True)
 class BlockTile:
-    """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; neighbouring tiles whose
-    programs share x; bytes of a row of W in a stage of the ring; stages; programs on a multiprocessor."""
+    """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; bytes of a row of W in a
+    stage of the ring; stages; programs on a multiprocessor."""
 
     num_warpgroups: int
     parts: int
-    sharers: int
     segment: int
     num_stages: int = 0
     resident: int = 1
@@ -82,5 +81,5 @@ def choose_block_tile(
     num_tiles = weight_rows // 128
     for parts in _PARTS:
         if row_bytes % (segment * parts) == 0 and (parts == 1 or num_tiles * parts <= _MULTIPROCESSORS):
-            return filled(BlockTile(2, parts, 1, segment), num_rows, fmt, rounded=rounded, offsets=offsets)
+            return filled(BlockTile(2, parts, segment), num_rows, fmt, rounded=rounded, offsets=offsets)
     return None

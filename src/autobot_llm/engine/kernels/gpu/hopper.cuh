@@ -66,7 +66,7 @@ __device__ __forceinline__ void copy(u8* to, const void* from, u32 bytes, u64* b
                : "memory");
 }
 
-// A part of a matrix of bytes, as its tensor map says, from byte `column` of row `row` on.
+// A part of a matrix of bytes, as its tensor map says, from byte `column` of row `row` on; zeros where it has no more rows.
 __device__ __forceinline__ void copy_box_once(u8* to, const Matrix& matrix, int column, int row, u64* barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
@@ -75,20 +75,11 @@ __device__ __forceinline__ void copy_box_once(u8* to, const Matrix& matrix, int 
       : "memory");
 }
 
-// The same piece for several programs of a cluster, a bit of `programs` for each, at the same place and barrier of theirs.
-__device__ __forceinline__ void copy_to_all(u8* to, const void* from, u32 bytes, u64* barrier, u32 programs) {
+__device__ __forceinline__ void copy_box(u8* to, const Matrix& matrix, int column, int row, u64* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"((u16)programs)
-      : "memory");
-}
-
-__device__ __forceinline__ void arrive_at(u64* barrier, int rank) {  // at that of another program of the cluster
-  asm volatile(
-      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
-      "[there]; }" ::"r"(shared_address(barrier)),
-      "r"(rank)
+      "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
 

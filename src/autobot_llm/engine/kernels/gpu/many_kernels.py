@@ -66,20 +66,6 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_OI, values_OI.to(out_ptr.dtype.element_ty), inside_OI)
 
 
-@triton.jit
-def rounded_row(x_I, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A row in int8 or float8_e4m3 by its largest number, and its scale: `round_activations` of quantization/rounding.py."""
-    LIMIT: tl.constexpr = 127.5 if tl.int8 == KIND else 448.0  # half of the 255 steps on either side
-    scale = tl.maximum(tl.max(tl.abs(x_I)), 1e-8) / LIMIT
-    x_I /= scale
-    if tl.int8 == KIND:
-        x_I = (x_I + 12582912.0) - 12582912.0  # to the nearest whole number, the even one of two: 1.5 * 2^23
-        x_I = tl.minimum(tl.maximum(x_I, -128.0), 127.0)
-    else:
-        x_I = tl.minimum(tl.maximum(x_I, -LIMIT), LIMIT)
-    return x_I.to(KIND), scale
-
-
 @lean
 @triton.jit
 def round_rows_kernel(  # type: ignore[no-untyped-def]
@@ -105,8 +91,15 @@ def round_rows_kernel(  # type: ignore[no-untyped-def]
     if NORM:
         x_I *= tl.rsqrt(tl.sum(x_I * x_I) / num_inputs + eps) * norm_I
     KIND: tl.constexpr = out_ptr.dtype.element_ty
-    x_I, scale = rounded_row(x_I, KIND)
-    tl.store(out_ptr + row * num_inputs + inputs_I, x_I, inside_I)
+    LIMIT: tl.constexpr = 127.5 if tl.int8 == KIND else 448.0  # half of the 255 steps on either side
+    scale = tl.maximum(tl.max(tl.abs(x_I)), 1e-8) / LIMIT  # as round_activations of engine/quantization/rounding.py
+    x_I /= scale
+    if tl.int8 == KIND:
+        x_I = (x_I + 12582912.0) - 12582912.0  # to the nearest whole number, the even one of two: 1.5 * 2^23
+        x_I = tl.minimum(tl.maximum(x_I, -128.0), 127.0)
+    else:
+        x_I = tl.minimum(tl.maximum(x_I, -LIMIT), LIMIT)
+    tl.store(out_ptr + row * num_inputs + inputs_I, x_I.to(KIND), inside_I)
     tl.store(scales_ptr + row, scale)
 
 

@@ -1,22 +1,19 @@
 // y = x W^T for up to 128 rows of x: numbers of 8 or 4 bits, as packed.py lays them out, on Hopper's matrix units.
 //
 // As in streamed_rows.cu one thread of a program copies W into a ring in shared memory, from before the previous kernel's
-// end on. Here it copies x, too, which arrange.py has left in the order in which it is needed. The matrix units read x
-// from there, as their second operand; the first, W, they take from registers, where it becomes numbers on its way. A
-// warpgroup multiplies 64 rows of W. Of a cluster's programs, those of neighbouring tiles fetch x once for all of them: with
-// many rows, x from the second-level cache is more than W. Where a product has too few outputs for the device, programs
-// share a tile's inputs instead, or as well, and sum up in each other's shared memory.
+// end on; here it copies x, too. A warpgroup multiplies 64 rows of W. Where a product has too few outputs for the device,
+// the programs of a cluster share a tile's inputs, and sum up in each other's shared memory.
 //
-// A thread takes 16 neighbouring bytes of W, where the instruction would have it take them from all over 64; so arrange.py
-// puts the inputs of x in that order. Source of instructions and layouts: the PTX manual, on wgmma.
+// Rounded, both sides are multiplied where they lie. Otherwise the matrix units take W from registers, where it becomes
+// numbers on its way: a thread takes 16 neighbouring bytes of W, where the instruction would have it take them from all
+// over 64, and arrange.py has put the inputs of x in that order. Source of instructions and layouts: the PTX manual, on wgmma.
 
 #include "hopper.cuh"
 #include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
 // GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x: 32, 64 or 128), WARPGROUPS, PARTS (programs that share a tile's
-// inputs), SHARERS (neighbouring tiles whose programs share x), SEGMENT (bytes of a row in a stage: 64 or 128), STAGES,
-// RESIDENT.
+// inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
@@ -27,7 +24,6 @@ constexpr int ROW_BYTES = FORMAT == INT4 ? INPUTS / 2 : INPUTS;
 constexpr int SEGMENTS = ROW_BYTES / SEGMENT / PARTS;  // of a program
 constexpr int X_SIZE = ROUNDED ? 1 : 2;
 constexpr int PIECES = FORMAT == INT4 ? 2 : 1;  // of x in a stage: what the low and the high bits are multiplied with
-constexpr int CLUSTER = PARTS * SHARERS;
 constexpr int CHUNK = 64;  // bytes of a row of W that a thread has a quarter of
 
 // A stage: W, then x, then scales and offsets of its groups.
@@ -45,7 +41,7 @@ constexpr int ROWS_AT_ONCE = THREADS / QUADS;
 constexpr int PART_ROWS = ROWS / PARTS;  // that one of a tile's programs finishes
 constexpr int ELEMENTS = (PART_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 
-static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && (FORMAT != INT4 || GROUP % SEGMENT == 0) && FORMAT != BF16, "");
+static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && (!ROUNDED || SEGMENT == 128) && (FORMAT != INT4 || GROUP % SEGMENT == 0) && FORMAT != BF16, "");
 
 #if ROUNDED && FORMAT == INT8
 typedef int Sum;
@@ -56,11 +52,14 @@ constexpr int SUMS = ROWS / 2;  // of a thread: 64 rows of W times ROWS over 128
 
 // --- the matrix units ------------------------------------------------------------------------------------------------
 
-// 64 rows of W, of which this thread has those of `w`, times a matrix in shared memory, are added up. Begins, and does not end.
+// 64 rows of W are multiplied with all of x, 32 bytes of each row of x at a time, and added up; begun, and not ended. Of W this
+// thread's numbers in `w`, or the matrices of both in shared memory.
 __device__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x);
+__device__ void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x);
 __device__ void begin_products(Sum (&sums)[SUMS]);
-__device__ void commit_products(Sum (&sums)[SUMS]);
+__device__ void commit_products(Sum (&sums)[SUMS]);  // those begun so far are one group
 __device__ void end_products(Sum (&sums)[SUMS]);
+__device__ void end_older_products(Sum (&sums)[SUMS]);  // of all groups but the last one
 
 #ifndef INSTRUCTIONS
 #if ROUNDED && FORMAT == INT8
@@ -85,20 +84,32 @@ __device__ void end_products(Sum (&sums)[SUMS]);
            ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #if ROWS == 32
 #define ALL_KEPT KEPT_16(0)
-#define OPERANDS OPERATION("m64n32") "{" NAMES_16 "}, {%16,%17,%18,%19}, %20, "
+#define INTO_SUMS OPERATION("m64n32") "{" NAMES_16 "}, "
+#define FROM_REGISTERS "{%16,%17,%18,%19}, %20, "
+#define FROM_MEMORY "%16, %17, "
 #elif ROWS == 64
 #define ALL_KEPT KEPT_16(0), KEPT_16(16)
-#define OPERANDS OPERATION("m64n64") "{" NAMES_32 "}, {%32,%33,%34,%35}, %36, "
+#define INTO_SUMS OPERATION("m64n64") "{" NAMES_32 "}, "
+#define FROM_REGISTERS "{%32,%33,%34,%35}, %36, "
+#define FROM_MEMORY "%32, %33, "
 #else
 #define ALL_KEPT KEPT_16(0), KEPT_16(16), KEPT_16(32), KEPT_16(48)
-#define OPERANDS OPERATION("m64n128") "{" NAMES_64 "}, {%64,%65,%66,%67}, %68, "
+#define INTO_SUMS OPERATION("m64n128") "{" NAMES_64 "}, "
+#define FROM_REGISTERS "{%64,%65,%66,%67}, %68, "
+#define FROM_MEMORY "%64, %65, "
 #endif
 
+#if ROUNDED
+__device__ __forceinline__ void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x) {
+  asm volatile("wgmma.mma_async.sync.aligned." INTO_SUMS FROM_MEMORY AFTER : ALL_KEPT : "l"(w), "l"(x));
+}
+#else
 __device__ __forceinline__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
-  asm volatile("wgmma.mma_async.sync.aligned." OPERANDS AFTER
+  asm volatile("wgmma.mma_async.sync.aligned." INTO_SUMS FROM_REGISTERS AFTER
                : ALL_KEPT
                : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));
 }
+#endif
 
 __device__ __forceinline__ void begin_products(Sum (&sums)[SUMS]) {
   asm volatile("wgmma.fence.sync.aligned;" : ALL_KEPT : : "memory");
@@ -111,17 +122,29 @@ __device__ __forceinline__ void commit_products(Sum (&sums)[SUMS]) {
 __device__ __forceinline__ void end_products(Sum (&sums)[SUMS]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_KEPT : : "memory");
 }
+
+__device__ __forceinline__ void end_older_products(Sum (&sums)[SUMS]) {
+  asm volatile("wgmma.wait_group.sync.aligned 1;" : ALL_KEPT : : "memory");
+}
 #endif
 
-// Of x at this place: 8 rows by 16 bytes lie together, the next rows follow, then the next 16 bytes.
-__device__ __forceinline__ u64 matrix_at(const u8* x) {
-  return (u64)(shared_address(x) >> 4 & 0x3fff) | (u64)(ROWS * 16 >> 4) << 16 | (u64)(128 >> 4) << 32;
+// A matrix in shared memory, as the matrix units are told of it: where, how far its blocks lie apart along inputs and along
+// rows, and whether pieces of 16 bytes change places as copies of 128 bytes have it.
+__device__ __forceinline__ u64 matrix_at(const u8* start, u32 along_inputs, u32 along_rows, bool swizzled) {
+  return (u64)(shared_address(start) >> 4 & 0x3fff) | (u64)(along_inputs >> 4) << 16 | (u64)(along_rows >> 4) << 32 |
+         (u64)swizzled << 62;
 }
+
+// Rows of 128 bytes.
+__device__ __forceinline__ u64 rows_at(const u8* start) { return matrix_at(start, 16, 8 * 128, true); }
+
+// As arrange.py has it: 8 rows by 16 bytes lie together, the next rows follow, then the next 16 bytes.
+__device__ __forceinline__ u64 arranged_at(const u8* start) { return matrix_at(start, ROWS * 16, 8 * 16, false); }
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 struct Product {
-  const u8* x;            // as arrange.py has it
+  const u8* x;            // as arrange.py has it; if ROUNDED, the kernel has a map of its rows
   const float* x_scales;  // [num_rows], read if ROUNDED
   const void* scales;     // float [outputs] of 8 bits, bfloat16 [groups, outputs] of 4
   const u16* offsets;     // as the scales, read if OFFSETS: added to each number of a group, before its scale
@@ -134,40 +157,31 @@ struct Product {
   int num_outputs;        // of one half, if GATED
 };
 
-// Which tile and which part of its inputs a program multiplies.
-struct Place {
-  int tile, part, sharer;
-};
-
-__device__ __forceinline__ void fill_ring(const Matrix& w, const Product& p, const Place& place, u8* ring, u64* full,
-                                          u64* empty) {
+__device__ __forceinline__ void fill_ring(const Matrix& w, const Matrix& x, const Product& p, u8* ring, u64* full, u64* empty,
+                                          int tile, int first) {
   const u64 policy = read_once();
-  const int first = place.part * SEGMENTS;
   auto copy_x = [&](int slot, int s) {
+    u8* to = ring + slot * STAGE_BYTES + X_AT;
     const int byte = (first + s) * SEGMENT;
-    const int input = FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte;
-    constexpr int BYTES = PIECE_BYTES / SHARERS;
-    for (int i = 0; i < PIECES; ++i) {
-      const u8* from = p.x + (long long)(input + i * GROUP) * (ROWS * X_SIZE) + place.sharer * BYTES;
-      u8* to = ring + slot * STAGE_BYTES + X_AT + i * PIECE_BYTES + place.sharer * BYTES;
-      if (SHARERS > 1)
-        copy_to_all(to, from, BYTES, &full[slot], ((1 << SHARERS) - 1) << place.part * SHARERS);
-      else
-        copy(to, from, BYTES, &full[slot]);
+    if (ROUNDED) {
+      copy_box(to, x, byte, 0, &full[slot]);
+      return;
     }
+    const int input = FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte;
+    for (int i = 0; i < PIECES; ++i)
+      copy(to + i * PIECE_BYTES, p.x + (long long)(input + i * GROUP) * (ROWS * X_SIZE), PIECE_BYTES, &full[slot]);
   };
   int slot = 0, parity = 1;
   for (int s = 0; s < SEGMENTS; ++s) {
     if (s == STAGES) {
       wait_for_previous_kernel();
-      if (CLUSTER > 1) wait_for_cluster();
       for (int i = 0; i < STAGES; ++i) copy_x(i, i);
     }
     wait(&empty[slot], parity);
     u8* to = ring + slot * STAGE_BYTES;
     expect(&full[slot], TILE_ROWS * SEGMENT + PIECES * PIECE_BYTES + SCALE_BYTES * (1 + OFFSETS));
     for (int box = 0; box < 2; ++box) {
-      const int row = GATED ? box * p.num_outputs + place.tile * BOX_ROWS : place.tile * TILE_ROWS + box * BOX_ROWS;
+      const int row = GATED ? box * p.num_outputs + tile * BOX_ROWS : tile * TILE_ROWS + box * BOX_ROWS;
       copy_box_once(to + box * BOX_ROWS * SEGMENT, w, (first + s) * SEGMENT, row, &full[slot], policy);
       for (int i = 0; i < (FORMAT == INT4 ? 2 : 0); ++i) {  // the groups of the low and the high bits
         const long long at = (long long)((first + s) * SEGMENT / GROUP * 2 + i) * (p.num_outputs * HALVES) + row;
@@ -184,7 +198,6 @@ __device__ __forceinline__ void fill_ring(const Matrix& w, const Product& p, con
   }
   if (SEGMENTS <= STAGES) {
     wait_for_previous_kernel();
-    if (CLUSTER > 1) wait_for_cluster();
     for (int s = 0; s < SEGMENTS; ++s) copy_x(s, s);
   }
 }
@@ -213,76 +226,60 @@ __device__ __forceinline__ u32 scaled_pair(u32 bits, u32 magic, const Affine& a)
   return multiply_add(number, a.scale, 0x80008000u);
 }
 
-constexpr int OPERANDS_OF_CHUNK = FORMAT == INT4 ? 8 : ROUNDED ? 2 : 4;
-constexpr int OPERANDS_OF_STAGE = SEGMENT / CHUNK * OPERANDS_OF_CHUNK;
+constexpr int OPERANDS = FORMAT == INT4 ? 8 : 4;  // of a chunk of 64 bytes of each row
 
-// A thread's numbers of a stage, in the order of its pieces of x.
-__device__ __forceinline__ void operands_of(u32 (&a)[OPERANDS_OF_STAGE][4], const u8* stage, int row, int row_8, int t,
-                                            u32 magic) {
+// A thread's numbers of a chunk, in the order of its pieces of x.
+__device__ __forceinline__ void numbers_of(u32 (&a)[OPERANDS][4], const u8* stage, int chunk, int row, int t, u32 magic) {
+  const uint4 bytes = bytes_of(stage, row, chunk * 4 + t), bytes_8 = bytes_of(stage, row + 8, chunk * 4 + t);
   Affine low = {}, low_8 = {}, high = {}, high_8 = {};
   if (FORMAT == INT4) {
-    low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row_8);
-    high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row_8);
+    low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row + 8);
+    high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row + 8);
   }
 #pragma unroll
-  for (int c = 0; c < SEGMENT / CHUNK; ++c) {
-    const uint4 bytes = bytes_of(stage, row, c * 4 + t), bytes_8 = bytes_of(stage, row_8, c * 4 + t);
+  for (int j = 0; j < 4; ++j) {
+    if (FORMAT == INT4) {
 #pragma unroll
-    for (int j = 0; j < (ROUNDED ? 2 : 4); ++j) {
-      if (ROUNDED) {
-        u32(&of)[4] = a[2 * c + j];
-        of[0] = word(bytes, 2 * j), of[1] = word(bytes_8, 2 * j);
-        of[2] = word(bytes, 2 * j + 1), of[3] = word(bytes_8, 2 * j + 1);
-      } else if (FORMAT == INT4) {
-        u32(&of)[4] = a[4 * c + j];
-        u32(&of_high)[4] = a[OPERANDS_OF_STAGE / 2 + 4 * c + j];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // two bytes of one of the rows: the first ones of both, then the others
-          const u32 bits = __byte_perm(word(i % 2 ? bytes_8 : bytes, j), 0, i < 2 ? 0x4140 : 0x4342);
-          of[i] = scaled_pair(bits, magic, i % 2 ? low_8 : low);
-          of_high[i] = scaled_pair(bits >> 4, magic, i % 2 ? high_8 : high);
-        }
-      } else {
-        widen(word(bytes, j), magic, a[4 * c + j][0], a[4 * c + j][2]);
-        widen(word(bytes_8, j), magic, a[4 * c + j][1], a[4 * c + j][3]);
+      for (int i = 0; i < 4; ++i) {  // two bytes of one of the rows: the first ones of both, then the others
+        const u32 bits = __byte_perm(word(i % 2 ? bytes_8 : bytes, j), 0, i < 2 ? 0x4140 : 0x4342);
+        a[j][i] = scaled_pair(bits, magic, i % 2 ? low_8 : low);
+        a[OPERANDS - 4 + j][i] = scaled_pair(bits >> 4, magic, i % 2 ? high_8 : high);
       }
+    } else {
+      widen(word(bytes, j), magic, a[j][0], a[j][2]);
+      widen(word(bytes_8, j), magic, a[j][1], a[j][3]);
     }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
-    streamed_blocks(const __grid_constant__ Matrix w, const Product p, u32 magic) {
+    streamed_blocks(const __grid_constant__ Matrix w, const __grid_constant__ Matrix x, const Product p, u32 magic) {
   let_next_kernel_start();
   u8* const ring = dynamic_shared;
   float* const sums = (float*)ring;  // [ROWS, SUMS_STRIDE], once the ring is empty for good
   u64* const full = (u64*)(ring + BARRIERS_AT);
   u64* const empty = full + STAGES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int rank = CLUSTER > 1 ? rank_in_cluster() : 0;
-  const Place place = {(int)blockIdx.x / CLUSTER * SHARERS + rank % SHARERS, rank / SHARERS, rank % SHARERS};
+  const int part = PARTS > 1 ? rank_in_cluster() : 0, tile = blockIdx.x / PARTS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init(&full[i], 1);
-      init(&empty[i], WARPS * SHARERS);
+      init(&empty[i], WARPS);
     }
     publish_barriers();
   }
   __syncthreads();
-  if (CLUSTER > 1) arrive_at_cluster();  // so others may write here
   if (warp == WARPS) {
-    if (lane == 0) fill_ring(w, p, place, ring, full, empty);
+    if (lane == 0) fill_ring(w, x, p, ring, full, empty, tile, part * SEGMENTS);
     return;
   }
   wait_for_previous_kernel();
-  if (CLUSTER > 1) wait_for_cluster();
 
-  const int g = lane >> 2, t = lane & 3;
-  const int row = GATED ? warp * 8 + g : warp * 16 + g;  // of the tile; the thread's other one:
-  const int row_8 = GATED ? BOX_ROWS + row : row + 8;
-  const int quad = threadIdx.x % QUADS, first_row = place.part * PART_ROWS + threadIdx.x / QUADS;
+  const int g = lane >> 2, t = lane & 3, row = warp * 16 + g;  // of the tile; a thread has row + 8, too
+  const int quad = threadIdx.x % QUADS, first_row = part * PART_ROWS + threadIdx.x / QUADS;
 
   // Asked for now, used when the sums are there.
-  const int output = place.tile * TILE_OUTPUTS + quad * 4;
+  const int output = tile * TILE_OUTPUTS + quad * 4;
   float4 scale = make_float4(1.f, 1.f, 1.f, 1.f), up_scale = scale;
   if (FORMAT != INT4) {
     scale = *(const float4*)((const float*)p.scales + output);
@@ -302,44 +299,71 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
   Sum y[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) y[i] = 0;
-  // Numbers of the next stage are made while the matrix units are busy with those of this one.
-  int slot = 0, parity = 0, next_slot = 0;
-  auto take = [&](u32(&a)[OPERANDS_OF_STAGE][4]) {
-    wait(&full[next_slot], parity);
-    operands_of(a, ring + next_slot * STAGE_BYTES, row, row_8, t, magic);
-    if (++next_slot == STAGES) {
-      next_slot = 0;
-      parity ^= 1;
-    }
+  int slot = 0, parity = 0;
+  auto next = [&](int& slot) {
+    if (++slot == STAGES) slot = 0;
+    return slot == 0;
   };
-  auto step = [&](u32(&a)[OPERANDS_OF_STAGE][4], u32(&next)[OPERANDS_OF_STAGE][4], bool is_last) {
-    const u64 x = matrix_at(ring + slot * STAGE_BYTES + X_AT);
+  auto release = [&](int slot) {
+    __syncwarp();
+    if (lane == 0) arrive(&empty[slot]);
+  };
+#if ROUNDED
+  // A stage's products are begun before those of the one before have ended.
+  int before = 0;
+#pragma unroll 1
+  for (int s = 0; s < SEGMENTS; ++s) {
+    wait(&full[slot], parity);
+    const u8* stage = ring + slot * STAGE_BYTES;
+    const u64 w_rows = rows_at(stage + warp / 4 * 64 * SEGMENT), x_rows = rows_at(stage + X_AT);
     begin_products(y);
 #pragma unroll
-    for (int i = 0; i < OPERANDS_OF_STAGE; ++i) {
-      constexpr int PIECE_STEPS = SEGMENT * X_SIZE / 32;  // of 32 bytes of each row of x
-      multiply_block(y, a[i], x + i / PIECE_STEPS * (PIECE_BYTES >> 4) + i % PIECE_STEPS * (32 * ROWS >> 4));
-    }
+    for (int i = 0; i < SEGMENT / 32; ++i) multiply_block(y, w_rows + 2 * i, x_rows + 2 * i);  // 32 bytes farther
     commit_products(y);
-    if (!is_last) take(next);
-    end_products(y);
-    if (lane < SHARERS) SHARERS > 1 ? arrive_at(&empty[slot], place.part * SHARERS + lane) : arrive(&empty[slot]);
-    if (++slot == STAGES) slot = 0;
-  };
-  u32 a[OPERANDS_OF_STAGE][4], b[OPERANDS_OF_STAGE][4];
-  take(a);
-#pragma unroll 1
-  for (int s = 0; s < SEGMENTS; s += 2) {
-    step(a, b, s + 1 == SEGMENTS);
-    if (SEGMENTS % 2 == 0 || s + 1 < SEGMENTS) step(b, a, s + 2 >= SEGMENTS);
+    end_older_products(y);
+    if (s > 0) release(before);
+    before = slot;
+    if (next(slot)) parity ^= 1;
   }
+  end_products(y);
+#else
+  // Numbers of the next chunk are made while the matrix units are busy with those of this one.
+  constexpr int CHUNKS = SEGMENT / CHUNK;
+  int ahead = 0;  // the slot of the next chunk
+  auto take = [&](u32(&a)[OPERANDS][4], int chunk) {
+    if (chunk == 0) wait(&full[ahead], parity);
+    numbers_of(a, ring + ahead * STAGE_BYTES, chunk, row, t, magic);
+    if (chunk == CHUNKS - 1 && next(ahead)) parity ^= 1;
+  };
+  auto step = [&](u32(&a)[OPERANDS][4], u32(&a_next)[OPERANDS][4], int chunk, bool is_last) {
+    const u64 inputs = arranged_at(ring + slot * STAGE_BYTES + X_AT);
+    begin_products(y);
+#pragma unroll
+    for (int i = 0; i < OPERANDS; ++i)
+      multiply_block(y, a[i], inputs + ((i / 4 * PIECE_BYTES + (4 * chunk + i % 4) * (32 * ROWS)) >> 4));
+    commit_products(y);
+    if (!is_last) take(a_next, (chunk + 1) % CHUNKS);
+    end_products(y);
+    if (chunk == CHUNKS - 1) {
+      release(slot);
+      next(slot);
+    }
+  };
+  u32 a[OPERANDS][4], b[OPERANDS][4];
+  take(a, 0);
+#pragma unroll 1
+  for (int i = 0; i < SEGMENTS * CHUNKS; i += 2) {
+    step(a, b, 0, i + 1 == SEGMENTS * CHUNKS);
+    if (SEGMENTS * CHUNKS % 2 == 0 || i + 1 < SEGMENTS * CHUNKS) step(b, a, CHUNKS - 1, i + 2 >= SEGMENTS * CHUNKS);
+  }
+#endif
 
   meet(THREADS);  // everybody is done with the ring
 #pragma unroll
   for (int i = 0; i < SUMS / 4; ++i) {
     float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE;
     to[row] = y[4 * i], to[SUMS_STRIDE + row] = y[4 * i + 1];
-    to[row_8] = y[4 * i + 2], to[SUMS_STRIDE + row_8] = y[4 * i + 3];
+    to[row + 8] = y[4 * i + 2], to[SUMS_STRIDE + row + 8] = y[4 * i + 3];
   }
   if (PARTS > 1) {
     arrive_at_cluster();
@@ -350,12 +374,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
 #pragma unroll
   for (int e = 0; e < ELEMENTS; ++e) {
     const int n = first_row + e * ROWS_AT_ONCE;
-    if (n >= p.num_rows || n >= (place.part + 1) * PART_ROWS) continue;
+    if (n >= p.num_rows || n >= (part + 1) * PART_ROWS) continue;
     float of[4] = {}, up[4] = {};
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
       auto add = [&](float(&to)[4], const float* from) {
-        const float4 v = PARTS > 1 ? read_from(i * SHARERS + place.sharer, from) : *(const float4*)from;
+        const float4 v = PARTS > 1 ? read_from(i, from) : *(const float4*)from;
         to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
       };
       add(of, sums + n * SUMS_STRIDE + quad * 4);
@@ -377,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
     *(uint2*)(p.out + n * p.out_stride + output) =
         make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
   }
-  if (CLUSTER > 1) {  // a program that ended would take its sums and its barriers along
+  if (PARTS > 1) {  // a program that ended would take its sums along
     arrive_at_cluster();
     wait_for_cluster();
   }

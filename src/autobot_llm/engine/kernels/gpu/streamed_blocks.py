@@ -10,6 +10,7 @@ import torch
 from autobot_llm.engine.kernels.gpu.arrange import arrange
 from autobot_llm.engine.kernels.gpu.block_tiles import BlockTile, choose_block_tile, padded_rows, shared_bytes
 from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc, map_of_bytes
+from autobot_llm.engine.kernels.gpu.quantized_many import round_rows
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, address_of, format_of
@@ -57,22 +58,23 @@ def multiply_blocks(
     rounded: bool = False,
 ) -> torch.Tensor:
     """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
-    arranged, x_scales_T = arrange(
-        x_TI, padded_rows(x_TI.shape[0]), weight.values.dtype if rounded else None, norm=norm, eps=eps
-    )
-    prepared = prepare(
-        tile, arranged, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated, rounded=rounded
-    )
-    values, box_rows = weight.values, tile.weight_rows // 2
-    matrix = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), box_rows, tile.segment)
+    num_rows, values = padded_rows(x_TI.shape[0]), weight.values
+    w_map = x_map = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
+    x_scales_T = None
+    if rounded:
+        x, x_scales_T = round_rows(x_TI, values.dtype, norm, eps)
+        x_map = map_of_bytes(x.data_ptr(), *x.shape, x.stride(0), num_rows, tile.segment)
+    else:
+        x = arrange(x_TI, num_rows, norm, eps)
+    prepared = prepare(tile, x, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated)
     _kernel.launch(
         prepared.constants,
-        (matrix, prepared.arguments, ctypes.c_uint(MAGIC)),
+        (w_map, x_map, prepared.arguments, ctypes.c_uint(MAGIC)),
         programs=prepared.num_tiles * tile.parts,
         threads=128 * tile.num_warpgroups + 32,
         shared_bytes=prepared.shared_bytes,
         device=out.device,
-        cluster=tile.parts * tile.sharers,
+        cluster=tile.parts,
     )
     return out
 
@@ -89,7 +91,7 @@ class Prepared:
 
 def prepare(
     tile: BlockTile,
-    arranged: torch.Tensor,
+    x: torch.Tensor,
     x_scales_T: torch.Tensor | None,
     weight: PackedWeight,
     out: torch.Tensor,
@@ -97,9 +99,9 @@ def prepare(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gated: bool,
-    rounded: bool,
 ) -> Prepared:
-    """What the kernel is launched with for x as `arrange` has left it."""
+    """What the kernel is launched with for x as `arrange` has left it, or rounded rows with their scales."""
+    rounded = x_scales_T is not None
     num_rows, num_outputs = out.shape
     fmt, offsets = format_of(weight), weight.offsets
     halves = 2 if gated else 1
@@ -107,12 +109,12 @@ def prepare(
     assert bias is None or (bias.shape == (weight.values.shape[0],) and bias.dtype == out.dtype)
     assert residual is None or (residual.shape == out.shape and residual.stride(1) == 1)
     assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
-    assert (x_scales_T is not None) == rounded and not (rounded and fmt is Format.INT4)
+    assert not (rounded and (fmt is Format.INT4 or tile.segment != 128))
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
-    assert not rest and num_tiles % tile.sharers == 0 and weight.values.shape[1] % (tile.segment * tile.parts) == 0
+    assert not rest and weight.values.shape[1] % (tile.segment * tile.parts) == 0
     arguments = _Product(
-        *(address_of(arranged), address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
+        *(address_of(x), address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
         *(address_of(bias), address_of(residual), 0 if residual is None else residual.stride(0)),
         *(address_of(out), out.stride(0), num_rows, num_outputs),
     )
@@ -126,7 +128,6 @@ def prepare(
         "ROWS": padded_rows(num_rows),
         "WARPGROUPS": tile.num_warpgroups,
         "PARTS": tile.parts,
-        "SHARERS": tile.sharers,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
