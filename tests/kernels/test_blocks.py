@@ -134,8 +134,8 @@ class Box(ctypes.Structure):
         ("int8", (128, 256), 19, "norm", BlockTile(1, 2, 128, 3), 128),
         ("fp8", (128, 256), 32, "gated", BlockTile(1, 1, 64, 6), 128),  # more stages than a tile has
         ("int4", (256, 1024), 17, "gated", BlockTile(2, 1, 64, 3), 128),
-        ("int4 with zeros", (256, 1024), 65, "add", BlockTile(2, 2, 64, 2), 64),
-        ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 128, 1), 128),
+        ("int4 with zeros", (256, 1024), 65, "add", BlockTile(2, 2, 64, 3), 64),
+        ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 128, 2), 128),
     ],
 )
 def test_the_same_source_computes_the_same_on_a_processor(

@@ -15,7 +15,6 @@ _RING_BYTES = 200 << 10  # of a multiprocessor's shared memory; small kernels fi
 _MOST_STAGES = 16
 _MULTIPROCESSORS = 132
 _ALIGNMENT = 1024
-_PARTS = (4, 2, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +75,12 @@ def choose_block_tile(
     """
     if not FEWEST_ROWS <= num_rows <= MOST_ROWS or weight_rows % 128:
         return None
-    wide = fmt is Format.INT4 and num_rows > 64  # x is most of a stage
-    segment = 64 if wide or (group and group % 128) else 128
-    num_tiles = weight_rows // 128
-    for parts in _PARTS:
-        if row_bytes % (segment * parts) == 0 and (parts == 1 or num_tiles * parts <= _MULTIPROCESSORS):
-            return filled(BlockTile(2, parts, segment), num_rows, fmt, rounded=rounded, offsets=offsets)
-    return None
+    segment = 128
+    if not rounded and (num_rows > 64 or (group and group % 128)):
+        segment = 64  # x is most of a stage; a stage's scales are those of one group
+    num_tiles = weight_rows // 64
+    parts = 2 if 2 * num_tiles <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
+    tile = BlockTile(1, parts, segment)
+    if num_tiles >= 2 * _MULTIPROCESSORS:
+        tile = BlockTile(2, 1, segment, resident=2 if rounded else 1)
+    return filled(tile, num_rows, fmt, rounded=rounded, offsets=offsets) if row_bytes % segment == 0 else None
