@@ -236,13 +236,6 @@ __device__ __forceinline__ u32 scaled_pair(u32 bits, u32 magic, const Affine& a)
 
 constexpr int OPERANDS = FORMAT == INT4 ? 8 : 4;  // of a chunk of 64 bytes of each row
 
-struct Yes {
-  __device__ constexpr operator bool() const { return true; }
-};
-struct No {
-  __device__ constexpr operator bool() const { return false; }
-};
-
 // What a thread has of a chunk: a quarter of two rows' bytes, and what their numbers become.
 struct Bytes {
   uint4 of_row, of_row_8;
@@ -371,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
     two_operands(a[2 * i], a[2 * i + 1], bytes, i, magic);
     have(a[2 * i]), have(a[2 * i + 1]);
   };
-  auto multiply_chunk = [&](u32(&a)[OPERANDS][4], u32(&a_next)[OPERANDS][4], int chunk, auto makes, auto takes) {
+  auto multiply_chunk = [&](u32(&a)[OPERANDS][4], u32(&a_next)[OPERANDS][4], int chunk, bool makes, bool takes) {
     const u64 inputs = arranged_at(ring + slot * STAGE_BYTES + X_AT);
 #pragma unroll
     for (int i = 0; i < OPERANDS; ++i) have(a[i]);
@@ -399,18 +392,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
   if (ALL > 1) take(CHUNKS - 1);
 #pragma unroll 1
   for (int i = 0; i + 3 < ALL; i += 2) {
-    multiply_chunk(a, b, 0, Yes(), Yes());
-    multiply_chunk(b, a, CHUNKS - 1, Yes(), Yes());
+    multiply_chunk(a, b, 0, true, true);
+    multiply_chunk(b, a, CHUNKS - 1, true, true);
   }
   if (ALL % 2 == 0) {
-    multiply_chunk(a, b, 0, Yes(), No());
-    multiply_chunk(b, a, CHUNKS - 1, No(), No());
+    multiply_chunk(a, b, 0, true, false);
+    multiply_chunk(b, a, CHUNKS - 1, false, false);
   } else {
     if (ALL > 1) {
-      multiply_chunk(a, b, 0, Yes(), Yes());
-      multiply_chunk(b, a, 0, Yes(), No());
+      multiply_chunk(a, b, 0, true, true);
+      multiply_chunk(b, a, 0, true, false);
     }
-    multiply_chunk(a, b, 0, No(), No());
+    multiply_chunk(a, b, 0, false, false);
   }
 #endif
 
