@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from autobot_llm.engine.kernels.gpu.arrange import arrange
-from autobot_llm.engine.kernels.gpu.block_tiles import BlockTile, choose_block_tile, padded_rows, shared_bytes
+from autobot_llm.engine.kernels.gpu.block_tiles import (
+    BlockTile,
+    choose_block_tile,
+    fewest_stages,
+    padded_rows,
+    shared_bytes,
+)
 from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc, map_of_bytes
 from autobot_llm.engine.kernels.gpu.quantized_many import round_rows
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
@@ -111,6 +117,7 @@ def prepare(
     assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
     assert not (rounded and (fmt is Format.INT4 or tile.segment != 128))
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
+    assert tile.num_stages >= fewest_stages(tile.segment)
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
     assert not rest and weight.values.shape[1] % (tile.segment * tile.parts) == 0
     arguments = _Product(
