@@ -259,8 +259,6 @@ void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x) {
   multiply_words(sums, x, [&](int half, int word) { return word_of(w, row + 8 * half, word); });
 }
 void begin_products(Sum (&)[SUMS]) {}
-void have(u32 (&)[4]) {}
-void go_on() {}
 void commit_products(Sum (&)[SUMS]) {}
 void end_products(Sum (&)[SUMS]) {}
 void end_older_products(Sum (&)[SUMS]) {}

@@ -39,11 +39,6 @@ def padded_rows(num_rows: int) -> int:
     return next(most for most in (32, 64, MOST_ROWS) if num_rows <= most)
 
 
-def fewest_stages(segment: int) -> int:
-    """A chunk of 64 bytes is multiplied, the next one becomes numbers, and a third one is read."""
-    return 2 if segment == 128 else 3
-
-
 def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
     """Shared memory of one stage of the ring, as streamed_blocks.cu lays it out."""
     rows, inputs = padded_rows(num_rows), tile.segment * (2 if fmt is Format.INT4 else 1)
@@ -87,8 +82,12 @@ def choose_block_tile(
     if row_bytes % segment:
         return None
     parts = 2 if 2 * num_tiles <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
-    is_short = parts == 2 and num_rows <= 32 and row_bytes <= 8192
-    tile = BlockTile(1, parts, segment, resident=2 if is_short else 1)
-    if num_tiles >= 2 * _MULTIPROCESSORS:
-        tile = BlockTile(2, 1, segment, resident=2 if rounded else 1)
+    is_wide = num_tiles >= 2 * _MULTIPROCESSORS
+    # Where little is left of a program's time between its first bytes and its sums, or there are several for each
+    # multiprocessor, half a ring each lets the next ones begin.
+    if rounded:
+        halves = is_wide or (parts == 2 and num_rows <= 32 and row_bytes <= 8192)
+    else:
+        halves = num_rows <= 64 and parts == 1
+    tile = BlockTile(2 if is_wide and (rounded or num_rows > 64) else 1, parts, segment, resident=2 if halves else 1)
     return filled(tile, num_rows, fmt, rounded=rounded, offsets=offsets)

@@ -57,8 +57,6 @@ constexpr int SUMS = ROWS / 2;  // of a thread: 64 rows of W times ROWS over 128
 __device__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x);
 __device__ void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x);
 __device__ void begin_products(Sum (&sums)[SUMS]);
-__device__ void have(u32 (&w)[4]);  // numbers have been made before what follows, and not when they are used
-__device__ void go_on();  // with products, after other registers have been written that products will read
 __device__ void commit_products(Sum (&sums)[SUMS]);  // those begun so far are one group
 __device__ void end_products(Sum (&sums)[SUMS]);
 __device__ void end_older_products(Sum (&sums)[SUMS]);  // of all groups but the last one
@@ -113,15 +111,9 @@ __device__ __forceinline__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)
 }
 #endif
 
-__device__ __forceinline__ void have(u32 (&w)[4]) {
-  asm volatile("" : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]));
-}
-
 __device__ __forceinline__ void begin_products(Sum (&sums)[SUMS]) {
   asm volatile("wgmma.fence.sync.aligned;" : ALL_KEPT : : "memory");
 }
-
-__device__ __forceinline__ void go_on() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void commit_products(Sum (&sums)[SUMS]) {
   asm volatile("wgmma.commit_group.sync.aligned;" : ALL_KEPT : : "memory");
@@ -234,45 +226,32 @@ __device__ __forceinline__ u32 scaled_pair(u32 bits, u32 magic, const Affine& a)
   return multiply_add(number, a.scale, 0x80008000u);
 }
 
-constexpr int OPERANDS = FORMAT == INT4 ? 8 : 4;  // of a chunk of 64 bytes of each row
+constexpr int CHUNKS = SEGMENT / CHUNK;
+constexpr int OPERANDS = CHUNKS * (FORMAT == INT4 ? 8 : 4);  // of a stage: 32 bytes of each row of x are the other side
 
-// What a thread has of a chunk: a quarter of two rows' bytes, and what their numbers become.
-struct Bytes {
-  uint4 of_row, of_row_8;
-  Affine low, low_8, high, high_8;
-};
-
-__device__ __forceinline__ Bytes chunk_of(const u8* stage, int chunk, int row, int t) {
-  Bytes v = {};
-  v.of_row = bytes_of(stage, row, chunk * 4 + t), v.of_row_8 = bytes_of(stage, row + 8, chunk * 4 + t);
+// A thread's numbers of a stage, of rows `row` and `row` + 8, in the order of the stage's x.
+__device__ __forceinline__ void numbers_of(u32 (&a)[OPERANDS][4], const u8* stage, int row, int t, u32 magic) {
+  Affine low = {}, low_8 = {}, high = {}, high_8 = {};
   if (FORMAT == INT4) {
-    v.low = affine_of(stage, 0, row), v.low_8 = affine_of(stage, 0, row + 8);
-    v.high = affine_of(stage, 1, row), v.high_8 = affine_of(stage, 1, row + 8);
+    low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row + 8);
+    high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row + 8);
   }
-  return v;
-}
-
-// The numbers of operands 2 i and 2 i + 1: of 4 bits the low and the high ones of a word, of 8 bits those of two words.
-__device__ __forceinline__ void two_operands(u32 (&first)[4], u32 (&second)[4], const Bytes& v, int i, u32 magic) {
-  if (FORMAT == INT4) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // two bytes of one of the rows: the first ones of both, then the others
-      const u32 bits = __byte_perm(word(k % 2 ? v.of_row_8 : v.of_row, i), 0, k < 2 ? 0x4140 : 0x4342);
-      first[k] = scaled_pair(bits, magic, k % 2 ? v.low_8 : v.low);
-      second[k] = scaled_pair(bits >> 4, magic, k % 2 ? v.high_8 : v.high);
+  for (int i = 0; i < 4 * CHUNKS; ++i) {
+    const int chunk = i / 4;
+    const uint4 bytes = bytes_of(stage, row, chunk * 4 + t), bytes_8 = bytes_of(stage, row + 8, chunk * 4 + t);
+    if (FORMAT == INT4) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // two bytes of one of the rows: the first ones of both, then the others
+        const u32 bits = __byte_perm(word(k % 2 ? bytes_8 : bytes, i % 4), 0, k < 2 ? 0x4140 : 0x4342);
+        a[i][k] = scaled_pair(bits, magic, k % 2 ? low_8 : low);
+        a[OPERANDS - 4 * CHUNKS + i][k] = scaled_pair(bits >> 4, magic, k % 2 ? high_8 : high);
+      }
+    } else {
+      widen(word(bytes, i % 4), magic, a[i][0], a[i][2]);
+      widen(word(bytes_8, i % 4), magic, a[i][1], a[i][3]);
     }
-  } else {
-    widen(word(v.of_row, 2 * i), magic, first[0], first[2]);
-    widen(word(v.of_row_8, 2 * i), magic, first[1], first[3]);
-    widen(word(v.of_row, 2 * i + 1), magic, second[0], second[2]);
-    widen(word(v.of_row_8, 2 * i + 1), magic, second[1], second[3]);
   }
-}
-
-// What operand i is multiplied with: where in a stage's x.
-__device__ __forceinline__ int x_of_operand(int chunk, int i) {
-  const int piece = FORMAT == INT4 ? i % 2 : 0, step = 4 * chunk + (FORMAT == INT4 ? i / 2 : i);
-  return piece * PIECE_BYTES + step * (32 * ROWS);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
@@ -323,89 +302,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) y[i] = 0;
   int slot = 0, parity = 0;
-  auto next = [&](int& slot) {
-    if (++slot == STAGES) slot = 0;
-    return slot == 0;
-  };
   auto release = [&](int slot) {
     __syncwarp();
     if (lane == 0) arrive(&empty[slot]);
   };
-#if ROUNDED
-  // A stage's products are begun before those of the one before have ended.
-  int before = 0;
 #pragma unroll 1
   for (int s = 0; s < SEGMENTS; ++s) {
     wait(&full[slot], parity);
     const u8* stage = ring + slot * STAGE_BYTES;
+#if ROUNDED
     const u64 w_rows = rows_at(stage + warp / 4 * 64 * SEGMENT), x_rows = rows_at(stage + X_AT);
     begin_products(y);
 #pragma unroll
     for (int i = 0; i < SEGMENT / 32; ++i) multiply_block(y, w_rows + 2 * i, x_rows + 2 * i);  // 32 bytes farther
     commit_products(y);
-    end_older_products(y);
-    if (s > 0) release(before);
-    before = slot;
-    if (next(slot)) parity ^= 1;
-  }
-  end_products(y);
+    end_older_products(y);  // a stage's are begun before those of the one before have ended
+    if (s > 0) release(slot ? slot - 1 : STAGES - 1);
 #else
-  // The matrix units take an operand from registers when they come to it, and the thread waits as long. So numbers of the
-  // next chunk are made between the products of this one, from bytes that were taken a chunk before.
-  constexpr int CHUNKS = SEGMENT / CHUNK, ALL = SEGMENTS * CHUNKS;
-  int ahead = 0;  // the slot of the chunk that is taken next
-  Bytes bytes;
-  auto take = [&](int chunk) {
-    if (chunk == 0) wait(&full[ahead], parity);
-    bytes = chunk_of(ring + ahead * STAGE_BYTES, chunk, row, t);
-    if (chunk == CHUNKS - 1 && next(ahead)) parity ^= 1;
-  };
-  auto make = [&](u32(&a)[OPERANDS][4], int i) {
-    two_operands(a[2 * i], a[2 * i + 1], bytes, i, magic);
-    have(a[2 * i]), have(a[2 * i + 1]);
-  };
-  auto multiply_chunk = [&](u32(&a)[OPERANDS][4], u32(&a_next)[OPERANDS][4], int chunk, bool makes, bool takes) {
-    const u64 inputs = arranged_at(ring + slot * STAGE_BYTES + X_AT);
-#pragma unroll
-    for (int i = 0; i < OPERANDS; ++i) have(a[i]);
+    u32 a[OPERANDS][4];
+    numbers_of(a, stage, row, t, magic);
+    const u64 inputs = arranged_at(stage + X_AT);
     begin_products(y);
 #pragma unroll
-    for (int i = 0; i < OPERANDS; ++i) {
-      multiply_block(y, a[i], inputs + (x_of_operand(chunk, i) >> 4));
-      if (makes && i % 2 == 0) {
-        make(a_next, i / 2);
-        go_on();
-      }
-    }
+    for (int i = 0; i < OPERANDS; ++i) multiply_block(y, a[i], inputs + i * (32 * ROWS >> 4));
     commit_products(y);
-    if (takes) take(chunk);  // two chunks on: of another stage, or of the one after it
     end_products(y);
-    if (chunk == CHUNKS - 1) {
-      release(slot);
-      next(slot);
-    }
-  };
-  u32 a[OPERANDS][4], b[OPERANDS][4];
-  take(0);
-#pragma unroll
-  for (int i = 0; i < OPERANDS / 2; ++i) make(a, i);
-  if (ALL > 1) take(CHUNKS - 1);
-#pragma unroll 1
-  for (int i = 0; i + 3 < ALL; i += 2) {
-    multiply_chunk(a, b, 0, true, true);
-    multiply_chunk(b, a, CHUNKS - 1, true, true);
-  }
-  if (ALL % 2 == 0) {
-    multiply_chunk(a, b, 0, true, false);
-    multiply_chunk(b, a, CHUNKS - 1, false, false);
-  } else {
-    if (ALL > 1) {
-      multiply_chunk(a, b, 0, true, true);
-      multiply_chunk(b, a, 0, true, false);
-    }
-    multiply_chunk(a, b, 0, false, false);
-  }
+    release(slot);
 #endif
+    if (++slot == STAGES) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  end_products(y);
 
   meet(THREADS);  // everybody is done with the ring
 #pragma unroll

@@ -11,7 +11,6 @@ from autobot_llm.engine.kernels.gpu.arrange import arrange
 from autobot_llm.engine.kernels.gpu.block_tiles import (
     BlockTile,
     choose_block_tile,
-    fewest_stages,
     padded_rows,
     shared_bytes,
 )
@@ -117,7 +116,7 @@ def prepare(
     assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
     assert not (rounded and (fmt is Format.INT4 or tile.segment != 128))
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
-    assert tile.num_stages >= fewest_stages(tile.segment)
+    assert tile.num_stages >= 2
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
     assert not rest and weight.values.shape[1] % (tile.segment * tile.parts) == 0
     arguments = _Product(
