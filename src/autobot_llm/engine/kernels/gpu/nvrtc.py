@@ -2,7 +2,7 @@
 
 Where Triton has no words for what a kernel must do (copies that a barrier counts, in front of a wait for the previous
 kernel), it is written in CUDA C++. NVRTC, the compiler as a library, comes with torch: no toolkit is needed, and where
-NVRTC is missing `find_nvrtc` says so and another kernel is taken.
+NVRTC is missing `find_nvrtc` says so, and where it refuses a kernel `CudaKernel.refusal` does: another one is taken.
 
 Sources: NVRTC's manual; the CUDA driver API's `cuLaunchKernelEx`.
 """
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 class CudaError(RuntimeError):
     """The compiler or the driver refused; the message has its words."""
+
+
+class CompilationError(CudaError):
+    """The compiler did. Nothing was launched, so another kernel can do the work."""
 
 
 @lru_cache
@@ -61,9 +66,14 @@ def find_nvrtc() -> ctypes.CDLL | None:
 
 
 class CudaKernel:
-    """A kernel of a source file beside this one, compiled for each set of constants that it is launched with."""
+    """A kernel of a source file beside this one, compiled for each set of constants that it is launched with.
+
+    `refusal` is what the compiler said, once it has refused any of them: from then on another kernel is to be taken.
+    """
 
     def __init__(self, source: str, name: str) -> None:
+        self.refusal: str | None = None
+        self._refusing = Lock()
         self._source = source
         self._name = name
         self._compiled: dict[tuple[object, ...], bytes] = {}
@@ -79,7 +89,10 @@ class CudaKernel:
         shared_bytes: int,
         device: torch.device,
     ) -> None:
-        """Queue it on the current stream, before the previous kernel has ended: it must wait for that itself."""
+        """Queue it on the current stream, before the previous kernel has ended: it must wait for that itself.
+
+        Raises CompilationError, having queued nothing. Where kernels are compiled ahead only `refusal` says so.
+        """
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         key = (architecture, *constants.items())
         if (ahead := ahead_of_launches()) is not None:
@@ -97,24 +110,34 @@ class CudaKernel:
 
     def _compile(self, architecture: str, constants: Mapping[str, int], key: tuple[object, ...]) -> bytes:
         source = files(__package__).joinpath(self._source).read_text(encoding="utf-8")
-        cubin = self._compiled[key] = compile_source(source, architecture, constants)
+        try:
+            cubin = self._compiled[key] = compile_source(source, architecture, constants)
+        except CompilationError as exc:
+            with self._refusing:  # many are compiled side by side; one warning is enough
+                if self.refusal is None:
+                    logger.warning("%s does not compile, slower kernels are used: %s", self._source, exc)
+                    self.refusal = str(exc)
+            raise
         return cubin
 
 
 def compile_source(source: str, architecture: str, constants: Mapping[str, int]) -> bytes:
-    """Machine code for an architecture ("sm_90"), with these constants defined. Needs no device."""
+    """Machine code for an architecture ("sm_90"), with these constants defined. Needs no device.
+
+    Raises CompilationError with what the compiler said.
+    """
     nvrtc = find_nvrtc()
     if nvrtc is None:
-        raise CudaError("NVRTC was not found")
+        raise CompilationError("NVRTC was not found")
     program = ctypes.c_void_p()
     options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{name}={n}" for name, n in constants.items())]
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None):
-        raise CudaError("NVRTC takes no program")
+        raise CompilationError("NVRTC takes no program")
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
             log = _bytes_of(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise CudaError(log.decode(errors="replace")[:_LOG_LENGTH])
+            raise CompilationError(log.decode(errors="replace").rstrip("\0\n")[:_LOG_LENGTH])
         return _bytes_of(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
