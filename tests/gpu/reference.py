@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,12 +38,13 @@ _MAX_TOKENS = 1024
 
 # T tokens of an answer, V vocabulary, R rows of logits
 class Reference:
-    """`window`: tokens that every layer looks back at most, its own included; 0: as the model does."""
+    """Of the embedded model or another `folder`. `window`: tokens that every layer looks back at most, its own
+    included; 0: as the model does."""
 
-    def __init__(self, *, window: int = 0, dtype: torch.dtype = torch.float32) -> None:
-        config = load_config(TINY)
+    def __init__(self, folder: Path = TINY, *, window: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        config = load_config(folder)
         config = replace(config, sliding_windows=tuple(window or own for own in config.sliding_windows))
-        weights = load_weights(TINY, config, dtype=dtype, device="cpu")
+        weights = load_weights(folder, config, dtype=dtype, device="cpu")
         num_blocks = _MAX_TOKENS // _BLOCK_SIZE
         attention = SdpaAttention(config, num_blocks=num_blocks, block_size=_BLOCK_SIZE, dtype=dtype, device="cpu")
         self._executor = EagerExecutor(Decoder(config, weights), attention, reason="a test")
@@ -83,6 +85,11 @@ class Reference:
         best_T = scores_TV.masked_fill(~certain_TV, -torch.inf).amax(-1)
         gaps_T = (best_T - scores_TV.gather(1, chosen_T1)[:, 0]).clamp(min=0.0)
         return gaps_T.masked_fill(before_TV.gather(1, chosen_T1)[:, 0] >= params.top_p + _NUCLEUS_LEEWAY, torch.inf)
+
+    def mean_logprob(self, ids: SequenceABC[int]) -> float:
+        """Of all tokens but the first."""
+        logprobs_TV = self.logits(ids[:-1]).log_softmax(-1)
+        return float(logprobs_TV.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).mean())
 
     def check(self, answers: SequenceABC[Answer]) -> None:
         """AssertionError for tokens that rounding to bfloat16 does not explain."""

@@ -37,6 +37,7 @@ def test_short_prompts_are_replayed_and_long_ones_launched(engines: dict[str, En
     keys = executor.graphs.keys
     assert "decode 8" in keys and "prompts 64" in keys and "prompts 512" in keys
     assert not engines["launches"].executor.graphs.keys
+    assert executor.description.weights is None, "they are not quantized"
     for name in ("graphs", "launches"):
         reference.check(answers(engines[name], GREEDY, repeat=3))
     assert executor.graphs.keys == keys, "a graph was captured after the start"
