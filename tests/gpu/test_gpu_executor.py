@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from reference import Reference
 
 from autobot_llm.engine.embedding import TextEmbedding
 from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.kernels.gpu import streamed
+from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel
 from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.sequence import SamplingParams
 from autobot_llm.errors import ConfigurationError
@@ -159,6 +162,25 @@ def test_preempted_by_swap_and_by_recomputation_answers_stay_right(
         engine.close()
         assert num_preemptions > 0
         reference.check(found)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="the kernel is Hopper's"
+)
+def test_an_engine_starts_and_answers_where_the_compiler_refuses_a_kernel(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "nonsense.cu").write_text("nonsense")
+    kernel = CudaKernel(str(tmp_path / "nonsense.cu"), "streamed_rows")
+    monkeypatch.setattr(streamed, "_kernel", kernel)
+    engine = load_engine(OPTIONS)
+    try:
+        assert engine.executor.graphs.keys
+        reference.check(answers(engine, GREEDY))
+    finally:
+        engine.close()
+    assert kernel.refusal is not None and "nonsense" in kernel.refusal
+    assert sum("nonsense.cu does not compile" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_what_does_not_fit_is_refused_with_advice() -> None:
