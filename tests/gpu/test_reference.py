@@ -90,9 +90,9 @@ def test_one_wrong_token_is_refused(engine: Engine, reference: Reference, params
     """The second best one, as a guess would be that nobody verified, at places where it is worse than rounding."""
     found = answers(engine, params)
     num_refused = num_tried = 0
-    for number, (prompt_ids, output_ids, own) in enumerate(found):
+    for prompt_ids, output_ids, own in found:
         logits_TV = reference.logits([*prompt_ids, *output_ids[:-1]], len(prompt_ids) - 1)
-        for place in range(0, len(output_ids), 7):
+        for place in range(0, len(output_ids), 12):
             best, second = logits_TV[place].topk(2).indices.tolist()
             spoiled = list(output_ids)
             spoiled[place] = second if output_ids[place] == best else best
@@ -100,8 +100,8 @@ def test_one_wrong_token_is_refused(engine: Engine, reference: Reference, params
             num_tried += 1
             if float(reference.gaps(answer)[place]) > LARGEST_GAP:
                 num_refused += 1
-                with pytest.raises(AssertionError, match=rf"answer {number}, token \d+: "):
-                    reference.check([*found[:number], answer, *found[number + 1 :]])
+                with pytest.raises(AssertionError, match=r"answer 0, token \d+: "):
+                    reference.check([answer])
     assert num_refused > 0.5 * num_tried, f"{num_refused} of {num_tried}"
 
 
@@ -147,7 +147,7 @@ def test_trees_in_bfloat16_are_as_near_as_lines_and_a_wrong_mask_is_not(
     reference: Reference, rounded: Reference
 ) -> None:
     num_refused = 0
-    for sequence, tree, ids, paths in trees(6, 40):
+    for sequence, tree, ids, paths in trees(3, 40):
         rounded.execute(build_batch([ScheduledSequence(sequence, 0, 149, False)], 16))
         found_RV, spoiled_RV = rounded.execute(tree), rounded.execute(without_parents(tree))
         for path in paths:
@@ -159,7 +159,7 @@ def test_trees_in_bfloat16_are_as_near_as_lines_and_a_wrong_mask_is_not(
             with pytest.raises(AssertionError, match="in a line"):
                 reference.check_rows(spoiled_RV[rows], line_RV, context)
             num_refused += 1
-    assert num_refused == 30
+    assert num_refused == 15
 
 
 def without_parents(tree: StepBatch) -> StepBatch:
