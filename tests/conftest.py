@@ -16,10 +16,6 @@ from autobot_llm.settings.registry import user_cache_dir
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-else:
-    # The host's part is small: where files are tested side by side, more threads wait for each other longer than they
-    # compute (quantizing the embedded model takes 2 s with one of two processors to itself, and 28 beside others).
-    torch.set_num_threads(2)
 
 KERNELS = user_cache_dir(os.environ) / "kernels"
 
