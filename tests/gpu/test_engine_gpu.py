@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from answers import GREEDY, OPTIONS, TINY, answers
+from reference import Reference
 
 from autobot_llm.engine.attention.sdpa import SdpaAttention
 from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
@@ -15,13 +15,11 @@ from autobot_llm.engine.load import load_engine
 from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.models.decoder import Decoder
 from autobot_llm.engine.models.weights import load_weights
-from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.sampler import Sampler
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 
 pytestmark = pytest.mark.gpu
 
-TINY = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"
 BLOCK_SIZE = 16
 
 
@@ -59,17 +57,9 @@ def test_a_seed_draws_the_same_tokens_on_both_devices() -> None:
     assert on_gpu == on_cpu
 
 
-def test_the_engine_answers_on_the_gpu(tmp_path: Path) -> None:
-    from autobot_llm.engine.request import EngineRequest, RequestStats
-
-    texts = {}
-    for device in ("cuda", "cpu"):
-        engine = load_engine(EngineOptions(folder=TINY, cache_dir=tmp_path, device=device, compiled_step="off"))
-        prompt_ids = engine.tokenizer.encode("Once upon a time", add_special_tokens=False)
-        engine.add(0, EngineRequest(prompt_ids, (SamplingParams(max_tokens=30, temperature=0.0),)), RequestStats())
-        texts[device] = ""
-        while engine.has_work:
-            texts[device] += "".join(output.text for output in engine.step())
-        pool = engine.scheduler.block_pool
-        assert pool.num_free == pool.num_blocks
-    assert texts["cuda"][:40] == texts["cpu"][:40]
+def test_the_engine_answers_on_the_gpu(reference: Reference) -> None:
+    engine = load_engine(OPTIONS)
+    try:
+        reference.check(answers(engine, GREEDY))
+    finally:
+        engine.close()

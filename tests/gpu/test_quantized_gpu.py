@@ -9,11 +9,15 @@ from typing import Literal
 
 import pytest
 import torch
+from answers import GREEDY, TINY, answers
 from quantized_folders import as_whole_weights
+from reference import Reference
 
 from autobot_llm.engine.description import DescribedExecutor, TellsQuantization
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.load import load_engine
+from autobot_llm.engine.models.config import load_config
+from autobot_llm.engine.models.weights import load_weights
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.quantization.quantize import quantize_folder
 from autobot_llm.engine.quantization.scheme import QuantizationConfig, QuantizationType
@@ -23,7 +27,6 @@ from autobot_llm.engine.sequence import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
-TINY = Path(__file__).parents[2] / "src" / "autobot_llm" / "assets" / "tiny"
 STORY = "Once upon a time there was a little girl who had a big red ball. She took it to the park and "
 
 
@@ -52,9 +55,13 @@ def answer(engine: Engine, text: str) -> str:
     return found
 
 
+def story(engine: Engine, num_tokens: int) -> list[int]:
+    return engine.tokenizer.encode(STORY * 20, add_special_tokens=False)[:num_tokens]
+
+
 def mean_logprob(engine: Engine, num_tokens: int) -> float:
     """Of a text in one step of as many rows: those of up to 16 keep activations as they are, whatever the scheme."""
-    scoring = PromptScoring(engine.tokenizer.encode(STORY * 20, add_special_tokens=False)[:num_tokens])
+    scoring = PromptScoring(story(engine, num_tokens))
     while not scoring.advance(engine):
         pass
     scoring.release(engine)
@@ -66,21 +73,16 @@ def test_an_engine_answers_what_the_numbers_that_its_weights_stand_for_give(tmp_
     ids = torch.randint(5, 8000, (4, 64), generator=torch.Generator().manual_seed(0))
     config = QuantizationConfig(type=QuantizationType(kind), group_size=64)
     quantize_folder(TINY, tmp_path / "quantized", config, sequences_BL=ids)
-    twin = as_whole_weights(tmp_path / "twin", tmp_path / "quantized", torch.bfloat16)
-    found: dict[str, list[object]] = {}
-    for name, folder in (("quantized", tmp_path / "quantized"), ("twin", twin)):
-        with engine_of(folder) as engine:
-            found[name] = [answer(engine, "Once upon a time"), mean_logprob(engine, 12), mean_logprob(engine, 400)]
-            assert isinstance(engine.executor, DescribedExecutor) and isinstance(engine.executor, TellsQuantization)
-            weights, num_bytes = engine.executor.description.weights, engine.executor.description.weight_bytes
-            assert engine.executor.quantization == weights
-            if name == "quantized":
-                assert weights is not None and weights.endswith("weights as they are")
-                quantized_bytes = num_bytes
-            else:
-                assert weights is None and quantized_bytes < 0.7 * num_bytes
-    (text, few, many), (expected_text, expected_few, expected_many) = found["quantized"], found["twin"]
-    assert len(str(text)) > 40 and str(text)[:24] == str(expected_text)[:24]
+    reference = Reference(as_whole_weights(tmp_path / "twin", tmp_path / "quantized"))
+    with engine_of(tmp_path / "quantized") as engine:
+        reference.check(answers(engine, GREEDY, together=False))  # prompts of few rows
+        few, many = mean_logprob(engine, 12), mean_logprob(engine, 400)
+        expected_few, expected_many = (reference.mean_logprob(story(engine, number)) for number in (12, 400))
+        assert isinstance(engine.executor, DescribedExecutor) and isinstance(engine.executor, TellsQuantization)
+        weights, num_bytes = engine.executor.description.weights, engine.executor.description.weight_bytes
+        assert engine.executor.quantization == weights
+        assert weights is not None and weights.endswith("weights as they are")
+        assert num_bytes < 0.7 * num_whole_bytes()
     assert few == pytest.approx(expected_few, abs=0.03)
     if kind != "awq":  # of many rows activations are rounded, as a CPU rounds them
         with engine_of(tmp_path / "quantized", device="cpu", compiled_step="off") as engine:
@@ -88,16 +90,22 @@ def test_an_engine_answers_what_the_numbers_that_its_weights_stand_for_give(tmp_
     assert many == pytest.approx(expected_many, abs=0.03)
 
 
-def test_weights_are_rounded_while_they_are_loaded_and_go_with_graphs_and_a_rounded_cache() -> None:
-    with engine_of(TINY, cuda_graphs="off") as engine:
-        whole, whole_bytes = mean_logprob(engine, 400), engine.executor.description.weight_bytes  # type: ignore[attr-defined]
+def num_whole_bytes() -> int:
+    """What the embedded model's weights take unquantized."""
+    return load_weights(TINY, load_config(TINY), dtype=None, device="cpu").num_bytes
+
+
+def test_weights_are_rounded_while_they_are_loaded_and_go_with_graphs_and_a_rounded_cache(
+    reference: Reference,
+) -> None:
     with engine_of(TINY, "w4") as engine:
         description = engine.executor.description  # type: ignore[attr-defined]
         assert description.weights == "W4A16 group 128 weights as they are" and description.num_graphs > 0
-        assert description.weight_bytes < 0.5 * whole_bytes
+        assert description.weight_bytes < 0.5 * num_whole_bytes()
         assert dict(description.lines())["weights"].endswith("GB, lossy")
+        whole = reference.mean_logprob(story(engine, 400))
         rounded, texts = mean_logprob(engine, 400), [answer(engine, STORY), answer(engine, STORY * 4)]
-    assert rounded == pytest.approx(whole, abs=0.25) and rounded != whole
+    assert rounded == pytest.approx(whole, abs=0.25)
     with engine_of(TINY, "w4", cuda_graphs="off") as engine:
         assert mean_logprob(engine, 400) == pytest.approx(rounded, abs=0.01)
         launched = [answer(engine, STORY), answer(engine, STORY * 4)]

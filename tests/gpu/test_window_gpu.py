@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
-from test_gpu_executor import OPTIONS, TINY
+from answers import OPTIONS, TINY, Answer
+from reference import Reference
 
 from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.load import load_engine
-from autobot_llm.engine.quantization.quality import _logits
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.ngram import NgramProposer
@@ -28,16 +27,11 @@ NUM_NEW_TOKENS = 160
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[dict[int, Engine]]:
-    """The same model in float32 on the CPU, with the window and without. Scoring a text keeps all of its blocks."""
-    options = dataclasses.replace(OPTIONS, device="cpu", compiled_step="off")
-    made = {window: load_engine(dataclasses.replace(options, kv_sliding_window=window)) for window in (0, WINDOW)}
-    yield made
-    for engine in made.values():
-        engine.close()
+def reference_with_window() -> Reference:
+    return Reference(window=WINDOW)
 
 
-def continued(engine: Engine) -> tuple[list[Sequence], int]:
+def continued(engine: Engine) -> tuple[list[Answer], int]:
     """Greedy answers to prompts of a real text, side by side, and the most blocks that one holds when it is far on."""
     ids = engine.tokenizer.encode((TINY / "MODEL_CARD.md").read_text(), add_special_tokens=False)
     params = SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0, stop_token_ids=frozenset())
@@ -50,18 +44,7 @@ def continued(engine: Engine) -> tuple[list[Sequence], int]:
         far = (s for s in engine.scheduler._running.values() if s.num_computed_tokens > s.num_prompt_tokens + WINDOW)
         most_held = max(most_held, *(len(s.block_ids) for s in far), 0)
     assert pool.num_free == pool.num_blocks
-    return list(found.values()), most_held
-
-
-def gaps(host: Engine, sequences: list[Sequence]) -> torch.Tensor:
-    """How far each chosen token's logit lies below the best one's."""
-    found = []
-    for sequence in sequences:
-        logits_TV = torch.cat([rows_RV.clone() for rows_RV, _ in _logits(host, list(sequence.token_ids))])
-        chosen_T = torch.tensor(list(sequence.token_ids))[sequence.num_prompt_tokens :]
-        logits_TV = logits_TV[sequence.num_prompt_tokens - 1 :]
-        found.append(logits_TV.amax(-1) - logits_TV.gather(1, chosen_T.unsqueeze(1)).squeeze(1))
-    return torch.cat(found)
+    return [Answer(s.token_ids[: s.num_prompt_tokens], s.output_ids, params) for s in found.values()], most_held
 
 
 @pytest.mark.parametrize(
@@ -70,7 +53,7 @@ def gaps(host: Engine, sequences: list[Sequence]) -> torch.Tensor:
     ids=["plain", "int8", "drafts"],
 )
 def test_what_leaves_the_cache_is_what_no_layer_looks_back_to(
-    hosts: dict[int, Engine], kv_cache_dtype: str, drafts: bool, largest: float
+    reference: Reference, reference_with_window: Reference, kv_cache_dtype: str, drafts: bool, largest: float
 ) -> None:
     engine = load_engine(
         dataclasses.replace(OPTIONS, kv_sliding_window=WINDOW, kv_cache_dtype=kv_cache_dtype)  # type: ignore[arg-type]
@@ -78,15 +61,16 @@ def test_what_leaves_the_cache_is_what_no_layer_looks_back_to(
     if drafts:
         engine.speculator = Speculator(4, make_free=NgramProposer, policy=Always(4), clock=lambda: 0.0)
     try:
-        sequences, most_held = continued(engine)
+        found, most_held = continued(engine)
         num_evicted = engine.scheduler.num_evicted_blocks
     finally:
         engine.close()
-    assert [s.num_prompt_tokens for s in sequences] == list(NUM_PROMPT_TOKENS)
+    assert [len(one.prompt_ids) for one in found] == list(NUM_PROMPT_TOKENS)
     assert num_evicted > 30
     assert 0 < most_held <= 7, "72 tokens, the rest of a block and what a step brings"
-    with_window, without = gaps(hosts[WINDOW], sequences), gaps(hosts[0], sequences)
-    assert len(with_window) == len(sequences) * NUM_NEW_TOKENS
+    with_window = torch.cat([reference_with_window.gaps(one) for one in found])
+    without = torch.cat([reference.gaps(one) for one in found])
+    assert len(with_window) == len(found) * NUM_NEW_TOKENS
     assert with_window.max() < largest, "near-ties of bfloat16 alone may part"
     assert (with_window > 0).sum() < 0.1 * len(with_window)
     assert without.max() > 2 * with_window.max(), "the window changes what is said"

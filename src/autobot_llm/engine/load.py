@@ -100,7 +100,7 @@ def load_engine(options: EngineOptions, on_progress: OnProgress | None = None) -
             features=_features_of(executor, kinds, device),
             place=_place(executor, options),
         )
-        make_draft = partial(_draft_executor, options, sizes, device, target=target)
+        make_draft = partial(_draft_executor, options, sizes, device, target)
         speculator, speculation_reason = (
             no_speculation_beside_heavy_hitters(options.speculation)
             if policy.heavy_hitters
@@ -168,7 +168,7 @@ def load_draft_model(folder: Path, draft_folder: Path, options: EngineOptions) -
     num_blocks = NUM_FULL_SEQUENCES * -(-sizes.max_model_len // BLOCK_SIZE)
     options = replace(options, folder=folder)
     target = _target(config, Tokenizer.from_folder(folder), options, sizes, num_blocks, features=NO_FEATURES)
-    return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device))
+    return make_draft_model(draft_folder, target, partial(_draft_executor, options, sizes, device, target))
 
 
 def _target(
@@ -200,11 +200,11 @@ def _draft_executor(
     options: EngineOptions,
     sizes: Sizes,
     device: torch.device,
+    target: Target,
     folder: Path,
     config: ModelConfig,
     context: int,
     num_blocks: int,
-    target: Target | None = None,
 ) -> tuple[Executor, int]:
     options = replace(options, folder=folder)
     sizes = replace(sizes, max_model_len=context, max_cached_tokens=context)
@@ -214,12 +214,12 @@ def _draft_executor(
     block_bytes = bytes_per_block(config, BLOCK_SIZE, dtype)
     room = torch.cuda.mem_get_info(device)[0] // 4  # of what the target has left
     options = replace(options, kv_cache_memory=min(num_blocks * block_bytes, room), quantization=QuantizationType.NONE)
-    chain = None if target is None else _chain_place(target, config, options.speculation.num_tokens)
+    chain = _chain_place(target, config, options.speculation.num_tokens)
     return make_executor(config, options, sizes, device, dtype, dtype, block_bytes, None, chain=chain)
 
 
 def _chain_place(target: Target, draft: ModelConfig, longest: int) -> ChainPlace | None:
-    """None where a draft may draw what the target has no embedding of."""
+    """None for a draft that is loaded alone, and where one may draw what the target has no embedding of."""
     place = target.place
     if place is None or draft.vocab_size > target.config.vocab_size:
         return None

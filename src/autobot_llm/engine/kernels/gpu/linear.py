@@ -8,6 +8,8 @@ quantized_many.py) and tables of their own. Each operator has a twin in float64,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 import triton
@@ -16,6 +18,7 @@ from autobot_llm.engine.kernels.gpu.activation import silu_mul
 from autobot_llm.engine.kernels.gpu.block_tiles import BlockTile
 from autobot_llm.engine.kernels.gpu.launch import launch_options
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
+from autobot_llm.engine.kernels.gpu.nvrtc import CompilationError
 from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
 from autobot_llm.engine.kernels.gpu.quantized_many import multiply_many
 from autobot_llm.engine.kernels.gpu.quantized_tiles import choose_quantized_tile
@@ -48,7 +51,7 @@ def linear(
 ) -> torch.Tensor:
     """x W^T + bias. Rows of `x_TI` and `out` may lie any distance apart. Returns `out`, a new tensor by default."""
     out = _output(x_TI, _num_outputs(weight_OI), out, out_dtype)
-    return product(_tile_for(Kind.PLAIN, x_TI, weight_OI, out), x_TI, weight_OI, out, bias=bias_O)
+    return _by_table(Kind.PLAIN, x_TI, weight_OI, out, bias=bias_O)
 
 
 def linear_add(
@@ -61,8 +64,7 @@ def linear_add(
 ) -> torch.Tensor:
     """residual + x W^T + bias. `out` may be `residual_TO` itself; it is a new tensor by default."""
     out = _output(x_TI, _num_outputs(weight_OI), out, None)
-    tile = _tile_for(Kind.PLAIN, x_TI, weight_OI, out)
-    return product(tile, x_TI, weight_OI, out, bias=bias_O, residual=residual_TO)
+    return _by_table(Kind.PLAIN, x_TI, weight_OI, out, bias=bias_O, residual=residual_TO)
 
 
 def norm_linear(
@@ -77,8 +79,7 @@ def norm_linear(
 ) -> torch.Tensor:
     """RMSNorm(x) W^T + bias. Rows of `x_TI` and `out` may lie any distance apart. Returns `out`, new by default."""
     out = _output(x_TI, _num_outputs(weight_OI), out, out_dtype)
-    tile = _tile_for(Kind.NORM, x_TI, weight_OI, out)
-    return product(tile, x_TI, weight_OI, out, norm=norm_I, eps=eps, bias=bias_O)
+    return _by_table(Kind.NORM, x_TI, weight_OI, out, norm=norm_I, eps=eps, bias=bias_O)
 
 
 def norm_linear_gated(
@@ -95,8 +96,15 @@ def norm_linear_gated(
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
     """
     out = _output(x_TI, _num_outputs(weight_2FI) // 2, out, None)
-    tile = _tile_for(Kind.GATED, x_TI, weight_2FI, out)
-    return product(tile, x_TI, weight_2FI, out, norm=norm_I, eps=eps, bias=bias_2F, gated=True)
+    return _by_table(Kind.GATED, x_TI, weight_2FI, out, norm=norm_I, eps=eps, bias=bias_2F, gated=True)
+
+
+def _by_table(kind: Kind, x_TI: torch.Tensor, weight: Weight, out: torch.Tensor, **around: Any) -> torch.Tensor:
+    """The product with what surrounds it, by the tile of the tables."""
+    try:
+        return product(_tile_for(kind, x_TI, weight, out), x_TI, weight, out, **around)
+    except CompilationError:  # of a kernel in CUDA C++, which is not chosen again
+        return _by_table(kind, x_TI, weight, out, **around)
 
 
 def product(

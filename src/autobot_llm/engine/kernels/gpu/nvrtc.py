@@ -2,7 +2,7 @@
 
 Where Triton has no words for what a kernel must do (copies that a barrier counts, in front of a wait for the previous
 kernel), it is written in CUDA C++. NVRTC, the compiler as a library, comes with torch: no toolkit is needed, and where
-NVRTC is missing `find_nvrtc` says so and another kernel is taken.
+NVRTC is missing `find_nvrtc` says so, and where it refuses a kernel `CudaKernel.refusal` does: another one is taken.
 
 Sources: NVRTC's manual; the CUDA driver API's `cuLaunchKernelEx`.
 """
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -36,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 class CudaError(RuntimeError):
     """The compiler or the driver refused; the message has its words."""
+
+
+class CompilationError(CudaError):
+    """The compiler did. Nothing was launched, so another kernel can do the work."""
 
 
 @lru_cache
@@ -67,9 +72,14 @@ def find_nvrtc() -> ctypes.CDLL | None:
 
 
 class CudaKernel:
-    """A kernel of a source file beside this one, compiled for each set of constants that it is launched with."""
+    """A kernel of a source file beside this one, compiled for each set of constants that it is launched with.
+
+    `refusal` is what the compiler said, once it has refused any of them: from then on another kernel is to be taken.
+    """
 
     def __init__(self, source: str, name: str) -> None:
+        self.refusal: str | None = None
+        self._refusing = Lock()
         self._source = source
         self._name = name
         self._compiled: dict[tuple[object, ...], bytes] = {}
@@ -88,7 +98,8 @@ class CudaKernel:
     ) -> None:
         """Queue it on the current stream, before the previous kernel has ended: it must wait for that itself.
 
-        `cluster` programs in a row run side by side and may read each other's shared memory.
+        `cluster` programs in a row run side by side and may read each other's shared memory. Raises CompilationError,
+        having queued nothing. Where kernels are compiled ahead only `refusal` says so.
         """
         architecture = architecture_of(device)
         key = (architecture, *constants.items())
@@ -109,7 +120,14 @@ class CudaKernel:
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launching {self._name}")
 
     def _compile(self, architecture: str, constants: Mapping[str, int], key: tuple[object, ...]) -> bytes:
-        cubin = self._compiled[key] = compile_source(_read(self._source), architecture, constants)
+        try:
+            cubin = self._compiled[key] = compile_source(_read(self._source), architecture, constants)
+        except CompilationError as exc:
+            with self._refusing:  # many are compiled side by side; one warning is enough
+                if self.refusal is None:
+                    logger.warning("%s does not compile, slower kernels are used: %s", self._source, exc)
+                    self.refusal = str(exc)
+            raise
         return cubin
 
 
@@ -120,21 +138,24 @@ def architecture_of(device: torch.device) -> str:
 
 
 def compile_source(source: str, architecture: str, constants: Mapping[str, int]) -> bytes:
-    """Machine code for an architecture ("sm_90a"), with these constants defined. Needs no device."""
+    """Machine code for an architecture ("sm_90a"), with these constants defined. Needs no device.
+
+    Raises CompilationError with what the compiler said.
+    """
     nvrtc = find_nvrtc()
     if nvrtc is None:
-        raise CudaError("NVRTC was not found")
+        raise CompilationError("NVRTC was not found")
     program = ctypes.c_void_p()
     options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{name}={n}" for name, n in constants.items())]
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     contents = (ctypes.c_char_p * len(_HEADERS))(*(_read(name).encode() for name in _HEADERS))
     names = (ctypes.c_char_p * len(_HEADERS))(*(name.encode() for name in _HEADERS))
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, len(_HEADERS), contents, names):
-        raise CudaError("NVRTC takes no program")
+        raise CompilationError("NVRTC takes no program")
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
             log = _bytes_of(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise CudaError(log.decode(errors="replace")[:_LOG_LENGTH])
+            raise CompilationError(log.decode(errors="replace").rstrip("\0\n")[:_LOG_LENGTH])
         return _bytes_of(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

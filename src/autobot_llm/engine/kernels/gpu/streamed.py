@@ -40,7 +40,7 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
         return f"{num_rows} rows, not 1 to {MAX_STREAMED_ROWS}"
     if not x_TI.is_cuda or capability_of(x_TI.device)[0] != HOPPER:
         return "no Hopper GPU"
-    if find_nvrtc() is None:
+    if find_nvrtc() is None or _kernel.refusal is not None:
         return "no compiler for it"
     dense = weight.dtype if isinstance(weight, torch.Tensor) else x_TI.dtype
     if any(dtype != torch.bfloat16 for dtype in (x_TI.dtype, dense, out_dtype)):

@@ -34,6 +34,7 @@ def block_tile_for(
         x_TI.is_cuda
         and capability_of(x_TI.device)[0] == HOPPER
         and find_nvrtc() is not None
+        and _kernel.refusal is None
         and x_TI.dtype == out.dtype == torch.bfloat16
         and x_TI.stride(1) == values.stride(1) == 1
         and num_inputs == values.shape[1] * (2 if weight.group else 1)
