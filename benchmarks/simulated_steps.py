@@ -13,14 +13,14 @@ import numpy as np
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
-from autobot_llm.engine.gpu.graph_sizes import CHAIN_SIZES
+from autobot_llm.engine.gpu.graph_sizes import CHAIN_SIZES, padded_size
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 from autobot_llm.engine.speculative.speculator import Speculator
 
 
-MOST_MISSING = 5
+MOST_MISSING = 8
 """Tokens of a sequence that the first pass of a chain takes, for the draft's shape."""
 
 
@@ -50,8 +50,9 @@ class Machine(Protocol):
         """Pass by pass, waited for."""
         ...
 
-    def chain(self, mode: str, num_sequences: int, num_tokens: int, most_missing: int) -> float | None:
-        """Passes that are launched at once, and the step behind them; None: it has none for so many."""
+    def chain(self, mode: str, num_tokens: int, missing: list[int]) -> float | None:
+        """So many passes that are launched at once, with the step behind them, where the first one takes so many tokens
+        of each sequence; None: that is too many."""
         ...
 
     def gap(self, num_sequences: int) -> float:
@@ -94,7 +95,7 @@ class Cpu:
     def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
         return (num_tokens * (0.25 + 0.15 * num_sequences) + 0.04 * num_behind) / 1e3
 
-    def chain(self, mode: str, num_sequences: int, num_tokens: int, most_missing: int) -> None:
+    def chain(self, mode: str, num_tokens: int, missing: list[int]) -> None:
         return None
 
     def gap(self, num_sequences: int) -> float:
@@ -135,10 +136,11 @@ class Gpu:
         catching_up = self.catching_up * (num_behind > 2 * num_sequences) + self.behind * num_behind
         return (num_tokens * self._at(self.draft_pass, num_sequences) + catching_up) / 1e3
 
-    def chain(self, mode: str, num_sequences: int, num_tokens: int, most_missing: int) -> float | None:
-        if num_sequences > CHAIN_SIZES[-1] or most_missing > MOST_MISSING:
+    def chain(self, mode: str, num_tokens: int, missing: list[int]) -> float | None:
+        size = padded_size(len(missing), CHAIN_SIZES)
+        if size is None or max(missing) > MOST_MISSING or sum(missing) > max(16, 4 * size):
             return None
-        each = self._at(self.chain_pass if mode == "greedy" else self.drawn_pass, num_sequences)
+        each = self._at(self.chain_pass if mode == "greedy" else self.drawn_pass, len(missing))
         return (0.03 + num_tokens * each) / 1e3
 
     def gap(self, num_sequences: int) -> float:
@@ -231,8 +233,8 @@ class RecordedDraft:
         if behind is not None and behind.sequences == sequences and behind.num_tokens >= num_tokens:
             seconds = behind.seconds * num_tokens / behind.num_tokens
         else:
-            most_missing = max(map(self.lag, sequences))
-            found = self._machine.chain(self._traces[sequences[0].id].mode, len(sequences), num_tokens, most_missing)
+            missing = [self.lag(sequence) for sequence in sequences]
+            found = self._machine.chain(self._traces[sequences[0].id].mode, num_tokens, missing)
             if found is None:
                 return None
             seconds = self.launched = self._clock.noisy(found)
@@ -240,7 +242,7 @@ class RecordedDraft:
         return LaunchedDrafts([list(range(num_tokens)) for _ in sequences], lambda: (drafts, seconds))
 
     def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
-        found = self._machine.chain(self._traces[sequences[0].id].mode, len(sequences), num_tokens, 2)
+        found = self._machine.chain(self._traces[sequences[0].id].mode, num_tokens, [2] * len(sequences))
         if found is not None:
             self.behind = self._clock.noisy(found)
             self._behind = _Chain(list(sequences), num_tokens, self.behind)

@@ -18,7 +18,9 @@ ENOUGH = 20
 PRIOR_RATE = 0.5
 PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
 TEXT_WEIGHT = 4.0
-"""The same of one text's drafts, which are taken for what drafts in other texts were."""
+"""The same where something else tells what drafts are like: one text's are taken for what those in other texts were."""
+MADE_TO_GUESS = 0.7
+"""The chance, at each position, of what a model drafts that was made for that, before any of it was verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,8 @@ class Priors:
     """What costs are taken for before anything was measured.
 
     `drafted_step`: what a step with drafts takes longer, however few there are, in plain steps. `draft_token`: what a
-    draft token adds to that, in a sequence's share of a plain one. `token_behind`: what a costly method takes for a
+    draft token adds to that, in a sequence's share of a plain one. `costly_pass`: what a costly method takes for a pass,
+    in plain steps. `token_behind`: what a costly method takes for a
     token that it catches up with, in its passes; `twice_as_many`: how much longer its pass takes for two sequences than
     for one. `offer_every`: steps from one look to the next at a costly method that is not in use.
     `is_shared`: a step's time is nearly all shared by its sequences, so they gain and lose by drafts together.
@@ -34,6 +37,7 @@ class Priors:
 
     drafted_step: float
     draft_token: float
+    costly_pass: float
     token_behind: float
     twice_as_many: float
     offer_every: int
@@ -41,10 +45,10 @@ class Priors:
 
 
 ON_CPU = Priors(
-    drafted_step=0.0, draft_token=0.25, token_behind=0.25, twice_as_many=2.0, offer_every=16, is_shared=False
+    drafted_step=0.0, draft_token=0.25, costly_pass=1.0, token_behind=0.25, twice_as_many=2.0, offer_every=16, is_shared=False
 )
 ON_GPU = Priors(
-    drafted_step=0.12, draft_token=0.02, token_behind=1 / 256, twice_as_many=1.1, offer_every=1, is_shared=True
+    drafted_step=0.12, draft_token=0.02, costly_pass=0.1, token_behind=1 / 256, twice_as_many=1.1, offer_every=1, is_shared=True
 )
 """A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
 before the next one, and kernels of several rows are a little slower (docs/results/speculation_gpu.md). A look costs
@@ -63,10 +67,11 @@ class AcceptanceHistory:
     before it (the estimator of Kaplan and Meier, 1958).
 
     `prior` is what drafts of this kind are taken for while little is known of them: how the method's went in all
-    texts, for those of one. Without it a position is taken for what the one before it is: else nobody ever tried it.
+    texts, for those of one, or a chance that holds at each position. Without it a position is taken for what the one
+    before it is: else nobody ever tried it.
     """
 
-    def __init__(self, max_length: int, prior: AcceptanceHistory | None = None) -> None:
+    def __init__(self, max_length: int, prior: AcceptanceHistory | float | None = None) -> None:
         self._max_length = max_length
         self._prior = prior
         self._version = self._version_of_prior = 0
@@ -116,19 +121,21 @@ class AcceptanceHistory:
     def _estimate(self) -> list[float]:
         """The chance of each position where those before it are right; anew where something was recorded."""
         prior = self._prior
-        if self._rates is not None and (prior is None or prior._version == self._version_of_prior):
+        others = prior if isinstance(prior, AcceptanceHistory) else None
+        if self._rates is not None and (others is None or others._version == self._version_of_prior):
             return self._rates
         rates: list[float] = []
         counts = zip(self._num_passed, self._num_tried, strict=True)
-        if prior is not None:
-            self._version_of_prior = prior._version
-            for (passed, tried), rate in zip(counts, prior._estimate(), strict=True):
-                rates.append((passed + TEXT_WEIGHT * rate) / (tried + TEXT_WEIGHT))
-        else:
+        if prior is None:
             rate = PRIOR_RATE
             for passed, tried in counts:
                 rate = (passed + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
                 rates.append(rate)
+        else:
+            presumed = [prior] * self._max_length if others is None else others._estimate()
+            self._version_of_prior = 0 if others is None else others._version
+            for (passed, tried), rate in zip(counts, presumed, strict=True):
+                rates.append((passed + TEXT_WEIGHT * rate) / (tried + TEXT_WEIGHT))
         self._rates = rates
         self._expected = list(accumulate(accumulate(rates, mul), initial=1.0))
         return rates
