@@ -308,11 +308,17 @@ class CostlyCosts:
         return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
 
     def catch_up(self, num_behind: int, per_pass: float) -> float:
-        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind."""
+        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind. Beyond
+        what was measured a token takes no more than it is taken for: most of catching up with a few is that there are
+        any."""
+        each = per_pass * self._priors.token_behind
         if not self._catch_up:
-            return num_behind * per_pass * self._priors.token_behind
-        nearest = min(self._catch_up, key=lambda size: abs(size - num_behind.bit_length()))
-        return num_behind * float(median(self._catch_up[nearest]))
+            return num_behind * each
+        size = num_behind.bit_length()
+        nearest = min(self._catch_up, key=lambda other: abs(other - size))
+        measured = float(median(self._catch_up[nearest]))
+        num_measured = min(num_behind, (1 << nearest) - 1)
+        return num_measured * measured + (num_behind - num_measured) * min(measured, each)
 
 
 def _size(number: int) -> int:
