@@ -20,7 +20,7 @@ from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDra
 from autobot_llm.engine.speculative.speculator import Speculator
 
 
-MOST_MISSING = 8
+MOST_MISSING = 5
 """Tokens of a sequence that the first pass of a chain takes, for the draft's shape."""
 
 
@@ -138,10 +138,13 @@ class Gpu:
 
     def chain(self, mode: str, num_tokens: int, missing: list[int]) -> float | None:
         size = padded_size(len(missing), CHAIN_SIZES)
-        if size is None or max(missing) > MOST_MISSING or sum(missing) > max(16, 4 * size):
+        if size is None:
             return None
         each = self._at(self.chain_pass if mode == "greedy" else self.drawn_pass, len(missing))
-        return (0.03 + num_tokens * each) / 1e3
+        took = 0.03 + num_tokens * each
+        if max(missing) > MOST_MISSING or sum(missing) > max(16, 4 * size):
+            took += self.catching_up + self.behind * sum(missing)
+        return took / 1e3
 
     def gap(self, num_sequences: int) -> float:
         return self._at(self.launching, num_sequences) / 1e3
