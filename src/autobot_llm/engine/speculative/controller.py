@@ -42,7 +42,7 @@ from autobot_llm.engine.speculative.measurements import (
 )
 from autobot_llm.engine.speculative.policy import CostlyOffer, Decision, DraftResult, Histories
 
-REFRESH = 128
+REFRESH = 512
 MARGIN = 1.03
 """How much quicker than a plain step the best choice must be: less than that is lost in what is not known."""
 RETRY = 256

@@ -15,12 +15,11 @@ HISTORY = 100
 ENOUGH = 20
 """Measurements after which a kind is judged by them alone."""
 
-PRIOR_RATE = 0.5
-PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
+PRIOR_RATE, MADE_TO_GUESS = 0.5, 0.7
+"""The chance that a guess is right before any was looked at: a copied one, and one of a model made for that."""
+PRIOR_WEIGHT = 4.0  # in measurements: what a kind is taken for while little is known of it
 TEXT_WEIGHT = 4.0
-"""The same where something else tells what drafts are like: one text's are taken for what those in other texts were."""
-MADE_TO_GUESS = 0.7
-"""The chance, at each position, of what a model drafts that was made for that, before any of it was verified."""
+"""The same of one text's drafts, which are taken for what drafts in other texts were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +66,23 @@ class AcceptanceHistory:
     before it (the estimator of Kaplan and Meier, 1958).
 
     `prior` is what drafts of this kind are taken for while little is known of them: how the method's went in all
-    texts, for those of one, or a chance that holds at each position. Without it a position is taken for what the one
-    before it is: else nobody ever tried it.
+    texts, for those of one. Without it a position is taken for what the one before it is, else nobody ever tried it,
+    and the first one for `presumed`.
     """
 
-    def __init__(self, max_length: int, prior: AcceptanceHistory | float | None = None) -> None:
+    def __init__(
+        self, max_length: int, prior: AcceptanceHistory | None = None, presumed: float = PRIOR_RATE
+    ) -> None:
         self._max_length = max_length
         self._prior = prior
+        self._presumed = presumed
         self._version = self._version_of_prior = 0
         self._drafts: deque[tuple[int, int]] = deque()
         self._num_tried = [0] * max_length
         self._num_passed = [0] * max_length
         self._rates: list[float] | None = None
         self._expected: list[float] = []
-        self.first_chance = PRIOR_RATE
+        self.first_chance = presumed
         """That a draft's first token is right, by what was measured of this kind."""
 
     def __len__(self) -> int:
@@ -106,7 +108,7 @@ class AcceptanceHistory:
         self._add(tried, passed, 1)
         if len(self._drafts) > HISTORY:
             self._add(*self._drafts.popleft(), -1)
-        self.first_chance = (self._num_passed[0] + PRIOR_WEIGHT * PRIOR_RATE) / (self._num_tried[0] + PRIOR_WEIGHT)
+        self.first_chance = (self._num_passed[0] + PRIOR_WEIGHT * self._presumed) / (self._num_tried[0] + PRIOR_WEIGHT)
         self._rates = None
         self._version += 1
 
@@ -121,21 +123,19 @@ class AcceptanceHistory:
     def _estimate(self) -> list[float]:
         """The chance of each position where those before it are right; anew where something was recorded."""
         prior = self._prior
-        others = prior if isinstance(prior, AcceptanceHistory) else None
-        if self._rates is not None and (others is None or others._version == self._version_of_prior):
+        if self._rates is not None and (prior is None or prior._version == self._version_of_prior):
             return self._rates
         rates: list[float] = []
         counts = zip(self._num_passed, self._num_tried, strict=True)
-        if prior is None:
-            rate = PRIOR_RATE
+        if prior is not None:
+            self._version_of_prior = prior._version
+            for (passed, tried), rate in zip(counts, prior._estimate(), strict=True):
+                rates.append((passed + TEXT_WEIGHT * rate) / (tried + TEXT_WEIGHT))
+        else:
+            rate = self._presumed
             for passed, tried in counts:
                 rate = (passed + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
                 rates.append(rate)
-        else:
-            presumed = [prior] * self._max_length if others is None else others._estimate()
-            self._version_of_prior = 0 if others is None else others._version
-            for (passed, tried), rate in zip(counts, presumed, strict=True):
-                rates.append((passed + TEXT_WEIGHT * rate) / (tried + TEXT_WEIGHT))
         self._rates = rates
         self._expected = list(accumulate(accumulate(rates, mul), initial=1.0))
         return rates
