@@ -19,7 +19,6 @@ from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 from autobot_llm.engine.speculative.speculator import Speculator
 
-
 MOST_MISSING = 5
 """Tokens of a sequence that the first pass of a chain takes, for the draft's shape."""
 
