@@ -7,16 +7,20 @@ import itertools
 import random
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.batching.step_cost import StepCost
+from autobot_llm.engine.gpu.graph_sizes import CHAIN_SIZES, padded_size
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
-from autobot_llm.engine.speculative.proposer import Computed, Draft
+from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 from autobot_llm.engine.speculative.speculator import Speculator
+
+MOST_MISSING = 5
+"""Tokens of a sequence that the first pass of a chain takes, for the draft's shape."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,18 @@ class Machine(Protocol):
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float: ...
 
-    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float: ...
+    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
+        """Pass by pass, waited for."""
+        ...
+
+    def chain(self, mode: str, num_tokens: int, missing: list[int]) -> float | None:
+        """So many passes that are launched at once, with the step behind them, where the first one takes so many tokens
+        of each sequence; None: that is too many."""
+        ...
+
+    def gap(self, num_sequences: int) -> float:
+        """From the tokens of a step to the launch of one with drafts, what was looked at included."""
+        ...
 
     def noise(self, rng: random.Random) -> float:
         """What a step takes longer, of its time: a busy machine only ever adds."""
@@ -79,26 +94,36 @@ class Cpu:
     def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
         return (num_tokens * (0.25 + 0.15 * num_sequences) + 0.04 * num_behind) / 1e3
 
+    def chain(self, mode: str, num_tokens: int, missing: list[int]) -> None:
+        return None
+
+    def gap(self, num_sequences: int) -> float:
+        return 0.0
+
     def noise(self, rng: random.Random) -> float:
         return 0.03 * abs(rng.gauss(0.0, 1.0)) + (rng.random() * 0.5 if rng.random() < 0.05 else 0.0)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Mistral-7B's shape on an H200, November 2026. Milliseconds by `sizes`, numbers of sequences: a step without
-    drafts, beside the host; what having drafts adds, each of their tokens, and a pass of the draft. `catching_up`: a
-    pass that catches up, and `behind`: each token of that. `waiting`: what a step without drafts takes longer where the
-    host waited before it."""
+    """Mistral-7B's shape on an H200, its draft widened to 68M, November 2026. Milliseconds by `sizes`, numbers of
+    sequences: a step without drafts, beside the host; what having drafts adds, and each of their tokens; a pass of the
+    draft that is launched by itself, and one of a chain, greedy or drawn; what the host takes to launch a step after it
+    has waited. `catching_up`: a pass that catches up, and `behind`: each token of that; `waiting`: what a step without
+    drafts takes longer where the host waited before it."""
 
     sizes: tuple[int, ...] = (1, 8, 16, 32, 128)
-    plain: tuple[float, ...] = (3.61, 4.0, 4.18, 4.3, 5.4)
-    drafted: tuple[float, ...] = (0.8, 0.7, 1.0, 2.4, 5.0)
-    token: tuple[float, ...] = (0.02, 0.024, 0.034, 0.034, 0.034)
-    draft_pass: tuple[float, ...] = (0.19, 0.43, 0.44, 0.45, 1.0)
-    catching_up: float = 0.2
+    plain: tuple[float, ...] = (3.66, 4.0, 4.18, 4.3, 5.4)
+    drafted: tuple[float, ...] = (0.34, 0.75, 0.9, 1.3, 2.5)
+    token: tuple[float, ...] = (0.005, 0.01, 0.012, 0.012, 0.02)
+    draft_pass: tuple[float, ...] = (0.2, 0.43, 0.44, 0.45, 1.0)
+    chain_pass: tuple[float, ...] = (0.068, 0.1, 0.12)
+    drawn_pass: tuple[float, ...] = (0.095, 0.19, 0.25)
+    launching: tuple[float, ...] = (0.28, 0.45, 0.6, 0.8, 1.6)
+    catching_up: float = 0.3
     behind: float = 0.001
-    waiting: float = 0.35
-    looking: float = 5e-6
+    waiting: float = 0.24
+    looking: float = 0.0
     room: int = 128
     is_beside_host: bool = True
 
@@ -110,19 +135,37 @@ class Gpu:
         catching_up = self.catching_up * (num_behind > 2 * num_sequences) + self.behind * num_behind
         return (num_tokens * self._at(self.draft_pass, num_sequences) + catching_up) / 1e3
 
+    def chain(self, mode: str, num_tokens: int, missing: list[int]) -> float | None:
+        size = padded_size(len(missing), CHAIN_SIZES)
+        if size is None:
+            return None
+        each = self._at(self.chain_pass if mode == "greedy" else self.drawn_pass, len(missing))
+        took = 0.03 + num_tokens * each
+        if max(missing) > MOST_MISSING or sum(missing) > max(16, 4 * size):
+            took += self.catching_up + self.behind * sum(missing)
+        return took / 1e3
+
+    def gap(self, num_sequences: int) -> float:
+        return self._at(self.launching, num_sequences) / 1e3
+
     def noise(self, rng: random.Random) -> float:
         return 0.012 * abs(rng.gauss(0.0, 1.0)) + (rng.random() * 0.3 if rng.random() < 0.02 else 0.0)
 
     def _at(self, values: tuple[float, ...], num_sequences: int) -> float:
-        return float(np.interp(num_sequences, self.sizes, values))
+        return float(np.interp(num_sequences, self.sizes[: len(values)], values))
 
 
 MACHINES: dict[str, Machine] = {
     "cpu": Cpu(),
     "gpu": Gpu(),
-    "gpu, fp8 weights": Gpu(plain=(2.85, 3.0, 3.3, 3.5, 4.6), draft_pass=(0.16, 0.43, 0.44, 0.45, 1.0)),
-    "gpu, no gaps": Gpu(drafted=(0.55, 0.6, 0.65, 0.7, 2.0), draft_pass=(0.12, 0.2, 0.25, 0.3, 0.6)),
-    "gpu, a dearer draft": Gpu(draft_pass=(0.4, 0.55, 0.6, 0.65, 1.1), behind=0.004),
+    "gpu, fp8 weights": Gpu(plain=(2.2, 2.7, 2.9, 3.3, 4.6)),
+    "gpu, a slow host": Gpu(launching=(0.5, 0.8, 1.0, 1.4, 2.4), draft_pass=(0.35, 0.6, 0.65, 0.7, 1.2)),
+    "gpu, a dearer draft": Gpu(
+        chain_pass=(0.3, 0.4, 0.45),
+        drawn_pass=(0.34, 0.5, 0.6),
+        draft_pass=(0.4, 0.55, 0.6, 0.65, 1.1),
+        behind=0.004,
+    ),
 }
 
 
@@ -141,8 +184,16 @@ class Clock:
         return seconds * (1.0 + self._machine.noise(self._rng))
 
 
+class _Chain(NamedTuple):
+    """Passes under way: for whom, how many, how long."""
+
+    sequences: list[Sequence]
+    num_tokens: int
+    seconds: float
+
+
 class RecordedDraft:
-    """CostlyProposer that guesses what the draft model did."""
+    """LaunchingProposer that guesses what the draft model did."""
 
     name = "draft"
     wanted = None
@@ -151,7 +202,13 @@ class RecordedDraft:
         self._machine = machine
         self._clock = clock
         self._traces: dict[int, Trace] = {}
-        self._num_seen: dict[int, int] = {}
+        self._drafted: dict[int, list[int]] = {}
+        """Of each sequence that was drafted for, its tokens and the guesses after them that were computed, too."""
+        self._behind: _Chain | None = None
+        self.launched = 0.0
+        """Seconds of the chain that was launched for the step at hand."""
+        self.behind = 0.0
+        """And of the one that was queued behind the step before it, whoever takes it."""
 
     def follow(self, sequence: Sequence, trace: Trace) -> None:
         self._traces[sequence.id] = trace
@@ -160,7 +217,10 @@ class RecordedDraft:
         raise AssertionError("it wants nothing")
 
     def lag(self, sequence: Sequence) -> int:
-        return max(1, len(sequence.token_ids) - self._num_seen.get(sequence.id, 0))
+        ours, theirs = self._drafted.get(sequence.id, []), sequence.token_ids
+        pairs = zip(ours, theirs, strict=False)
+        same = next((i for i, (mine, other) in enumerate(pairs) if mine != other), min(len(ours), len(theirs)))
+        return max(1, len(theirs) - same)
 
     def num_passes(self, num_tokens: int) -> int:
         return num_tokens
@@ -168,20 +228,45 @@ class RecordedDraft:
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         num_behind = sum(self.lag(sequence) - 1 for sequence in sequences)
         self._clock.now += self._clock.noisy(self._machine.drafting(len(sequences), num_tokens, num_behind))
-        drafts: list[Draft | None] = []
-        for sequence in sequences:
-            trace = self._traces[sequence.id]
-            self._num_seen[sequence.id] = len(sequence.token_ids)
-            guess = trace.guesses[len(sequence.token_ids) - trace.num_prompt_tokens - 1][:num_tokens]
-            drafts.append(Draft(list(guess)) if guess else None)
-        return drafts
+        return [self._guess(sequence, num_tokens) for sequence in sequences]
+
+    def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:
+        behind, self._behind = self._behind, None
+        if behind is not None and behind.sequences == sequences and behind.num_tokens >= num_tokens:
+            seconds = behind.seconds * num_tokens / behind.num_tokens
+        else:
+            missing = [self.lag(sequence) for sequence in sequences]
+            found = self._machine.chain(self._traces[sequences[0].id].mode, num_tokens, missing)
+            if found is None:
+                return None
+            seconds = self.launched = self._clock.noisy(found)
+        drafts = [self._guess(sequence, num_tokens) for sequence in sequences]
+        return LaunchedDrafts([list(range(num_tokens)) for _ in sequences], lambda: (drafts, seconds))
+
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+        found = self._machine.chain(self._traces[sequences[0].id].mode, num_tokens, [2] * len(sequences))
+        if found is not None:
+            self.behind = self._clock.noisy(found)
+            self._behind = _Chain(list(sequences), num_tokens, self.behind)
+
+    def drop_behind(self) -> None:
+        self._behind = None
 
     def forget(self, sequence: Sequence) -> None:
         self._traces.pop(sequence.id, None)
-        self._num_seen.pop(sequence.id, None)
+        self._drafted.pop(sequence.id, None)
 
     def close(self) -> None:
         pass
+
+    def _guess(self, sequence: Sequence, num_tokens: int) -> Draft | None:
+        trace, token_ids = self._traces.get(sequence.id), sequence.token_ids
+        if trace is None:  # a sequence that nobody asked for
+            guess = [0] * num_tokens
+        else:
+            guess = trace.guesses[len(token_ids) - trace.num_prompt_tokens - 1][:num_tokens]
+        self._drafted[sequence.id] = [*token_ids, *guess[:-1]]  # nobody has computed what follows the last one
+        return Draft(list(guess)) if guess else None
 
 
 class Simulation:
@@ -222,7 +307,8 @@ class Simulation:
                 begin = clock.now
                 clock.now += clock.noisy(self._seconds(0)) + waited
                 waits = speculator is not None and room > 0 and self._is_promising(speculator, room)
-                self._go_on([0] * len(self._live), speculator, clock.now - begin)
+                nothing = [0] * len(self._live)
+                self._go_on(self._plan(nothing), nothing, speculator, clock.now - begin)
                 under_way, waited = not waits, 0.0
             elif speculator is None or not self._in_turn(speculator, is_plain_run=False):
                 under_way, waited = True, self._machine.waiting / 1e3 if isinstance(self._machine, Gpu) else 0.0
@@ -238,37 +324,58 @@ class Simulation:
 
     def _in_turn(self, speculator: Speculator | None, *, is_plain_run: bool = True) -> bool:
         """One step that is waited for; whether it had drafts. Without drafts it is left alone unless `is_plain_run`."""
-        clock, live = self._clock, self._live
-        begin, room = clock.now, self._machine.room
+        clock, live, machine, draft = self._clock, self._live, self._machine, self._draft
+        begin, room = clock.now, machine.room
+        queued, draft.behind, draft.launched = draft.behind, 0.0, 0.0
         if speculator is not None:
-            clock.now += self._machine.looking * len(live)
-            speculator.propose([sequence for sequence, _ in live], room - len(live))
-        num_right = []
+            clock.now += machine.looking * len(live)
+            sequences = [sequence for sequence, _ in live]
+            speculator.propose(sequences, room - len(live), may_wait=machine.is_beside_host)
         left = room - len(live)
+        numbers = []
         for sequence, trace in live:
+            numbers.append(min(len(sequence.draft_ids), len(trace.token_ids) - len(sequence.token_ids), left))
+            left -= numbers[-1]
+        num_draft = sum(numbers)
+        # The device goes through what was queued behind the last step while the host prepares the next one. A chain is
+        # launched half-way through that.
+        host = machine.gap(len(live)) if num_draft else 0.0
+        clock.now += max(queued, host / 2 + max(draft.launched, host / 2))
+        if not (num_draft or is_plain_run):
+            if speculator is not None:
+                speculator.settle()
+            return False
+        plan = self._plan(numbers)
+        if speculator is not None:
+            if num_draft:
+                speculator.launch_behind(plan)
+            speculator.settle()
+        num_right = []
+        for (sequence, trace), number in zip(live, numbers, strict=True):
             came = trace.token_ids[len(sequence.token_ids) :]
-            draft_ids = sequence.draft_ids = sequence.draft_ids[: min(len(came), left)]
-            left -= len(draft_ids)
-            right = next((i for i, pair in enumerate(zip(draft_ids, came, strict=False)) if pair[0] != pair[1]), None)
-            num_right.append(min(len(draft_ids) if right is None else right, len(came) - 1))
-        num_draft = room - len(live) - left
-        if num_draft or is_plain_run:
-            clock.now += clock.noisy(self._seconds(num_draft))
-            self._go_on(num_right, speculator, clock.now - begin)
+            sequence.draft_ids = sequence.draft_ids[:number]
+            pairs = zip(sequence.draft_ids, came, strict=False)
+            right = next((i for i, (mine, other) in enumerate(pairs) if mine != other), number)
+            num_right.append(min(right, len(came) - 1))
+        clock.now += clock.noisy(self._seconds(num_draft))
+        self._go_on(plan, num_right, speculator, clock.now - begin)
         return num_draft > 0
+
+    def _plan(self, numbers: list[int]) -> StepPlan:
+        """A step of all that are there, with so many drafts each."""
+        items = [
+            ScheduledSequence(sequence, len(sequence.token_ids) - 1, 1 + number, True, 0, number)
+            for (sequence, _), number in zip(self._live, numbers, strict=True)
+        ]
+        return StepPlan(tuple(items), len(items) + sum(numbers), 0, sum(numbers))
 
     def _seconds(self, num_draft: int) -> float:
         return self._machine.step(self._live[0][1].mode, len(self._live), num_draft)
 
-    def _go_on(self, num_right: list[int], speculator: Speculator | None, seconds: float) -> None:
+    def _go_on(self, plan: StepPlan, num_right: list[int], speculator: Speculator | None, seconds: float) -> None:
         """What a step of so many seconds made of the sequences."""
-        live, items = self._live, []
-        for sequence, _ in live:
-            num_draft = len(sequence.draft_ids)
-            items.append(ScheduledSequence(sequence, len(sequence.token_ids) - 1, 1 + num_draft, True, 0, num_draft))
-        num_draft = sum(item.num_draft for item in items)
-        plan = StepPlan(tuple(items), len(live) + num_draft, 0, num_draft)
-        if speculator is not None and num_draft:
+        live = self._live
+        if speculator is not None and plan.num_draft_tokens:
             speculator.record(plan, num_right, seconds, [RequestStats() for _ in live])
         elif speculator is not None:
             speculator.record_plain(plan, seconds, self._step_cost)

@@ -18,6 +18,7 @@ import json
 import pstats
 import statistics
 import time
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,8 +142,16 @@ class FreeDevice:
         return self.chains.find(num_missing, num_passes, is_drawn=False) is not None
 
     def launch_chain(
-        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+        self,
+        batch: StepBatch,
+        sampling: SamplingArrays,
+        num_passes: int,
+        after: Unverified | None = None,
+        before: SequenceABC[StepBatch] = (),
     ) -> Answered:
+        for one in before:
+            if (step := self.steps.find(one)) is not None:
+                self.steps.fill(step, 0, one)
         chain = self.chains.find(np.diff(batch.query_starts).tolist(), num_passes, is_drawn=sampling.any_drawn)
         assert chain is not None
         self.chains.fill(chain, 0, batch, sampling, after)

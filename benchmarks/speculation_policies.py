@@ -27,7 +27,7 @@ from rich.progress import track
 from simulated_steps import MACHINES, Clock, Machine, RecordedDraft, Simulation, Trace
 from speculation_setup import DRAFT, Half, Setup
 
-from autobot_llm.engine.sequence import Sequence
+from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.policy import Always
@@ -78,6 +78,8 @@ def compare(traces: list[Trace], machine: Machine, size: int, num_prompts: int, 
             "draft": Speculator(NUM_TOKENS, costly=draft, policy=always, clock=clock),
             "auto": Speculator(NUM_TOKENS, make_free=NgramProposer, costly=draft, priors=priors, clock=clock),
         }
+        if not machine.is_beside_host:  # as where an engine starts
+            every["auto"].rehearse(Sequence(-1, [0, 0], SamplingParams(max_tokens=1, temperature=0.0)))
         rounds = []
         for category in CATEGORIES:
             mine = [trace for trace in traces if trace.category == category]

@@ -270,20 +270,30 @@ class FakeChainDevice(FakePipelinedDevice):
         self._target = target
         self._queue = target._queue
         self._most_missing = most_missing
-        self.num_chains = self.num_behind = 0
+        self.num_chains = self.num_behind = self.num_before = 0
 
     def takes_chain(self, num_missing: Sequence[int], num_passes: int) -> bool:
         return max(num_missing) <= self._most_missing
 
     def launch_chain(
-        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+        self,
+        batch: StepBatch,
+        sampling: SamplingArrays,
+        num_passes: int,
+        after: Unverified | None = None,
+        before: Sequence[StepBatch] = (),
     ) -> _LaunchedChain:
-        assert (batch.pending_rows_T == -1).all()
-        self.check_writes(batch)
+        for one in (*before, batch):
+            assert (one.pending_rows_T == -1).all()
+            self.check_writes(one)
+            if one is not batch:
+                assert not len(one.logit_rows_R), "nobody samples from it"
+                self.do(self.compute, one, [])
         num_sequences = batch.num_sequences
         step = _LaunchedChain(self, num_passes * num_sequences)
         step.rows = FIRST_DRAFT_ROW + np.arange(step.num_rows)
         self.num_chains += 1
+        self.num_before += len(before)
         self.num_behind += after is not None
         self.do(self._run_chain, step, batch, sampling, num_passes, after)
         return step

@@ -48,10 +48,11 @@ def draft_of(engine: Engine) -> DraftModel:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("number", [1, 3, 6])
 def test_a_chain_draws_what_its_passes_draw(engine: Engine, temperature: float, number: int) -> None:
-    """Two places in bfloat16 may round otherwise where a first pass is padded to other rows."""
+    """Two places in bfloat16 may round otherwise where a first pass is padded to other rows, or is not the first: 12
+    tokens of several sequences are more than a chain takes."""
     draft = draft_of(engine)
     num_right = num_drafted = 0
-    for missing in (1, 2):
+    for missing in (1, 2, 12):
         sequences = []
         for i, text in enumerate(TEXTS[:number]):
             params = SamplingParams(max_tokens=99, temperature=temperature, top_p=0.9, seed=i)

@@ -173,11 +173,17 @@ class ChainExecutor(PipelinedExecutor, Protocol):
         ...
 
     def launch_chain(
-        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+        self,
+        batch: StepBatch,
+        sampling: SamplingArrays,
+        num_passes: int,
+        after: Unverified | None = None,
+        before: SequenceABC[StepBatch] = (),
     ) -> LaunchedChain:
         """Queue a step that samples for each of its S sequences, whose tokens are all known, and after it a pass over
         each token that was sampled, `num_passes` in all. The block tables hold what all of them write. `sampling` has S
-        rows for each pass, the first pass first.
+        rows for each pass, the first pass first. `before`: steps that nobody samples from, to be computed first; their
+        time is the chain's, too.
 
         With `after`, the batch holds two tokens of each sequence, its last known one and the one after that, which
         `first_rows_S` has: as if no draft were right. The device moves all of it on by as many as are. The tables hold

@@ -206,22 +206,30 @@ class GpuExecutor:
         return self._chains is not None and self._chains.find(num_missing, num_passes, is_drawn=False) is not None
 
     def launch_chain(
-        self, batch: StepBatch, sampling: SamplingArrays, num_passes: int, after: Unverified | None = None
+        self,
+        batch: StepBatch,
+        sampling: SamplingArrays,
+        num_passes: int,
+        after: Unverified | None = None,
+        before: SequenceABC[StepBatch] = (),
     ) -> LaunchedChainRows:
         assert self._chains is not None and self._chain_place is not None
         num_missing = np.diff(batch.query_starts).tolist()
         chain = self._chains.find(num_missing, num_passes, is_drawn=sampling.any_drawn)
         assert chain is not None, f"{num_passes} passes after {num_missing} tokens are not captured"
         with torch.cuda.stream(self.stream), torch.no_grad():
+            begun = torch.cuda.Event(enable_timing=True)
+            begun.record(self.stream)
+            for one in before:
+                self._forward(one, copies_features=False)
             slot = self._graph_staging.next_slot()
             self._chains.fill(chain, slot, batch, sampling, after)
             result = self._graph_results.slots[slot]
-            result.begun.record(self.stream)
             self._replay_chain(chain)
             self._graph_staging.mark_queued()
             result.arrived.record(self.stream)
         return LaunchedChainRows(
-            result, chain.rows(batch.num_sequences), self._chain_place.first_row, self._note_waited
+            result, begun, chain.rows(batch.num_sequences), self._chain_place.first_row, self._note_waited
         )
 
     def room_for_drafts(self, num_sequences: int) -> int:

@@ -24,7 +24,7 @@ class ResultRows:
     def __init__(self, tokens_R: torch.Tensor, bests_R: torch.Tensor) -> None:
         self.tokens_pinned, self.bests_pinned = tokens_R, bests_R
         self.tokens, self.bests = tokens_R.numpy(), bests_R.numpy()
-        self.begun, self.arrived = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.arrived = torch.cuda.Event(enable_timing=True)
 
 
 class ResultRing:
@@ -52,21 +52,30 @@ class LaunchedRows:
 
 
 class LaunchedChainRows:
-    """A queued chain, whose tokens lie in `places` of its rows, and from `first_row` on for the target."""
+    """A queued chain, whose tokens lie in `places` of its rows, and from `first_row` on for the target. The device has
+    `begun` with it, or with what it waited for."""
 
     features = Features()
 
-    def __init__(self, result: ResultRows, places: npt.NDArray[np.int64], first_row: int, on_waited: OnWaited) -> None:
+    def __init__(
+        self,
+        result: ResultRows,
+        begun: torch.cuda.Event,
+        places: npt.NDArray[np.int64],
+        first_row: int,
+        on_waited: OnWaited,
+    ) -> None:
         self.rows = first_row + places
         self.seconds = 0.0
         self._result = result
+        self._begun = begun
         self._places = places
         self._on_waited = on_waited
 
     def wait(self) -> SampledRows:
         result, places = self._result, self._places
         _synchronize(result, self._on_waited)
-        self.seconds = result.begun.elapsed_time(result.arrived) * 1e-3
+        self.seconds = self._begun.elapsed_time(result.arrived) * 1e-3
         return SampledRows(result.tokens[places].tolist(), result.bests[places].tolist())
 
 

@@ -42,7 +42,7 @@ from autobot_llm.engine.speculative.measurements import (
 )
 from autobot_llm.engine.speculative.policy import CostlyOffer, Decision, DraftResult, Histories
 
-REFRESH = 128
+REFRESH = 512
 MARGIN = 1.03
 """How much quicker than a plain step the best choice must be: less than that is lost in what is not known."""
 RETRY = 256
@@ -73,6 +73,7 @@ class Controller:
         self._num_since_probe = PROBE_EVERY
         self._offer_every = priors.offer_every
         self._is_shared = priors.is_shared
+        self._costly_pass = priors.costly_pass
         self._uses_costly = False
         self._num_passes = 1  # of the costly method when it was last asked
 
@@ -273,7 +274,7 @@ class Controller:
 
     def _per_pass(self, num_sequences: int, plain: float) -> float:
         per_pass = self.costly_costs.per_pass(num_sequences)
-        return plain if per_pass is None else per_pass
+        return plain * self._costly_pass if per_pass is None else per_pass
 
     def _candidates(self, expected: SequenceABC[SequenceABC[float]], plain: float, own: float) -> Iterator[list[int]]:
         """Lengths that may be the best: each sequence's by its own time, and the likeliest tokens of all as long as

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autobot_llm.engine.batching.plan import ScheduledSequence, build_batch
+from autobot_llm.engine.batching.plan import ScheduledSequence, StepBatch, build_batch
 from autobot_llm.engine.executor import (
     ChainExecutor,
     Executor,
@@ -101,7 +101,8 @@ class DraftModel:
         return [Draft(token_ids) if token_ids else None for token_ids in drafts]
 
     def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:
-        """The same passes as one launch, where little is missing of every sequence and all have room."""
+        """The same passes as one launch, where all have room. What a chain's first pass does not take is computed
+        before it."""
         if self._chains is None or not sequences:
             return None
         drafting = self._catch_up_with(sequences, num_tokens)
@@ -109,14 +110,18 @@ class DraftModel:
         behind, self._behind = self._behind, None
         if behind is not None and behind.shadows == shadows and behind.num_tokens >= num_tokens:
             return self._give_out(behind._replace(num_given=num_tokens))
-        missing = [len(shadow.token_ids) - shadow.num_computed_tokens for shadow in shadows]
-        if len(drafting) < len(sequences) or not self._chains.takes_chain(missing, num_tokens):
+        if len(drafting) < len(sequences) or not self._chains.takes_chain([1] * len(shadows), num_tokens):
             return None
+        before: list[StepBatch] = []
+        missing = [_num_missing(shadow) for shadow in shadows]
+        if not self._chains.takes_chain(missing, num_tokens):
+            before = [build_batch(parts, self.pool.block_size) for parts in self._steps(shadows, num_left=1)]
+            missing = [_num_missing(shadow) for shadow in shadows]
         parts = [ScheduledSequence(s, s.num_computed_tokens, n, True) for s, n in zip(shadows, missing, strict=True)]
         batch = build_batch(parts, self.pool.block_size)
         offsets = [offset for offset in range(num_tokens) for _ in shadows]
         sampling = self._sampling_arrays.build(shadows * num_tokens, offsets)
-        launched = self._chains.launch_chain(batch, sampling, num_tokens)
+        launched = self._chains.launch_chain(batch, sampling, num_tokens, before=before)
         return self._give_out(_Chain(launched, shadows, num_tokens, num_tokens))
 
     def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
@@ -232,17 +237,19 @@ class DraftModel:
         shadows = [self._shadows[sequence_id] for sequence_id in drafting]
         return [sequence_id for parts in self._steps(shadows) for sequence_id in self._run(parts)]
 
-    def _steps(self, shadows: list[Sequence]) -> Iterator[list[ScheduledSequence]]:
-        """What is missing of each, in steps that the executor takes."""
+    def _steps(self, shadows: list[Sequence], num_left: int = 0) -> Iterator[list[ScheduledSequence]]:
+        """What is missing of each, in steps that the executor takes; all but the last `num_left` tokens, which then
+        nobody samples from."""
         parts: list[ScheduledSequence] = []
         budget = self._max_tokens
         for shadow in shadows:
             if shadow.token_ids[-1] == UNKNOWN_TOKEN and shadow.pending_row == NO_ROW:
                 continue  # its logits were not good, and not even the device knows the token
-            end = len(shadow.token_ids)
+            end = len(shadow.token_ids) - num_left
             while (missing := end - shadow.num_computed_tokens) > 0:
                 number = min(missing, budget)
-                parts.append(ScheduledSequence(shadow, shadow.num_computed_tokens, number, number == missing))
+                samples = number == missing and not num_left
+                parts.append(ScheduledSequence(shadow, shadow.num_computed_tokens, number, samples))
                 shadow.num_computed_tokens += number
                 budget -= number
                 if budget == 0:
@@ -273,6 +280,10 @@ class DraftModel:
                 shadow.token_ids.append(outcome.token_id)
                 good.append(shadow.id)
         return good
+
+
+def _num_missing(shadow: Sequence) -> int:
+    return len(shadow.token_ids) - shadow.num_computed_tokens
 
 
 def _plain(params: SamplingParams) -> SamplingParams:

@@ -16,7 +16,9 @@ ENOUGH = 20
 """Measurements after which a kind is judged by them alone."""
 
 PRIOR_RATE = 0.5
-PRIOR_WEIGHT = 2.0  # in measurements: what a kind is taken for while little is known of it
+MADE_TO_GUESS = 0.7
+"""The chance that a guess of a model is right which was made to guess, before any was looked at."""
+PRIOR_WEIGHT = 4.0  # in measurements: what a kind is taken for while little is known of it
 TEXT_WEIGHT = 4.0
 """The same of one text's drafts, which are taken for what drafts in other texts were."""
 
@@ -26,14 +28,16 @@ class Priors:
     """What costs are taken for before anything was measured.
 
     `drafted_step`: what a step with drafts takes longer, however few there are, in plain steps. `draft_token`: what a
-    draft token adds to that, in a sequence's share of a plain one. `token_behind`: what a costly method takes for a
-    token that it catches up with, in its passes; `twice_as_many`: how much longer its pass takes for two sequences than
-    for one. `offer_every`: steps from one look to the next at a costly method that is not in use.
+    draft token adds to that, in a sequence's share of a plain one. `costly_pass`: what a pass of a costly method takes,
+    in plain steps; `token_behind`: a token that it catches up with, in its passes; `twice_as_many`: how much longer its
+    pass takes for two sequences than for one. `offer_every`: steps from one look to the next at a costly method that is
+    not in use.
     `is_shared`: a step's time is nearly all shared by its sequences, so they gain and lose by drafts together.
     """
 
     drafted_step: float
     draft_token: float
+    costly_pass: float
     token_behind: float
     twice_as_many: float
     offer_every: int
@@ -41,10 +45,22 @@ class Priors:
 
 
 ON_CPU = Priors(
-    drafted_step=0.0, draft_token=0.25, token_behind=0.25, twice_as_many=2.0, offer_every=16, is_shared=False
+    drafted_step=0.0,
+    draft_token=0.25,
+    costly_pass=1.0,
+    token_behind=0.25,
+    twice_as_many=2.0,
+    offer_every=16,
+    is_shared=False,
 )
 ON_GPU = Priors(
-    drafted_step=0.12, draft_token=0.02, token_behind=1 / 256, twice_as_many=1.1, offer_every=1, is_shared=True
+    drafted_step=0.12,
+    draft_token=0.02,
+    costly_pass=0.1,
+    token_behind=1 / 256,
+    twice_as_many=1.1,
+    offer_every=1,
+    is_shared=True,
 )
 """A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
 before the next one, and kernels of several rows are a little slower (docs/results/speculation_gpu.md). A look costs
@@ -63,19 +79,21 @@ class AcceptanceHistory:
     before it (the estimator of Kaplan and Meier, 1958).
 
     `prior` is what drafts of this kind are taken for while little is known of them: how the method's went in all
-    texts, for those of one. Without it a position is taken for what the one before it is: else nobody ever tried it.
+    texts, for those of one. Without it a position is taken for what the one before it is, else nobody ever tried it,
+    and for `presumed` at least.
     """
 
-    def __init__(self, max_length: int, prior: AcceptanceHistory | None = None) -> None:
+    def __init__(self, max_length: int, prior: AcceptanceHistory | None = None, presumed: float = 0.0) -> None:
         self._max_length = max_length
         self._prior = prior
+        self._presumed = presumed
         self._version = self._version_of_prior = 0
         self._drafts: deque[tuple[int, int]] = deque()
         self._num_tried = [0] * max_length
         self._num_passed = [0] * max_length
         self._rates: list[float] | None = None
         self._expected: list[float] = []
-        self.first_chance = PRIOR_RATE
+        self.first_chance = self._first_presumed = max(PRIOR_RATE, presumed)
         """That a draft's first token is right, by what was measured of this kind."""
 
     def __len__(self) -> int:
@@ -101,7 +119,8 @@ class AcceptanceHistory:
         self._add(tried, passed, 1)
         if len(self._drafts) > HISTORY:
             self._add(*self._drafts.popleft(), -1)
-        self.first_chance = (self._num_passed[0] + PRIOR_WEIGHT * PRIOR_RATE) / (self._num_tried[0] + PRIOR_WEIGHT)
+        num_right = self._num_passed[0] + PRIOR_WEIGHT * self._first_presumed
+        self.first_chance = num_right / (self._num_tried[0] + PRIOR_WEIGHT)
         self._rates = None
         self._version += 1
 
@@ -127,7 +146,7 @@ class AcceptanceHistory:
         else:
             rate = PRIOR_RATE
             for passed, tried in counts:
-                rate = (passed + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+                rate = (passed + PRIOR_WEIGHT * max(rate, self._presumed)) / (tried + PRIOR_WEIGHT)
                 rates.append(rate)
         self._rates = rates
         self._expected = list(accumulate(accumulate(rates, mul), initial=1.0))
@@ -301,11 +320,17 @@ class CostlyCosts:
         return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
 
     def catch_up(self, num_behind: int, per_pass: float) -> float:
-        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind."""
+        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind. Beyond
+        what was measured a token takes no more than it is taken for: most of catching up with a few is that there are
+        any."""
+        each = per_pass * self._priors.token_behind
         if not self._catch_up:
-            return num_behind * per_pass * self._priors.token_behind
-        nearest = min(self._catch_up, key=lambda size: abs(size - num_behind.bit_length()))
-        return num_behind * float(median(self._catch_up[nearest]))
+            return num_behind * each
+        size = num_behind.bit_length()
+        nearest = min(self._catch_up, key=lambda other: abs(other - size))
+        measured = float(median(self._catch_up[nearest]))
+        num_measured = min(num_behind, (1 << nearest) - 1)
+        return num_measured * measured + (num_behind - num_measured) * min(measured, each)
 
 
 def _size(number: int) -> int:

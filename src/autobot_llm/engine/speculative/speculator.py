@@ -20,7 +20,7 @@ from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller
-from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
+from autobot_llm.engine.speculative.measurements import MADE_TO_GUESS, ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
 from autobot_llm.engine.speculative.possible import possible
@@ -373,7 +373,9 @@ class Speculator:
     def _history(self, method: str, kind: str) -> AcceptanceHistory:
         history = self.histories.get((method, kind))
         if history is None:
-            history = self.histories[method, kind] = AcceptanceHistory(self.max_tokens + 1)
+            is_free = self._free is not None and method == self._free.name
+            presumed = 0.0 if is_free else MADE_TO_GUESS
+            history = self.histories[method, kind] = AcceptanceHistory(self.max_tokens + 1, presumed=presumed)
         return history
 
     def _text_history(self, method: str, sequence: Sequence) -> AcceptanceHistory:
