@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import pytest
 import torch
@@ -141,8 +141,18 @@ class Box(ctypes.Structure):
 def test_the_same_source_computes_the_same_on_a_processor(
     kind: str, shape: tuple[int, int], rows: int, what: str, tile: BlockTile, group: int, tmp_path: Path
 ) -> None:
-    def multiply(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, norm: torch.Tensor | None, eps: float,
-                 bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, rounded: bool) -> None:  # fmt: skip
+    def multiply(
+        x: torch.Tensor,
+        weight: PackedWeight,
+        out: torch.Tensor,
+        *,
+        norm: torch.Tensor | None,
+        eps: float,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        gated: bool,
+        rounded: bool,
+    ) -> None:
         wide, x_scales = x.float() if norm is None else normed_rows(x, norm), None
         if rounded:
             numbers, x_scales = round_activations(wide, cast(Literal["int8", "fp8"], kind.removesuffix(", rounded")))
@@ -153,9 +163,9 @@ def test_the_same_source_computes_the_same_on_a_processor(
         values = weight.values
         w = Box(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
         x_box = Box(numbers.data_ptr(), *x.shape, x.shape[1], padded_rows(rows), tile.segment)
-        programs = prepared.num_tiles * tile.parts
         size = ctypes.c_uint64(prepared.shared_bytes)
-        is_inside = library.run(ctypes.byref(w), ctypes.byref(x_box), ctypes.byref(prepared.arguments), MAGIC, programs, size)
+        given = (ctypes.byref(w), ctypes.byref(x_box), ctypes.byref(prepared.arguments))
+        is_inside = library.run(*given, MAGIC, prepared.num_tiles * tile.parts, size)
         assert is_inside, "a copy that is not aligned, or leaves its memory"
 
     check(kind, shape, rows, what, cast(Multiply, multiply), group=group)
@@ -164,10 +174,12 @@ def test_the_same_source_computes_the_same_on_a_processor(
 # --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
-def multiply_as_chosen(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool, **named: object) -> None:
+def multiply_as_chosen(
+    x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool, **named: Any
+) -> None:
     tile = block_tile_for(x, weight, out, rounded=rounded)
     assert tile is not None
-    multiply_blocks(tile, x, weight, out, rounded=rounded, **named)  # type: ignore[arg-type]
+    multiply_blocks(tile, x, weight, out, rounded=rounded, **named)
 
 
 @pytest.mark.gpu

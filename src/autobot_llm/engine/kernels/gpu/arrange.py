@@ -23,9 +23,7 @@ from autobot_llm.engine.kernels.gpu.launch import (
 _INPUTS_AT_ONCE = 1024  # of a program, where nothing has to be known of the whole row
 
 
-def arrange(
-    x_TI: torch.Tensor, most_rows: int, norm: torch.Tensor | None = None, eps: float = 0.0
-) -> torch.Tensor:
+def arrange(x_TI: torch.Tensor, most_rows: int, norm: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
     """`x_TI`, after RMSNorm where there is a weight for it, as the kernel for `most_rows` rows wants it.
 
     Rows from T to `most_rows` hold whatever was there. Inputs must be a multiple of 64.
@@ -69,7 +67,7 @@ def arrange_kernel(  # type: ignore[no-untyped-def]
     at_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside_I = at_I < num_inputs
     # A thread t of four has bytes 16 t and so on of W, four words. In an instruction, which takes one of them, it stands
-    # for pairs t and 4 + t of eight: so these are the pairs that its first two and its last two bytes are multiplied with.
+    # for pairs t and 4 + t of eight: so these are the pairs that the word's first two and last two bytes meet.
     inputs_I = at_I // 64 * 64 + at_I // 2 % 4 * 16 + at_I // 16 % 4 * 4 + at_I // 8 % 2 * 2 + at_I % 2
     norm_I = tl.load(norm_ptr + inputs_I, inside_I, 0.0).to(tl.float32) if NORM else 1.0
     wait_for_previous_kernel(PDL)

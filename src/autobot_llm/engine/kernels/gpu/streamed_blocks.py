@@ -24,9 +24,7 @@ from autobot_llm.engine.quantization.packed import PackedWeight
 _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
 
 
-def block_tile_for(
-    x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool
-) -> BlockTile | None:
+def block_tile_for(x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool) -> BlockTile | None:
     """The tile for this product, or None where the kernel cannot compute it."""
     num_rows, num_inputs = x_TI.shape
     values = weight.values
@@ -65,7 +63,9 @@ def multiply_blocks(
 ) -> torch.Tensor:
     """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
     num_rows, values = padded_rows(x_TI.shape[0]), weight.values
-    w_map = x_map = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
+    w_map = x_map = map_of_bytes(
+        values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment
+    )
     x_scales_T = None
     if rounded:
         x, x_scales_T = round_rows(x_TI, values.dtype, norm, eps)
