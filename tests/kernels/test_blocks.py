@@ -34,27 +34,29 @@ Multiply: TypeAlias = Callable[..., torch.Tensor]
 
 EPS = 1e-5
 DTYPE = torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["int8", "fp8", "int4", "int4 with zeros", "int8, rounded", "fp8, rounded"]
 FORMATS = {"int8": Format.INT8, "fp8": Format.FLOAT8, "int4": Format.INT4, "int4 with zeros": Format.INT4}
 # whole tiles for every multiprocessor, and a few
 SHAPES = [(6144, 4096), (14336, 4096), (4096, 14336), (256, 512)]
 
 
-def check(kind: str, shape: tuple[int, int], rows: int, what: str, multiply: Multiply, *, group: int = 128) -> None:
+def check(
+    kind: str, shape: tuple[int, int], rows: int, what: str, multiply: Multiply, *, group: int = 128, device: str = GPU
+) -> None:
     stored, rounded = kind.removesuffix(", rounded"), kind.endswith(", rounded")
     gated, num_inputs = what == "gated", shape[1]
-    weight = weight_of(stored, shape[0] * (2 if gated else 1), num_inputs, group=group, device=DEVICE)
+    weight = weight_of(stored, shape[0] * (2 if gated else 1), num_inputs, group=group, device=device)
     assert isinstance(weight, PackedWeight)
     generator = torch.Generator().manual_seed(rows)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(DTYPE).to(DEVICE)
+        return torch.randn(size, generator=generator).to(DTYPE).to(device)
 
     x = random(rows, num_inputs + 24)[:, 8 : num_inputs + 8]
     norm = 1 + 0.3 * random(num_inputs) if what in ("norm", "gated") else None
     bias = random(weight.num_outputs) if rows % 2 else None
-    around = torch.full((rows, shape[0] + 16), torch.nan, dtype=DTYPE, device=DEVICE)
+    around = torch.full((rows, shape[0] + 16), torch.nan, dtype=DTYPE, device=device)
     out = around[:, 8 : shape[0] + 8]
     residual = random(rows, shape[0]) if what == "add" else None
     if residual is not None:
@@ -100,8 +102,8 @@ def arranged_reference(x: torch.Tensor, most_rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("normed", [False, True])
 def test_every_number_is_where_the_matrix_units_look_for_it(normed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(19, 1088, generator=generator).to(DTYPE).to(DEVICE)
-    norm = torch.rand(1088, generator=generator).to(DTYPE).to(DEVICE) if normed else None
+    x = torch.randn(19, 1088, generator=generator).to(DTYPE).to(GPU)
+    norm = torch.rand(1088, generator=generator).to(DTYPE).to(GPU) if normed else None
     found = arrange(x, 32, norm, EPS).view(-1, 32, 8)[:, :19].float()
     numbers = x if norm is None else normed_rows(x, norm).to(DTYPE)
     wanted = arranged_reference(numbers, 32).view(-1, 32, 8)[:, :19].float()
@@ -168,7 +170,7 @@ def test_the_same_source_computes_the_same_on_a_processor(
         is_inside = library.run(*given, MAGIC, prepared.num_tiles * tile.parts, size)
         assert is_inside, "a copy that is not aligned, or leaves its memory"
 
-    check(kind, shape, rows, what, cast(Multiply, multiply), group=group)
+    check(kind, shape, rows, what, cast(Multiply, multiply), group=group, device="cpu")
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ EPS = 1e-5
 DTYPE = torch.bfloat16
 MULTIPROCESSOR_BYTES = 227 << 10  # shared memory that a program may have on Hopper; a kilobyte more is the system's
 # outputs, inputs: whole stages; more tiles than programs; a part of a stage; less than one
-SHAPES = [(6144, 4096), (14336, 1024), (4096, 14336), (96, 1664), (32, 256)]
+SHAPES = [(6144, 4096), (14336, 1024), (4096, 14336), (96, 1792), (32, 256)]
 ROWS = [(1,), (2, 5, 8), (9, 16)]  # those that the kernel makes equal room for, together
 KINDS = ["bf16", "int8", "fp8", "int4", "int4 with zeros"]
 

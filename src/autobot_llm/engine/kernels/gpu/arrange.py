@@ -66,7 +66,7 @@ def arrange_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside_I = at_I < num_inputs
-    # A thread t of four has bytes 16 t and so on of W, four words. In an instruction, which takes one of them, it stands
+    # A thread t of four has bytes 16 t and so on of W, four words. In an instruction, which takes one, it stands
     # for pairs t and 4 + t of eight: so these are the pairs that the word's first two and last two bytes meet.
     inputs_I = at_I // 64 * 64 + at_I // 2 % 4 * 16 + at_I // 16 % 4 * 4 + at_I // 8 % 2 * 2 + at_I % 2
     norm_I = tl.load(norm_ptr + inputs_I, inside_I, 0.0).to(tl.float32) if NORM else 1.0
