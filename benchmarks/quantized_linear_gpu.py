@@ -2,7 +2,8 @@
 
 As linear_gpu.py does for bfloat16 weights: chains of launches in CUDA graphs, each with another layer's weights, then
 whole steps (32 layers, products only) beside cuBLAS's in bfloat16. `a8` means activations in 8 bits, too. Prints the
-winners as they are written in engine/kernels/gpu/stream_tiles.py, quantized_tiles.py (RowsTile) and many_tiles.py.
+winners as they are written in engine/kernels/gpu/stream_tiles.py, quantized_tiles.py (RowsTile) and many_tiles.py;
+block_tiles.py has a rule made of them.
 
     python benchmarks/quantized_linear_gpu.py --out quantized.json
     python benchmarks/quantized_linear_gpu.py --formats int4,fp8a8 --rows 1,32
@@ -11,140 +12,45 @@ winners as they are written in engine/kernels/gpu/stream_tiles.py, quantized_til
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from linear_gpu import CHAIN_SECONDS, DTYPE, EPS, MIN_CHAIN_BYTES, SHAPES, Shape, graph_seconds, reference, tile_source
+from quantized_candidates import GROUP, Candidate, candidates
 
+from autobot_llm.engine.kernels.gpu.block_tiles import BlockTile
 from autobot_llm.engine.kernels.gpu.linear import product
-from autobot_llm.engine.kernels.gpu.many_tiles import Library, ManyTile, Way
+from autobot_llm.engine.kernels.gpu.many_tiles import Library
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.quantized import multiply_quantized
 from autobot_llm.engine.kernels.gpu.quantized_many import multiply_by
-from autobot_llm.engine.kernels.gpu.stream_tiles import MAX_STREAMED_ROWS, Format, StreamTile
-from autobot_llm.engine.kernels.gpu.streamed import multiply_streamed, stage_bytes
+from autobot_llm.engine.kernels.gpu.stream_tiles import StreamTile
+from autobot_llm.engine.kernels.gpu.streamed import multiply_streamed
+from autobot_llm.engine.kernels.gpu.streamed_blocks import multiply_blocks
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
 from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
 
 FORMATS = ("int8", "fp8", "int4", "int8a8", "fp8a8")
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
-GROUP = 128
 READ_BANDWIDTH = 4e12  # about what is needed to choose a chain's length
 LAYER_SHAPES = SHAPES[:-1]  # the head stays bfloat16
 REPEATS = 5
-RING_BYTES = 200 << 10  # of a multiprocessor's shared memory
-
-STREAMED = {"int8": Format.INT8, "fp8": Format.FLOAT8, "int4": Format.INT4}
-
-Candidate: TypeAlias = RowsTile | StreamTile | Way
-
-
-def candidates(fmt: str, num_rows: int, kind: Kind) -> list[Candidate]:
-    """What is worth a try: no more sums than half of a thread's registers."""
-    tiles: list[Candidate] = []
-    if not fmt.endswith("a8"):
-        tiles += row_candidates(fmt, num_rows)
-        tiles += stream_candidates(fmt, num_rows)
-    if num_rows >= 32:
-        tiles += rounded_candidates(fmt, num_rows) if fmt.endswith("a8") else many_candidates(fmt, num_rows)
-    halves = 2 if kind is Kind.GATED else 1
-    return [
-        tile
-        for tile in tiles
-        if not isinstance(tile, ManyTile) or halves * tile.block_t * tile.block_o <= 128 * 32 * tile.num_warps
-    ]
-
-
-def row_candidates(fmt: str, num_rows: int) -> list[Candidate]:
-    """Few bytes are in flight in each program, so many programs or many stages are wanted."""
-    options: dict[str, Any] = {"fold_norm": False, "prefetch_bytes": 512, "evict_first": True}
-    tiles: list[Candidate] = []
-    if num_rows <= 8:  # the older matrix instructions, whatever the warps
-        tiles += [RowsTile(64, 128, 4, 6, num_splits=n, **options) for n in (1, 2, 4, 8)]
-        tiles += [RowsTile(32, 128, 2, 6, num_splits=n, **options) for n in (2, 4)]
-        farther = options | {"prefetch_bytes": 1024}
-        tiles += [RowsTile(64, 128, 4, 6, num_splits=n, **farther) for n in (2, 4)]
-        tiles += [RowsTile(16, 128, 1, 6, num_splits=n, **options) for n in (1, 2)]
-        tiles += [RowsTile(64, 256, 4, 4, num_splits=n, **options) for n in (1, 2, 4)] if fmt != "int4" else []
-    elif num_rows <= 32:
-        tiles += [RowsTile(64, 128, 2, 4, num_splits=n, **options) for n in (1, 2, 4, 8)]
-        tiles += [RowsTile(32, 128, 2, 4, num_splits=n, **options) for n in (1, 2, 4)]
-        tiles += [RowsTile(64, 128, 4, 4, num_splits=n, **options) for n in (2, 4)]
-    elif num_rows <= 128:
-        tiles += [RowsTile(64, 128, 4, 2, num_splits=2, **options), RowsTile(128, 128, 8, 2, num_splits=2, **options)]
-    return tiles
-
-
-def stream_candidates(fmt: str, num_rows: int) -> list[Candidate]:
-    """Rings of a half and of all of a multiprocessor's memory, filled with stages."""
-    if num_rows > MAX_STREAMED_ROWS:
-        return []
-    most_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
-    tiles: list[Candidate] = []
-    for warps, segment, blocks, resident, x_in_ring in itertools.product(
-        (4, 8), (512, 1024, 2048), (1, 2), (1, 2), (False, True) if num_rows == 1 else (False,)
-    ):
-        tile = StreamTile(warps, segment, 2, blocks, resident, x_in_ring)
-        size = stage_bytes(tile, STREAMED[fmt], GROUP, most_rows, offsets=False)
-        room = RING_BYTES // resident - warps * blocks * 80 * -(-most_rows // 8) * 8
-        if room >= 2 * size and segment // warps % (128 if fmt == "int4" else 64) == 0:
-            tiles.append(replace(tile, num_stages=room // size))
-    return tiles
-
-
-def many_candidates(fmt: str, num_rows: int) -> list[Candidate]:
-    """Weights become numbers on their way: a large tile of rows shares that work, several programs hide it."""
-    if num_rows <= 64:
-        return [
-            *(ManyTile(64, 64, 64, 4, 4, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
-            *(ManyTile(64, 64, 128, 4, 3, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
-            *(ManyTile(64, 128, 64, 4, 3, num_splits=n, prefetch_bytes=256) for n in (2, 4, 8)),
-        ]
-    if num_rows <= 128:
-        return [
-            *(ManyTile(128, 64, 64, 4, 3, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
-            *(ManyTile(128, 128, 64, 8, 3, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
-            *(ManyTile(128, 128, 64, 8, 2, num_splits=n, prefetch_bytes=256) for n in (1, 2, 4)),
-            ManyTile(64, 128, 64, 4, 3, num_splits=2),
-            ManyTile(128, 128, 32, 8, 4, num_splits=4),
-        ]
-    tiles: list[Candidate] = [ManyTile(128, 128, 64, 8, 3, num_splits=n) for n in ((1, 2) if num_rows <= 256 else (1,))]
-    tiles += [ManyTile(128, 64, 64, 4, 3), ManyTile(128, 128, 64, 8, 2), Library.PARTS]
-    return tiles if fmt == "int4" else [*tiles, ManyTile(256, 128, 64, 8, 2)]
-
-
-def rounded_candidates(fmt: str, num_rows: int) -> list[Candidate]:
-    tiles: list[Candidate] = [Library.SCALED] if fmt == "fp8a8" else []
-    if num_rows <= 64:
-        tiles += [ManyTile(64, 64, 128, 4, 4, num_splits=n, prefetch_bytes=512) for n in (1, 2, 4)]
-        tiles += [ManyTile(64, 128, 128, 4, 4, num_splits=n, prefetch_bytes=512) for n in (2, 4)]
-        tiles += [ManyTile(64, 64, 256, 4, 3, num_splits=2, prefetch_bytes=512)]
-    elif num_rows <= 128:
-        tiles += [ManyTile(128, 64, 128, 4, 4, num_splits=n, prefetch_bytes=512) for n in (1, 2, 4)]
-        tiles += [ManyTile(128, 128, 128, 8, 3, num_splits=n, prefetch_bytes=512) for n in (1, 2, 4)]
-        tiles += [ManyTile(64, 128, 128, 4, 4, num_splits=2, prefetch_bytes=512)]
-    else:
-        tiles += [ManyTile(128, 128, 128, 8, 3), ManyTile(128, 128, 128, 8, 4), ManyTile(128, 128, 128, 4, 3)]
-        tiles += [ManyTile(128, 256, 128, 8, 3), ManyTile(256, 128, 128, 8, 3)]
-        tiles += [ManyTile(128, 128, 128, 8, 3, num_splits=n) for n in (2, 4)] if num_rows <= 256 else []
-    return tiles
 
 
 def source(candidate: Candidate) -> str:
     if isinstance(candidate, RowsTile):
         return tile_source(candidate)
-    if isinstance(candidate, Library | StreamTile):
+    if isinstance(candidate, Library | StreamTile | BlockTile):
         return str(candidate)
     parts = [str(getattr(candidate, field.name)) for field in fields(candidate)[:5]]
     parts += [
@@ -193,6 +99,12 @@ def run(fmt: str, way: Candidate, shape: Shape, x: torch.Tensor, norm: torch.Ten
         x = rms_norm(x, norm, EPS) if has_norm else x
         multiply_streamed(way, x, weight, out, residual=added, gated=gated)
         return
+    if isinstance(way, BlockTile):
+        multiply_blocks(
+            way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated,
+            rounded=fmt.endswith("a8"),
+        )  # fmt: skip
+        return
     if not isinstance(way, RowsTile):
         multiply_by(
             way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated,
@@ -235,7 +147,7 @@ def measure(fmt: str, shape: Shape, num_rows: int) -> list[Timing]:
         length = max(length, math.ceil(CHAIN_SECONDS * READ_BANDWIDTH / weights[0].num_bytes))
     chain = [weights[i % len(weights)] for i in range(length)]
     timings = []
-    for way in candidates(fmt, num_rows, shape.kind):
+    for way in candidates(fmt, num_rows, shape):
 
         def launches(way: Candidate = way) -> None:
             for weight in chain:
@@ -291,9 +203,9 @@ def jobs_of(formats: list[str], rows: list[int]) -> list[Job]:
     for fmt in formats:
         for num_rows in rows:
             for shape in LAYER_SHAPES:
-                for way in candidates(fmt, num_rows, shape.kind):
+                for way in candidates(fmt, num_rows, shape):
                     padded = num_rows if isinstance(way, RowsTile) else 0
-                    if not isinstance(way, Library | StreamTile):  # the latter is compiled quickly, and not kept
+                    if not isinstance(way, Library | StreamTile | BlockTile):  # NVRTC is quick, and keeps nothing
                         jobs.setdefault((fmt, shape.kind, padded, way), (fmt, shape, num_rows, way))
     return list(jobs.values())
 

@@ -259,8 +259,8 @@ def _tile_for(
     ):
         return tile
     if isinstance(weight, PackedWeight):
-        if tile := block_tile_for(x_TI, weight, out, rounded=weight.activations is not None):
-            return tile
+        if blocks := block_tile_for(x_TI, weight, out, rounded=weight.activations is not None):
+            return blocks
         num_outputs, num_bits = weight.num_outputs // halves, 4 if weight.group else 8
         may_round = weight.activations is not None
         return choose_quantized_tile(kind, x_TI.shape[0], num_outputs, weight.num_inputs, num_bits, may_round=may_round)
