@@ -38,7 +38,7 @@ def block_tile_for(x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor, 
         and num_inputs == values.shape[1] * (2 if weight.group else 1)
         and (not weight.group or weight.group in GROUPS)
         and values.stride(0) % ALIGNMENT == values.data_ptr() % ALIGNMENT == 0
-        and out.stride(0) % 4 == 0
+        and out.stride(0) % 4 == out.data_ptr() % 8 == 0  # four outputs are written at a time
     )
     if not possible:
         return None
