@@ -74,17 +74,36 @@ class Reference:
         chosen_T1 = torch.tensor(output_ids).unsqueeze(1)
         if params.is_greedy:
             return logits_TV.amax(-1) - logits_TV.gather(1, chosen_T1)[:, 0]
-        weights_TV = (logits_TV / params.temperature).softmax(-1)
-        ordered = weights_TV.sort(-1, descending=True)
-        before_TV = torch.empty_like(weights_TV)  # the mass of those that are likelier
-        before_TV.scatter_(1, ordered.indices, ordered.values.cumsum(-1) - ordered.values)
-        keys_T1 = noise_keys((params.seed, first + place) for place in range(len(output_ids)))
-        noise_TV = torch.from_numpy(exponential_noise(keys_T1, np.arange(logits_TV.shape[1])))
-        scores_TV = logits_TV - params.temperature * noise_TV.log()
+        scores_TV, before_TV = self._scores(logits_TV, params, first)
         certain_TV = before_TV < min(params.top_p, 1.0) - _NUCLEUS_LEEWAY
         best_T = scores_TV.masked_fill(~certain_TV, -torch.inf).amax(-1)
         gaps_T = (best_T - scores_TV.gather(1, chosen_T1)[:, 0]).clamp(min=0.0)
         return gaps_T.masked_fill(before_TV.gather(1, chosen_T1)[:, 0] >= params.top_p + _NUCLEUS_LEEWAY, torch.inf)
+
+    @staticmethod
+    def _scores(logits_TV: torch.Tensor, params: SamplingParams, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of drawn tokens: the logits with their noise, and the mass of the tokens that are likelier."""
+        weights_TV = (logits_TV / params.temperature).softmax(-1)
+        ordered = weights_TV.sort(-1, descending=True)
+        before_TV = torch.empty_like(weights_TV)
+        before_TV.scatter_(1, ordered.indices, ordered.values.cumsum(-1) - ordered.values)
+        keys_T1 = noise_keys((params.seed, first + place) for place in range(len(logits_TV)))
+        noise_TV = torch.from_numpy(exponential_noise(keys_T1, np.arange(logits_TV.shape[1])))
+        return logits_TV - params.temperature * noise_TV.log(), before_TV
+
+    def describe(self, answer: Answer, place: int) -> str:
+        """The likeliest tokens at a place of an answer, and what decides between them."""
+        prompt_ids, output_ids, params = answer
+        last = len(prompt_ids) + place - 1
+        logits_1V = self.logits([*prompt_ids, *output_ids[:place]], last)
+        lines = [f"{output_ids[place]} was chosen at position {last + 1}; of float32:"]
+        scores_1V, before_1V = logits_1V, torch.zeros_like(logits_1V)
+        if not params.is_greedy:
+            scores_1V, before_1V = self._scores(logits_1V, params, last + 1)
+        for token in logits_1V[0].topk(6).indices.tolist():
+            values = (float(each_1V[0, token]) for each_1V in (logits_1V, scores_1V, before_1V))
+            lines.append("{}: logit {:.3f}, with noise {:.3f}, likelier ones have {:.3f}".format(token, *values))
+        return "\n  ".join(lines)
 
     def mean_logprob(self, ids: SequenceABC[int]) -> float:
         """Of all tokens but the first."""
@@ -98,7 +117,7 @@ class Reference:
             largest, place = gaps_T.max(0)
             assert largest <= LARGEST_GAP, (
                 f"answer {number}, token {int(place)}: {largest:.3f} below the best of float32; "
-                f"all: {[round(gap, 3) for gap in gaps_T.tolist()]}"
+                f"all: {[round(gap, 3) for gap in gaps_T.tolist()]}\n{self.describe(answers[number], int(place))}"
             )
         gaps_T = torch.cat(all_gaps)
         share = float((gaps_T > 0).float().mean())
