@@ -22,13 +22,12 @@ from autobot_llm.engine.kernels.gpu.block_tiles import (
     shared_bytes,
 )
 from autobot_llm.engine.kernels.gpu.linear import linear_reference
-from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed import MAGIC
 from autobot_llm.engine.kernels.gpu.streamed_blocks import block_tile_for, multiply_blocks, prepare
 from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
-from tests.kernels.test_streamed import MULTIPROCESSOR_BYTES, compile_for_processor, weight_of
+from tests.kernels.test_streamed import MULTIPROCESSOR_BYTES, check_chain, compile_for_processor, weight_of
 
 Multiply: TypeAlias = Callable[..., torch.Tensor]
 
@@ -203,27 +202,12 @@ def test_a_chain_of_products_in_a_graph_gives_what_one_after_the_other_does() ->
     assert isinstance(up, PackedWeight) and isinstance(down, PackedWeight)
     norm = torch.ones(1024, dtype=DTYPE, device="cuda")
     start = torch.randn(40, 1024, device="cuda").to(DTYPE)
-    hidden, inner = torch.empty_like(start), torch.empty(40, 2048, dtype=DTYPE, device="cuda")
-
-    def chain(*, wait: bool) -> None:
-        hidden.copy_(start)
-        for _ in range(40):
-            multiply_as_chosen(hidden, up, inner, rounded=True, norm=norm, eps=EPS, gated=True)
-            if wait:
-                torch.cuda.synchronize()
-            multiply_as_chosen(inner, down, hidden, rounded=True, residual=hidden)
-            if wait:
-                torch.cuda.synchronize()
-
-    chain(wait=True)
-    expected = hidden.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain(wait=False)
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(hidden, expected)
-    assert bool(rms_norm(hidden, norm, EPS).isfinite().all())
+    inner = torch.empty(40, 2048, dtype=DTYPE, device="cuda")
+    check_chain(
+        start,
+        lambda hidden: multiply_as_chosen(hidden, up, inner, rounded=True, norm=norm, eps=EPS, gated=True),
+        lambda hidden: multiply_as_chosen(inner, down, hidden, rounded=True, residual=hidden),
+    )
 
 
 # --- tiles --------------------------------------------------------------------------------------------------------

@@ -38,4 +38,3 @@ __device__ __forceinline__ void widen(u32 bytes, u32 magic, u32& low, u32& high)
 __device__ __forceinline__ u32 int4_pair(u32 a, u32 magic) {
   return multiply_add(merge<0x000f000fu>(a, magic), 0x3f803f80u, 0xc308c308u);
 }
-

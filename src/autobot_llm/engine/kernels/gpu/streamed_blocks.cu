@@ -1,7 +1,7 @@
 // y = x W^T for up to 128 rows of x: numbers of 8 or 4 bits, as packed.py lays them out, on Hopper's matrix units.
 //
-// As in streamed_rows.cu one thread of a program copies W into a ring in shared memory, from before the previous kernel's
-// end on; here it copies x, too. A warpgroup multiplies 64 rows of W. Where a product has too few outputs for the device,
+// As in streamed_rows.cu W goes through a ring in shared memory, which is filled from before the previous kernel's end on;
+// here x does, too, and one thread copies both. A warpgroup multiplies 64 rows of W. Where a product has too few outputs for the device,
 // the programs of a cluster share a tile's inputs, and sum up in each other's shared memory.
 //
 // Rounded, both sides are multiplied where they lie. Otherwise the matrix units take W from registers, where it becomes
@@ -335,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
       parity ^= 1;
     }
   }
-  end_products(y);
+  end_products(y);  // of the last stage, if they are left
 
   meet(THREADS);  // everybody is done with the ring
 #pragma unroll

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +17,7 @@ from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc, map_of_
 from autobot_llm.engine.kernels.gpu.quantized_many import round_rows
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
-from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, address_of, format_of
+from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, Prepared, address_of, format_of
 from autobot_llm.engine.quantization.packed import PackedWeight
 
 _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
@@ -83,16 +82,6 @@ def multiply_blocks(
         cluster=tile.parts,
     )
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A product as the kernel is told of it. `arguments` holds addresses: the tensors must stay."""
-
-    constants: dict[str, int]
-    arguments: ctypes.Structure
-    num_tiles: int
-    shared_bytes: int
 
 
 def prepare(
