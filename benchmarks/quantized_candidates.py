@@ -11,7 +11,7 @@ from linear_gpu import Shape
 from autobot_llm.engine.kernels.gpu.block_tiles import FEWEST_ROWS, MOST_ROWS, BlockTile, filled
 from autobot_llm.engine.kernels.gpu.many_tiles import Library, ManyTile, Way
 from autobot_llm.engine.kernels.gpu.stream_tiles import MAX_STREAMED_ROWS, Format, StreamTile
-from autobot_llm.engine.kernels.gpu.streamed import stage_bytes
+from autobot_llm.engine.kernels.gpu.streamed import MULTIPROCESSOR_BYTES, SYSTEM_BYTES, shared_bytes
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
 
 GROUP = 128  # inputs that share a scale, of 4 bits
@@ -27,7 +27,7 @@ def candidates(fmt: str, num_rows: int, shape: Shape) -> list[Candidate]:
     tiles: list[Candidate] = block_candidates(fmt, num_rows, shape)
     if not fmt.endswith("a8"):
         tiles += row_candidates(fmt, num_rows)
-        tiles += stream_candidates(fmt, num_rows)
+        tiles += stream_candidates(fmt, num_rows, shape)
     if num_rows >= 32:
         tiles += rounded_candidates(fmt, num_rows) if fmt.endswith("a8") else many_candidates(fmt, num_rows)
     halves = 2 if shape.kind is Kind.GATED else 1
@@ -58,20 +58,25 @@ def row_candidates(fmt: str, num_rows: int) -> list[Candidate]:
     return tiles
 
 
-def stream_candidates(fmt: str, num_rows: int) -> list[Candidate]:
-    """Rings of a half and of all of a multiprocessor's memory, filled with stages."""
+def stream_candidates(fmt: str, num_rows: int, shape: Shape) -> list[Candidate]:
+    """As many stages as shared memory has room for, for each program of a multiprocessor."""
     if num_rows > MAX_STREAMED_ROWS:
         return []
+    weight_rows, num_inputs = shape.weight_shape
     most_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
     tiles: list[Candidate] = []
-    for warps, segment, blocks, resident, x_in_ring in itertools.product(
-        (4, 8), (512, 1024, 2048), (1, 2), (1, 2), (False, True) if num_rows == 1 else (False,)
+    for warps, segment, blocks, resident, x_stays in itertools.product(
+        (4, 8), (512, 1024, 2048), (1, 2, 4), (1, 2), (False, True)
     ):
-        tile = StreamTile(warps, segment, 2, blocks, resident, x_in_ring)
-        size = stage_bytes(tile, STREAMED[fmt], GROUP, most_rows, offsets=False)
-        room = RING_BYTES // resident - warps * blocks * 80 * -(-most_rows // 8) * 8
-        if room >= 2 * size and segment // warps % (128 if fmt == "int4" else 64) == 0:
-            tiles.append(replace(tile, num_stages=room // size))
+        is_whole = segment // warps >= 128 and weight_rows % (16 * blocks) == 0
+        if not is_whole or weight_rows // (16 * blocks) < 2 * MULTIPROCESSORS // 3 or (shape.kind is Kind.GATED and blocks == 1):
+            continue
+        for num_stages in range(8, 1, -1):
+            tile = StreamTile(warps, segment, num_stages, blocks, resident, x_stays)
+            size = sum(shared_bytes(tile, STREAMED[fmt], GROUP, num_inputs, most_rows, offsets=False)) + SYSTEM_BYTES
+            if size * resident <= MULTIPROCESSOR_BYTES:
+                tiles.append(tile)
+                break
     return tiles
 
 

@@ -96,8 +96,9 @@ def run(fmt: str, way: Candidate, shape: Shape, x: torch.Tensor, norm: torch.Ten
     has_norm, gated = shape.kind is not Kind.PLAIN, shape.kind is Kind.GATED
     added = residual if shape.adds else None
     if isinstance(way, StreamTile):
-        x = rms_norm(x, norm, EPS) if has_norm else x
-        multiply_streamed(way, x, weight, out, residual=added, gated=gated)
+        multiply_streamed(
+            way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated
+        )
         return
     if isinstance(way, BlockTile):
         multiply_blocks(

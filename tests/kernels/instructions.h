@@ -71,6 +71,7 @@ inline int rank_in_cluster() { return program->rank; }
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 inline void publish_barriers() {}
+inline void end_reads() {}
 inline uint64_t read_once() { return 0; }
 inline uint32_t shared_address(const void* p) { return (const uint8_t*)p - program->shared; }
 inline float4 read_from(int rank, const float* local) {
@@ -169,12 +170,22 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-// mma.m16n8k16: thread 4 g + t holds rows g and g + 8 of A and column g of B, numbers 2t, 2t + 1 and 2t + 8, 2t + 9 of each
+template <uint32_t MASK>
+inline uint32_t flip(uint32_t bits, uint32_t flipped) {
+  return (bits & MASK) ^ flipped;
+}
+inline float half(uint32_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp((float)fraction, -24);
+  return bits & 0x8000 ? -size : size;
+}
+
+// mma: thread 4 g + t holds rows g and g + 8 of A and column g of B, words t and 4 + t of the 32 bytes of each
 static uint32_t fragments[MOST_WARPS][32][6];
-inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+template <class Sum, class Product>
+inline void multiply_fragments(Sum (&sums)[4], const uint32_t (&mine)[6], const Product& product_of_words) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   auto& of_warp = fragments[warp];
-  const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
   std::memcpy(of_warp[lane], mine, sizeof mine);
   __syncwarp();
   for (int i = 0; i < 4; ++i) {
@@ -182,10 +193,27 @@ inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
     for (int half = 0; half < 2; ++half)
       for (int other = 0; other < 4; ++other) {
         const uint32_t a = of_warp[4 * g + other][2 * half + i / 2], b = of_warp[4 * column + other][4 + half];
-        sums[i] += bf16(a & 0xffff) * bf16(b & 0xffff) + bf16(a >> 16) * bf16(b >> 16);
+        sums[i] += product_of_words(a, b);
       }
   }
   __syncwarp();
+}
+inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  multiply_fragments(sums, {a0, a1, a2, a3, b0, b1}, [](uint32_t a, uint32_t b) {
+    return bf16(a & 0xffff) * bf16(b & 0xffff) + bf16(a >> 16) * bf16(b >> 16);
+  });
+}
+inline void multiply_halves(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  multiply_fragments(sums, {a0, a1, a2, a3, b0, b1}, [](uint32_t a, uint32_t b) {
+    return half(a & 0xffff) * half(b & 0xffff) + half(a >> 16) * half(b >> 16);
+  });
+}
+inline void multiply_bytes(int (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  multiply_fragments(sums, {a0, a1, a2, a3, b0, b1}, [](uint32_t a, uint32_t b) {
+    int sum = 0;
+    for (int i = 0; i < 32; i += 8) sum += (int8_t)(a >> i) * (int8_t)(b >> i);
+    return sum;
+  });
 }
 
 // A tensor map: a matrix of bytes, copied a box at a time, whose pieces of 16 bytes change places with the row.
@@ -196,10 +224,10 @@ struct Matrix {
 inline void copy_box(uint8_t* to, const Matrix& m, int column, int row, unsigned long long* barrier) {
   static const uint8_t zeros[16] alignas(16) = {};
   std::lock_guard lock(mutex);
-  out_of_bounds |= column + m.box_bytes > m.row_bytes || shared_address(to) % 1024;
+  out_of_bounds |= column + m.box_bytes > m.row_bytes || shared_address(to) % (m.box_bytes == 32 ? 128 : 1024);
   for (int r = 0; r < (int)m.box_rows; ++r)
     for (int i = 0; i < (int)m.box_bytes / 16; ++i) {
-      const int place = i ^ (m.box_bytes == 128 ? r & 7 : r / 2 & 3);
+      const int place = i ^ (m.box_bytes == 128 ? r & 7 : m.box_bytes == 64 ? r / 2 & 3 : 0);
       const uint8_t* from = m.start + (row + r) * m.stride + column + i * 16;
       copy_piece(to + r * m.box_bytes + place * 16, row + r < (int)m.num_rows ? from : zeros, 16);
     }
@@ -307,7 +335,8 @@ extern "C" bool run(const Matrix* w, const Matrix* x, const Product* product, ui
   return run_programs(num_programs, shared_bytes, [=] { streamed_blocks(*w, *x, *product, magic); });
 }
 #else
-extern "C" bool run(const Product* product, uint32_t magic, int num_programs, uint64_t shared_bytes) {
-  return run_programs(num_programs, shared_bytes, [=] { streamed_rows(*product, magic); });
+extern "C" bool run(const Matrix* scales, const Matrix* offsets, const Product* product, uint32_t magic, int num_programs,
+                    uint64_t shared_bytes) {
+  return run_programs(num_programs, shared_bytes, [=] { streamed_rows(*scales, *offsets, *product, magic); });
 }
 #endif

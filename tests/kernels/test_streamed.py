@@ -21,7 +21,15 @@ from autobot_llm.engine.kernels.gpu import nvrtc
 from autobot_llm.engine.kernels.gpu.linear import linear_reference, norm_linear_gated_reference
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.stream_tiles import TABLES, Format, StreamTile, choose_stream_tile
-from autobot_llm.engine.kernels.gpu.streamed import MAGIC, multiply_streamed, prepare, stage_bytes, why_not_streamed
+from autobot_llm.engine.kernels.gpu.streamed import (
+    INT4_MAGIC,
+    MULTIPROCESSOR_BYTES,
+    multiply_streamed,
+    prepare,
+    rows_for,
+    shared_bytes,
+    why_not_streamed,
+)
 from autobot_llm.engine.kernels.gpu.tiles import Kind
 from autobot_llm.engine.quantization.packed import PackedWeight
 from tests.kernels.test_quantized import random_weight
@@ -30,7 +38,6 @@ Multiply: TypeAlias = Callable[..., torch.Tensor]
 
 EPS = 1e-5
 DTYPE = torch.bfloat16
-MULTIPROCESSOR_BYTES = 227 << 10  # shared memory that a program may have on Hopper; a kilobyte more is the system's
 # outputs, inputs: whole stages; more tiles than programs; a part of a stage; less than one
 SHAPES = [(6144, 4096), (14336, 1024), (4096, 14336), (96, 1792), (32, 256)]
 ROWS = [(1,), (2, 5, 8), (9, 16)]  # those that the kernel makes equal room for, together
@@ -90,6 +97,22 @@ def check(
 # --- on the processor ---------------------------------------------------------------------------------------------
 
 
+class Box(ctypes.Structure):
+    """`Matrix` of instructions.h."""
+
+    _fields_ = (
+        ("start", ctypes.c_void_p),
+        *((name, ctypes.c_uint64) for name in ("num_rows", "row_bytes", "stride", "box_rows", "box_bytes")),
+        ("unused", ctypes.c_uint64 * 10),
+    )
+
+
+def box_of(of_groups: torch.Tensor, groups: int) -> Box:
+    """Numbers of 16 bits of so many groups and 16 outputs."""
+    num_groups, num_outputs = of_groups.shape
+    return Box(of_groups.data_ptr(), num_groups, 2 * num_outputs, 2 * num_outputs, groups, 32)
+
+
 def compile_for_processor(constants: dict[str, int], folder: Path, name: str = "streamed_rows.cu") -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -107,10 +130,12 @@ def compile_for_processor(constants: dict[str, int], folder: Path, name: str = "
     ("kind", "num_outputs", "num_inputs", "rows", "what", "tile", "group"),
     [
         ("bf16", 96, 832, 5, "add", StreamTile(8, 1024, 3, 2), 128),  # the last stage is a part of one
-        ("int8", 96, 1664, 1, "plain", StreamTile(4, 1024, 2, 1, x_in_ring=True), 128),  # the ring goes round
+        ("int8", 96, 1664, 1, "plain", StreamTile(4, 1024, 2, 1, x_stays=True), 128),  # the ring goes round
         ("int8", 64, 1280, 9, "gated", StreamTile(4, 512, 2, 1), 128),  # two tiles of rows of x
-        ("fp8", 64, 1280, 1, "gated", StreamTile(4, 512, 6, 1, x_in_ring=True), 128),  # fewer stages than the ring has
+        ("fp8", 64, 1280, 1, "gated", StreamTile(4, 512, 6, 1, x_stays=True), 128),  # fewer stages than the ring has
         ("int4", 64, 2304, 2, "plain", StreamTile(4, 1024, 2, 2), 128),
+        ("int8", 128, 512, 12, "plain", StreamTile(4, 512, 2, 4), 128),  # more rows of W than a warp has threads
+        ("int4", 64, 1024, 5, "gated", StreamTile(4, 512, 2, 4), 128),  # two blocks of each half
         ("int4 with zeros", 96, 1280, 3, "add", StreamTile(4, 512, 2, 1), 64),
         ("int4 with zeros", 64, 2304, 16, "gated", StreamTile(4, 1024, 2, 2), 128),
     ],
@@ -128,11 +153,17 @@ def test_the_same_source_computes_the_same_on_a_processor(
         residual: torch.Tensor | None = None,
         gated: bool = False,
     ) -> torch.Tensor:
-        prepared = prepare(tile, x, weight, out, bias=bias, residual=residual, gated=gated)
+        prepared = prepare(tile, *rows_for(weight, x), weight, out, bias=bias, residual=residual, gated=gated)
         library = compile_for_processor(prepared.constants, tmp_path)
         size = ctypes.c_uint64(prepared.shared_bytes)
         assert prepared.num_tiles > 1, "one program is to compute several"
-        is_inside = library.run(ctypes.byref(prepared.arguments), MAGIC, prepared.num_tiles // 2, size)
+        maps = [Box(), Box()]
+        if isinstance(weight, PackedWeight) and weight.group:
+            groups = 2 * tile.segment // weight.group
+            maps = [box_of(one, groups) for one in (weight.scales, weight.scales if weight.offsets is None else weight.offsets)]
+        is_inside = library.run(
+            *map(ctypes.byref, maps), ctypes.byref(prepared.arguments), INT4_MAGIC, prepared.num_tiles // 2, size
+        )
         assert is_inside, "a copy that is not aligned, or leaves its memory"
         return out
 
@@ -153,7 +184,7 @@ def test_a_product_is_that_of_the_numbers_the_weights_stand_for(kind: str, what:
         for j, several_rows in enumerate(ROWS):  # a tile for each of them: all of a kind share one compilation
             tile = tiles[(len(ROWS) * i + j) % len(tiles)]
             for rows in several_rows:
-                check(tile if rows == 1 else replace(tile, x_in_ring=False), weight, rows, what)
+                check(tile, weight, rows, what)
 
 
 @pytest.mark.gpu
@@ -161,9 +192,7 @@ def test_a_product_is_that_of_the_numbers_the_weights_stand_for(kind: str, what:
 def test_every_tile_of_the_table_works_for_every_number_of_rows(kind: str) -> None:
     weight = weight_of(kind, 4096, 2048)
     for tile, rows in itertools.product(all_tiles(fmt_of(kind)), itertools.chain(*ROWS)):
-        if rows == 1 or not tile.x_in_ring:
-            check(tile, weight, rows, "plain")
-    check(StreamTile(4, 512, 2, 1, x_in_ring=True), weight, 8, "plain")
+        check(tile, weight, rows, "plain")
 
 
 @pytest.mark.gpu
@@ -221,7 +250,7 @@ def test_a_chain_of_products_in_a_graph_gives_what_one_after_the_other_does() ->
     up = weight_of("int8", 2 * 2048, 1024)
     down = weight_of("int8", 1024, 2048)
     norm = torch.ones(1024, dtype=DTYPE, device="cuda")
-    tile = StreamTile(4, 1024, 5, 1, x_in_ring=True)
+    tile = StreamTile(4, 1024, 5, 1, x_stays=True)
     wide = StreamTile(8, 1024, 2, 2)
     start = torch.randn(1, 1024, device="cuda").to(DTYPE)
     inner = torch.empty(1, 2048, dtype=DTYPE, device="cuda")
@@ -246,9 +275,9 @@ def test_without_a_gpu_the_other_kernels_are_taken() -> None:
 def test_a_tile_fits_a_multiprocessor_as_often_as_it_says(fmt: Format) -> None:
     for most_rows, shapes in TABLES[fmt]:
         for tile in {tile for of_kind in shapes.values() for tile in of_kind.values()}:
-            ring = tile.num_stages * stage_bytes(tile, fmt, 128, most_rows, offsets=True)
-            sums = tile.num_warps * tile.blocks * 8 * -(-most_rows // 8) * 20 * 4
-            assert (ring + sums + 1024) * tile.resident <= MULTIPROCESSOR_BYTES, f"{tile}: {ring} and {sums} bytes"
+            bare = replace(tile, x_stays=False)  # which x does where there is no room for it
+            parts = shared_bytes(bare, fmt, 128, 4096, most_rows, offsets=True)
+            assert (sum(parts) + 2048) * tile.resident <= MULTIPROCESSOR_BYTES, f"{tile}: {parts} bytes"
             assert tile.segment % (64 * tile.num_warps) == 0
             assert fmt is not Format.INT4 or tile.segment // tile.num_warps % 128 == 0
 

@@ -121,8 +121,9 @@ def product(
 ) -> torch.Tensor:
     """The product with what surrounds it, by this tile, or by torch where it is None."""
     if isinstance(tile, StreamTile):
-        x_TI = x_TI if norm is None else rms_norm(x_TI, norm, eps)
-        return multiply_streamed(tile, x_TI, weight, out, bias=bias, residual=residual, gated=gated)
+        return multiply_streamed(
+            tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated
+        )
     if isinstance(tile, BlockTile):
         assert isinstance(weight, PackedWeight), "the kernel knows no other"
         return multiply_blocks(

@@ -28,7 +28,8 @@ class Format(IntEnum):
 @dataclass(frozen=True, slots=True)
 class StreamTile:
     """How the kernel cuts a product: warps that multiply, bytes of a row in a stage, stages of the ring, blocks of 16
-    rows of W in a tile, programs on a multiprocessor. `x_in_ring`: x comes through the ring, not from the cache.
+    rows of W in a tile, programs on a multiprocessor. `x_stays`: x is copied beside the ring, if there is room for it,
+    and comes from the cache otherwise.
 
     Two programs to a multiprocessor leave room for the next kernel's while one's last tile is multiplied; with one, the
     ring is twice as long. One row of x is small, and waiting for it would show; several are read again for each tile,
@@ -40,7 +41,7 @@ class StreamTile:
     num_stages: int
     blocks: int
     resident: int = 2
-    x_in_ring: bool = False
+    x_stays: bool = False
 
 
 Shapes: TypeAlias = Mapping[Kind, Mapping[tuple[int, int], StreamTile]]
@@ -57,8 +58,8 @@ def _same(narrow: StreamTile, wide: StreamTile) -> Shapes:
 
 
 _DEEP = StreamTile(8, 2048, 3, 2, resident=1)
-_ONE = StreamTile(4, 1024, 5, 1, x_in_ring=True)
-_ONE_WIDE = StreamTile(8, 2048, 2, 2, resident=1, x_in_ring=True)
+_ONE = StreamTile(4, 1024, 5, 1, x_stays=True)
+_ONE_WIDE = StreamTile(8, 2048, 2, 2, resident=1, x_stays=True)
 _EIGHT_BITS = (
     (1, _shapes(_ONE, _ONE, _ONE_WIDE, _ONE)),
     (8, _same(StreamTile(8, 1024, 5, 1), StreamTile(8, 1024, 2, 2))),

@@ -8,8 +8,10 @@ from typing import TypeAlias
 
 import torch
 
-from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc
+from autobot_llm.engine.kernels.gpu.norm import rms_norm
+from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, TensorMap, find_nvrtc, map_of_bytes
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
+from autobot_llm.engine.kernels.gpu.scaled_rows import X_GROUP, scale_rows
 from autobot_llm.engine.kernels.gpu.stream_tiles import MAX_STREAMED_ROWS, Format, StreamTile
 from autobot_llm.engine.quantization.packed import PackedWeight
 
@@ -18,9 +20,14 @@ Weight: TypeAlias = torch.Tensor | PackedWeight
 HOPPER = 9  # major capability: older ones have no copies that barriers count, newer ones may have less shared memory
 _LINE = 128  # bytes: two chunks of a row
 _BLOCK = 16  # rows of W
+MULTIPROCESSOR_BYTES = 227 << 10  # shared memory that a program may have on Hopper
+SYSTEM_BYTES = 2 << 10  # of it, for each program: a kilobyte is the system's, and parts begin at whole ones
 GROUPS = (64, 128)
-MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernel's compiler must not see it
+MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernels' compiler must not see it
+INT4_MAGIC = 0x80808080  # nor this one, of streamed_rows.cu: the highest bit of each byte
+_INT4_UNIT = 16  # how much larger than they are it has numbers of 4 bits
 
+_NO_MAP = TensorMap()
 _kernel = CudaKernel("streamed_rows.cu", "streamed_rows")
 
 
@@ -61,13 +68,24 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
     return None
 
 
-def stage_bytes(tile: StreamTile, fmt: Format, group: int, max_rows: int, *, offsets: bool) -> int:
-    """Shared memory of one stage of the ring, as streamed_rows.cu lays it out."""
-    inputs = tile.segment // 2 if fmt is Format.BF16 else tile.segment * (2 if fmt is Format.INT4 else 1)
+def shared_bytes(
+    tile: StreamTile, fmt: Format, group: int, num_inputs: int, max_rows: int, *, offsets: bool
+) -> tuple[int, int]:
+    """Shared memory of a program, as streamed_rows.cu lays it out: what it is launched with, and sums and barriers."""
     groups = 2 * tile.segment // group if fmt is Format.INT4 else 0
-    x_stride = 2 * inputs + (64 if fmt is Format.BF16 else 16)
-    size = _BLOCK * tile.blocks * (tile.segment + 64) + groups * tile.blocks * 32 * (1 + offsets)
-    return -(-(size + (max_rows * x_stride if tile.x_in_ring else 0)) // _LINE) * _LINE
+    stage = _BLOCK * tile.blocks * (tile.segment + 64) + groups * tile.blocks * 32 * (1 + offsets)
+    size = tile.num_stages * (-(-stage // _LINE) * _LINE)
+    columns, number_bytes = (2 * max_rows, 1) if _is_integer(fmt) else (max_rows, 2)
+    if tile.x_stays:
+        size += columns * (num_inputs * number_bytes + (16 if fmt is Format.FLOAT8 else 64))
+        size += 0 if fmt is Format.BF16 else max_rows * -(-num_inputs // (4 * X_GROUP)) * 16
+    sums = -(-columns // 8) * (4 * 24 if _is_integer(fmt) else 8 * 20) * 4 * tile.blocks * tile.num_warps
+    segment_inputs = tile.segment // 2 if fmt is Format.BF16 else tile.segment * (2 if fmt is Format.INT4 else 1)
+    return size, sums + 8 * (2 * tile.num_stages + -(-num_inputs // segment_inputs))
+
+
+def _is_integer(fmt: Format) -> bool:
+    return fmt in (Format.INT8, Format.INT4)
 
 
 def multiply_streamed(
@@ -76,22 +94,49 @@ def multiply_streamed(
     weight: Weight,
     out: torch.Tensor,
     *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    """The product with what surrounds it, as `multiply` in linear.py; a norm comes before it."""
-    product = prepare(tile, x_TI, weight, out, bias=bias, residual=residual, gated=gated)
+    """The product with what surrounds it, as `multiply` in linear.py; of quantized weights in two kernels."""
+    prepared = prepare(tile, *rows_for(weight, x_TI, norm, eps), weight, out, bias=bias, residual=residual, gated=gated)
     multiprocessors = torch.cuda.get_device_properties(x_TI.device).multi_processor_count
     _kernel.launch(
-        product.constants,
-        (product.arguments, ctypes.c_uint(MAGIC)),
-        programs=min(product.num_tiles, multiprocessors * tile.resident),
+        prepared.constants,
+        (*scale_maps(tile, weight), prepared.arguments, ctypes.c_uint(INT4_MAGIC)),
+        programs=min(prepared.num_tiles, multiprocessors * tile.resident),
         threads=32 * (tile.num_warps + 1),
-        shared_bytes=product.shared_bytes,
+        shared_bytes=prepared.shared_bytes,
         device=x_TI.device,
     )
     return out
+
+
+def scale_maps(tile: StreamTile, weight: Weight) -> tuple[TensorMap, TensorMap]:
+    """Of scales and offsets of 4 bits: the groups of a stage, of 16 outputs."""
+    if isinstance(weight, torch.Tensor) or not weight.group:
+        return _NO_MAP, _NO_MAP
+    groups = 2 * tile.segment // weight.group
+
+    def map_of(of_groups: torch.Tensor) -> TensorMap:
+        num_groups, num_outputs = of_groups.shape
+        row_bytes = 2 * num_outputs
+        return map_of_bytes(of_groups.data_ptr(), num_groups, row_bytes, row_bytes, groups, 2 * _BLOCK)
+
+    return map_of(weight.scales), _NO_MAP if weight.offsets is None else map_of(weight.offsets)
+
+
+def rows_for(
+    weight: Weight, x_TI: torch.Tensor, norm: torch.Tensor | None = None, eps: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x, after RMSNorm where there is a weight for it, as the kernel multiplies it with this weight, and its scales."""
+    fmt = format_of(weight)
+    if fmt is Format.BF16:
+        return (x_TI if norm is None else rms_norm(x_TI, norm, eps)), None
+    unit = 1 / _INT4_UNIT if fmt is Format.INT4 else 1.0
+    return scale_rows(x_TI, integer=_is_integer(fmt), unit=unit, norm=norm, eps=eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +149,23 @@ class Prepared:
     shared_bytes: int
 
 
+def fitting(
+    tile: StreamTile, fmt: Format, group: int, weight_rows: int, num_inputs: int, max_rows: int, *, gated: bool, offsets: bool
+) -> StreamTile:
+    """This tile with as many blocks as the product can be cut into, of both halves if gated; and x in shared memory
+    only where there is room for it."""
+    blocks = max(tile.blocks, 2 if gated else 1)
+    while weight_rows % (_BLOCK * blocks):
+        blocks //= 2
+    tile = replace(tile, blocks=blocks)
+    size = sum(shared_bytes(tile, fmt, group, num_inputs, max_rows, offsets=offsets)) + SYSTEM_BYTES
+    return replace(tile, x_stays=tile.x_stays and size * tile.resident <= MULTIPROCESSOR_BYTES)
+
+
 def prepare(
     tile: StreamTile,
-    x_TI: torch.Tensor,
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
     weight: Weight,
     out: torch.Tensor,
     *,
@@ -114,25 +173,29 @@ def prepare(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> Prepared:
-    """See `multiply_streamed`."""
-    num_rows, num_inputs = x_TI.shape
+    """What the kernel is launched with for rows as `rows_for` has left them."""
+    num_rows, num_inputs = x.shape[0], x.shape[-1]
     fmt = format_of(weight)
     values = weight if isinstance(weight, torch.Tensor) else weight.values
     scales, offsets = (None, None) if isinstance(weight, torch.Tensor) else (weight.scales, weight.offsets)
     group = weight.group if fmt is Format.INT4 and isinstance(weight, PackedWeight) else GROUPS[0]
     halves = 2 if gated else 1
     num_outputs = values.shape[0] // halves
-    if gated:
-        tile = replace(tile, blocks=2)  # one of each half
     max_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
-    assert out.shape == (num_rows, num_outputs) and out.stride(1) == 1 and out.dtype == x_TI.dtype
-    assert bias is None or (bias.shape == (values.shape[0],) and bias.dtype == x_TI.dtype)
+    has_offsets = offsets is not None
+    tile = fitting(
+        tile, fmt, group, values.shape[0], num_inputs, max_rows, gated=gated, offsets=has_offsets
+    )
+    assert out.shape == (num_rows, num_outputs) and out.stride(1) == 1 and out.dtype == torch.bfloat16
+    assert bias is None or (bias.shape == (values.shape[0],) and bias.dtype == out.dtype)
     assert residual is None or (residual.shape == out.shape and residual.stride(1) == 1)
-    assert residual is None or residual.dtype == x_TI.dtype
-    assert fmt is not Format.INT4 or (scales is not None and scales.dtype == x_TI.dtype)
+    assert residual is None or residual.dtype == out.dtype
+    assert fmt is not Format.INT4 or (scales is not None and scales.dtype == out.dtype and scales.is_contiguous())
     arguments = _Product(
-        *(address_of(x_TI), x_TI.stride(0), address_of(values), values.stride(0) * values.element_size()),
-        *(address_of(scales), address_of(offsets), address_of(bias)),
+        *(address_of(x), x.stride(-2) * x.element_size()),
+        *(address_of(x_scales), 0 if x_scales is None else x_scales.stride(0)),
+        *(address_of(values), values.stride(0) * values.element_size()),
+        *(address_of(None if fmt is Format.INT4 else scales), address_of(bias)),
         *(address_of(residual), 0 if residual is None else residual.stride(0)),
         *(address_of(out), out.stride(0), num_rows, num_outputs),
     )
@@ -140,17 +203,17 @@ def prepare(
         "FORMAT": int(fmt),
         "INPUTS": num_inputs,
         "GROUP": group,
-        "OFFSETS": int(offsets is not None),
+        "OFFSETS": int(has_offsets),
         "GATED": int(gated),
         "X_ROWS": max_rows,
-        "X_IN_RING": int(tile.x_in_ring),
+        "X_STAYS": int(tile.x_stays),
         "WARPS": tile.num_warps,
         "BLOCKS": tile.blocks,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
     }
-    shared = tile.num_stages * stage_bytes(tile, fmt, group, max_rows, offsets=offsets is not None)
+    shared, _ = shared_bytes(tile, fmt, group, num_inputs, max_rows, offsets=has_offsets)
     return Prepared(constants, arguments, values.shape[0] // (_BLOCK * tile.blocks), shared)
 
 
@@ -159,8 +222,9 @@ class _Product(ctypes.Structure):
 
     _fields_ = (
         *(("x", ctypes.c_void_p), ("x_stride", ctypes.c_longlong)),
+        *(("x_scales", ctypes.c_void_p), ("x_scales_stride", ctypes.c_longlong)),
         *(("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_longlong)),
-        *((name, ctypes.c_void_p) for name in ("scales", "offsets", "bias")),
+        *((name, ctypes.c_void_p) for name in ("scales", "bias")),
         *(("residual", ctypes.c_void_p), ("residual_stride", ctypes.c_longlong)),
         *(("out", ctypes.c_void_p), ("out_stride", ctypes.c_longlong)),
         *(("num_rows", ctypes.c_int), ("num_outputs", ctypes.c_int)),
