@@ -59,8 +59,37 @@ static thread_local std::optional<std::barrier<>::arrival_token> arrival;  // at
 static bool out_of_bounds;
 #define dynamic_shared (program->shared)
 
+struct Row {  // of a warp's threads
+  float values[32];
+};
+static Row exchanged[MOST_WARPS];
 inline void __syncthreads() { program->everybody->arrive_and_wait(); }
 inline void __syncwarp() { program->warps[threadIdx.x / 32]->arrive_and_wait(); }
+inline float other_lane(float v, int distance) {
+  Row& of_warp = exchanged[threadIdx.x / 32];
+  of_warp.values[threadIdx.x % 32] = v;
+  __syncwarp();
+  const float other = of_warp.values[threadIdx.x % 32 ^ distance];
+  __syncwarp();
+  return other;
+}
+inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
+inline uint32_t halves(float low, float high) {
+  const _Float16 both[2] = {(_Float16)low, (_Float16)high};
+  uint32_t bits;
+  std::memcpy(&bits, both, 4);
+  return bits;
+}
+inline float float8(uint32_t bits) {  // e4m3
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
+  return bits & 0x80 ? -size : size;
+}
+inline void widen_float8(uint32_t four, uint32_t& first, uint32_t& second) {
+  first = halves(float8(four & 0xff), float8(four >> 8 & 0xff));
+  second = halves(float8(four >> 16 & 0xff), float8(four >> 24));
+}
+inline float larger(float a, float b) { return a != a || a > b ? a : b; }
 inline void meet(int) { program->multipliers->arrive_and_wait(); }
 inline void arrive_at_cluster() { arrival.emplace(programs[0]->cluster->arrive()); }
 inline void wait_for_cluster() {
@@ -145,6 +174,11 @@ inline float __uint_as_float(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
+}
+inline uint32_t __float_as_uint(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
@@ -250,9 +284,7 @@ static uint32_t first_operands[PARTS][WARPS][32][4];
 inline float number(const uint8_t* from, int i) {
   if (!ROUNDED) return bf16(((const uint16_t*)from)[i]);
   if (FORMAT == INT8) return ((const int8_t*)from)[i];
-  const int exponent = from[i] >> 3 & 15, fraction = from[i] & 7;  // float8_e4m3
-  const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
-  return from[i] & 0x80 ? -size : size;
+  return float8(from[i]);
 }
 inline const uint8_t* word_of(u64 matrix, int row, int word) {  // of eight
   const bool swizzled = matrix >> 62;

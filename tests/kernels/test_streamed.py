@@ -23,6 +23,7 @@ from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.stream_tiles import TABLES, Format, StreamTile, choose_stream_tile
 from autobot_llm.engine.kernels.gpu.streamed import (
     INT4_MAGIC,
+    fitting,
     MULTIPROCESSOR_BYTES,
     multiply_streamed,
     prepare,
@@ -82,8 +83,11 @@ def check(
     residual = random(rows, num_outputs) if what == "add" else None
     if residual is not None:
         out.copy_(residual)
-    multiply(tile, x, weight, out, bias=bias, residual=None if residual is None else out, gated=what == "gated")
-    expected = linear_reference(x, numbers, bias)
+    norm = random(num_inputs) if what == "gated" else None
+    residual_out = None if residual is None else out
+    multiply(tile, x, weight, out, norm=norm, eps=EPS, bias=bias, residual=residual_out, gated=what == "gated")
+    normed = x if norm is None else x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * norm
+    expected = linear_reference(normed, numbers, bias)
     if what == "gated":
         gate, up = expected.chunk(2, dim=-1)
         expected = torch.nn.functional.silu(gate) * up
@@ -136,6 +140,10 @@ def compile_for_processor(constants: dict[str, int], folder: Path, name: str = "
         ("int4", 64, 2304, 2, "plain", StreamTile(4, 1024, 2, 2), 128),
         ("int8", 128, 512, 12, "plain", StreamTile(4, 512, 2, 4), 128),  # more rows of W than a warp has threads
         ("int4", 64, 1024, 5, "gated", StreamTile(4, 512, 2, 4), 128),  # two blocks of each half
+        ("int4", 64, 1536, 1, "gated", StreamTile(4, 512, 2, 2, x_stays=True), 128),
+        ("int4", 64, 1536, 9, "plain", StreamTile(4, 512, 2, 2, x_stays=True), 128),  # x stays, and was scaled before
+        ("fp8", 64, 1792, 3, "gated", StreamTile(4, 512, 2, 2, x_stays=True), 128),  # every program scales all rows
+        ("int8", 64, 1536, 1, "add", StreamTile(8, 1024, 2, 2, x_stays=True), 128),  # more warps than groups
         ("int4 with zeros", 96, 1280, 3, "add", StreamTile(4, 512, 2, 1), 64),
         ("int4 with zeros", 64, 2304, 16, "gated", StreamTile(4, 1024, 2, 2), 128),
     ],
@@ -149,11 +157,15 @@ def test_the_same_source_computes_the_same_on_a_processor(
         weight: torch.Tensor | PackedWeight,
         out: torch.Tensor,
         *,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         gated: bool = False,
     ) -> torch.Tensor:
-        prepared = prepare(tile, *rows_for(weight, x), weight, out, bias=bias, residual=residual, gated=gated)
+        tile = fitting(tile, weight, rows, gated=gated)
+        of_x = rows_for(tile, weight, x, norm, eps)
+        prepared = prepare(tile, of_x, weight, out, bias=bias, residual=residual, gated=gated)
         library = compile_for_processor(prepared.constants, tmp_path)
         size = ctypes.c_uint64(prepared.shared_bytes)
         assert prepared.num_tiles > 1, "one program is to compute several"

@@ -116,6 +116,26 @@ __device__ __forceinline__ u16 narrow(float v) {
   return r;
 }
 
+__device__ __forceinline__ u32 halves(float low, float high) {  // as float16
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+__device__ __forceinline__ void widen_float8(u32 four, u32& first, u32& second) {  // to float16
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
+      : "=r"(first), "=r"(second)
+      : "r"(four));
+}
+
+__device__ __forceinline__ float larger(float a, float b) {  // NaN if one of them is
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+__device__ __forceinline__ float other_lane(float v, int distance) { return __shfl_xor_sync(0xffffffffu, v, distance); }
+
 __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // pairs of bfloat16
   u32 d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

@@ -42,9 +42,3 @@ __device__ __forceinline__ u32 int4_pair(u32 a, u32 magic) {
 // The four numbers in the high halves of bytes, less 8, as int8 and INT4_UNIT times as large. `magic` is 8 in each of them.
 constexpr u32 INT4_UNIT = 16;
 __device__ __forceinline__ u32 int4_bytes(u32 a, u32 magic) { return flip<0xf0f0f0f0u>(a, magic); }
-
-// Two float8 (e4m3), the first and the third of a word or the others, as float16, which has one bit more of exponent and
-// so a bias that is 8 more: HALF_OF_FLOAT8 of the numbers.
-constexpr float HALF_OF_FLOAT8 = 1.f / 256;
-__device__ __forceinline__ u32 odd_halves(u32 a) { return merge<0x3f803f80u>(a >> 1, a & 0x80008000u); }
-__device__ __forceinline__ u32 even_halves(u32 a) { return merge<0x3f803f80u>(a << 7, a << 8 & 0x80008000u); }

@@ -32,8 +32,7 @@ def scale_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x_TI`, after RMSNorm where there is a weight for it, and its float32 scales_TG, `unit` times as large.
 
-    `integer`: int8 [T, 2, I], high and low bytes. Otherwise float16 [T, I], with the second and third of every four
-    numbers exchanged. G is rounded up to a multiple of 4; what is more holds whatever was there. Numbers that are not
+    `integer`: int8 [T, 2, I], high and low bytes. Otherwise float16 [T, I]. G is rounded up to a multiple of 4; what is more holds whatever was there. Numbers that are not
     finite make their group's scale infinite, so every product with it is infinite or NaN. I must be a multiple of 128.
     """
     num_rows, num_inputs = x_TI.shape
@@ -100,8 +99,7 @@ def scale_rows_kernel(  # type: ignore[no-untyped-def]
         to = out_ptr + row * 2 * num_inputs + at_I
         tl.store(to, tl.reshape(high_GI, (BLOCK_I,)).to(tl.int8), inside_I)
         tl.store(to + num_inputs, low_I.to(tl.int8), inside_I)
-    else:  # the kernel has bytes 0 and 2 of a word of W together, and 1 and 3
-        fours = tl.permute(tl.reshape(scaled_GI.to(tl.float16), (BLOCK_I // 4, 2, 2)), (0, 2, 1))
-        tl.store(out_ptr + row * num_inputs + at_I, tl.reshape(fours, (BLOCK_I,)), inside_I)
+    else:
+        tl.store(out_ptr + row * num_inputs + at_I, tl.reshape(scaled_GI, (BLOCK_I,)).to(tl.float16), inside_I)
     at_G = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     tl.store(scales_ptr + row * num_groups + at_G, largest_G * (unit / _LARGEST), at_G < num_inputs // 128)

@@ -25,6 +25,8 @@ SYSTEM_BYTES = 2 << 10  # of it, for each program: a kilobyte is the system's, a
 GROUPS = (64, 128)
 MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernels' compiler must not see it
 INT4_MAGIC = 0x80808080  # nor this one, of streamed_rows.cu: the highest bit of each byte
+_WARP_SPAN = 512  # inputs of x that a warp scales at once, 8 registers each
+_MOST_SPANS = 8
 _INT4_UNIT = 16  # how much larger than they are it has numbers of 4 bits
 
 _NO_MAP = TensorMap()
@@ -69,12 +71,13 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
 
 
 def shared_bytes(
-    tile: StreamTile, fmt: Format, group: int, num_inputs: int, max_rows: int, *, offsets: bool
+    tile: StreamTile, fmt: Format, group: int, num_inputs: int, num_rows: int, *, offsets: bool
 ) -> tuple[int, int]:
     """Shared memory of a program, as streamed_rows.cu lays it out: what it is launched with, and sums and barriers."""
     groups = 2 * tile.segment // group if fmt is Format.INT4 else 0
     stage = _BLOCK * tile.blocks * (tile.segment + 64) + groups * tile.blocks * 32 * (1 + offsets)
     size = tile.num_stages * (-(-stage // _LINE) * _LINE)
+    max_rows = most_rows(num_rows)
     columns, number_bytes = (2 * max_rows, 1) if _is_integer(fmt) else (max_rows, 2)
     if tile.x_stays:
         size += columns * (num_inputs * number_bytes + (16 if fmt is Format.FLOAT8 else 64))
@@ -82,6 +85,11 @@ def shared_bytes(
     sums = -(-columns // 8) * (4 * 24 if _is_integer(fmt) else 8 * 20) * 4 * tile.blocks * tile.num_warps
     segment_inputs = tile.segment // 2 if fmt is Format.BF16 else tile.segment * (2 if fmt is Format.INT4 else 1)
     return size, sums + 8 * (2 * tile.num_stages + -(-num_inputs // segment_inputs))
+
+
+def most_rows(num_rows: int) -> int:
+    """What the kernel is compiled for: 1, 8 or 16 rows."""
+    return 1 if num_rows == 1 else -(-num_rows // 8) * 8
 
 
 def _is_integer(fmt: Format) -> bool:
@@ -100,8 +108,10 @@ def multiply_streamed(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    """The product with what surrounds it, as `multiply` in linear.py; of quantized weights in two kernels."""
-    prepared = prepare(tile, *rows_for(weight, x_TI, norm, eps), weight, out, bias=bias, residual=residual, gated=gated)
+    """The product with what surrounds it, as `multiply` in linear.py; of several rows and quantized weights in two kernels."""
+    tile = fitting(tile, weight, x_TI.shape[0], gated=gated)
+    rows = rows_for(tile, weight, x_TI, norm, eps)
+    prepared = prepare(tile, rows, weight, out, bias=bias, residual=residual, gated=gated)
     multiprocessors = torch.cuda.get_device_properties(x_TI.device).multi_processor_count
     _kernel.launch(
         prepared.constants,
@@ -128,15 +138,33 @@ def scale_maps(tile: StreamTile, weight: Weight) -> tuple[TensorMap, TensorMap]:
     return map_of(weight.scales), _NO_MAP if weight.offsets is None else map_of(weight.offsets)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """x as the kernel is given it: bfloat16, which it may have to scale, after a norm; or what scaled_rows.py made of it."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    eps: float = 0.0
+
+
 def rows_for(
-    weight: Weight, x_TI: torch.Tensor, norm: torch.Tensor | None = None, eps: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x, after RMSNorm where there is a weight for it, as the kernel multiplies it with this weight, and its scales."""
+    tile: StreamTile, weight: Weight, x_TI: torch.Tensor, norm: torch.Tensor | None = None, eps: float = 0.0
+) -> Rows:
+    """`x_TI`, after RMSNorm where there is a weight for it."""
     fmt = format_of(weight)
     if fmt is Format.BF16:
-        return (x_TI if norm is None else rms_norm(x_TI, norm, eps)), None
+        return Rows(x_TI if norm is None else rms_norm(x_TI, norm, eps))
+    if _scales_x(tile, fmt, *x_TI.shape):
+        return Rows(x_TI, None, norm, eps)
     unit = 1 / _INT4_UNIT if fmt is Format.INT4 else 1.0
-    return scale_rows(x_TI, integer=_is_integer(fmt), unit=unit, norm=norm, eps=eps)
+    return Rows(*scale_rows(x_TI, integer=_is_integer(fmt), unit=unit, norm=norm, eps=eps))
+
+
+def _scales_x(tile: StreamTile, fmt: Format, num_rows: int, num_inputs: int) -> bool:
+    """Whether every program scales all rows by itself, sooner than another kernel would have: if registers hold them."""
+    spans = -(-num_inputs // (tile.num_warps * _WARP_SPAN))
+    return tile.x_stays and fmt is not Format.BF16 and most_rows(num_rows) * spans <= _MOST_SPANS
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,23 +177,30 @@ class Prepared:
     shared_bytes: int
 
 
-def fitting(
-    tile: StreamTile, fmt: Format, group: int, weight_rows: int, num_inputs: int, max_rows: int, *, gated: bool, offsets: bool
-) -> StreamTile:
+def fitting(tile: StreamTile, weight: Weight, num_rows: int, *, gated: bool) -> StreamTile:
     """This tile with as many blocks as the product can be cut into, of both halves if gated; and x in shared memory
     only where there is room for it."""
+    fmt, (weight_rows, num_inputs) = format_of(weight), _shape(weight)
     blocks = max(tile.blocks, 2 if gated else 1)
     while weight_rows % (_BLOCK * blocks):
         blocks //= 2
     tile = replace(tile, blocks=blocks)
-    size = sum(shared_bytes(tile, fmt, group, num_inputs, max_rows, offsets=offsets)) + SYSTEM_BYTES
+    offsets = isinstance(weight, PackedWeight) and weight.offsets is not None
+    size = sum(shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets)) + SYSTEM_BYTES
     return replace(tile, x_stays=tile.x_stays and size * tile.resident <= MULTIPROCESSOR_BYTES)
+
+
+def _shape(weight: Weight) -> tuple[int, int]:
+    return (weight.shape[0], weight.shape[1]) if isinstance(weight, torch.Tensor) else (weight.num_outputs, weight.num_inputs)
+
+
+def _group(weight: Weight) -> int:
+    return GROUPS[0] if isinstance(weight, torch.Tensor) else weight.group or GROUPS[0]
 
 
 def prepare(
     tile: StreamTile,
-    x: torch.Tensor,
-    x_scales: torch.Tensor | None,
+    rows: Rows,
     weight: Weight,
     out: torch.Tensor,
     *,
@@ -173,27 +208,22 @@ def prepare(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> Prepared:
-    """What the kernel is launched with for rows as `rows_for` has left them."""
-    num_rows, num_inputs = x.shape[0], x.shape[-1]
-    fmt = format_of(weight)
+    """What the kernel is launched with, of a fitting tile and rows for it."""
+    x, (num_rows, num_outputs) = rows.x, out.shape
+    fmt, (weight_rows, num_inputs) = format_of(weight), _shape(weight)
     values = weight if isinstance(weight, torch.Tensor) else weight.values
     scales, offsets = (None, None) if isinstance(weight, torch.Tensor) else (weight.scales, weight.offsets)
-    group = weight.group if fmt is Format.INT4 and isinstance(weight, PackedWeight) else GROUPS[0]
-    halves = 2 if gated else 1
-    num_outputs = values.shape[0] // halves
-    max_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
-    has_offsets = offsets is not None
-    tile = fitting(
-        tile, fmt, group, values.shape[0], num_inputs, max_rows, gated=gated, offsets=has_offsets
-    )
-    assert out.shape == (num_rows, num_outputs) and out.stride(1) == 1 and out.dtype == torch.bfloat16
-    assert bias is None or (bias.shape == (values.shape[0],) and bias.dtype == out.dtype)
+    assert x.shape[0] == num_rows and x.shape[-1] == num_inputs
+    assert weight_rows == num_outputs * (2 if gated else 1) and out.stride(1) == 1 and out.dtype == torch.bfloat16
+    assert bias is None or (bias.shape == (weight_rows,) and bias.dtype == out.dtype)
     assert residual is None or (residual.shape == out.shape and residual.stride(1) == 1)
     assert residual is None or residual.dtype == out.dtype
     assert fmt is not Format.INT4 or (scales is not None and scales.dtype == out.dtype and scales.is_contiguous())
+    assert rows.norm is None or (rows.norm.shape == (num_inputs,) and rows.norm.dtype == out.dtype)
     arguments = _Product(
         *(address_of(x), x.stride(-2) * x.element_size()),
-        *(address_of(x_scales), 0 if x_scales is None else x_scales.stride(0)),
+        *(address_of(rows.scales), 0 if rows.scales is None else rows.scales.stride(0)),
+        *(address_of(rows.norm), rows.eps),
         *(address_of(values), values.stride(0) * values.element_size()),
         *(address_of(None if fmt is Format.INT4 else scales), address_of(bias)),
         *(address_of(residual), 0 if residual is None else residual.stride(0)),
@@ -202,19 +232,21 @@ def prepare(
     constants = {
         "FORMAT": int(fmt),
         "INPUTS": num_inputs,
-        "GROUP": group,
-        "OFFSETS": int(has_offsets),
+        "GROUP": _group(weight),
+        "OFFSETS": int(offsets is not None),
         "GATED": int(gated),
-        "X_ROWS": max_rows,
+        "X_ROWS": most_rows(num_rows),
         "X_STAYS": int(tile.x_stays),
+        "SCALES_X": int(_scales_x(tile, fmt, num_rows, num_inputs)),
+        "NORM": int(rows.norm is not None),
         "WARPS": tile.num_warps,
         "BLOCKS": tile.blocks,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
     }
-    shared, _ = shared_bytes(tile, fmt, group, num_inputs, max_rows, offsets=has_offsets)
-    return Prepared(constants, arguments, values.shape[0] // (_BLOCK * tile.blocks), shared)
+    shared, _ = shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets is not None)
+    return Prepared(constants, arguments, weight_rows // (_BLOCK * tile.blocks), shared)
 
 
 class _Product(ctypes.Structure):
@@ -223,6 +255,7 @@ class _Product(ctypes.Structure):
     _fields_ = (
         *(("x", ctypes.c_void_p), ("x_stride", ctypes.c_longlong)),
         *(("x_scales", ctypes.c_void_p), ("x_scales_stride", ctypes.c_longlong)),
+        *(("norm", ctypes.c_void_p), ("eps", ctypes.c_float)),
         *(("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_longlong)),
         *((name, ctypes.c_void_p) for name in ("scales", "bias")),
         *(("residual", ctypes.c_void_p), ("residual_stride", ctypes.c_longlong)),

@@ -10,13 +10,13 @@
 //
 // Turning W into bfloat16 would take longer than reading it. So whole numbers are multiplied as int8, and x is what
 // changes, once: scaled_rows.py has made 16 bits of fixed point of it, a high and a low byte, each a column of its own.
-// float8 becomes float16 by moving its bits, and x is scaled to fit that.
+// There is an instruction from float8 to float16, and x is scaled to fit that.
 
 #include "hopper.cuh"
 #include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed.py: FORMAT, INPUTS, GROUP and OFFSETS (of 4 bits), GATED, X_ROWS (most
-// rows of x), X_STAYS (in shared memory; otherwise it comes from the cache), WARPS, BLOCKS (of 16 rows of W in a tile), SEGMENT (bytes of a row in a stage), STAGES, RESIDENT.
+// rows of x), X_STAYS (in shared memory; otherwise it comes from the cache), SCALES_X (is told of bfloat16, if x stays), NORM, WARPS, BLOCKS (of 16 rows of W in a tile), SEGMENT (bytes of a row in a stage), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int TILE_OUTPUTS = 16 * BLOCKS / HALVES;
 constexpr int ROW_BYTES = FORMAT == BF16 ? 2 * INPUTS : FORMAT == INT4 ? INPUTS / 2 : INPUTS;
@@ -32,6 +32,7 @@ constexpr int X_SIZE = IS_INTEGER ? 1 : 2;  // bytes of one of its numbers
 constexpr int X_TILES = (PLANES * X_ROWS + 7) / 8;
 constexpr int X_WORDS = FORMAT == BF16 || FORMAT == INT8 ? 4 : 8;  // of a thread, for a chunk of W
 constexpr int X_GROUP = 128;  // inputs of a row of x that share a scale, except of bfloat16
+constexpr float LARGEST_OF_X = 32512.f;  // of a scaled row: 127 * 256
 constexpr int GROUP_CHUNKS = FORMAT == INT4 ? GROUP / CHUNK : X_GROUP / CHUNK;  // whose sums are made numbers together
 constexpr int TILE_SUMS = IS_INTEGER ? 2 : 4;  // of a thread, in a block and a tile of columns, once planes are one
 constexpr int SUM_X_ROWS = IS_INTEGER ? 1 : 2;  // rows of x that these are of
@@ -91,10 +92,12 @@ __device__ __forceinline__ void clear(Sum (&sums)[4], int i) { sums[i] = 0.f; }
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 struct Product {
-  const u8* x;             // [PLANES * num_rows, INPUTS]: bfloat16, or as scaled_rows.py has it
+  const u8* x;             // [PLANES * num_rows, INPUTS]: as scaled_rows.py has it, or bfloat16
   long long x_stride;      // bytes
   const float* x_scales;   // [num_rows, INPUTS / X_GROUP], not of bfloat16
   long long x_scales_stride;  // a multiple of 4, as far as there is memory
+  const u16* norm;         // of RMSNorm before the product if NORM
+  float eps;
   const u8* weight;        // [num_outputs, INPUTS]; twice as many rows if GATED
   long long weight_stride; // bytes
   const float* scales;     // [outputs], of 8 bits
@@ -114,7 +117,7 @@ __device__ __forceinline__ void fill_ring(const Product& p, const Matrix& scales
   const int num_tiles = p.num_outputs / TILE_OUTPUTS;
   auto segment_bytes = [](int s) { return SEGMENT * (s + 1) > ROW_BYTES ? ROW_BYTES - SEGMENT * s : SEGMENT; };
   int slot = 0, parity = 1, num_filled = 0;
-  bool has_x = !X_STAYS;
+  bool has_x = !X_STAYS || SCALES_X;
   auto copy_x = [&] {  // a segment's columns have a barrier of their own, so that its products need not wait for all
     wait_for_previous_kernel();
     const int num_columns = PLANES * p.num_rows;
@@ -158,6 +161,91 @@ __device__ __forceinline__ void fill_ring(const Product& p, const Matrix& scales
   if (!has_x) copy_x();
 }
 
+// What scaled_rows.py does to rows, by the warps that multiply: one kernel less to wait for. A thread has 16 neighbouring
+// inputs of every so many, eight threads a group.
+__device__ __forceinline__ void scale_x(const Product& p, u8* ring, float* sums, int warp, int lane) {
+#if SCALES_X
+  constexpr int THREADS = WARPS * 32, SPAN = 16, MOST = (INPUTS + THREADS * SPAN - 1) / (THREADS * SPAN);
+  uint4 weight[MOST][2], x[X_ROWS][MOST][2];
+  auto load = [&](uint4(&to)[MOST][2], const u8* from, bool exists) {
+#pragma unroll
+    for (int i = 0; i < MOST; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int input = (i * THREADS + warp * 32 + lane) * SPAN + 8 * j;
+        to[i][j] = exists && input < INPUTS ? *(const uint4*)(from + input * 2) : make_uint4(0, 0, 0, 0);
+      }
+  };
+  if (NORM) load(weight, (const u8*)p.norm, true);
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int r = 0; r < X_ROWS; ++r) load(x[r], p.x + r * p.x_stride, r < p.num_rows);
+  auto number = [&](const uint4(&of)[2], int i) {
+    const u32 pair = word(of[i / 8], i % 8 / 2);
+    return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+  };
+  if (NORM) {
+#pragma unroll
+    for (int r = 0; r < X_ROWS; ++r) {
+      float squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < MOST; ++i)
+#pragma unroll
+        for (int j = 0; j < SPAN; ++j) squares += number(x[r][i], j) * number(x[r][i], j);
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) squares += other_lane(squares, distance);
+      if (lane == 0) sums[r * WARPS + warp] = squares;
+    }
+    meet(THREADS);
+  }
+#pragma unroll
+  for (int r = 0; r < X_ROWS; ++r) {
+    if (r >= p.num_rows) break;
+    float factor = 0.f;
+    if (NORM) {
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) factor += sums[r * WARPS + w];
+      factor = rsqrtf(factor / INPUTS + p.eps);
+    }
+    u8* const columns = ring + X_AT + r * PLANES * X_STRIDE;
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      float v[SPAN], largest = 0.f;
+#pragma unroll
+      for (int j = 0; j < SPAN; ++j) {
+        v[j] = NORM ? number(x[r][i], j) * factor * number(weight[i], j) : number(x[r][i], j);
+        largest = larger(largest, fabsf(v[j]));
+      }
+#pragma unroll
+      for (int distance = 1; distance < X_GROUP / SPAN; distance *= 2) largest = larger(largest, other_lane(largest, distance));
+      const int input = (i * THREADS + warp * 32 + lane) * SPAN;
+      if (input >= INPUTS) continue;
+      const float inverse = LARGEST_OF_X / fmaxf(largest, 1e-30f);  // NaN times a scale that is none stays that
+      u32 words[8];  // high bytes, then low ones; or float16
+#pragma unroll
+      for (int k = 0; k < SPAN; k += 4) {
+        if (IS_INTEGER) {
+          u32 whole[4], high[4];  // in the low 16 bits of a float's fraction
+#pragma unroll
+          for (int j = 0; j < 4; ++j) whole[j] = __float_as_uint(v[k + j] * inverse + 12582912.f), high[j] = whole[j] + 128;
+          words[k / 4] = __byte_perm(__byte_perm(high[0], high[1], 0x51), __byte_perm(high[2], high[3], 0x51), 0x5410);
+          words[4 + k / 4] = __byte_perm(__byte_perm(whole[0], whole[1], 0x40), __byte_perm(whole[2], whole[3], 0x40), 0x5410);
+        } else {
+          words[k / 2] = halves(v[k] * inverse, v[k + 1] * inverse);
+          words[k / 2 + 1] = halves(v[k + 2] * inverse, v[k + 3] * inverse);
+        }
+      }
+      u8* const to = columns + input * X_SIZE;
+      *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+      *(uint4*)(to + (IS_INTEGER ? X_STRIDE : 16)) = make_uint4(words[4], words[5], words[6], words[7]);
+      constexpr float unit = (FORMAT == INT4 ? 1.f / INT4_UNIT : 1.f) / LARGEST_OF_X;
+      if (input % X_GROUP == 0) ((float*)(ring + X_SCALES_AT))[r * X_SCALES + input / X_GROUP] = largest * unit;
+    }
+  }
+  meet(THREADS);
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
     streamed_rows(const __grid_constant__ Matrix scales, const __grid_constant__ Matrix offsets, const Product p, u32 magic) {
   let_next_kernel_start();
@@ -179,7 +267,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
     fill_ring(p, scales, offsets, ring, full, empty, x_full, lane);
     return;
   }
-  wait_for_previous_kernel();
+  if (SCALES_X)
+    scale_x(p, ring, &sums[0][0][0], warp, lane);
+  else
+    wait_for_previous_kernel();
 
   u32 xs[X_TILES][X_WORDS];
   auto read_x = [&](u32(&to)[X_TILES][X_WORDS], const u8* from, long long stride) {
@@ -209,9 +300,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
       scale[e] = up_scale[e] = 1.f, bias[e] = up_bias[e] = residual[e] = 0.f;
       if (row >= p.num_rows) continue;
       if (FORMAT == INT8 || FORMAT == FLOAT8) {
-        const float unit = FORMAT == FLOAT8 ? 1.f / HALF_OF_FLOAT8 : 1.f;
-        scale[e] = unit * p.scales[output];
-        if (GATED) up_scale[e] = unit * p.scales[p.num_outputs + output];
+        scale[e] = p.scales[output];
+        if (GATED) up_scale[e] = p.scales[p.num_outputs + output];
       }
       if (p.bias) {
         bias[e] = wide(p.bias[output]);
@@ -224,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
 #pragma unroll 1
     for (int s = 0; s < SEGMENTS; ++s) {
       const int first = s * STAGE_CHUNKS + warp * WARP_CHUNKS;
-      if (X_STAYS && tile == blockIdx.x) wait(&x_full[s], 0);
+      if (X_STAYS && !SCALES_X && tile == blockIdx.x) wait(&x_full[s], 0);
       wait(&full[slot], parity);
       const u8* stage = ring + slot * STAGE_BYTES;
       const u8* w_thread = stage + g * W_STRIDE + warp * (WARP_CHUNKS * CHUNK) + t * 16;
@@ -276,8 +366,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
               if (FORMAT == FLOAT8) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                  first[i] = even_halves(a[i]), first[i + 2] = odd_halves(a[i]);
-                  second[i] = even_halves(a[i + 2]), second[i + 2] = odd_halves(a[i + 2]);
+                  widen_float8(a[i], first[i], first[i + 2]);
+                  widen_float8(a[i + 2], second[i], second[i + 2]);
                 }
               }
 #pragma unroll
