@@ -32,8 +32,7 @@ class StreamTile:
     and comes from the cache otherwise.
 
     Two programs to a multiprocessor leave room for the next kernel's while one's last tile is multiplied; with one, the
-    ring is twice as long. One row of x is small, and waiting for it would show; several are read again for each tile,
-    from the first-level cache.
+    ring is twice as long.
     """
 
     num_warps: int
@@ -52,26 +51,27 @@ def _shapes(qkv: StreamTile, o: StreamTile, gate_up: StreamTile, down: StreamTil
     return {Kind.PLAIN: {_O: o, _DOWN: down}, Kind.NORM: {_QKV: qkv}, Kind.GATED: {_GATE_UP: gate_up}}
 
 
-def _same(narrow: StreamTile, wide: StreamTile) -> Shapes:
-    """One tile for products with many outputs to a multiprocessor, one for the others."""
-    return _shapes(wide, narrow, wide, narrow)
-
-
 _DEEP = StreamTile(8, 2048, 3, 2, resident=1)
-_ONE = StreamTile(4, 1024, 5, 1, x_stays=True)
-_ONE_WIDE = StreamTile(8, 2048, 2, 2, resident=1, x_stays=True)
-_EIGHT_BITS = (
-    (1, _shapes(_ONE, _ONE, _ONE_WIDE, _ONE)),
-    (8, _same(StreamTile(8, 1024, 5, 1), StreamTile(8, 1024, 2, 2))),
-    (16, _same(StreamTile(8, 1024, 3, 1), StreamTile(4, 1024, 2, 2))),
+_WIDE = StreamTile(8, 2048, 3, 2, resident=1, x_stays=True)
+_NARROW = StreamTile(8, 1024, 2, 2, x_stays=True)
+_SEVERAL = _shapes(
+    StreamTile(8, 1024, 8, 1, resident=1, x_stays=True),
+    StreamTile(8, 1024, 4, 2, resident=1, x_stays=True),
+    StreamTile(8, 2048, 2, 2, resident=1, x_stays=True),
+    StreamTile(8, 1024, 6, 2, resident=1),
 )
+_ONE_OF_EIGHT_BITS = _shapes(
+    _WIDE, StreamTile(8, 1024, 5, 1, x_stays=True), _WIDE, StreamTile(8, 2048, 5, 1, resident=1, x_stays=True)
+)
+_ONE_OF_FOUR_BITS = _shapes(_NARROW, _NARROW, _WIDE, StreamTile(8, 1024, 4, 1, x_stays=True))
+_SIXTEEN = StreamTile(8, 1024, 5, 2, resident=1)
 
 # For each format: the most rows of a table, ascending, and the table.
 TABLES: Mapping[Format, tuple[tuple[int, Shapes], ...]] = {
-    Format.BF16: ((8, _same(_DEEP, _DEEP)),),
-    Format.INT8: _EIGHT_BITS,
-    Format.FLOAT8: _EIGHT_BITS,
-    Format.INT4: ((16, _same(StreamTile(4, 1024, 5, 1), StreamTile(4, 1024, 2, 2))),),
+    Format.BF16: ((8, _shapes(_DEEP, _DEEP, _DEEP, _DEEP)),),
+    Format.INT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL), (16, _shapes(_SIXTEEN, _SIXTEEN, _SIXTEEN, _SIXTEEN))),
+    Format.FLOAT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL), (16, _shapes(_SIXTEEN, _SIXTEEN, _SIXTEEN, _SIXTEEN))),
+    Format.INT4: ((1, _ONE_OF_FOUR_BITS), (8, _SEVERAL), (16, _shapes(_SIXTEEN, _SIXTEEN, _SIXTEEN, _SIXTEEN))),
 }
 
 
