@@ -158,6 +158,25 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
   };
   return of_half(0) | of_half(16) << 16;
 }
+template <int>
+inline void keep_registers() {}
+template <int>
+inline void take_registers() {}
+inline uint32_t half_of(_Float16 v) {
+  uint16_t bits;
+  std::memcpy(&bits, &v, 2);
+  return bits;
+}
+inline uint16_t narrow_to_half(float v) { return half_of(v); }
+inline uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  auto of_half = [&](int shift) {
+    const uint16_t bits[3] = {(uint16_t)(a >> shift), (uint16_t)(b >> shift), (uint16_t)(c >> shift)};
+    _Float16 v[3];
+    std::memcpy(v, bits, 6);
+    return half_of(std::fma((double)v[0], (double)v[1], (double)v[2]));
+  };
+  return of_half(0) | of_half(16) << 16;
+}
 template <uint32_t MASK>
 inline uint32_t merge(uint32_t bits, uint32_t rest) {
   return (bits & MASK) | rest;
@@ -211,8 +230,8 @@ inline void copy_box_once(uint8_t* to, const Matrix& m, int column, int row, uns
 
 #include SOURCE
 
-constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
 #ifdef WARPGROUPS  // streamed_blocks.cu
+constexpr int THREADS_OF_A_PROGRAM = THREADS + COPYING_THREADS;
 constexpr int CLUSTER = PARTS;
 
 // wgmma: of a warpgroup's 64 rows a warp has 16, thread 4 g + t the sums of rows g and g + 8. Operands in memory are blocks of 8 rows
@@ -220,6 +239,7 @@ constexpr int CLUSTER = PARTS;
 // changed places. An operand in registers: words t and 4 + t of 32 bytes of each row.
 static uint32_t first_operands[PARTS][WARPS][32][4];
 inline float number(const uint8_t* from, int i) {
+  if (FORMAT == INT4) return ((const _Float16*)from)[i];
   if (!ROUNDED) return bf16(((const uint16_t*)from)[i]);
   if (FORMAT == INT8) return ((const int8_t*)from)[i];
   const int exponent = from[i] >> 3 & 15, fraction = from[i] & 7;  // float8_e4m3
@@ -254,6 +274,10 @@ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
   });
   __syncwarp();
 }
+void multiply_first(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
+  for (Sum& sum : sums) sum = 0;
+  multiply_block(sums, w, x);
+}
 void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x) {
   const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   multiply_words(sums, x, [&](int half, int word) { return word_of(w, row + 8 * half, word); });
@@ -263,6 +287,7 @@ void commit_products(Sum (&)[SUMS]) {}
 void end_products(Sum (&)[SUMS]) {}
 void end_older_products(Sum (&)[SUMS]) {}
 #else
+constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
 constexpr int CLUSTER = 1;
 #endif
 

@@ -19,19 +19,30 @@ _ALIGNMENT = 1024
 
 @dataclass(frozen=True, slots=True)
 class BlockTile:
-    """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; bytes of a row of W in a
-    stage of the ring; stages; programs on a multiprocessor."""
+    """Warpgroups of a program; programs that share a tile's inputs; bytes of a row of W in a stage of the ring; stages;
+    programs on a multiprocessor.
+
+    Of 4 bits also: units of 64 rows of W in a tile (0: one a warpgroup), rows of x in a tile, and of those how many a
+    warpgroup multiplies with at a time (0: all; otherwise 32, 64 or 128).
+    """
 
     num_warpgroups: int
     parts: int
     segment: int
     num_stages: int = 0
     resident: int = 1
+    units: int = 0
+    rows: int = 0
+    columns: int = 0
 
     @property
     def weight_rows(self) -> int:
         """Of W, in a tile."""
-        return 64 * self.num_warpgroups
+        return 64 * (self.units or self.num_warpgroups)
+
+    def tile_rows(self, num_rows: int) -> int:
+        """Of x, in a tile."""
+        return self.rows or padded_rows(num_rows)
 
 
 def padded_rows(num_rows: int) -> int:
@@ -41,7 +52,7 @@ def padded_rows(num_rows: int) -> int:
 
 def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
     """Shared memory of one stage of the ring, as streamed_blocks.cu lays it out."""
-    rows, inputs = padded_rows(num_rows), tile.segment * (2 if fmt is Format.INT4 else 1)
+    rows, inputs = tile.tile_rows(num_rows), tile.segment * (2 if fmt is Format.INT4 else 1)
     scales = 2 * tile.weight_rows * 2 * (1 + offsets) if fmt is Format.INT4 else 0
     size = tile.weight_rows * tile.segment + inputs * rows * (1 if rounded else 2) + scales
     return -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -50,7 +61,7 @@ def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, o
 def shared_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
     """Of a program: the ring, where a tile's sums come once it is empty, and two barriers for each stage."""
     ring = tile.num_stages * stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
-    return max(ring, padded_rows(num_rows) * (tile.weight_rows + 4) * 4) + tile.num_stages * 16
+    return max(ring, tile.tile_rows(num_rows) * (tile.weight_rows + 4) * 4) + tile.num_stages * 16
 
 
 def filled(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> BlockTile:

@@ -45,6 +45,17 @@ __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("gridd
 
 __device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
+// A warpgroup's threads give registers back until they have so many, or take more.
+template <int REGISTERS>
+__device__ __forceinline__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
 __device__ __forceinline__ u64 read_once() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -116,6 +127,18 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // pairs of 
   u32 d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
+}
+
+__device__ __forceinline__ u32 multiply_add_halves(u32 a, u32 b, u32 c) {  // pairs of float16
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+__device__ __forceinline__ u16 narrow_to_half(float v) {
+  u16 r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
+  return r;
 }
 
 // (bits & MASK) | rest in one instruction. The compiler makes two of it where it sees that both are constants, so 128.0

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from autobot_llm.engine.kernels.gpu.arrange import arrange
+from autobot_llm.engine.kernels.gpu.arrange import arrange, arrange_halves
 from autobot_llm.engine.kernels.gpu.block_tiles import (
     BlockTile,
     choose_block_tile,
@@ -19,6 +19,8 @@ from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, Prepared, address_of, format_of
 from autobot_llm.engine.quantization.packed import PackedWeight
+
+_MAGIC_OF_HALVES = 0x64006400  # 1024.0 twice, in float16
 
 _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
 
@@ -62,21 +64,26 @@ def multiply_blocks(
 ) -> torch.Tensor:
     """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
     num_rows, values = padded_rows(x_TI.shape[0]), weight.values
+    fmt = format_of(weight)
     w_map = x_map = map_of_bytes(
         values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment
     )
     x_scales_T = None
     if rounded:
         x, x_scales_T = round_rows(x_TI, values.dtype, norm, eps)
-        x_map = map_of_bytes(x.data_ptr(), *x.shape, x.stride(0), num_rows, tile.segment)
+        x_map = map_of_bytes(x.data_ptr(), *x.shape, x.stride(0), tile.tile_rows(num_rows), tile.segment)
+    elif weight.group:
+        x, x_scales_T = arrange_halves(x_TI, tile.tile_rows(num_rows), norm, eps)
     else:
         x = arrange(x_TI, num_rows, norm, eps)
-    prepared = prepare(tile, x, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated)
+    prepared = prepare(
+        tile, x, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated, rounded=rounded
+    )
     _kernel.launch(
         prepared.constants,
-        (w_map, x_map, prepared.arguments, ctypes.c_uint(MAGIC)),
+        (w_map, x_map, prepared.arguments, ctypes.c_uint(magic_of(fmt))),
         programs=prepared.num_tiles * tile.parts,
-        threads=128 * tile.num_warpgroups + 32,
+        threads=num_threads(tile, fmt),
         shared_bytes=prepared.shared_bytes,
         device=out.device,
         cluster=tile.parts,
@@ -94,9 +101,9 @@ def prepare(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gated: bool,
+    rounded: bool,
 ) -> Prepared:
-    """What the kernel is launched with for x as `arrange` has left it, or rounded rows with their scales."""
-    rounded = x_scales_T is not None
+    """What the kernel is launched with for x as `arrange` or `arrange_halves` has left it, or for rounded rows."""
     num_rows, num_outputs = out.shape
     fmt, offsets = format_of(weight), weight.offsets
     halves = 2 if gated else 1
@@ -108,6 +115,8 @@ def prepare(
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
     assert tile.num_stages >= 2
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
+    rows = tile.tile_rows(num_rows)
+    x_tiles = -(-num_rows // rows)
     assert not rest and weight.values.shape[1] % (tile.segment * tile.parts) == 0
     arguments = _Product(
         *(address_of(x), address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
@@ -121,15 +130,29 @@ def prepare(
         "GROUP": weight.group or GROUPS[0],
         "OFFSETS": int(offsets is not None),
         "GATED": int(gated),
-        "ROWS": padded_rows(num_rows),
+        "ROWS": rows,
+        "X_TILES": x_tiles,
+        "UNITS": tile.weight_rows // 64,
         "WARPGROUPS": tile.num_warpgroups,
+        "COLUMNS": tile.columns or rows,
         "PARTS": tile.parts,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
     }
     shared = shared_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets is not None)
-    return Prepared(constants, arguments, num_tiles, shared)
+    return Prepared(constants, arguments, num_tiles * x_tiles, shared)
+
+
+def num_threads(tile: BlockTile, fmt: Format) -> int:
+    """Of a program: those that multiply and those that copy, as COPYING_THREADS of the kernel."""
+    moves_registers = fmt is Format.INT4 and tile.resident == 1 and tile.num_warpgroups in (2, 3)
+    return 128 * tile.num_warpgroups + (128 if moves_registers else 32)
+
+
+def magic_of(fmt: Format) -> int:
+    """What the kernel's compiler must not see: numbers are put together in a fraction of this."""
+    return _MAGIC_OF_HALVES if fmt is Format.INT4 else MAGIC
 
 
 class _Product(ctypes.Structure):
