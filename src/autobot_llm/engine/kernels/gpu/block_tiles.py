@@ -15,6 +15,7 @@ _RING_BYTES = 200 << 10  # of a multiprocessor's shared memory; small kernels fi
 _MOST_STAGES = 16
 _MULTIPROCESSORS = 132
 _ALIGNMENT = 1024
+_OTHER_REGISTERS = 44  # of a thread, beside its sums and its numbers of W
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,14 @@ def filled(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offset
     """This tile with as many stages as there is room for."""
     stage = stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets) + 16
     return replace(tile, num_stages=min(_RING_BYTES // tile.resident // stage, _MOST_STAGES))
+
+
+def moves_registers(tile: BlockTile, num_rows: int, fmt: Format) -> bool:
+    """Whether the sums of 4 bits need more registers than a program's threads have if each has the same."""
+    rows, warps = tile.tile_rows(num_rows), 4 * tile.num_warpgroups + 1
+    own_units = -(-tile.weight_rows // 64 // tile.num_warpgroups)
+    needed = own_units * rows // 2 + (tile.columns or rows) // 2 + tile.segment // 4 + _OTHER_REGISTERS
+    return fmt is Format.INT4 and tile.resident == 1 < tile.num_warpgroups and needed > 512 // -(-warps // 4)
 
 
 def choose_block_tile(

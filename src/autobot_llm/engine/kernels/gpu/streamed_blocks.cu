@@ -14,15 +14,13 @@
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
 // GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, UNITS (of 64 rows of W, of a tile), WARPGROUPS,
-// COLUMNS (rows of x of a product), PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if
+// COLUMNS (rows of x of a product), MOVES_REGISTERS (a whole warpgroup copies, and leaves its registers to the others), PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if
 // not ROUNDED), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
-// A multiprocessor's four parts have 512 registers for each of 32 threads. A warpgroup that copies leaves the others what it has too many of.
-constexpr bool MOVES_REGISTERS = FORMAT == INT4 && RESIDENT == 1 && (WARPGROUPS == 2 || WARPGROUPS == 3);
 constexpr int COPYING_THREADS = MOVES_REGISTERS ? 128 : 32;
-constexpr int MOST_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
+constexpr int MOST_REGISTERS = WARPGROUPS == 2 ? 240 : WARPGROUPS == 3 ? 160 : 112;
 constexpr int TILE_ROWS = 64 * UNITS;  // of W
 constexpr int OWN_UNITS = (UNITS + WARPGROUPS - 1) / WARPGROUPS;  // of a warpgroup
 constexpr int TILE_OUTPUTS = TILE_ROWS / HALVES;

@@ -10,6 +10,7 @@ from autobot_llm.engine.kernels.gpu.arrange import arrange, arrange_halves
 from autobot_llm.engine.kernels.gpu.block_tiles import (
     BlockTile,
     choose_block_tile,
+    moves_registers,
     padded_rows,
     shared_bytes,
 )
@@ -83,7 +84,7 @@ def multiply_blocks(
         prepared.constants,
         (w_map, x_map, prepared.arguments, ctypes.c_uint(magic_of(fmt))),
         programs=prepared.num_tiles * tile.parts,
-        threads=num_threads(tile, fmt),
+        threads=128 * tile.num_warpgroups + (128 if prepared.constants["MOVES_REGISTERS"] else 32),
         shared_bytes=prepared.shared_bytes,
         device=out.device,
         cluster=tile.parts,
@@ -135,6 +136,7 @@ def prepare(
         "UNITS": tile.weight_rows // 64,
         "WARPGROUPS": tile.num_warpgroups,
         "COLUMNS": tile.columns or rows,
+        "MOVES_REGISTERS": int(moves_registers(tile, num_rows, fmt)),
         "PARTS": tile.parts,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
@@ -142,12 +144,6 @@ def prepare(
     }
     shared = shared_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets is not None)
     return Prepared(constants, arguments, num_tiles * x_tiles, shared)
-
-
-def num_threads(tile: BlockTile, fmt: Format) -> int:
-    """Of a program: those that multiply and those that copy, as COPYING_THREADS of the kernel."""
-    moves_registers = fmt is Format.INT4 and tile.resident == 1 and tile.num_warpgroups in (2, 3)
-    return 128 * tile.num_warpgroups + (128 if moves_registers else 32)
 
 
 def magic_of(fmt: Format) -> int:
