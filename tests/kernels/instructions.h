@@ -71,6 +71,7 @@ inline int rank_in_cluster() { return program->rank; }
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 inline void publish_barriers() {}
+inline void end_reads() {}
 inline uint64_t read_once() { return 0; }
 inline uint32_t shared_address(const void* p) { return (const uint8_t*)p - program->shared; }
 inline float4 read_from(int rank, const float* local) {
@@ -162,21 +163,6 @@ template <int>
 inline void keep_registers() {}
 template <int>
 inline void take_registers() {}
-inline uint32_t half_of(_Float16 v) {
-  uint16_t bits;
-  std::memcpy(&bits, &v, 2);
-  return bits;
-}
-inline uint16_t narrow_to_half(float v) { return half_of(v); }
-inline uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
-  auto of_half = [&](int shift) {
-    const uint16_t bits[3] = {(uint16_t)(a >> shift), (uint16_t)(b >> shift), (uint16_t)(c >> shift)};
-    _Float16 v[3];
-    std::memcpy(v, bits, 6);
-    return half_of(std::fma((double)v[0], (double)v[1], (double)v[2]));
-  };
-  return of_half(0) | of_half(16) << 16;
-}
 template <uint32_t MASK>
 inline uint32_t merge(uint32_t bits, uint32_t rest) {
   return (bits & MASK) | rest;
@@ -234,12 +220,11 @@ inline void copy_box_once(uint8_t* to, const Matrix& m, int column, int row, uns
 constexpr int THREADS_OF_A_PROGRAM = THREADS + COPYING_THREADS;
 constexpr int CLUSTER = PARTS;
 
-// wgmma: of a warpgroup's 64 rows a warp has 16, thread 4 g + t the sums of rows g and g + 8. Operands in memory are blocks of 8 rows
-// by 16 bytes, whose distances a descriptor tells, along inputs and along rows; or rows of 128 bytes, whose pieces of 16 have
-// changed places. An operand in registers: words t and 4 + t of 32 bytes of each row.
+// wgmma: of a warpgroup's 64 rows a warp has 16, thread 4 g + t the sums of rows g and g + 8. Operands in memory are rows of 128
+// bytes, whose pieces of 16 have changed places, in blocks of 8 whose distance a descriptor tells. An operand in registers: words
+// t and 4 + t of 32 bytes of each row.
 static uint32_t first_operands[PARTS][WARPS][32][4];
 inline float number(const uint8_t* from, int i) {
-  if (FORMAT == INT4) return ((const _Float16*)from)[i];
   if (!ROUNDED) return bf16(((const uint16_t*)from)[i]);
   if (FORMAT == INT8) return ((const int8_t*)from)[i];
   const int exponent = from[i] >> 3 & 15, fraction = from[i] & 7;  // float8_e4m3
@@ -247,12 +232,9 @@ inline float number(const uint8_t* from, int i) {
   return from[i] & 0x80 ? -size : size;
 }
 inline const uint8_t* word_of(u64 matrix, int row, int word) {  // of eight
-  const bool swizzled = matrix >> 62;
-  const uint64_t along_inputs = (matrix >> 16 & 0x3fff) * 16, along_rows = (matrix >> 32 & 0x3fff) * 16;
-  uint64_t at = (matrix & 0x3fff) * 16 + row / 8 * along_rows;
-  at += swizzled ? row % 8 * 128 + word * 4 : row % 8 * 16 + word / 4 * along_inputs + word % 4 * 4;
-  if (swizzled) at ^= (at >> 7 & 7) << 4;
-  if (at + 4 > program->shared_size) out_of_bounds = true, at = 0;
+  uint64_t at = (matrix & 0x3fff) * 16 + row / 8 * ((matrix >> 32 & 0x3fff) * 16) + row % 8 * 128 + word * 4;
+  at ^= (at >> 7 & 7) << 4;
+  if (at + 4 > program->shared_size || matrix >> 62 != 1) out_of_bounds = true, at = 0;
   return program->shared + at;
 }
 template <class Word>

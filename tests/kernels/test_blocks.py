@@ -13,17 +13,17 @@ from typing import Any, Literal, TypeAlias, cast
 import pytest
 import torch
 
-from autobot_llm.engine.kernels.gpu.arrange import arrange, arrange_halves
+from autobot_llm.engine.kernels.gpu.arrange import arrange
 from autobot_llm.engine.kernels.gpu.block_tiles import (
     BlockTile,
     choose_block_tile,
     filled,
-    padded_rows,
     shared_bytes,
 )
 from autobot_llm.engine.kernels.gpu.linear import linear_reference
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
-from autobot_llm.engine.kernels.gpu.streamed_blocks import block_tile_for, magic_of, multiply_blocks, prepare
+from autobot_llm.engine.kernels.gpu.streamed import MAGIC
+from autobot_llm.engine.kernels.gpu.streamed_blocks import X_COPY_BYTES, block_tile_for, multiply_blocks, prepare
 from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
 from tests.kernels.test_streamed import MULTIPROCESSOR_BYTES, check_chain, compile_for_processor, weight_of
@@ -86,58 +86,21 @@ def check(
 # --- x in the kernel's order --------------------------------------------------------------------------------------
 
 
-def halves_reference(x: torch.Tensor, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of float16 where `arrange_halves` says they are, of x over each row's scale; NaN in rows that are not there."""
-    num_rows, num_inputs = x.shape
-    scales = torch.exp2(x.abs().amax(1, keepdim=True).log2().floor() - 14)
-    # [tile, 64 inputs, its words of W, even or odd, 8 bytes of a piece]
-    padded = torch.nn.functional.pad(x / scales, (0, 0, 0, -num_rows % tile_rows), value=torch.nan)
-    words = padded.half().view(-1, tile_rows, num_inputs // 64, 4, 4, 2, 2)  # thread, word, byte of a pair, odd
-    return words.permute(0, 2, 4, 6, 1, 3, 5).flatten(), scales.flatten()
-
-
-def arranged_reference(x: torch.Tensor, most_rows: int) -> torch.Tensor:
-    """Pairs of x where `arrange` says they are; NaN in rows that are not there."""
-    num_rows, num_inputs = x.shape
-    # [rows, 64 inputs, thread, its words of W, pair of a word] to [64 inputs, words, pairs; rows; threads]
-    pairs = x.contiguous().view(torch.int32).view(num_rows, num_inputs // 64, 4, 4, 2).permute(1, 3, 4, 0, 2)
-    arranged = torch.full((num_inputs // 8, most_rows, 4), -1, dtype=torch.int32, device=x.device)
-    arranged[:, :num_rows] = pairs.reshape(-1, num_rows, 4)
-    return arranged.flatten().view(x.dtype)
+def arranged_reference(x: torch.Tensor) -> torch.Tensor:
+    """Numbers of x where `arrange` says they are."""
+    # [rows, 64 inputs, thread, its words of W, two even and two odd bytes of each]
+    words = x.unflatten(1, (-1, 4, 4, 2, 2))
+    return words.permute(0, 1, 3, 5, 2, 4).reshape(x.shape)
 
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_every_number_is_where_the_matrix_units_look_for_it(normed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(19, 1088, generator=generator).to(DTYPE).to(GPU)
+    x = torch.randn(19, 1088 + 24, generator=generator).to(DTYPE).to(GPU)[:, 8:1096]
     norm = torch.rand(1088, generator=generator).to(DTYPE).to(GPU) if normed else None
-    found = arrange(x, 32, norm, EPS).view(-1, 32, 8)[:, :19].float()
     numbers = x if norm is None else normed_rows(x, norm).to(DTYPE)
-    wanted = arranged_reference(numbers, 32).view(-1, 32, 8)[:, :19].float()
+    found, wanted = arrange(x, norm, EPS).float(), arranged_reference(numbers).float()
     torch.testing.assert_close(found, wanted, rtol=2**-7 if normed else 0, atol=0)  # the interpreter cuts bits off
-
-
-@pytest.mark.parametrize("normed", [False, True])
-def test_rows_in_float16_lose_nothing_that_bfloat16_had(normed: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 1088, generator=generator) * torch.logspace(*((-3, 3) if normed else (-29, 30)), 40)[:, None]
-    x[1] = 0
-    x[:, 5] *= 2.0**-20
-    x = x.to(DTYPE).to(GPU)
-    norm = torch.rand(1088, generator=generator).to(DTYPE).to(GPU) if normed else None
-    found, found_scales = arrange_halves(x, 32, norm, EPS)
-    numbers = x.float() if norm is None else normed_rows(x, norm)
-    wanted, scales = halves_reference(numbers, 32)
-    is_there = torch.arange(64, device=GPU).view(2, 1, 32, 1) < 40
-    is_there &= ~(torch.arange(64, device=GPU) == 1).view(2, 1, 32, 1)
-    found, wanted = (
-        torch.where(is_there, rows.view(2, -1, 32, 8).float(), 0) for rows in (found, wanted)
-    )
-    close = {"rtol": 2**-10, "atol": 0.01} if normed else {"rtol": 0, "atol": 0}  # the interpreter cuts bits off
-    torch.testing.assert_close(found, wanted, **close)
-    rest = torch.arange(40, device=GPU) != 1
-    torch.testing.assert_close(found_scales[rest], scales[rest], rtol=0, atol=0)
-    assert found_scales[1] > 0
 
 
 def normed_rows(x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -168,9 +131,9 @@ class Box(ctypes.Structure):
         ("int4", (256, 1024), 17, "gated", BlockTile(4, 1, 64, 3), 128),
         ("int4 with zeros", (256, 1024), 65, "add", BlockTile(2, 2, 64, 3), 64),
         ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 128, 2), 128),
-        # units that do not come out even; rows of x in two tiles
-        ("int4 with zeros", (96, 512), 70, "gated", BlockTile(2, 1, 128, 2, units=3, rows=64, columns=32), 128),
-        ("int4", (256, 512), 128, "plain", BlockTile(2, 1, 128, 2, units=4, columns=64), 128),
+        ("int4 with zeros", (128, 512), 70, "gated", BlockTile(2, 1, 128, 2, rows=64), 128),  # two tiles of x
+        ("int4", (256, 1024), 127, "add", BlockTile(2, 2, 128, 2, rows=64), 128),
+        ("int4", (128, 512), 128, "gated", BlockTile(2, 1, 128, 2), 128),  # a warpgroup copies
     ],
 )
 def test_the_same_source_computes_the_same_on_a_processor(
@@ -191,18 +154,16 @@ def test_the_same_source_computes_the_same_on_a_processor(
         wide, x_scales = x.float() if norm is None else normed_rows(x, norm), None
         if rounded:
             numbers, x_scales = round_activations(wide, cast(Literal["int8", "fp8"], kind.removesuffix(", rounded")))
-        elif weight.group:
-            numbers, x_scales = halves_reference(wide, tile.tile_rows(rows))
         else:
-            numbers = arranged_reference(wide.to(DTYPE), padded_rows(rows))
-        prepared = prepare(tile, numbers, x_scales, weight, out, bias=bias, residual=residual, gated=gated, rounded=rounded)
+            numbers = arranged_reference(wide.to(DTYPE))
+        prepared = prepare(tile, x_scales, weight, out, bias=bias, residual=residual, gated=gated)
         library = compile_for_processor(prepared.constants, tmp_path, "streamed_blocks.cu")
-        values = weight.values
+        values, row_bytes = weight.values, numbers.shape[1] * numbers.element_size()
         w = Box(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
-        x_box = Box(numbers.data_ptr(), *x.shape, x.shape[1], padded_rows(rows), tile.segment)
+        x_box = Box(numbers.data_ptr(), rows, row_bytes, row_bytes, tile.tile_rows(rows), X_COPY_BYTES)
         size = ctypes.c_uint64(prepared.shared_bytes)
         given = (ctypes.byref(w), ctypes.byref(x_box), ctypes.byref(prepared.arguments))
-        is_inside = library.run(*given, magic_of(FORMATS[kind.removesuffix(", rounded")]), prepared.num_tiles * tile.parts, size)
+        is_inside = library.run(*given, MAGIC, prepared.num_tiles * tile.parts, size)
         assert is_inside, "a copy that is not aligned, or leaves its memory"
 
     check(kind, shape, rows, what, cast(Multiply, multiply), group=group, device="cpu")

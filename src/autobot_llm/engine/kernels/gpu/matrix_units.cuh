@@ -1,4 +1,4 @@
-// Hopper's matrix units: wgmma as streamed_blocks.cu uses it. Needs FORMAT, ROUNDED and COLUMNS, the rows of x of a product.
+// Hopper's matrix units: wgmma as streamed_blocks.cu uses it. Needs FORMAT, ROUNDED and ROWS, of x.
 
 #pragma once
 
@@ -9,9 +9,9 @@ typedef int Sum;
 #else
 typedef float Sum;
 #endif
-constexpr int SUMS = COLUMNS / 2;  // of a thread: 64 rows of W times COLUMNS over 128 threads
+constexpr int SUMS = ROWS / 2;  // of a thread: 64 rows of W times ROWS over 128 threads
 
-// 64 rows of W are multiplied with COLUMNS rows of x, 32 bytes of each row of x at a time, and added up; begun, and not ended. Of
+// 64 rows of W are multiplied with ROWS rows of x, 32 bytes of each row of x at a time, and added up; begun, and not ended. Of
 // W this thread's numbers in `w`, or the matrices of both in shared memory. The first ones of new sums add to nothing.
 __device__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x);
 __device__ void multiply_first(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x);
@@ -32,11 +32,7 @@ __device__ void end_older_products(Sum (&sums)[SUMS]);  // of all groups but the
 #define SIGNS ", 1, 1;"
 #else
 #define KEPT(i) "+f"(sums[i])
-#if FORMAT == INT4
-#define OPERATION(shape) shape "k16.f32.f16.f16 "
-#else
 #define OPERATION(shape) shape "k16.f32.bf16.bf16 "
-#endif
 #define SIGNS ", 1, 1, 0;"
 #endif
 #define KEPT_4(i) KEPT(i), KEPT(i + 1), KEPT(i + 2), KEPT(i + 3)
@@ -46,12 +42,12 @@ __device__ void end_older_products(Sum (&sums)[SUMS]);  // of all groups but the
 #define NAMES_64 \
   NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
            ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#if COLUMNS == 32
+#if ROWS == 32
 #define ALL_KEPT KEPT_16(0)
 #define INTO_SUMS OPERATION("m64n32") "{" NAMES_16 "}, "
 #define FROM_REGISTERS "{%16,%17,%18,%19}, %20, "
 #define FROM_MEMORY "%16, %17, "
-#elif COLUMNS == 64
+#elif ROWS == 64
 #define ALL_KEPT KEPT_16(0), KEPT_16(16)
 #define INTO_SUMS OPERATION("m64n64") "{" NAMES_32 "}, "
 #define FROM_REGISTERS "{%32,%33,%34,%35}, %36, "
@@ -93,15 +89,8 @@ __device__ __forceinline__ void end_older_products(Sum (&sums)[SUMS]) {
 }
 #endif
 
-// A matrix in shared memory, as the matrix units are told of it: where, how far its blocks lie apart along inputs and along
-// rows, and whether pieces of 16 bytes change places as copies of 128 bytes have it.
-__device__ __forceinline__ u64 matrix_at(const u8* start, u32 along_inputs, u32 along_rows, bool swizzled) {
-  return (u64)(shared_address(start) >> 4 & 0x3fff) | (u64)(along_inputs >> 4) << 16 | (u64)(along_rows >> 4) << 32 |
-         (u64)swizzled << 62;
+// Rows of 128 bytes in shared memory, as the matrix units are told of them: where, how far blocks of 8 lie apart, and that
+// pieces of 16 bytes have changed places as copies have it.
+__device__ __forceinline__ u64 rows_at(const u8* start) {
+  return (u64)(shared_address(start) >> 4 & 0x3fff) | (u64)(16 >> 4) << 16 | (u64)(8 * 128 >> 4) << 32 | (u64)1 << 62;
 }
-
-// Rows of 128 bytes.
-__device__ __forceinline__ u64 rows_at(const u8* start) { return matrix_at(start, 16, 8 * 128, true); }
-
-// As arrange.py has it: 8 rows by 16 bytes lie together, the next rows follow, then the next 16 bytes.
-__device__ __forceinline__ u64 arranged_at(const u8* start) { return matrix_at(start, ROWS * 16, 8 * 16, false); }

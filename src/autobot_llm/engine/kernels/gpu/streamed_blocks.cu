@@ -1,40 +1,41 @@
 // y = x W^T for up to 128 rows of x: numbers of 8 or 4 bits, as packed.py lays them out, on Hopper's matrix units.
 //
 // As in streamed_rows.cu W goes through a ring in shared memory, which is filled from before the previous kernel's end on;
-// here x does, too, and one thread copies both. A warpgroup multiplies 64 rows of W. Where a product has too few outputs for the device,
-// the programs of a cluster share a tile's inputs, and sum up in each other's shared memory.
+// here x does, too, and one thread copies both. A warpgroup multiplies 64 rows of W. Where a product has too few outputs
+// for the device, its rows of x are two tiles, or the programs of a cluster share a tile's inputs, and sum up in each
+// other's shared memory.
 //
 // Rounded, both sides are multiplied where they lie. Otherwise the matrix units take W from registers, where it becomes
 // numbers on its way: a thread takes 16 neighbouring bytes of W, where the instruction would have it take them from all
-// over 64, and arrange.py has put the inputs of x in that order. Source of instructions and layouts: the PTX manual, on wgmma.
+// over 64, and arrange.py has put the inputs of x in that order. Numbers of 4 bits become whole ones, and the sums of each
+// group meet its scales. Source of instructions and layouts: the PTX manual, on wgmma.
 
 #include "hopper.cuh"
 #include "matrix_units.cuh"
 #include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
-// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, UNITS (of 64 rows of W, of a tile), WARPGROUPS,
-// COLUMNS (rows of x of a product), MOVES_REGISTERS (a whole warpgroup copies, and leaves its registers to the others), PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if
-// not ROUNDED), STAGES, RESIDENT.
+// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, WARPGROUPS, COPYING_THREADS, PARTS
+// (programs that share a tile's inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
-constexpr int COPYING_THREADS = MOVES_REGISTERS ? 128 : 32;
-constexpr int MOST_REGISTERS = WARPGROUPS == 2 ? 240 : WARPGROUPS == 3 ? 160 : 112;
-constexpr int TILE_ROWS = 64 * UNITS;  // of W
-constexpr int OWN_UNITS = (UNITS + WARPGROUPS - 1) / WARPGROUPS;  // of a warpgroup
+constexpr bool MOVES_REGISTERS = COPYING_THREADS == 128;  // to those, from a whole warpgroup of which one thread copies
+constexpr int TILE_ROWS = 64 * WARPGROUPS;  // of W
 constexpr int TILE_OUTPUTS = TILE_ROWS / HALVES;
 constexpr int BOX_ROWS = TILE_ROWS / 2;  // of a stage's two copies: gate and up if GATED
 constexpr int ROW_BYTES = FORMAT == INT4 ? INPUTS / 2 : INPUTS;
 constexpr int SEGMENTS = ROW_BYTES / SEGMENT / PARTS;  // of a program
 constexpr int X_SIZE = ROUNDED ? 1 : 2;
+constexpr int CHUNK = 64;  // bytes of a row of W that a thread has a quarter of; so many bfloat16 of x are one copy
+constexpr int CHUNKS = SEGMENT / CHUNK;
 constexpr int PIECES = FORMAT == INT4 ? 2 : 1;  // of x in a stage: what the low and the high bits are multiplied with
-constexpr int CHUNK = 64;  // bytes of a row of W that a thread has a quarter of
+constexpr int X_COPIES = ROUNDED ? 1 : PIECES * CHUNKS;
+constexpr int X_COPY_BYTES = 128 * ROWS;
 
 // A stage: W, then x, then scales and offsets of its groups.
 constexpr int X_AT = TILE_ROWS * SEGMENT;
-constexpr int PIECE_BYTES = SEGMENT * ROWS * X_SIZE;
-constexpr int SCALES_AT = X_AT + PIECES * PIECE_BYTES;
+constexpr int SCALES_AT = X_AT + X_COPIES * X_COPY_BYTES;
 constexpr int SCALE_BYTES = FORMAT == INT4 ? 2 * TILE_ROWS * 2 : 0;
 constexpr int STAGE_BYTES = (SCALES_AT + SCALE_BYTES * (1 + OFFSETS) + 1023) / 1024 * 1024;
 constexpr int SUMS_STRIDE = TILE_ROWS + 4;  // of a row of x; what is more keeps a warp's stores in different banks
@@ -42,19 +43,17 @@ constexpr int SUM_BYTES = ROWS * SUMS_STRIDE * 4;  // where the ring was
 constexpr int BARRIERS_AT = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
 
 constexpr int QUADS = TILE_OUTPUTS / 4;  // a thread finishes four outputs at a time, of every so many rows of x
-constexpr int ROWS_AT_ONCE = THREADS / QUADS;  // by so many threads; what is over stands aside
+constexpr int ROWS_AT_ONCE = THREADS / QUADS;
 constexpr int PART_ROWS = ROWS / PARTS;  // that one of a tile's programs finishes
 constexpr int ELEMENTS = (PART_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 
 static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && FORMAT != BF16, "");
 static_assert(ROUNDED ? SEGMENT == 128 : FORMAT != INT4 || GROUP % SEGMENT == 0, "");
-static_assert(FORMAT == INT4 || (OWN_UNITS == 1 && COLUMNS == ROWS), "");
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 struct Product {
-  const u8* x;            // as arrange.py has it; if ROUNDED, the kernel has a map of its rows
-  const float* x_scales;  // [num_rows], read if ROUNDED and of 4 bits
+  const float* x_scales;  // [num_rows], read if ROUNDED
   const void* scales;     // float [outputs] of 8 bits, bfloat16 [groups, outputs] of 4
   const u16* offsets;     // as the scales, read if OFFSETS: added to each number of a group, before its scale
   const u16* bias;        // or null
@@ -71,14 +70,11 @@ __device__ __forceinline__ void fill_ring(const Matrix& w, const Matrix& x, cons
   const u64 policy = read_once();
   auto copy_x = [&](int slot, int s) {
     u8* to = ring + slot * STAGE_BYTES + X_AT;
-    const int byte = (first + s) * SEGMENT;
-    if (ROUNDED) {
-      copy_box(to, x, byte, x_tile * ROWS, &full[slot]);
-      return;
+    const int byte = (first + s) * SEGMENT, input = FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte;
+    for (int i = 0; i < X_COPIES; ++i) {
+      const int from = input + i / CHUNKS * GROUP + i % CHUNKS * CHUNK;
+      copy_box(to + i * X_COPY_BYTES, x, from * X_SIZE, x_tile * ROWS, &full[slot]);
     }
-    const int input = x_tile * INPUTS + (FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte);
-    for (int i = 0; i < PIECES; ++i)
-      copy(to + i * PIECE_BYTES, p.x + (long long)(input + i * GROUP) * (ROWS * X_SIZE), PIECE_BYTES, &full[slot]);
   };
   int slot = 0, parity = 1;
   for (int s = 0; s < SEGMENTS; ++s) {
@@ -88,7 +84,7 @@ __device__ __forceinline__ void fill_ring(const Matrix& w, const Matrix& x, cons
     }
     wait(&empty[slot], parity);
     u8* to = ring + slot * STAGE_BYTES;
-    expect(&full[slot], TILE_ROWS * SEGMENT + PIECES * PIECE_BYTES + SCALE_BYTES * (1 + OFFSETS));
+    expect(&full[slot], TILE_ROWS * SEGMENT + X_COPIES * X_COPY_BYTES + SCALE_BYTES * (1 + OFFSETS));
     for (int box = 0; box < 2; ++box) {
       const int row = GATED ? box * p.num_outputs + tile * BOX_ROWS : tile * TILE_ROWS + box * BOX_ROWS;
       copy_box_once(to + box * BOX_ROWS * SEGMENT, w, (first + s) * SEGMENT, row, &full[slot], policy);
@@ -117,68 +113,60 @@ __device__ __forceinline__ uint4 bytes_of(const u8* stage, int row, int i) {
   return *(const uint4*)(stage + row * SEGMENT + place * 16);
 }
 
-constexpr int CHUNKS = SEGMENT / CHUNK;
+#if !ROUNDED
 constexpr int OPERANDS = 4 * CHUNKS;  // of a piece of a stage's x: 32 bytes of each of its rows are the other side
 
-#if FORMAT == INT4
-// Numbers of 4 bits become whole numbers of float16; their scale is for the sums of their group. In the fraction of 1024.0 there is
-// room for the high bits, too, which then count 16 times as much. The inputs of x are in the order of the even and the odd bytes.
-struct Row {
-  float scale;
-  u32 less;  // in both halves of a word
-};
-
-__device__ __forceinline__ Row row_of(const u8* stage, int piece, int row) {
-  const u8* at = stage + SCALES_AT + (piece * TILE_ROWS + row) * 2;
-  const u32 less = narrow_to_half((OFFSETS ? wide(*(const u16*)(at + SCALE_BYTES)) : 0.f) - (piece ? 72.f : 1032.f));
-  return {wide(*(const u16*)at), less | less << 16};
+// Two numbers: the even bytes of a word of W, or the odd ones, and of 4 bits the low or the high half of each.
+template <int PIECE>
+__device__ __forceinline__ u32 pair_of(u32 bytes, bool odd, u32 magic, u32 less) {
+  if (FORMAT == INT8) return int8_pair(odd ? bytes >> 8 : bytes, magic);
+  if (FORMAT == FLOAT8) return float8_pair(odd ? bytes : bytes << 8);
+  return multiply_add(merge<0x000f000fu>(bytes >> (odd ? 8 : 0) + 4 * PIECE, magic), 0x3f803f80u, less);
 }
 
+// Adds a stage's products with one piece of x to those of a thread's rows, `row` and `row` + 8; of 4 bits, to nothing.
 template <int PIECE>
-__device__ __forceinline__ void numbers_of(u32 (&a)[OPERANDS][4], const u8* stage, int row, int t, u32 magic, u32 less, u32 less_8) {
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    const uint4 bytes = bytes_of(stage, row, chunk * 4 + t), bytes_8 = bytes_of(stage, row + 8, chunk * 4 + t);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {  // even bytes of both rows, then odd ones
-        const u32 bits = word(k % 2 ? bytes_8 : bytes, i) >> (k < 2 ? 0 : 8);
-        a[chunk * 4 + i][k] = multiply_add_halves(merge<PIECE ? 0x00f000f0u : 0x000f000fu>(bits, magic),
-                                                  PIECE ? 0x2c002c00u : 0x3c003c00u, k % 2 ? less_8 : less);
-      }
-  }
-}
-
-// Adds the products of a unit with one piece of a stage's x.
-template <int PIECE>
-__device__ __forceinline__ void add_piece(float (&y)[ROWS / 2], float (&sums)[SUMS], const u8* stage, int row, int t, u32 magic) {
-  const Row of = row_of(stage, PIECE, row), of_8 = row_of(stage, PIECE, row + 8);
+__device__ __forceinline__ void multiply_piece(float (&sums)[SUMS], const u8* stage, int row, int t, u32 magic, u32 less,
+                                               u32 less_8) {
   u32 a[OPERANDS][4];
-  numbers_of<PIECE>(a, stage, row, t, magic, of.less, of_8.less);
-#pragma unroll
-  for (int first = 0; first < ROWS; first += COLUMNS) {
-    const u64 inputs = arranged_at(stage + X_AT + PIECE * PIECE_BYTES + first * 16);
-    begin_products(sums);
-    multiply_first(sums, a[0], inputs);
-#pragma unroll
-    for (int i = 1; i < OPERANDS; ++i) multiply_block(sums, a[i], inputs + i * (32 * ROWS >> 4));
-    commit_products(sums);
-    end_products(sums);
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) y[first / 2 + i] += sums[i] * (i & 2 ? of_8.scale : of.scale);
-  }
-}
-#elif !ROUNDED
-// A thread's numbers of a stage, of rows `row` and `row` + 8, in the order of the stage's x.
-__device__ __forceinline__ void numbers_of(u32 (&a)[OPERANDS][4], const u8* stage, int row, int t, u32 magic) {
 #pragma unroll
   for (int i = 0; i < OPERANDS; ++i) {
-    const int chunk = i / 4;
-    const uint4 bytes = bytes_of(stage, row, chunk * 4 + t), bytes_8 = bytes_of(stage, row + 8, chunk * 4 + t);
-    widen(word(bytes, i % 4), magic, a[i][0], a[i][2]);
-    widen(word(bytes_8, i % 4), magic, a[i][1], a[i][3]);
+    const int place = i / 4 * 4 + t;
+    const u32 bytes = word(bytes_of(stage, row, place), i % 4), bytes_8 = word(bytes_of(stage, row + 8, place), i % 4);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) a[i][k] = pair_of<PIECE>(k % 2 ? bytes_8 : bytes, k >= 2, magic, k % 2 ? less_8 : less);
   }
+  begin_products(sums);
+#pragma unroll
+  for (int i = 0; i < OPERANDS; ++i) {
+    const u64 inputs = rows_at(stage + X_AT + (PIECE * CHUNKS + i / 4) * X_COPY_BYTES) + i % 4 * 2;  // 32 bytes farther
+    if (FORMAT == INT4 && i == 0) {
+      multiply_first(sums, a[i], inputs);
+    } else {
+      multiply_block(sums, a[i], inputs);
+    }
+  }
+  commit_products(sums);
+  end_products(sums);
+}
+#endif
+
+#if FORMAT == INT4
+// In the fraction of 128.0 a number is 136 more than it stands for, if its group has no offset.
+__device__ __forceinline__ u32 less_of(const u8* scale) {
+  const u32 less = narrow((OFFSETS ? wide(*(const u16*)(scale + SCALE_BYTES)) : 0.f) - 136.f);
+  return less | less << 16;
+}
+
+// Adds a group's products with one piece of x.
+template <int PIECE>
+__device__ __forceinline__ void add_piece(float (&y)[SUMS], float (&sums)[SUMS], const u8* stage, int row, int t, u32 magic) {
+  const u8* of_row = stage + SCALES_AT + (PIECE * TILE_ROWS + row) * 2;
+  const u8* of_row_8 = of_row + 8 * 2;
+  const float scale = wide(*(const u16*)of_row), scale_8 = wide(*(const u16*)of_row_8);
+  multiply_piece<PIECE>(sums, stage, row, t, magic, less_of(of_row), less_of(of_row_8));
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) y[i] += sums[i] * (i & 2 ? scale_8 : scale);
 }
 #endif
 
@@ -191,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
   u64* const empty = full + STAGES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int part = PARTS > 1 ? rank_in_cluster() : 0, tile = blockIdx.x / (PARTS * X_TILES);
-  const int x_tile = blockIdx.x / PARTS % X_TILES, num_rows = min(p.num_rows - x_tile * ROWS, ROWS);
+  const int x_tile = blockIdx.x / PARTS % X_TILES, first_x = x_tile * ROWS, num_rows = min(p.num_rows - first_x, ROWS);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init(&full[i], 1);
@@ -205,13 +193,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
     if (threadIdx.x == THREADS) fill_ring(w, x, p, ring, full, empty, tile, x_tile, part * SEGMENTS);
     return;
   }
-  if (MOVES_REGISTERS) take_registers<MOST_REGISTERS>();
+  if (MOVES_REGISTERS) take_registers<240>();
   wait_for_previous_kernel();
 
-  // Rows of the tile, of a thread's first unit; it has row + 8, too.
-  const int g = lane >> 2, t = lane & 3, row = warp * 16 + g;
-  const int quad = threadIdx.x % QUADS, turn = threadIdx.x / QUADS, first_row = turn < ROWS_AT_ONCE ? part * PART_ROWS + turn : ROWS;
-  const int before = x_tile * ROWS;  // rows of x
+  const int g = lane >> 2, t = lane & 3, row = warp * 16 + g;  // of the tile; a thread has row + 8, too
+  const int quad = threadIdx.x % QUADS, first_row = part * PART_ROWS + threadIdx.x / QUADS;
 
   // Asked for now, used when the sums are there.
   const int output = tile * TILE_OUTPUTS + quad * 4;
@@ -222,28 +208,26 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
   }
   float x_scale[ELEMENTS];
   uint2 residual[ELEMENTS];
-  auto ask_for_rows = [&]() {
 #pragma unroll
-    for (int e = 0; e < ELEMENTS; ++e) {
-      const int n = first_row + e * ROWS_AT_ONCE;
-      x_scale[e] = 1.f, residual[e] = make_uint2(0, 0);
-      if (n >= num_rows) continue;
-      if (ROUNDED || FORMAT == INT4) x_scale[e] = p.x_scales[before + n];
-      if (!GATED && p.residual) residual[e] = *(const uint2*)(p.residual + (before + n) * p.residual_stride + output);
-    }
-  };
-  if (FORMAT != INT4) ask_for_rows();  // whose registers are needed for sums
+  for (int e = 0; e < ELEMENTS; ++e) {
+    const int n = first_row + e * ROWS_AT_ONCE;
+    x_scale[e] = 1.f, residual[e] = make_uint2(0, 0);
+    if (n >= num_rows) continue;
+    if (ROUNDED) x_scale[e] = p.x_scales[first_x + n];
+    if (!GATED && p.residual) residual[e] = *(const uint2*)(p.residual + (first_x + n) * p.residual_stride + output);
+  }
 
-  Sum y[OWN_UNITS][ROWS / 2];
+  Sum y[SUMS];
 #pragma unroll
-  for (int i = 0; i < OWN_UNITS * ROWS / 2; ++i) y[i / (ROWS / 2)][i % (ROWS / 2)] = 0;
+  for (int i = 0; i < SUMS; ++i) y[i] = 0;
 #if FORMAT == INT4
-  float sums_of_group[SUMS];
+  float of_group[SUMS];
 #pragma unroll
-  for (int i = 0; i < SUMS; ++i) sums_of_group[i] = 0;
+  for (int i = 0; i < SUMS; ++i) of_group[i] = 0;
 #endif
   int slot = 0, parity = 0;
   auto release = [&](int slot) {
+    if (!ROUNDED) end_reads();
     __syncwarp();
     if (lane == 0) arrive(&empty[slot]);
   };
@@ -252,30 +236,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
     wait(&full[slot], parity);
     const u8* stage = ring + slot * STAGE_BYTES;
 #if FORMAT == INT4
-#pragma unroll
-    for (int u = 0; u < OWN_UNITS; ++u) {
-      if (UNITS % WARPGROUPS && u == OWN_UNITS - 1 && warp / 4 >= UNITS % WARPGROUPS) break;
-      add_piece<0>(y[u], sums_of_group, stage, row + u * 64 * WARPGROUPS, t, magic);
-      add_piece<1>(y[u], sums_of_group, stage, row + u * 64 * WARPGROUPS, t, magic);
-    }
+    add_piece<0>(y, of_group, stage, row, t, magic);
+    add_piece<1>(y, of_group, stage, row, t, magic);
     release(slot);
 #elif ROUNDED
     const u64 w_rows = rows_at(stage + warp / 4 * 64 * SEGMENT), x_rows = rows_at(stage + X_AT);
-    begin_products(y[0]);
+    begin_products(y);
 #pragma unroll
-    for (int i = 0; i < SEGMENT / 32; ++i) multiply_block(y[0], w_rows + 2 * i, x_rows + 2 * i);  // 32 bytes farther
-    commit_products(y[0]);
-    end_older_products(y[0]);  // a stage's are begun before those of the one before have ended
+    for (int i = 0; i < SEGMENT / 32; ++i) multiply_block(y, w_rows + 2 * i, x_rows + 2 * i);  // 32 bytes farther
+    commit_products(y);
+    end_older_products(y);  // a stage's are begun before those of the one before have ended
     if (s > 0) release(slot ? slot - 1 : STAGES - 1);
 #else
-    u32 a[OPERANDS][4];
-    numbers_of(a, stage, row, t, magic);
-    const u64 inputs = arranged_at(stage + X_AT);
-    begin_products(y[0]);
-#pragma unroll
-    for (int i = 0; i < OPERANDS; ++i) multiply_block(y[0], a[i], inputs + i * (32 * ROWS >> 4));
-    commit_products(y[0]);
-    end_products(y[0]);
+    multiply_piece<0>(y, stage, row, t, magic, 0, 0);
     release(slot);
 #endif
     if (++slot == STAGES) {
@@ -284,20 +257,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
     }
   }
 #if ROUNDED
-  end_products(y[0]);  // of the last stage
+  end_products(y);  // of the last stage
 #endif
-  if (FORMAT == INT4) ask_for_rows();
 
   meet(THREADS);  // everybody is done with the ring
 #pragma unroll
-  for (int u = 0; u < OWN_UNITS; ++u) {
-    if (UNITS % WARPGROUPS && u == OWN_UNITS - 1 && warp / 4 >= UNITS % WARPGROUPS) break;
-#pragma unroll
-    for (int i = 0; i < ROWS / 8; ++i) {
-      float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE + row + u * 64 * WARPGROUPS;
-      to[0] = y[u][4 * i], to[SUMS_STRIDE] = y[u][4 * i + 1];
-      to[8] = y[u][4 * i + 2], to[SUMS_STRIDE + 8] = y[u][4 * i + 3];
-    }
+  for (int i = 0; i < SUMS / 4; ++i) {
+    float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE;
+    to[row] = y[4 * i], to[SUMS_STRIDE + row] = y[4 * i + 1];
+    to[row + 8] = y[4 * i + 2], to[SUMS_STRIDE + row + 8] = y[4 * i + 3];
   }
   if (PARTS > 1) {
     arrive_at_cluster();
@@ -332,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
       }
       narrowed[i] = narrow(v + wide(i % 2 ? both >> 16 : both & 0xffff));
     }
-    *(uint2*)(p.out + (before + n) * p.out_stride + output) =
+    *(uint2*)(p.out + (first_x + n) * p.out_stride + output) =
         make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
   }
   if (PARTS > 1) {  // a program that ended would take its sums along

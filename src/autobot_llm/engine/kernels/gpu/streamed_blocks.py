@@ -6,12 +6,11 @@ import ctypes
 
 import torch
 
-from autobot_llm.engine.kernels.gpu.arrange import arrange, arrange_halves
+from autobot_llm.engine.kernels.gpu.arrange import arrange
 from autobot_llm.engine.kernels.gpu.block_tiles import (
     BlockTile,
     choose_block_tile,
-    moves_registers,
-    padded_rows,
+    copying_threads,
     shared_bytes,
 )
 from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc, map_of_bytes
@@ -21,7 +20,7 @@ from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, Prepared, address_of, format_of
 from autobot_llm.engine.quantization.packed import PackedWeight
 
-_MAGIC_OF_HALVES = 0x64006400  # 1024.0 twice, in float16
+X_COPY_BYTES = 128  # of a row of x: what is copied at a time
 
 _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
 
@@ -64,27 +63,21 @@ def multiply_blocks(
     rounded: bool = False,
 ) -> torch.Tensor:
     """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
-    num_rows, values = padded_rows(x_TI.shape[0]), weight.values
-    fmt = format_of(weight)
-    w_map = x_map = map_of_bytes(
-        values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment
-    )
+    num_rows, values = x_TI.shape[0], weight.values
     x_scales_T = None
     if rounded:
         x, x_scales_T = round_rows(x_TI, values.dtype, norm, eps)
-        x_map = map_of_bytes(x.data_ptr(), *x.shape, x.stride(0), tile.tile_rows(num_rows), tile.segment)
-    elif weight.group:
-        x, x_scales_T = arrange_halves(x_TI, tile.tile_rows(num_rows), norm, eps)
     else:
-        x = arrange(x_TI, num_rows, norm, eps)
-    prepared = prepare(
-        tile, x, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated, rounded=rounded
-    )
+        x = arrange(x_TI, norm, eps)
+    w_map = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
+    row_bytes = x.shape[1] * x.element_size()
+    x_map = map_of_bytes(x.data_ptr(), num_rows, row_bytes, row_bytes, tile.tile_rows(num_rows), X_COPY_BYTES)
+    prepared = prepare(tile, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated)
     _kernel.launch(
         prepared.constants,
-        (w_map, x_map, prepared.arguments, ctypes.c_uint(magic_of(fmt))),
+        (w_map, x_map, prepared.arguments, ctypes.c_uint(MAGIC)),
         programs=prepared.num_tiles * tile.parts,
-        threads=128 * tile.num_warpgroups + (128 if prepared.constants["MOVES_REGISTERS"] else 32),
+        threads=128 * tile.num_warpgroups + prepared.constants["COPYING_THREADS"],
         shared_bytes=prepared.shared_bytes,
         device=out.device,
         cluster=tile.parts,
@@ -94,7 +87,6 @@ def multiply_blocks(
 
 def prepare(
     tile: BlockTile,
-    x: torch.Tensor,
     x_scales_T: torch.Tensor | None,
     weight: PackedWeight,
     out: torch.Tensor,
@@ -102,9 +94,9 @@ def prepare(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gated: bool,
-    rounded: bool,
 ) -> Prepared:
-    """What the kernel is launched with for x as `arrange` or `arrange_halves` has left it, or for rounded rows."""
+    """What the kernel is launched with beside maps of W and of x: as `arrange` has left it, or rounded, with scales."""
+    rounded = x_scales_T is not None
     num_rows, num_outputs = out.shape
     fmt, offsets = format_of(weight), weight.offsets
     halves = 2 if gated else 1
@@ -120,7 +112,7 @@ def prepare(
     x_tiles = -(-num_rows // rows)
     assert not rest and weight.values.shape[1] % (tile.segment * tile.parts) == 0
     arguments = _Product(
-        *(address_of(x), address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
+        *(address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
         *(address_of(bias), address_of(residual), 0 if residual is None else residual.stride(0)),
         *(address_of(out), out.stride(0), num_rows, num_outputs),
     )
@@ -133,10 +125,8 @@ def prepare(
         "GATED": int(gated),
         "ROWS": rows,
         "X_TILES": x_tiles,
-        "UNITS": tile.weight_rows // 64,
         "WARPGROUPS": tile.num_warpgroups,
-        "COLUMNS": tile.columns or rows,
-        "MOVES_REGISTERS": int(moves_registers(tile, num_rows, fmt)),
+        "COPYING_THREADS": copying_threads(tile, num_rows, fmt),
         "PARTS": tile.parts,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
@@ -146,16 +136,11 @@ def prepare(
     return Prepared(constants, arguments, num_tiles * x_tiles, shared)
 
 
-def magic_of(fmt: Format) -> int:
-    """What the kernel's compiler must not see: numbers are put together in a fraction of this."""
-    return _MAGIC_OF_HALVES if fmt is Format.INT4 else MAGIC
-
-
 class _Product(ctypes.Structure):
     """`Product` of streamed_blocks.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "x_scales", "scales", "offsets", "bias", "residual")),
+        *((name, ctypes.c_void_p) for name in ("x_scales", "scales", "offsets", "bias", "residual")),
         ("residual_stride", ctypes.c_longlong),
         *(("out", ctypes.c_void_p), ("out_stride", ctypes.c_longlong)),
         *(("num_rows", ctypes.c_int), ("num_outputs", ctypes.c_int)),
