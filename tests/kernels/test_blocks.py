@@ -133,6 +133,7 @@ class Box(ctypes.Structure):
         ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 128, 2), 128),
         ("int4 with zeros", (128, 512), 70, "gated", BlockTile(2, 1, 128, 2, rows=64), 128),  # two tiles of x
         ("int4", (256, 1024), 127, "add", BlockTile(2, 2, 128, 2, rows=64), 128),
+        ("int4 with zeros", (128, 1536), 40, "add", BlockTile(2, 2, 128, 3, turns=2), 128),  # three stages in turns
         ("int4", (128, 512), 128, "gated", BlockTile(2, 1, 128, 2), 128),  # a warpgroup copies
     ],
 )

@@ -20,7 +20,8 @@ _ALIGNMENT = 1024
 @dataclass(frozen=True, slots=True)
 class BlockTile:
     """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; bytes of a row of W in a
-    stage of the ring; stages; programs on a multiprocessor; rows of x in a tile (0: all)."""
+    stage of the ring; stages; programs on a multiprocessor; rows of x in a tile (0: all); warpgroups that have the same
+    rows of W, and take stages in turns."""
 
     num_warpgroups: int
     parts: int
@@ -28,11 +29,12 @@ class BlockTile:
     num_stages: int = 0
     resident: int = 1
     rows: int = 0
+    turns: int = 1
 
     @property
     def weight_rows(self) -> int:
         """Of W, in a tile."""
-        return 64 * self.num_warpgroups
+        return 64 * self.num_warpgroups // self.turns
 
     def tile_rows(self, num_rows: int) -> int:
         """Of x, in a tile."""
@@ -55,7 +57,7 @@ def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, o
 def shared_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
     """Of a program: the ring, where a tile's sums come once it is empty, and two barriers for each stage."""
     ring = tile.num_stages * stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
-    return max(ring, tile.tile_rows(num_rows) * (tile.weight_rows + 4) * 4) + tile.num_stages * 16
+    return max(ring, tile.turns * tile.tile_rows(num_rows) * (tile.weight_rows + 4) * 4) + tile.num_stages * 16
 
 
 def filled(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> BlockTile:

@@ -15,13 +15,13 @@
 #include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
-// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, WARPGROUPS, COPYING_THREADS, PARTS
-// (programs that share a tile's inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
+// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, WARPGROUPS, TURNS (warpgroups that
+// take a tile's stages in turns), COPYING_THREADS, PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
 constexpr bool MOVES_REGISTERS = COPYING_THREADS == 128;  // to those, from a whole warpgroup of which one thread copies
-constexpr int TILE_ROWS = 64 * WARPGROUPS;  // of W
+constexpr int TILE_ROWS = 64 * WARPGROUPS / TURNS;  // of W
 constexpr int TILE_OUTPUTS = TILE_ROWS / HALVES;
 constexpr int BOX_ROWS = TILE_ROWS / 2;  // of a stage's two copies: gate and up if GATED
 constexpr int ROW_BYTES = FORMAT == INT4 ? INPUTS / 2 : INPUTS;
@@ -39,7 +39,7 @@ constexpr int SCALES_AT = X_AT + X_COPIES * X_COPY_BYTES;
 constexpr int SCALE_BYTES = FORMAT == INT4 ? 2 * TILE_ROWS * 2 : 0;
 constexpr int STAGE_BYTES = (SCALES_AT + SCALE_BYTES * (1 + OFFSETS) + 1023) / 1024 * 1024;
 constexpr int SUMS_STRIDE = TILE_ROWS + 4;  // of a row of x; what is more keeps a warp's stores in different banks
-constexpr int SUM_BYTES = ROWS * SUMS_STRIDE * 4;  // where the ring was
+constexpr int SUM_BYTES = TURNS * ROWS * SUMS_STRIDE * 4;  // where the ring was
 constexpr int BARRIERS_AT = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
 
 constexpr int QUADS = TILE_OUTPUTS / 4;  // a thread finishes four outputs at a time, of every so many rows of x
@@ -47,7 +47,7 @@ constexpr int ROWS_AT_ONCE = THREADS / QUADS;
 constexpr int PART_ROWS = ROWS / PARTS;  // that one of a tile's programs finishes
 constexpr int ELEMENTS = (PART_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 
-static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && FORMAT != BF16, "");
+static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && STAGES >= TURNS && (TURNS == 1 || !ROUNDED) && FORMAT != BF16, "");
 static_assert(ROUNDED ? SEGMENT == 128 : FORMAT != INT4 || GROUP % SEGMENT == 0, "");
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
     streamed_blocks(const __grid_constant__ Matrix w, const __grid_constant__ Matrix x, const Product p, u32 magic) {
   let_next_kernel_start();
   u8* const ring = dynamic_shared;
-  float* const sums = (float*)ring;  // [ROWS, SUMS_STRIDE], once the ring is empty for good
+  float* const sums = (float*)ring;  // [TURNS, ROWS, SUMS_STRIDE], once the ring is empty for good
   u64* const full = (u64*)(ring + BARRIERS_AT);
   u64* const empty = full + STAGES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -183,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init(&full[i], 1);
-      init(&empty[i], WARPS);
+      init(&empty[i], WARPS / TURNS);
     }
     publish_barriers();
   }
@@ -196,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
   if (MOVES_REGISTERS) take_registers<240>();
   wait_for_previous_kernel();
 
-  const int g = lane >> 2, t = lane & 3, row = warp * 16 + g;  // of the tile; a thread has row + 8, too
+  const int g = lane >> 2, t = lane & 3, row = (warp * 16 + g) % TILE_ROWS;  // of the tile; a thread has row + 8, too
+  const int turn = warp * 16 / TILE_ROWS;
   const int quad = threadIdx.x % QUADS, first_row = part * PART_ROWS + threadIdx.x / QUADS;
 
   // Asked for now, used when the sums are there.
@@ -225,14 +226,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) of_group[i] = 0;
 #endif
-  int slot = 0, parity = 0;
+  int slot = turn, parity = 0;
   auto release = [&](int slot) {
     if (!ROUNDED) end_reads();
     __syncwarp();
     if (lane == 0) arrive(&empty[slot]);
   };
 #pragma unroll 1
-  for (int s = 0; s < SEGMENTS; ++s) {
+  for (int s = turn; s < SEGMENTS; s += TURNS) {
     wait(&full[slot], parity);
     const u8* stage = ring + slot * STAGE_BYTES;
 #if FORMAT == INT4
@@ -251,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
     multiply_piece<0>(y, stage, row, t, magic, 0, 0);
     release(slot);
 #endif
-    if (++slot == STAGES) {
-      slot = 0;
+    if ((slot += TURNS) >= STAGES) {
+      slot -= STAGES;
       parity ^= 1;
     }
   }
@@ -263,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
   meet(THREADS);  // everybody is done with the ring
 #pragma unroll
   for (int i = 0; i < SUMS / 4; ++i) {
-    float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE;
+    float* to = sums + (turn * ROWS + 8 * i + 2 * t) * SUMS_STRIDE;
     to[row] = y[4 * i], to[SUMS_STRIDE + row] = y[4 * i + 1];
     to[row + 8] = y[4 * i + 2], to[SUMS_STRIDE + row + 8] = y[4 * i + 3];
   }
@@ -279,9 +280,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
     if (n >= num_rows || n >= (part + 1) * PART_ROWS) continue;
     float of[4] = {}, up[4] = {};
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
+    for (int i = 0; i < PARTS * TURNS; ++i) {
       auto add = [&](float(&to)[4], const float* from) {
-        const float4 v = PARTS > 1 ? read_from(i, from) : *(const float4*)from;
+        from += i % TURNS * ROWS * SUMS_STRIDE;
+        const float4 v = PARTS > 1 ? read_from(i / TURNS, from) : *(const float4*)from;
         to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
       };
       add(of, sums + n * SUMS_STRIDE + quad * 4);

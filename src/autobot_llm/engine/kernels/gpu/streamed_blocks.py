@@ -106,7 +106,7 @@ def prepare(
     assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
     assert not (rounded and (fmt is Format.INT4 or tile.segment != 128))
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
-    assert tile.num_stages >= 2
+    assert tile.num_stages >= max(tile.turns, 2)
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
     rows = tile.tile_rows(num_rows)
     x_tiles = -(-num_rows // rows)
@@ -126,6 +126,7 @@ def prepare(
         "ROWS": rows,
         "X_TILES": x_tiles,
         "WARPGROUPS": tile.num_warpgroups,
+        "TURNS": tile.turns,
         "COPYING_THREADS": copying_threads(tile, num_rows, fmt),
         "PARTS": tile.parts,
         "SEGMENT": tile.segment,
