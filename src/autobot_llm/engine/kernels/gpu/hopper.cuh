@@ -60,6 +60,9 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// Says to the compiler that a warp's threads have the same: it has registers for that, which instructions want.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
+
 __device__ __forceinline__ u64 read_once() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -108,6 +111,12 @@ __device__ __forceinline__ int rank_in_cluster() {
 __device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Of a cluster's programs none ends before all are here. Nothing that was written need be seen by then, which would take long.
+__device__ __forceinline__ void leave_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  wait_for_cluster();
+}
 
 // The same place in the shared memory of another program of the cluster.
 __device__ __forceinline__ float4 read_from(int rank, const float* local) {

@@ -147,6 +147,7 @@ __device__ __forceinline__ void multiply_piece(float (&sums)[SUMS], const u8* st
     }
   }
   commit_products(sums);
+  if (PIECE == PIECES - 1) end_reads();
   end_products(sums);
 }
 #endif
@@ -197,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
   wait_for_previous_kernel();
 
   const int g = lane >> 2, t = lane & 3, row = (warp * 16 + g) % TILE_ROWS;  // of the tile; a thread has row + 8, too
-  const int turn = warp * 16 / TILE_ROWS;
+  const int turn = uniform(warp * 16 / TILE_ROWS);
   const int quad = threadIdx.x % QUADS, first_row = part * PART_ROWS + threadIdx.x / QUADS;
 
   // Asked for now, used when the sums are there.
@@ -228,7 +229,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
 #endif
   int slot = turn, parity = 0;
   auto release = [&](int slot) {
-    if (!ROUNDED) end_reads();
     __syncwarp();
     if (lane == 0) arrive(&empty[slot]);
   };
@@ -305,8 +305,5 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
     *(uint2*)(p.out + (first_x + n) * p.out_stride + output) =
         make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
   }
-  if (PARTS > 1) {  // a program that ended would take its sums along
-    arrive_at_cluster();
-    wait_for_cluster();
-  }
+  if (PARTS > 1) leave_cluster();  // a program that ended would take its sums along
 }
