@@ -1,6 +1,6 @@
 """Rows of x as streamed_blocks.cu wants them: bfloat16, the inputs of every 64 in the order of its threads.
 
-Whole rows, so that both loads and stores are of whole lines, and what a tensor copy brings is what the matrix units take.
+Rows stay rows: loads and stores are of whole lines, and what a tensor copy brings is what the matrix units take.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def arrange_kernel(  # type: ignore[no-untyped-def]
     if NORM:
         x_I = x_I.to(tl.float32)
         x_I *= tl.rsqrt(tl.sum(x_I * x_I) / num_inputs + eps) * norm_I
-    # A thread of four has 16 bytes of 64 of W: four words of two even and two odd bytes. An instruction takes a word of each
-    # of the four threads, and says that they are the even ones of all first, then the odd ones.
+    # A thread of four has 16 bytes of 64 of W: four words of two even and two odd bytes. An instruction takes a word
+    # of each of the four threads, and says that they are the even ones of all first, then the odd ones.
     numbers = tl.reshape(x_I.to(out_ptr.dtype.element_ty), (BLOCK_I // 64, 4, 4, 2, 2))  # thread, word, half of it, odd
     numbers = tl.permute(numbers, (0, 2, 4, 1, 3))
     tl.store(out_ptr + row * num_inputs + at_I, tl.reshape(numbers, (BLOCK_I,)), inside_I)

@@ -49,20 +49,6 @@ __device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0
 // order of instructions is no order between the two: on an H100, sums of the next stage's numbers were seen.
 __device__ __forceinline__ void end_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A warpgroup's threads give registers back until they have so many, or take more.
-template <int REGISTERS>
-__device__ __forceinline__ void keep_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-template <int REGISTERS>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-// Says to the compiler that a warp's threads have the same: it has registers for that, which instructions want.
-__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
-
 __device__ __forceinline__ u64 read_once() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -100,6 +86,20 @@ __device__ __forceinline__ void copy_box(u8* to, const Matrix& matrix, int colum
       "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
+
+// A warpgroup's threads give registers back until they have so many, or take more.
+template <int REGISTERS>
+__device__ __forceinline__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// Says to the compiler that a warp's threads have the same: it has registers for that, which instructions want.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
 
 __device__ __forceinline__ int rank_in_cluster() {
   u32 rank;

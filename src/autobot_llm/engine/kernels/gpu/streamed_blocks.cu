@@ -16,7 +16,8 @@
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
 // GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, WARPGROUPS, TURNS (warpgroups that
-// take a tile's stages in turns), COPYING_THREADS, PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
+// take a tile's stages in turns), COPYING_THREADS, PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in
+// a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
@@ -47,7 +48,9 @@ constexpr int ROWS_AT_ONCE = THREADS / QUADS;
 constexpr int PART_ROWS = ROWS / PARTS;  // that one of a tile's programs finishes
 constexpr int ELEMENTS = (PART_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 
-static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && STAGES >= TURNS && (TURNS == 1 || !ROUNDED) && FORMAT != BF16, "");
+static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && STAGES >= TURNS && FORMAT != BF16, "");
+static_assert(TURNS == 1 || !ROUNDED, "");
+static_assert(!MOVES_REGISTERS || WARPGROUPS == 2, "");
 static_assert(ROUNDED ? SEGMENT == 128 : FORMAT != INT4 || GROUP % SEGMENT == 0, "");
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
