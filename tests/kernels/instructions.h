@@ -96,6 +96,11 @@ inline void wait_for_cluster() {
   programs[0]->cluster->wait(std::move(*arrival));
   arrival.reset();
 }
+inline void leave_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+inline int uniform(int v) { return v; }
 inline int rank_in_cluster() { return program->rank; }
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
@@ -193,6 +198,10 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
   };
   return of_half(0) | of_half(16) << 16;
 }
+template <int>
+inline void keep_registers() {}
+template <int>
+inline void take_registers() {}
 template <uint32_t MASK>
 inline uint32_t merge(uint32_t bits, uint32_t rest) {
   return (bits & MASK) | rest;
@@ -273,13 +282,13 @@ inline void copy_box_once(uint8_t* to, const Matrix& m, int column, int row, uns
 
 #include SOURCE
 
-constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
 #ifdef WARPGROUPS  // streamed_blocks.cu
+constexpr int THREADS_OF_A_PROGRAM = THREADS + COPYING_THREADS;
 constexpr int CLUSTER = PARTS;
 
-// wgmma: of a warpgroup's 64 rows a warp has 16, thread 4 g + t the sums of rows g and g + 8. Operands in memory are blocks of 8 rows
-// by 16 bytes, whose distances a descriptor tells, along inputs and along rows; or rows of 128 bytes, whose pieces of 16 have
-// changed places. An operand in registers: words t and 4 + t of 32 bytes of each row.
+// wgmma: of a warpgroup's 64 rows a warp has 16, thread 4 g + t the sums of rows g and g + 8. Operands in memory are rows of 128
+// bytes, whose pieces of 16 have changed places, in blocks of 8 whose distance a descriptor tells. An operand in registers: words
+// t and 4 + t of 32 bytes of each row.
 static uint32_t first_operands[PARTS][WARPS][32][4];
 inline float number(const uint8_t* from, int i) {
   if (!ROUNDED) return bf16(((const uint16_t*)from)[i]);
@@ -287,12 +296,9 @@ inline float number(const uint8_t* from, int i) {
   return float8(from[i]);
 }
 inline const uint8_t* word_of(u64 matrix, int row, int word) {  // of eight
-  const bool swizzled = matrix >> 62;
-  const uint64_t along_inputs = (matrix >> 16 & 0x3fff) * 16, along_rows = (matrix >> 32 & 0x3fff) * 16;
-  uint64_t at = (matrix & 0x3fff) * 16 + row / 8 * along_rows;
-  at += swizzled ? row % 8 * 128 + word * 4 : row % 8 * 16 + word / 4 * along_inputs + word % 4 * 4;
-  if (swizzled) at ^= (at >> 7 & 7) << 4;
-  if (at + 4 > program->shared_size) out_of_bounds = true, at = 0;
+  uint64_t at = (matrix & 0x3fff) * 16 + row / 8 * ((matrix >> 32 & 0x3fff) * 16) + row % 8 * 128 + word * 4;
+  at ^= (at >> 7 & 7) << 4;
+  if (at + 4 > program->shared_size || matrix >> 62 != 1) out_of_bounds = true, at = 0;
   return program->shared + at;
 }
 template <class Word>
@@ -314,6 +320,10 @@ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
   });
   __syncwarp();
 }
+void multiply_first(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
+  for (Sum& sum : sums) sum = 0;
+  multiply_block(sums, w, x);
+}
 void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x) {
   const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   multiply_words(sums, x, [&](int half, int word) { return word_of(w, row + 8 * half, word); });
@@ -323,6 +333,7 @@ void commit_products(Sum (&)[SUMS]) {}
 void end_products(Sum (&)[SUMS]) {}
 void end_older_products(Sum (&)[SUMS]) {}
 #else
+constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
 constexpr int CLUSTER = 1;
 #endif
 

@@ -20,18 +20,25 @@ _ALIGNMENT = 1024
 @dataclass(frozen=True, slots=True)
 class BlockTile:
     """Warpgroups of a program, each with 64 rows of W; programs that share a tile's inputs; bytes of a row of W in a
-    stage of the ring; stages; programs on a multiprocessor."""
+    stage of the ring; stages; programs on a multiprocessor; rows of x in a tile (0: all); warpgroups that have the same
+    rows of W, and take stages in turns."""
 
     num_warpgroups: int
     parts: int
     segment: int
     num_stages: int = 0
     resident: int = 1
+    rows: int = 0
+    turns: int = 1
 
     @property
     def weight_rows(self) -> int:
         """Of W, in a tile."""
-        return 64 * self.num_warpgroups
+        return 64 * self.num_warpgroups // self.turns
+
+    def tile_rows(self, num_rows: int) -> int:
+        """Of x, in a tile."""
+        return self.rows or padded_rows(num_rows)
 
 
 def padded_rows(num_rows: int) -> int:
@@ -41,7 +48,7 @@ def padded_rows(num_rows: int) -> int:
 
 def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
     """Shared memory of one stage of the ring, as streamed_blocks.cu lays it out."""
-    rows, inputs = padded_rows(num_rows), tile.segment * (2 if fmt is Format.INT4 else 1)
+    rows, inputs = tile.tile_rows(num_rows), tile.segment * (2 if fmt is Format.INT4 else 1)
     scales = 2 * tile.weight_rows * 2 * (1 + offsets) if fmt is Format.INT4 else 0
     size = tile.weight_rows * tile.segment + inputs * rows * (1 if rounded else 2) + scales
     return -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -50,13 +57,22 @@ def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, o
 def shared_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
     """Of a program: the ring, where a tile's sums come once it is empty, and two barriers for each stage."""
     ring = tile.num_stages * stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
-    return max(ring, padded_rows(num_rows) * (tile.weight_rows + 4) * 4) + tile.num_stages * 16
+    return max(ring, tile.turns * tile.tile_rows(num_rows) * (tile.weight_rows + 4) * 4) + tile.num_stages * 16
 
 
 def filled(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> BlockTile:
     """This tile with as many stages as there is room for."""
     stage = stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets) + 16
     return replace(tile, num_stages=min(_RING_BYTES // tile.resident // stage, _MOST_STAGES))
+
+
+def copying_threads(tile: BlockTile, num_rows: int, fmt: Format) -> int:
+    """Of a program, beside those that multiply: a warp, or a warpgroup that leaves those its registers.
+
+    Numbers of 4 bits have sums of their group beside those of all. With 128 rows these are more than two warpgroups
+    and a warp get.
+    """
+    return 128 if fmt is Format.INT4 and tile.num_warpgroups == 2 and tile.tile_rows(num_rows) == MOST_ROWS else 32
 
 
 def choose_block_tile(
@@ -75,19 +91,36 @@ def choose_block_tile(
     """
     if not FEWEST_ROWS <= num_rows <= MOST_ROWS or weight_rows % 128:
         return None
-    segment = 128
-    if not rounded and (num_rows > 64 or (group and group % 128)):
-        segment = 64  # x is most of a stage; a stage's scales are those of one group
-    num_tiles = weight_rows // 64
+    if fmt is Format.INT4:
+        tile = _tile_of_4_bits(num_rows, weight_rows // 64, row_bytes, 128 if group % 128 == 0 else 64)
+    else:
+        tile = _tile_of_8_bits(num_rows, weight_rows // 64, row_bytes, rounded=rounded)
+    return tile and filled(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
+
+
+def _tile_of_4_bits(num_rows: int, num_units: int, row_bytes: int, segment: int) -> BlockTile | None:
+    """`num_units`: of 64 rows of W; `segment`: a stage's scales are those of one group."""
     if row_bytes % segment:
         return None
-    parts = 2 if 2 * num_tiles <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
-    is_wide = num_tiles >= 2 * _MULTIPROCESSORS
+    if num_units >= 2 * _MULTIPROCESSORS:
+        return BlockTile(2, 1, segment, resident=2 if num_rows <= 32 else 1)
+    x_tiles = 2 if num_rows > 64 else 1
+    warpgroups = 1 if x_tiles == 1 and 2 * num_units <= _MULTIPROCESSORS else 2
+    programs = num_units // warpgroups * x_tiles
+    parts = 2 if 2 * programs <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
+    return BlockTile(warpgroups, parts, segment, rows=min(padded_rows(num_rows), 64))
+
+
+def _tile_of_8_bits(num_rows: int, num_units: int, row_bytes: int, *, rounded: bool) -> BlockTile | None:
+    segment = 128 if rounded or num_rows <= 64 else 64  # not rounded, x is most of a stage
+    if row_bytes % segment:
+        return None
+    parts = 2 if 2 * num_units <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
+    is_wide = num_units >= 2 * _MULTIPROCESSORS
     # Where little is left of a program's time between its first bytes and its sums, or there are several for each
     # multiprocessor, half a ring each lets the next ones begin.
     if rounded:
         halves = is_wide or (parts == 2 and num_rows <= 32 and row_bytes <= 8192)
     else:
         halves = num_rows <= 64 and parts == 1
-    tile = BlockTile(2 if is_wide and (rounded or num_rows > 64) else 1, parts, segment, resident=2 if halves else 1)
-    return filled(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
+    return BlockTile(2 if is_wide and (rounded or num_rows > 64) else 1, parts, segment, resident=2 if halves else 1)

@@ -87,6 +87,20 @@ __device__ __forceinline__ void copy_box(u8* to, const Matrix& matrix, int colum
       : "memory");
 }
 
+// A warpgroup's threads give registers back until they have so many, or take more.
+template <int REGISTERS>
+__device__ __forceinline__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// Says to the compiler that a warp's threads have the same: it has registers for that, which instructions want.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
+
 __device__ __forceinline__ int rank_in_cluster() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -97,6 +111,12 @@ __device__ __forceinline__ int rank_in_cluster() {
 __device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Of a cluster's programs none ends before all are here. Nothing that was written need be seen by then, which would take long.
+__device__ __forceinline__ void leave_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  wait_for_cluster();
+}
 
 // The same place in the shared memory of another program of the cluster.
 __device__ __forceinline__ float4 read_from(int rank, const float* local) {

@@ -30,7 +30,7 @@ _MAP_ALIGNMENT = 64
 _BYTES = 0  # CU_TENSOR_MAP_DATA_TYPE_UINT8
 _SWIZZLES = {32: 0, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_NONE, _64B and _128B
 _FETCH_256_BYTES = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-_HEADERS = ("hopper.cuh", "numbers.cuh")
+_HEADERS = ("hopper.cuh", "matrix_units.cuh", "numbers.cuh")
 
 logger = logging.getLogger(__name__)
 

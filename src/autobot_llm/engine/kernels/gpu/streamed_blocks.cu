@@ -1,39 +1,46 @@
 // y = x W^T for up to 128 rows of x: numbers of 8 or 4 bits, as packed.py lays them out, on Hopper's matrix units.
 //
 // As in streamed_rows.cu W goes through a ring in shared memory, which is filled from before the previous kernel's end on;
-// here x does, too, and one thread copies both. A warpgroup multiplies 64 rows of W. Where a product has too few outputs for the device,
-// the programs of a cluster share a tile's inputs, and sum up in each other's shared memory.
+// here x does, too, and one thread copies both. A warpgroup multiplies 64 rows of W. Where a product has too few outputs
+// for the device, its rows of x are two tiles, or the programs of a cluster share a tile's inputs, and sum up in each
+// other's shared memory.
 //
 // Rounded, both sides are multiplied where they lie. Otherwise the matrix units take W from registers, where it becomes
 // numbers on its way: a thread takes 16 neighbouring bytes of W, where the instruction would have it take them from all
-// over 64, and arrange.py has put the inputs of x in that order. Source of instructions and layouts: the PTX manual, on wgmma.
+// over 64, and arrange.py has put the inputs of x in that order. Numbers of 4 bits become whole ones, and the sums of each
+// group meet its scales. Source of instructions and layouts: the PTX manual, on wgmma.
 
 #include "hopper.cuh"
+#include "matrix_units.cuh"
 #include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
-// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x: 32, 64 or 128), WARPGROUPS, PARTS (programs that share a tile's
-// inputs), SEGMENT (bytes of a row in a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
+// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, WARPGROUPS, TURNS (warpgroups that
+// take a tile's stages in turns), COPYING_THREADS, PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in
+// a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
-constexpr int TILE_ROWS = 64 * WARPGROUPS;  // of W
+constexpr bool MOVES_REGISTERS = COPYING_THREADS == 128;  // to those, from a whole warpgroup of which one thread copies
+constexpr int TILE_ROWS = 64 * WARPGROUPS / TURNS;  // of W
 constexpr int TILE_OUTPUTS = TILE_ROWS / HALVES;
 constexpr int BOX_ROWS = TILE_ROWS / 2;  // of a stage's two copies: gate and up if GATED
 constexpr int ROW_BYTES = FORMAT == INT4 ? INPUTS / 2 : INPUTS;
 constexpr int SEGMENTS = ROW_BYTES / SEGMENT / PARTS;  // of a program
 constexpr int X_SIZE = ROUNDED ? 1 : 2;
+constexpr int CHUNK = 64;  // bytes of a row of W that a thread has a quarter of; so many bfloat16 of x are one copy
+constexpr int CHUNKS = SEGMENT / CHUNK;
 constexpr int PIECES = FORMAT == INT4 ? 2 : 1;  // of x in a stage: what the low and the high bits are multiplied with
-constexpr int CHUNK = 64;  // bytes of a row of W that a thread has a quarter of
+constexpr int X_COPIES = ROUNDED ? 1 : PIECES * CHUNKS;
+constexpr int X_COPY_BYTES = 128 * ROWS;
 
 // A stage: W, then x, then scales and offsets of its groups.
 constexpr int X_AT = TILE_ROWS * SEGMENT;
-constexpr int PIECE_BYTES = SEGMENT * ROWS * X_SIZE;
-constexpr int SCALES_AT = X_AT + PIECES * PIECE_BYTES;
+constexpr int SCALES_AT = X_AT + X_COPIES * X_COPY_BYTES;
 constexpr int SCALE_BYTES = FORMAT == INT4 ? 2 * TILE_ROWS * 2 : 0;
 constexpr int STAGE_BYTES = (SCALES_AT + SCALE_BYTES * (1 + OFFSETS) + 1023) / 1024 * 1024;
 constexpr int SUMS_STRIDE = TILE_ROWS + 4;  // of a row of x; what is more keeps a warp's stores in different banks
-constexpr int SUM_BYTES = ROWS * SUMS_STRIDE * 4;  // where the ring was
+constexpr int SUM_BYTES = TURNS * ROWS * SUMS_STRIDE * 4;  // where the ring was
 constexpr int BARRIERS_AT = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
 
 constexpr int QUADS = TILE_OUTPUTS / 4;  // a thread finishes four outputs at a time, of every so many rows of x
@@ -41,111 +48,14 @@ constexpr int ROWS_AT_ONCE = THREADS / QUADS;
 constexpr int PART_ROWS = ROWS / PARTS;  // that one of a tile's programs finishes
 constexpr int ELEMENTS = (PART_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 
-static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && FORMAT != BF16, "");
+static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && STAGES >= TURNS && FORMAT != BF16, "");
+static_assert(TURNS == 1 || !ROUNDED, "");
+static_assert(!MOVES_REGISTERS || WARPGROUPS == 2, "");
 static_assert(ROUNDED ? SEGMENT == 128 : FORMAT != INT4 || GROUP % SEGMENT == 0, "");
-
-#if ROUNDED && FORMAT == INT8
-typedef int Sum;
-#else
-typedef float Sum;
-#endif
-constexpr int SUMS = ROWS / 2;  // of a thread: 64 rows of W times ROWS over 128 threads
-
-// --- the matrix units ------------------------------------------------------------------------------------------------
-
-// 64 rows of W are multiplied with all of x, 32 bytes of each row of x at a time, and added up; begun, and not ended. Of W this
-// thread's numbers in `w`, or the matrices of both in shared memory.
-__device__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x);
-__device__ void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x);
-__device__ void begin_products(Sum (&sums)[SUMS]);
-__device__ void commit_products(Sum (&sums)[SUMS]);  // those begun so far are one group
-__device__ void end_products(Sum (&sums)[SUMS]);
-__device__ void end_older_products(Sum (&sums)[SUMS]);  // of all groups but the last one
-
-#ifndef INSTRUCTIONS
-#if ROUNDED && FORMAT == INT8
-#define KEPT(i) "+r"(sums[i])
-#define OPERATION(shape) shape "k32.s32.s8.s8 "
-#define AFTER "1;"
-#elif ROUNDED
-#define KEPT(i) "+f"(sums[i])
-#define OPERATION(shape) shape "k32.f32.e4m3.e4m3 "
-#define AFTER "1, 1, 1;"
-#else
-#define KEPT(i) "+f"(sums[i])
-#define OPERATION(shape) shape "k16.f32.bf16.bf16 "
-#define AFTER "1, 1, 1, 0;"
-#endif
-#define KEPT_4(i) KEPT(i), KEPT(i + 1), KEPT(i + 2), KEPT(i + 3)
-#define KEPT_16(i) KEPT_4(i), KEPT_4(i + 4), KEPT_4(i + 8), KEPT_4(i + 12)
-#define NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define NAMES_32 NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES_64 \
-  NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
-           ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#if ROWS == 32
-#define ALL_KEPT KEPT_16(0)
-#define INTO_SUMS OPERATION("m64n32") "{" NAMES_16 "}, "
-#define FROM_REGISTERS "{%16,%17,%18,%19}, %20, "
-#define FROM_MEMORY "%16, %17, "
-#elif ROWS == 64
-#define ALL_KEPT KEPT_16(0), KEPT_16(16)
-#define INTO_SUMS OPERATION("m64n64") "{" NAMES_32 "}, "
-#define FROM_REGISTERS "{%32,%33,%34,%35}, %36, "
-#define FROM_MEMORY "%32, %33, "
-#else
-#define ALL_KEPT KEPT_16(0), KEPT_16(16), KEPT_16(32), KEPT_16(48)
-#define INTO_SUMS OPERATION("m64n128") "{" NAMES_64 "}, "
-#define FROM_REGISTERS "{%64,%65,%66,%67}, %68, "
-#define FROM_MEMORY "%64, %65, "
-#endif
-
-#if ROUNDED
-__device__ __forceinline__ void multiply_block(Sum (&sums)[SUMS], u64 w, u64 x) {
-  asm volatile("wgmma.mma_async.sync.aligned." INTO_SUMS FROM_MEMORY AFTER : ALL_KEPT : "l"(w), "l"(x));
-}
-#else
-__device__ __forceinline__ void multiply_block(Sum (&sums)[SUMS], const u32 (&w)[4], u64 x) {
-  asm volatile("wgmma.mma_async.sync.aligned." INTO_SUMS FROM_REGISTERS AFTER
-               : ALL_KEPT
-               : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));
-}
-#endif
-
-__device__ __forceinline__ void begin_products(Sum (&sums)[SUMS]) {
-  asm volatile("wgmma.fence.sync.aligned;" : ALL_KEPT : : "memory");
-}
-
-__device__ __forceinline__ void commit_products(Sum (&sums)[SUMS]) {
-  asm volatile("wgmma.commit_group.sync.aligned;" : ALL_KEPT : : "memory");
-}
-
-__device__ __forceinline__ void end_products(Sum (&sums)[SUMS]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_KEPT : : "memory");
-}
-
-__device__ __forceinline__ void end_older_products(Sum (&sums)[SUMS]) {
-  asm volatile("wgmma.wait_group.sync.aligned 1;" : ALL_KEPT : : "memory");
-}
-#endif
-
-// A matrix in shared memory, as the matrix units are told of it: where, how far its blocks lie apart along inputs and along
-// rows, and whether pieces of 16 bytes change places as copies of 128 bytes have it.
-__device__ __forceinline__ u64 matrix_at(const u8* start, u32 along_inputs, u32 along_rows, bool swizzled) {
-  return (u64)(shared_address(start) >> 4 & 0x3fff) | (u64)(along_inputs >> 4) << 16 | (u64)(along_rows >> 4) << 32 |
-         (u64)swizzled << 62;
-}
-
-// Rows of 128 bytes.
-__device__ __forceinline__ u64 rows_at(const u8* start) { return matrix_at(start, 16, 8 * 128, true); }
-
-// As arrange.py has it: 8 rows by 16 bytes lie together, the next rows follow, then the next 16 bytes.
-__device__ __forceinline__ u64 arranged_at(const u8* start) { return matrix_at(start, ROWS * 16, 8 * 16, false); }
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 struct Product {
-  const u8* x;            // as arrange.py has it; if ROUNDED, the kernel has a map of its rows
   const float* x_scales;  // [num_rows], read if ROUNDED
   const void* scales;     // float [outputs] of 8 bits, bfloat16 [groups, outputs] of 4
   const u16* offsets;     // as the scales, read if OFFSETS: added to each number of a group, before its scale
@@ -159,18 +69,15 @@ struct Product {
 };
 
 __device__ __forceinline__ void fill_ring(const Matrix& w, const Matrix& x, const Product& p, u8* ring, u64* full, u64* empty,
-                                          int tile, int first) {
+                                          int tile, int x_tile, int first) {
   const u64 policy = read_once();
   auto copy_x = [&](int slot, int s) {
     u8* to = ring + slot * STAGE_BYTES + X_AT;
-    const int byte = (first + s) * SEGMENT;
-    if (ROUNDED) {
-      copy_box(to, x, byte, 0, &full[slot]);
-      return;
+    const int byte = (first + s) * SEGMENT, input = FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte;
+    for (int i = 0; i < X_COPIES; ++i) {
+      const int from = input + i / CHUNKS * GROUP + i % CHUNKS * CHUNK;
+      copy_box(to + i * X_COPY_BYTES, x, from * X_SIZE, x_tile * ROWS, &full[slot]);
     }
-    const int input = FORMAT == INT4 ? byte / GROUP * (2 * GROUP) + byte % GROUP : byte;
-    for (int i = 0; i < PIECES; ++i)
-      copy(to + i * PIECE_BYTES, p.x + (long long)(input + i * GROUP) * (ROWS * X_SIZE), PIECE_BYTES, &full[slot]);
   };
   int slot = 0, parity = 1;
   for (int s = 0; s < SEGMENTS; ++s) {
@@ -180,7 +87,7 @@ __device__ __forceinline__ void fill_ring(const Matrix& w, const Matrix& x, cons
     }
     wait(&empty[slot], parity);
     u8* to = ring + slot * STAGE_BYTES;
-    expect(&full[slot], TILE_ROWS * SEGMENT + PIECES * PIECE_BYTES + SCALE_BYTES * (1 + OFFSETS));
+    expect(&full[slot], TILE_ROWS * SEGMENT + X_COPIES * X_COPY_BYTES + SCALE_BYTES * (1 + OFFSETS));
     for (int box = 0; box < 2; ++box) {
       const int row = GATED ? box * p.num_outputs + tile * BOX_ROWS : tile * TILE_ROWS + box * BOX_ROWS;
       copy_box_once(to + box * BOX_ROWS * SEGMENT, w, (first + s) * SEGMENT, row, &full[slot], policy);
@@ -209,76 +116,92 @@ __device__ __forceinline__ uint4 bytes_of(const u8* stage, int row, int i) {
   return *(const uint4*)(stage + row * SEGMENT + place * 16);
 }
 
-__device__ __forceinline__ u32 twice(u16 v) { return v | (u32)v << 16; }
+#if !ROUNDED
+constexpr int OPERANDS = 4 * CHUNKS;  // of a piece of a stage's x: 32 bytes of each of its rows are the other side
 
-// What numbers of 4 bits of a row become: v + less, times scale, each in both halves of a word.
-struct Affine {
-  u32 less, scale;
-};
-
-__device__ __forceinline__ Affine affine_of(const u8* stage, int group, int row) {
-  const u8* at = stage + SCALES_AT + (group * TILE_ROWS + row) * 2;
-  const float offset = OFFSETS ? wide(*(const u16*)(at + SCALE_BYTES)) : 0.f;
-  return {twice(narrow(offset - 136.f)), twice(*(const u16*)at)};
+// Two numbers: the even bytes of a word of W, or the odd ones, and of 4 bits the low or the high half of each.
+template <int PIECE>
+__device__ __forceinline__ u32 pair_of(u32 bytes, bool odd, u32 magic, u32 less) {
+  if (FORMAT == INT8) return int8_pair(odd ? bytes >> 8 : bytes, magic);
+  if (FORMAT == FLOAT8) return float8_pair(odd ? bytes : bytes << 8);
+  return multiply_add(merge<0x000f000fu>(bytes >> (odd ? 8 : 0) + 4 * PIECE, magic), 0x3f803f80u, less);
 }
 
-__device__ __forceinline__ u32 scaled_pair(u32 bits, u32 magic, const Affine& a) {
-  const u32 number = multiply_add(merge<0x000f000fu>(bits, magic), 0x3f803f80u, a.less);
-  return multiply_add(number, a.scale, 0x80008000u);
-}
-
-constexpr int CHUNKS = SEGMENT / CHUNK;
-constexpr int OPERANDS = CHUNKS * (FORMAT == INT4 ? 8 : 4);  // of a stage: 32 bytes of each row of x are the other side
-
-// A thread's numbers of a stage, of rows `row` and `row` + 8, in the order of the stage's x.
-__device__ __forceinline__ void numbers_of(u32 (&a)[OPERANDS][4], const u8* stage, int row, int t, u32 magic) {
-  Affine low = {}, low_8 = {}, high = {}, high_8 = {};
-  if (FORMAT == INT4) {
-    low = affine_of(stage, 0, row), low_8 = affine_of(stage, 0, row + 8);
-    high = affine_of(stage, 1, row), high_8 = affine_of(stage, 1, row + 8);
+// Adds a stage's products with one piece of x to those of a thread's rows, `row` and `row` + 8; of 4 bits, to nothing.
+template <int PIECE>
+__device__ __forceinline__ void multiply_piece(float (&sums)[SUMS], const u8* stage, int row, int t, u32 magic, u32 less,
+                                               u32 less_8) {
+  u32 a[OPERANDS][4];
+#pragma unroll
+  for (int i = 0; i < OPERANDS; ++i) {
+    const int place = i / 4 * 4 + t;
+    const u32 bytes = word(bytes_of(stage, row, place), i % 4), bytes_8 = word(bytes_of(stage, row + 8, place), i % 4);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) a[i][k] = pair_of<PIECE>(k % 2 ? bytes_8 : bytes, k >= 2, magic, k % 2 ? less_8 : less);
   }
+  begin_products(sums);
 #pragma unroll
-  for (int i = 0; i < 4 * CHUNKS; ++i) {
-    const int chunk = i / 4;
-    const uint4 bytes = bytes_of(stage, row, chunk * 4 + t), bytes_8 = bytes_of(stage, row + 8, chunk * 4 + t);
-    if (FORMAT == INT4) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {  // two bytes of one of the rows: the first ones of both, then the others
-        const u32 bits = __byte_perm(word(k % 2 ? bytes_8 : bytes, i % 4), 0, k < 2 ? 0x4140 : 0x4342);
-        a[i][k] = scaled_pair(bits, magic, k % 2 ? low_8 : low);
-        a[OPERANDS - 4 * CHUNKS + i][k] = scaled_pair(bits >> 4, magic, k % 2 ? high_8 : high);
-      }
+  for (int i = 0; i < OPERANDS; ++i) {
+    const u64 inputs = rows_at(stage + X_AT + (PIECE * CHUNKS + i / 4) * X_COPY_BYTES) + i % 4 * 2;  // 32 bytes farther
+    if (FORMAT == INT4 && i == 0) {
+      multiply_first(sums, a[i], inputs);
     } else {
-      widen(word(bytes, i % 4), magic, a[i][0], a[i][2]);
-      widen(word(bytes_8, i % 4), magic, a[i][1], a[i][3]);
+      multiply_block(sums, a[i], inputs);
     }
   }
+  commit_products(sums);
+  if (PIECE == PIECES - 1) end_reads();
+  end_products(sums);
+}
+#endif
+
+#if FORMAT == INT4
+// In the fraction of 128.0 a number is 136 more than it stands for, if its group has no offset.
+__device__ __forceinline__ u32 less_of(const u8* scale) {
+  const u32 less = narrow((OFFSETS ? wide(*(const u16*)(scale + SCALE_BYTES)) : 0.f) - 136.f);
+  return less | less << 16;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
+// Adds a group's products with one piece of x.
+template <int PIECE>
+__device__ __forceinline__ void add_piece(float (&y)[SUMS], float (&sums)[SUMS], const u8* stage, int row, int t, u32 magic) {
+  const u8* of_row = stage + SCALES_AT + (PIECE * TILE_ROWS + row) * 2;
+  const u8* of_row_8 = of_row + 8 * 2;
+  const float scale = wide(*(const u16*)of_row), scale_8 = wide(*(const u16*)of_row_8);
+  multiply_piece<PIECE>(sums, stage, row, t, magic, less_of(of_row), less_of(of_row_8));
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) y[i] += sums[i] * (i & 2 ? scale_8 : scale);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT)
     streamed_blocks(const __grid_constant__ Matrix w, const __grid_constant__ Matrix x, const Product p, u32 magic) {
   let_next_kernel_start();
   u8* const ring = dynamic_shared;
-  float* const sums = (float*)ring;  // [ROWS, SUMS_STRIDE], once the ring is empty for good
+  float* const sums = (float*)ring;  // [TURNS, ROWS, SUMS_STRIDE], once the ring is empty for good
   u64* const full = (u64*)(ring + BARRIERS_AT);
   u64* const empty = full + STAGES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int part = PARTS > 1 ? rank_in_cluster() : 0, tile = blockIdx.x / PARTS;
+  const int part = PARTS > 1 ? rank_in_cluster() : 0, tile = blockIdx.x / (PARTS * X_TILES);
+  const int x_tile = blockIdx.x / PARTS % X_TILES, first_x = x_tile * ROWS, num_rows = min(p.num_rows - first_x, ROWS);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init(&full[i], 1);
-      init(&empty[i], WARPS);
+      init(&empty[i], WARPS / TURNS);
     }
     publish_barriers();
   }
   __syncthreads();
-  if (warp == WARPS) {
-    if (lane == 0) fill_ring(w, x, p, ring, full, empty, tile, part * SEGMENTS);
+  if (warp >= WARPS) {
+    if (MOVES_REGISTERS) keep_registers<24>();
+    if (threadIdx.x == THREADS) fill_ring(w, x, p, ring, full, empty, tile, x_tile, part * SEGMENTS);
     return;
   }
+  if (MOVES_REGISTERS) take_registers<240>();
   wait_for_previous_kernel();
 
-  const int g = lane >> 2, t = lane & 3, row = warp * 16 + g;  // of the tile; a thread has row + 8, too
+  const int g = lane >> 2, t = lane & 3, row = (warp * 16 + g) % TILE_ROWS;  // of the tile; a thread has row + 8, too
+  const int turn = uniform(warp * 16 / TILE_ROWS);
   const int quad = threadIdx.x % QUADS, first_row = part * PART_ROWS + threadIdx.x / QUADS;
 
   // Asked for now, used when the sums are there.
@@ -294,24 +217,33 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
   for (int e = 0; e < ELEMENTS; ++e) {
     const int n = first_row + e * ROWS_AT_ONCE;
     x_scale[e] = 1.f, residual[e] = make_uint2(0, 0);
-    if (n >= p.num_rows) continue;
-    if (ROUNDED) x_scale[e] = p.x_scales[n];
-    if (!GATED && p.residual) residual[e] = *(const uint2*)(p.residual + n * p.residual_stride + output);
+    if (n >= num_rows) continue;
+    if (ROUNDED) x_scale[e] = p.x_scales[first_x + n];
+    if (!GATED && p.residual) residual[e] = *(const uint2*)(p.residual + (first_x + n) * p.residual_stride + output);
   }
 
   Sum y[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) y[i] = 0;
-  int slot = 0, parity = 0;
+#if FORMAT == INT4
+  float of_group[SUMS];
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) of_group[i] = 0;
+#endif
+  int slot = turn, parity = 0;
   auto release = [&](int slot) {
     __syncwarp();
     if (lane == 0) arrive(&empty[slot]);
   };
 #pragma unroll 1
-  for (int s = 0; s < SEGMENTS; ++s) {
+  for (int s = turn; s < SEGMENTS; s += TURNS) {
     wait(&full[slot], parity);
     const u8* stage = ring + slot * STAGE_BYTES;
-#if ROUNDED
+#if FORMAT == INT4
+    add_piece<0>(y, of_group, stage, row, t, magic);
+    add_piece<1>(y, of_group, stage, row, t, magic);
+    release(slot);
+#elif ROUNDED
     const u64 w_rows = rows_at(stage + warp / 4 * 64 * SEGMENT), x_rows = rows_at(stage + X_AT);
     begin_products(y);
 #pragma unroll
@@ -320,27 +252,22 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
     end_older_products(y);  // a stage's are begun before those of the one before have ended
     if (s > 0) release(slot ? slot - 1 : STAGES - 1);
 #else
-    u32 a[OPERANDS][4];
-    numbers_of(a, stage, row, t, magic);
-    const u64 inputs = arranged_at(stage + X_AT);
-    begin_products(y);
-#pragma unroll
-    for (int i = 0; i < OPERANDS; ++i) multiply_block(y, a[i], inputs + i * (32 * ROWS >> 4));
-    commit_products(y);
-    end_products(y);
+    multiply_piece<0>(y, stage, row, t, magic, 0, 0);
     release(slot);
 #endif
-    if (++slot == STAGES) {
-      slot = 0;
+    if ((slot += TURNS) >= STAGES) {
+      slot -= STAGES;
       parity ^= 1;
     }
   }
-  end_products(y);  // of the last stage, if they are left
+#if ROUNDED
+  end_products(y);  // of the last stage
+#endif
 
   meet(THREADS);  // everybody is done with the ring
 #pragma unroll
   for (int i = 0; i < SUMS / 4; ++i) {
-    float* to = sums + (8 * i + 2 * t) * SUMS_STRIDE;
+    float* to = sums + (turn * ROWS + 8 * i + 2 * t) * SUMS_STRIDE;
     to[row] = y[4 * i], to[SUMS_STRIDE + row] = y[4 * i + 1];
     to[row + 8] = y[4 * i + 2], to[SUMS_STRIDE + row + 8] = y[4 * i + 3];
   }
@@ -353,12 +280,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
 #pragma unroll
   for (int e = 0; e < ELEMENTS; ++e) {
     const int n = first_row + e * ROWS_AT_ONCE;
-    if (n >= p.num_rows || n >= (part + 1) * PART_ROWS) continue;
+    if (n >= num_rows || n >= (part + 1) * PART_ROWS) continue;
     float of[4] = {}, up[4] = {};
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
+    for (int i = 0; i < PARTS * TURNS; ++i) {
       auto add = [&](float(&to)[4], const float* from) {
-        const float4 v = PARTS > 1 ? read_from(i, from) : *(const float4*)from;
+        from += i % TURNS * ROWS * SUMS_STRIDE;
+        const float4 v = PARTS > 1 ? read_from(i / TURNS, from) : *(const float4*)from;
         to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
       };
       add(of, sums + n * SUMS_STRIDE + quad * 4);
@@ -377,11 +305,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, RESIDENT)
       }
       narrowed[i] = narrow(v + wide(i % 2 ? both >> 16 : both & 0xffff));
     }
-    *(uint2*)(p.out + n * p.out_stride + output) =
+    *(uint2*)(p.out + (first_x + n) * p.out_stride + output) =
         make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
   }
-  if (PARTS > 1) {  // a program that ended would take its sums along
-    arrive_at_cluster();
-    wait_for_cluster();
-  }
+  if (PARTS > 1) leave_cluster();  // a program that ended would take its sums along
 }

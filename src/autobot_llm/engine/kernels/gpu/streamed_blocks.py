@@ -10,7 +10,7 @@ from autobot_llm.engine.kernels.gpu.arrange import arrange
 from autobot_llm.engine.kernels.gpu.block_tiles import (
     BlockTile,
     choose_block_tile,
-    padded_rows,
+    copying_threads,
     shared_bytes,
 )
 from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc, map_of_bytes
@@ -19,6 +19,8 @@ from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, Prepared, address_of, format_of
 from autobot_llm.engine.quantization.packed import PackedWeight
+
+X_COPY_BYTES = 128  # of a row of x: what is copied at a time
 
 _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
 
@@ -61,22 +63,21 @@ def multiply_blocks(
     rounded: bool = False,
 ) -> torch.Tensor:
     """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
-    num_rows, values = padded_rows(x_TI.shape[0]), weight.values
-    w_map = x_map = map_of_bytes(
-        values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment
-    )
+    num_rows, values = x_TI.shape[0], weight.values
     x_scales_T = None
     if rounded:
         x, x_scales_T = round_rows(x_TI, values.dtype, norm, eps)
-        x_map = map_of_bytes(x.data_ptr(), *x.shape, x.stride(0), num_rows, tile.segment)
     else:
-        x = arrange(x_TI, num_rows, norm, eps)
-    prepared = prepare(tile, x, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated)
+        x = arrange(x_TI, norm, eps)
+    w_map = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
+    row_bytes = x.shape[1] * x.element_size()
+    x_map = map_of_bytes(x.data_ptr(), num_rows, row_bytes, row_bytes, tile.tile_rows(num_rows), X_COPY_BYTES)
+    prepared = prepare(tile, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated)
     _kernel.launch(
         prepared.constants,
         (w_map, x_map, prepared.arguments, ctypes.c_uint(MAGIC)),
         programs=prepared.num_tiles * tile.parts,
-        threads=128 * tile.num_warpgroups + 32,
+        threads=128 * tile.num_warpgroups + prepared.constants["COPYING_THREADS"],
         shared_bytes=prepared.shared_bytes,
         device=out.device,
         cluster=tile.parts,
@@ -86,7 +87,6 @@ def multiply_blocks(
 
 def prepare(
     tile: BlockTile,
-    x: torch.Tensor,
     x_scales_T: torch.Tensor | None,
     weight: PackedWeight,
     out: torch.Tensor,
@@ -95,7 +95,7 @@ def prepare(
     residual: torch.Tensor | None,
     gated: bool,
 ) -> Prepared:
-    """What the kernel is launched with for x as `arrange` has left it, or rounded rows with their scales."""
+    """What the kernel is launched with beside maps of W and of x: as `arrange` has left it, or rounded, with scales."""
     rounded = x_scales_T is not None
     num_rows, num_outputs = out.shape
     fmt, offsets = format_of(weight), weight.offsets
@@ -106,11 +106,13 @@ def prepare(
     assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
     assert not (rounded and (fmt is Format.INT4 or tile.segment != 128))
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
-    assert tile.num_stages >= 2
+    assert tile.num_stages >= max(tile.turns, 2)
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
+    rows = tile.tile_rows(num_rows)
+    x_tiles = -(-num_rows // rows)
     assert not rest and weight.values.shape[1] % (tile.segment * tile.parts) == 0
     arguments = _Product(
-        *(address_of(x), address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
+        *(address_of(x_scales_T), address_of(weight.scales), address_of(offsets)),
         *(address_of(bias), address_of(residual), 0 if residual is None else residual.stride(0)),
         *(address_of(out), out.stride(0), num_rows, num_outputs),
     )
@@ -121,22 +123,25 @@ def prepare(
         "GROUP": weight.group or GROUPS[0],
         "OFFSETS": int(offsets is not None),
         "GATED": int(gated),
-        "ROWS": padded_rows(num_rows),
+        "ROWS": rows,
+        "X_TILES": x_tiles,
         "WARPGROUPS": tile.num_warpgroups,
+        "TURNS": tile.turns,
+        "COPYING_THREADS": copying_threads(tile, num_rows, fmt),
         "PARTS": tile.parts,
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
     }
     shared = shared_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets is not None)
-    return Prepared(constants, arguments, num_tiles, shared)
+    return Prepared(constants, arguments, num_tiles * x_tiles, shared)
 
 
 class _Product(ctypes.Structure):
     """`Product` of streamed_blocks.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "x_scales", "scales", "offsets", "bias", "residual")),
+        *((name, ctypes.c_void_p) for name in ("x_scales", "scales", "offsets", "bias", "residual")),
         ("residual_stride", ctypes.c_longlong),
         *(("out", ctypes.c_void_p), ("out_stride", ctypes.c_longlong)),
         *(("num_rows", ctypes.c_int), ("num_outputs", ctypes.c_int)),
