@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from linear_gpu import Shape
@@ -15,7 +14,6 @@ from autobot_llm.engine.kernels.gpu.streamed import MULTIPROCESSOR_BYTES, SYSTEM
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
 
 GROUP = 128  # inputs that share a scale, of 4 bits
-RING_BYTES = 200 << 10  # of a multiprocessor's shared memory
 MULTIPROCESSORS = 132
 STREAMED = {"int8": Format.INT8, "fp8": Format.FLOAT8, "int4": Format.INT4}
 
@@ -63,17 +61,20 @@ def stream_candidates(fmt: str, num_rows: int, shape: Shape) -> list[Candidate]:
     if num_rows > MAX_STREAMED_ROWS:
         return []
     weight_rows, num_inputs = shape.weight_shape
-    most_rows = 1 if num_rows == 1 else -(-num_rows // 8) * 8
     tiles: list[Candidate] = []
     for warps, segment, blocks, resident, x_stays in itertools.product(
         (4, 8), (512, 1024, 2048), (1, 2, 4), (1, 2), (False, True)
     ):
         is_whole = segment // warps >= 128 and weight_rows % (16 * blocks) == 0
-        if not is_whole or weight_rows // (16 * blocks) < 2 * MULTIPROCESSORS // 3 or (shape.kind is Kind.GATED and blocks == 1):
+        if (
+            not is_whole
+            or weight_rows // (16 * blocks) < 2 * MULTIPROCESSORS // 3
+            or (shape.kind is Kind.GATED and blocks == 1)
+        ):
             continue
         for num_stages in range(8, 1, -1):
             tile = StreamTile(warps, segment, num_stages, blocks, resident, x_stays)
-            size = sum(shared_bytes(tile, STREAMED[fmt], GROUP, num_inputs, most_rows, offsets=False)) + SYSTEM_BYTES
+            size = sum(shared_bytes(tile, STREAMED[fmt], GROUP, num_inputs, num_rows, offsets=False)) + SYSTEM_BYTES
             if size * resident <= MULTIPROCESSOR_BYTES:
                 tiles.append(tile)
                 break

@@ -73,7 +73,9 @@ def random_weight(fmt: str, shape: Shape, device: torch.device) -> PackedWeight:
     scales = torch.full((num_outputs,), num_inputs**-0.5 / 73, device=device) * (
         torch.rand(num_outputs).to(device) + 0.5
     )
-    return PackedWeight(values if fmt.startswith("int8") else values.to(torch.float8_e4m3fn), scales, num_inputs)
+    stored: Literal["int8", "fp8"] = "int8" if fmt.startswith("int8") else "fp8"
+    values = values if stored == "int8" else values.to(torch.float8_e4m3fn)
+    return PackedWeight(values, scales, num_inputs, activations=stored if fmt.endswith("a8") else None)
 
 
 @lru_cache(maxsize=1)
@@ -96,15 +98,10 @@ def run(fmt: str, way: Candidate, shape: Shape, x: torch.Tensor, norm: torch.Ten
     has_norm, gated = shape.kind is not Kind.PLAIN, shape.kind is Kind.GATED
     added = residual if shape.adds else None
     if isinstance(way, StreamTile):
-        multiply_streamed(
-            way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated
-        )
+        multiply_streamed(way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated)
         return
     if isinstance(way, BlockTile):
-        multiply_blocks(
-            way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated,
-            rounded=fmt.endswith("a8"),
-        )  # fmt: skip
+        multiply_blocks(way, x, weight, out, norm=norm if has_norm else None, eps=EPS, residual=added, gated=gated)
         return
     if not isinstance(way, RowsTile):
         multiply_by(

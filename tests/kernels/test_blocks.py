@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -23,7 +24,13 @@ from autobot_llm.engine.kernels.gpu.block_tiles import (
 from autobot_llm.engine.kernels.gpu.linear import linear_reference
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed import MAGIC
-from autobot_llm.engine.kernels.gpu.streamed_blocks import X_COPY_BYTES, block_tile_for, multiply_blocks, prepare
+from autobot_llm.engine.kernels.gpu.streamed_blocks import (
+    X_COPY_BYTES,
+    block_tile_for,
+    multiply_blocks,
+    prepare,
+    rounds,
+)
 from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
 from tests.kernels.test_streamed import MULTIPROCESSOR_BYTES, check_chain, compile_for_processor, weight_of
@@ -133,7 +140,9 @@ class Box(ctypes.Structure):
         ("int4 with zeros", (128, 1024), 32, "norm", BlockTile(2, 4, 128, 2), 128),
         ("int4 with zeros", (128, 512), 70, "gated", BlockTile(2, 1, 128, 2, rows=64), 128),  # two tiles of x
         ("int4", (256, 1024), 127, "add", BlockTile(2, 2, 128, 2, rows=64), 128),
-        ("int4 with zeros", (128, 1536), 40, "add", BlockTile(2, 2, 128, 3, turns=2), 128),  # three stages in turns
+        ("int4 with zeros", (128, 1536), 40, "add", BlockTile(2, 2, 128, 4, turns=2), 128),  # stages in turns
+        ("int4", (128, 512), 9, "gated", BlockTile(1, 1, 128, 3), 128),
+        ("int8", (128, 512), 16, "add", BlockTile(2, 1, 128, 4, turns=2), 128),
         ("int4", (128, 512), 128, "gated", BlockTile(2, 1, 128, 2), 128),  # a warpgroup copies
     ],
 )
@@ -176,9 +185,12 @@ def test_the_same_source_computes_the_same_on_a_processor(
 def multiply_as_chosen(
     x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool, **named: Any
 ) -> None:
-    tile = block_tile_for(x, weight, out, rounded=rounded)
+    if rounded:
+        weight = replace(weight, activations="int8" if weight.values.dtype == torch.int8 else "fp8")
+        assert rounds(weight, x.shape[0])
+    tile = block_tile_for(x, weight, out)
     assert tile is not None
-    multiply_blocks(tile, x, weight, out, rounded=rounded, **named)
+    multiply_blocks(tile, x, weight, out, **named)
 
 
 @pytest.mark.gpu
@@ -186,7 +198,7 @@ def multiply_as_chosen(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_is_that_of_the_numbers_the_weights_stand_for(kind: str, what: str) -> None:
     for shape in SHAPES:
-        for rows in (17, 32, 64, 127):
+        for rows in (17, 32, 64, 127) if kind.endswith("rounded") else (9, 16, 17, 32, 64, 127):
             check(kind, shape, rows, what, cast(Multiply, multiply_as_chosen))
     if "4" in kind:
         check(kind, (256, 1280), 40, what, cast(Multiply, multiply_as_chosen), group=64)
@@ -211,7 +223,13 @@ def test_a_chain_of_products_in_a_graph_gives_what_one_after_the_other_does() ->
 # --- tiles --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [32, 64, 128])
+def test_few_rows_stay_whole_whatever_the_scheme_allows() -> None:
+    weight = replace(cast(PackedWeight, weight_of("int8", 64, 128, device="cpu")), activations="int8")
+    assert not rounds(weight, 16) and rounds(weight, 17)
+    assert not rounds(replace(weight, activations=None), 17)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tile_fits_a_multiprocessor(kind: str, rows: int) -> None:
     stored, rounded = kind.removesuffix(", rounded"), kind.endswith(", rounded")
@@ -226,7 +244,7 @@ def test_a_tile_fits_a_multiprocessor(kind: str, rows: int) -> None:
 
 
 def test_other_products_are_left_to_other_kernels() -> None:
-    assert choose_block_tile(16, 4096, 4096, Format.INT8) is None
+    assert choose_block_tile(8, 4096, 4096, Format.INT8) is None
     assert choose_block_tile(129, 4096, 4096, Format.INT8) is None
     assert choose_block_tile(32, 4096 + 64, 4096, Format.INT8) is None
     assert choose_block_tile(32, 4096, 4096 + 64, Format.INT8) is None

@@ -1,4 +1,4 @@
-"""How streamed_blocks.cu cuts a product of 17 to 128 rows. Knows shapes; knows no tensors.
+"""How streamed_blocks.cu cuts a product of 9 to 128 rows. Knows shapes; knows no tensors.
 
 Chosen by a rule, from what was measured on an H200 by `benchmarks/quantized_linear_gpu.py`
 (docs/results/quantized_linear_gpu.md).
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 
-FEWEST_ROWS, MOST_ROWS = 17, 128
+FEWEST_ROWS, MOST_ROWS = 9, 128
+FEWEST_ROUNDED_ROWS = 17  # fewer stay whole: what matters is how fast W is read
 _RING_BYTES = 200 << 10  # of a multiprocessor's shared memory; small kernels find room beside it
 _MOST_STAGES = 16
 _MULTIPROCESSORS = 132
@@ -42,8 +43,8 @@ class BlockTile:
 
 
 def padded_rows(num_rows: int) -> int:
-    """What the kernel is compiled for: 32, 64 or 128 rows."""
-    return next(most for most in (32, 64, MOST_ROWS) if num_rows <= most)
+    """What the kernel is compiled for: 16, 32, 64 or 128 rows."""
+    return next(most for most in (16, 32, 64, MOST_ROWS) if num_rows <= most)
 
 
 def stage_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> int:
@@ -61,9 +62,10 @@ def shared_bytes(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, 
 
 
 def filled(tile: BlockTile, num_rows: int, fmt: Format, *, rounded: bool, offsets: bool) -> BlockTile:
-    """This tile with as many stages as there is room for."""
+    """This tile with as many stages as there is room for, each of them always the same warpgroups'."""
     stage = stage_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets) + 16
-    return replace(tile, num_stages=min(_RING_BYTES // tile.resident // stage, _MOST_STAGES))
+    num_stages = min(_RING_BYTES // tile.resident // stage, _MOST_STAGES)
+    return replace(tile, num_stages=num_stages // tile.turns * tile.turns)
 
 
 def copying_threads(tile: BlockTile, num_rows: int, fmt: Format) -> int:
@@ -91,36 +93,36 @@ def choose_block_tile(
     """
     if not FEWEST_ROWS <= num_rows <= MOST_ROWS or weight_rows % 128:
         return None
-    if fmt is Format.INT4:
-        tile = _tile_of_4_bits(num_rows, weight_rows // 64, row_bytes, 128 if group % 128 == 0 else 64)
-    else:
-        tile = _tile_of_8_bits(num_rows, weight_rows // 64, row_bytes, rounded=rounded)
-    return tile and filled(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
-
-
-def _tile_of_4_bits(num_rows: int, num_units: int, row_bytes: int, segment: int) -> BlockTile | None:
-    """`num_units`: of 64 rows of W; `segment`: a stage's scales are those of one group."""
-    if row_bytes % segment:
+    num_units = weight_rows // 64
+    if rounded:
+        tile = _rounded_tile(num_rows, num_units, row_bytes)
+    elif num_rows <= 64 or fmt is Format.INT4:
+        tile = _tile(num_rows, num_units, row_bytes, 64 if group and group % 128 else 128)
+    else:  # x is most of a stage
+        tile = BlockTile(2 if num_units >= 2 * _MULTIPROCESSORS else 1, _parts(num_units, row_bytes, 64), 64)
+    if row_bytes % tile.segment:
         return None
+    return filled(tile, num_rows, fmt, rounded=rounded, offsets=offsets)
+
+
+def _parts(num_tiles: int, row_bytes: int, segment: int) -> int:
+    return 2 if 2 * num_tiles <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
+
+
+def _tile(num_rows: int, num_units: int, row_bytes: int, segment: int) -> BlockTile:
+    """`num_units`: of 64 rows of W; `segment`: a stage's scales are those of one group."""
     if num_units >= 2 * _MULTIPROCESSORS:
         return BlockTile(2, 1, segment, resident=2 if num_rows <= 32 else 1)
-    x_tiles = 2 if num_rows > 64 else 1
-    warpgroups = 1 if x_tiles == 1 and 2 * num_units <= _MULTIPROCESSORS else 2
-    programs = num_units // warpgroups * x_tiles
-    parts = 2 if 2 * programs <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
-    return BlockTile(warpgroups, parts, segment, rows=min(padded_rows(num_rows), 64))
+    if num_rows > 64:  # two tiles of x
+        return BlockTile(2, _parts(num_units, row_bytes, segment), segment, rows=64)
+    # few programs: two warpgroups have a multiprocessor's matrix units do more at once than one
+    return BlockTile(2, _parts(num_units, row_bytes, segment), segment, turns=2)
 
 
-def _tile_of_8_bits(num_rows: int, num_units: int, row_bytes: int, *, rounded: bool) -> BlockTile | None:
-    segment = 128 if rounded or num_rows <= 64 else 64  # not rounded, x is most of a stage
-    if row_bytes % segment:
-        return None
-    parts = 2 if 2 * num_units <= _MULTIPROCESSORS and row_bytes % (2 * segment) == 0 else 1
+def _rounded_tile(num_rows: int, num_units: int, row_bytes: int) -> BlockTile:
+    parts = _parts(num_units, row_bytes, 128)
     is_wide = num_units >= 2 * _MULTIPROCESSORS
     # Where little is left of a program's time between its first bytes and its sums, or there are several for each
     # multiprocessor, half a ring each lets the next ones begin.
-    if rounded:
-        halves = is_wide or (parts == 2 and num_rows <= 32 and row_bytes <= 8192)
-    else:
-        halves = num_rows <= 64 and parts == 1
-    return BlockTile(2 if is_wide and (rounded or num_rows > 64) else 1, parts, segment, resident=2 if halves else 1)
+    halves = is_wide or (parts == 2 and num_rows <= 32 and row_bytes <= 8192)
+    return BlockTile(2 if is_wide else 1, parts, 128, resident=2 if halves else 1)

@@ -121,15 +121,10 @@ def product(
 ) -> torch.Tensor:
     """The product with what surrounds it, by this tile, or by torch where it is None."""
     if isinstance(tile, StreamTile):
-        return multiply_streamed(
-            tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated
-        )
+        return multiply_streamed(tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated)
     if isinstance(tile, BlockTile):
         assert isinstance(weight, PackedWeight), "the kernel knows no other"
-        return multiply_blocks(
-            tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated,
-            rounded=weight.activations is not None,
-        )  # fmt: skip
+        return multiply_blocks(tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated)
     if isinstance(weight, PackedWeight):
         return _quantized_product(
             tile, x_TI, weight, out, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated
@@ -260,7 +255,7 @@ def _tile_for(
     ):
         return tile
     if isinstance(weight, PackedWeight):
-        if blocks := block_tile_for(x_TI, weight, out, rounded=weight.activations is not None):
+        if blocks := block_tile_for(x_TI, weight, out):
             return blocks
         num_outputs, num_bits = weight.num_outputs // halves, 4 if weight.group else 8
         may_round = weight.activations is not None

@@ -42,7 +42,12 @@ __device__ void end_older_products(Sum (&sums)[SUMS]);  // of all groups but the
 #define NAMES_64 \
   NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
            ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#if ROWS == 32
+#if ROWS == 16
+#define ALL_KEPT KEPT_4(0), KEPT_4(4)
+#define INTO_SUMS OPERATION("m64n16") "{%0,%1,%2,%3,%4,%5,%6,%7}, "
+#define FROM_REGISTERS "{%8,%9,%10,%11}, %12, "
+#define FROM_MEMORY "%8, %9, "
+#elif ROWS == 32
 #define ALL_KEPT KEPT_16(0)
 #define INTO_SUMS OPERATION("m64n32") "{" NAMES_16 "}, "
 #define FROM_REGISTERS "{%16,%17,%18,%19}, %20, "

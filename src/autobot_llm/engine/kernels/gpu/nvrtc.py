@@ -30,7 +30,7 @@ _MAP_ALIGNMENT = 64
 _BYTES = 0  # CU_TENSOR_MAP_DATA_TYPE_UINT8
 _SWIZZLES = {32: 0, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_NONE, _64B and _128B
 _FETCH_256_BYTES = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-_HEADERS = ("hopper.cuh", "matrix_units.cuh", "numbers.cuh")
+_HEADERS = ("hopper.cuh", "matrix_units.cuh", "numbers.cuh", "scale_x.cuh")
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +230,8 @@ class TensorMap(ctypes.Structure):
 def map_of_bytes(address: int, num_rows: int, row_bytes: int, stride: int, box_rows: int, box_bytes: int) -> TensorMap:
     """Of a matrix in global memory, copied `box_rows` rows by `box_bytes` (32, 64 or 128) at a time.
 
-    Of 64 and 128 a copied row's pieces of 16 bytes change places with its number, so that the same piece of neighbouring rows lies in
-    different banks of shared memory (the driver's swizzles of 64 and 128 bytes).
+    Of 64 and 128 bytes a copied row's pieces of 16 change places with its number, so that the same piece of
+    neighbouring rows lies in different banks of shared memory (the driver's swizzles of 64 and 128 bytes).
     """
     space = (ctypes.c_ubyte * (2 * ctypes.sizeof(TensorMap)))()
     start = -ctypes.addressof(space) % _MAP_ALIGNMENT

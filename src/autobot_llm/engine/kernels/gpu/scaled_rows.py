@@ -2,7 +2,7 @@
 
 Every 128 inputs of a row share a scale, the largest of them over 32,512. For whole numbers x becomes 16 bits of fixed
 point, a high and a low byte, 256 high + low, in rows of their own: products of int8 are exact, so all that is lost is
-2^-17 of the largest, where bfloat16 has lost up to 2^-9 of that one number. For float8 it becomes float16, which has
+2^-16 of the largest, where bfloat16 has lost up to 2^-9 of that one number. For float8 it becomes float16, which has
 three bits more than bfloat16 and at this scale no number too large.
 """
 
@@ -32,8 +32,9 @@ def scale_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x_TI`, after RMSNorm where there is a weight for it, and its float32 scales_TG, `unit` times as large.
 
-    `integer`: int8 [T, 2, I], high and low bytes. Otherwise float16 [T, I]. G is rounded up to a multiple of 4; what is more holds whatever was there. Numbers that are not
-    finite make their group's scale infinite, so every product with it is infinite or NaN. I must be a multiple of 128.
+    `integer`: int8 [T, 2, I], high and low bytes. Otherwise float16 [T, I]. G is rounded up to a multiple of 4; what is
+    more holds whatever was there. Numbers that are not finite make their group's scale infinite, so every product with
+    it is infinite or NaN. I must be a multiple of 128.
     """
     num_rows, num_inputs = x_TI.shape
     assert num_inputs % X_GROUP == 0 and x_TI.stride(1) == 1
@@ -91,7 +92,7 @@ def scale_rows_kernel(  # type: ignore[no-untyped-def]
     x_GI = tl.reshape(x_I, (GROUPS, 128))
     largest_G = tl.max(tl.where(x_GI == x_GI, tl.abs(x_GI), float("inf")), 1)
     inverse_G = _LARGEST / tl.maximum(largest_G, 1e-30)  # what is smaller has no influence
-    scaled_GI = tl.where(largest_G[:, None] < float("inf"), x_GI * inverse_G[:, None], 1.0)
+    scaled_GI = tl.where(largest_G[:, None] < float("inf"), x_GI, 0.0) * inverse_G[:, None]
     if INTEGER:
         whole_GI = tl.floor(scaled_GI + 0.5).to(tl.int32)
         high_GI = (whole_GI + 128) >> 8

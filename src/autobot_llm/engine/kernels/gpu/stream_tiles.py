@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from autobot_llm.engine.kernels.gpu.tiles import Kind, nearest
 
-MAX_STREAMED_ROWS = 16
+MAX_STREAMED_ROWS = 8
 
 
 class Format(IntEnum):
@@ -64,14 +64,13 @@ _ONE_OF_EIGHT_BITS = _shapes(
     _WIDE, StreamTile(8, 1024, 5, 1, x_stays=True), _WIDE, StreamTile(8, 2048, 5, 1, resident=1, x_stays=True)
 )
 _ONE_OF_FOUR_BITS = _shapes(_NARROW, _NARROW, _WIDE, StreamTile(8, 1024, 4, 1, x_stays=True))
-_SIXTEEN = StreamTile(8, 1024, 5, 2, resident=1)
 
 # For each format: the most rows of a table, ascending, and the table.
 TABLES: Mapping[Format, tuple[tuple[int, Shapes], ...]] = {
     Format.BF16: ((8, _shapes(_DEEP, _DEEP, _DEEP, _DEEP)),),
-    Format.INT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL), (16, _shapes(_SIXTEEN, _SIXTEEN, _SIXTEEN, _SIXTEEN))),
-    Format.FLOAT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL), (16, _shapes(_SIXTEEN, _SIXTEEN, _SIXTEEN, _SIXTEEN))),
-    Format.INT4: ((1, _ONE_OF_FOUR_BITS), (8, _SEVERAL), (16, _shapes(_SIXTEEN, _SIXTEEN, _SIXTEEN, _SIXTEEN))),
+    Format.INT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL)),
+    Format.FLOAT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL)),
+    Format.INT4: ((1, _ONE_OF_FOUR_BITS), (8, _SEVERAL)),
 }
 
 

@@ -88,8 +88,8 @@ def shared_bytes(
 
 
 def most_rows(num_rows: int) -> int:
-    """What the kernel is compiled for: 1, 8 or 16 rows."""
-    return 1 if num_rows == 1 else -(-num_rows // 8) * 8
+    """What the kernel is compiled for: 1 or 8 rows."""
+    return 1 if num_rows == 1 else MAX_STREAMED_ROWS
 
 
 def _is_integer(fmt: Format) -> bool:
@@ -108,7 +108,7 @@ def multiply_streamed(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    """The product with what surrounds it, as `multiply` in linear.py; of several rows and quantized weights in two kernels."""
+    """The product with what surrounds it, as `multiply` in linear.py, in one kernel or two."""
     tile = fitting(tile, weight, x_TI.shape[0], gated=gated)
     rows = rows_for(tile, weight, x_TI, norm, eps)
     prepared = prepare(tile, rows, weight, out, bias=bias, residual=residual, gated=gated)
@@ -140,7 +140,7 @@ def scale_maps(tile: StreamTile, weight: Weight) -> tuple[TensorMap, TensorMap]:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """x as the kernel is given it: bfloat16, which it may have to scale, after a norm; or what scaled_rows.py made of it."""
+    """x as the kernel is given it: bfloat16, which it may have to scale, after a norm; or of scaled_rows.py."""
 
     x: torch.Tensor
     scales: torch.Tensor | None = None
@@ -162,7 +162,7 @@ def rows_for(
 
 
 def _scales_x(tile: StreamTile, fmt: Format, num_rows: int, num_inputs: int) -> bool:
-    """Whether every program scales all rows by itself, sooner than another kernel would have: if registers hold them."""
+    """Whether every program scales all rows by itself, sooner than another kernel would: if registers hold them."""
     spans = -(-num_inputs // (tile.num_warps * _WARP_SPAN))
     return tile.x_stays and fmt is not Format.BF16 and most_rows(num_rows) * spans <= _MOST_SPANS
 
@@ -178,20 +178,32 @@ class Prepared:
 
 
 def fitting(tile: StreamTile, weight: Weight, num_rows: int, *, gated: bool) -> StreamTile:
-    """This tile with as many blocks as the product can be cut into, of both halves if gated; and x in shared memory
-    only where there is room for it."""
+    """This tile with as many blocks as the product can be cut into, of both halves if gated, and with x and stages
+    in shared memory as there is room."""
     fmt, (weight_rows, num_inputs) = format_of(weight), _shape(weight)
     blocks = max(tile.blocks, 2 if gated else 1)
     while weight_rows % (_BLOCK * blocks):
         blocks //= 2
     tile = replace(tile, blocks=blocks)
     offsets = isinstance(weight, PackedWeight) and weight.offsets is not None
-    size = sum(shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets)) + SYSTEM_BYTES
-    return replace(tile, x_stays=tile.x_stays and size * tile.resident <= MULTIPROCESSOR_BYTES)
+
+    def fits(tile: StreamTile) -> bool:
+        parts = shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets)
+        return (sum(parts) + SYSTEM_BYTES) * tile.resident <= MULTIPROCESSOR_BYTES
+
+    if not fits(tile):
+        tile = replace(tile, x_stays=False)
+    while not fits(tile):  # the offsets of a stage are few bytes more than the table counts on
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    return tile
 
 
 def _shape(weight: Weight) -> tuple[int, int]:
-    return (weight.shape[0], weight.shape[1]) if isinstance(weight, torch.Tensor) else (weight.num_outputs, weight.num_inputs)
+    return (
+        (weight.shape[0], weight.shape[1])
+        if isinstance(weight, torch.Tensor)
+        else (weight.num_outputs, weight.num_inputs)
+    )
 
 
 def _group(weight: Weight) -> int:
@@ -214,7 +226,7 @@ def prepare(
     values = weight if isinstance(weight, torch.Tensor) else weight.values
     scales, offsets = (None, None) if isinstance(weight, torch.Tensor) else (weight.scales, weight.offsets)
     assert x.shape[0] == num_rows and x.shape[-1] == num_inputs
-    assert weight_rows == num_outputs * (2 if gated else 1) and out.stride(1) == 1 and out.dtype == torch.bfloat16
+    assert weight_rows == num_outputs * (2 if gated else 1) and out.stride(1) == 1
     assert bias is None or (bias.shape == (weight_rows,) and bias.dtype == out.dtype)
     assert residual is None or (residual.shape == out.shape and residual.stride(1) == 1)
     assert residual is None or residual.dtype == out.dtype

@@ -48,8 +48,10 @@ constexpr int ROWS_AT_ONCE = THREADS / QUADS;
 constexpr int PART_ROWS = ROWS / PARTS;  // that one of a tile's programs finishes
 constexpr int ELEMENTS = (PART_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 
-static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && STAGES >= TURNS && FORMAT != BF16, "");
-static_assert(TURNS == 1 || !ROUNDED, "");
+static_assert(ROW_BYTES % (SEGMENT * PARTS) == 0 && STAGES >= 2 && FORMAT != BF16, "");
+// Were a stage now one warpgroup's and now another's, one could wait for it while it is filled for the other (copies end in
+// any order), and a barrier's parity would tell the one before the last from the next.
+static_assert(STAGES % TURNS == 0 && (TURNS == 1 || !ROUNDED), "");
 static_assert(!MOVES_REGISTERS || WARPGROUPS == 2, "");
 static_assert(ROUNDED ? SEGMENT == 128 : FORMAT != INT4 || GROUP % SEGMENT == 0, "");
 

@@ -8,6 +8,7 @@ import torch
 
 from autobot_llm.engine.kernels.gpu.arrange import arrange
 from autobot_llm.engine.kernels.gpu.block_tiles import (
+    FEWEST_ROUNDED_ROWS,
     BlockTile,
     choose_block_tile,
     copying_threads,
@@ -25,7 +26,12 @@ X_COPY_BYTES = 128  # of a row of x: what is copied at a time
 _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
 
 
-def block_tile_for(x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor, *, rounded: bool) -> BlockTile | None:
+def rounds(weight: PackedWeight, num_rows: int) -> bool:
+    """Whether rows are multiplied in 8 bits: if the scheme says so, and there are several."""
+    return weight.activations is not None and num_rows >= FEWEST_ROUNDED_ROWS
+
+
+def block_tile_for(x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> BlockTile | None:
     """The tile for this product, or None where the kernel cannot compute it."""
     num_rows, num_inputs = x_TI.shape
     values = weight.values
@@ -45,7 +51,13 @@ def block_tile_for(x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor, 
         return None
     fmt, offsets = format_of(weight), weight.offsets is not None
     return choose_block_tile(
-        num_rows, values.shape[0], values.shape[1], fmt, rounded=rounded, offsets=offsets, group=weight.group
+        num_rows,
+        values.shape[0],
+        values.shape[1],
+        fmt,
+        rounded=rounds(weight, num_rows),
+        offsets=offsets,
+        group=weight.group,
     )
 
 
@@ -60,12 +72,11 @@ def multiply_blocks(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gated: bool = False,
-    rounded: bool = False,
 ) -> torch.Tensor:
     """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
     num_rows, values = x_TI.shape[0], weight.values
     x_scales_T = None
-    if rounded:
+    if rounds(weight, num_rows):
         x, x_scales_T = round_rows(x_TI, values.dtype, norm, eps)
     else:
         x = arrange(x_TI, norm, eps)
@@ -106,7 +117,7 @@ def prepare(
     assert residual is None or (residual.dtype == out.dtype and residual.stride(0) % 4 == 0 and not gated)
     assert not (rounded and (fmt is Format.INT4 or tile.segment != 128))
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
-    assert tile.num_stages >= max(tile.turns, 2)
+    assert tile.num_stages >= 2 and tile.num_stages % tile.turns == 0
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
     rows = tile.tile_rows(num_rows)
     x_tiles = -(-num_rows // rows)
