@@ -74,22 +74,32 @@ class Reference:
         chosen_T1 = torch.tensor(output_ids).unsqueeze(1)
         if params.is_greedy:
             return logits_TV.amax(-1) - logits_TV.gather(1, chosen_T1)[:, 0]
-        scores_TV, before_TV = self._scores(logits_TV, params, first)
-        certain_TV = before_TV < min(params.top_p, 1.0) - _NUCLEUS_LEEWAY
+        scores_TV = self._scores(logits_TV, params, first)
+        least_TV, most_TV = self._likelier(logits_TV, params)
+        certain_TV = most_TV < min(params.top_p, 1.0) - _NUCLEUS_LEEWAY
         best_T = scores_TV.masked_fill(~certain_TV, -torch.inf).amax(-1)
         gaps_T = (best_T - scores_TV.gather(1, chosen_T1)[:, 0]).clamp(min=0.0)
-        return gaps_T.masked_fill(before_TV.gather(1, chosen_T1)[:, 0] >= params.top_p + _NUCLEUS_LEEWAY, torch.inf)
+        return gaps_T.masked_fill(least_TV.gather(1, chosen_T1)[:, 0] >= params.top_p + _NUCLEUS_LEEWAY, torch.inf)
 
     @staticmethod
-    def _scores(logits_TV: torch.Tensor, params: SamplingParams, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of drawn tokens: the logits with their noise, and the mass of the tokens that are likelier."""
-        weights_TV = (logits_TV / params.temperature).softmax(-1)
-        ordered = weights_TV.sort(-1, descending=True)
-        before_TV = torch.empty_like(weights_TV)
-        before_TV.scatter_(1, ordered.indices, ordered.values.cumsum(-1) - ordered.values)
+    def _scores(logits_TV: torch.Tensor, params: SamplingParams, first: int) -> torch.Tensor:
+        """Of drawn tokens: the logits with their noise."""
         keys_T1 = noise_keys((params.seed, first + place) for place in range(len(logits_TV)))
         noise_TV = torch.from_numpy(exponential_noise(keys_T1, np.arange(logits_TV.shape[1])))
-        return logits_TV - params.temperature * noise_TV.log(), before_TV
+        return logits_TV - params.temperature * noise_TV.log()
+
+    @staticmethod
+    def _likelier(logits_TV: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mass of the tokens that are likelier: at least, and at most. Rounding may order two whose logits are less
+        than LARGEST_GAP apart either way, and then all of the one's mass is before the other or not."""
+        ordered = logits_TV.sort(-1, descending=True)
+        weights_TV = (ordered.values / params.temperature).softmax(-1)
+        before_TV = torch.nn.functional.pad(weights_TV.cumsum(-1), (1, 0))
+        least_TV, most_TV = torch.empty_like(weights_TV), torch.empty_like(weights_TV)
+        for found_TV, gap in ((least_TV, LARGEST_GAP), (most_TV, -LARGEST_GAP)):
+            places_TV = torch.searchsorted(-ordered.values, -(ordered.values + gap))
+            found_TV.scatter_(1, ordered.indices, before_TV.gather(1, places_TV))
+        return least_TV, most_TV - (logits_TV / params.temperature).softmax(-1)
 
     def describe(self, answer: Answer, place: int) -> str:
         """The likeliest tokens at a place of an answer, and what decides between them."""
@@ -97,12 +107,13 @@ class Reference:
         last = len(prompt_ids) + place - 1
         logits_1V = self.logits([*prompt_ids, *output_ids[:place]], last)
         lines = [f"{output_ids[place]} was chosen at position {last + 1}; of float32:"]
-        scores_1V, before_1V = logits_1V, torch.zeros_like(logits_1V)
+        columns = [logits_1V, logits_1V, torch.zeros_like(logits_1V), torch.zeros_like(logits_1V)]
         if not params.is_greedy:
-            scores_1V, before_1V = self._scores(logits_1V, params, last + 1)
+            columns[1:] = self._scores(logits_1V, params, last + 1), *self._likelier(logits_1V, params)
         for token in logits_1V[0].topk(6).indices.tolist():
-            values = (float(each_1V[0, token]) for each_1V in (logits_1V, scores_1V, before_1V))
-            lines.append("{}: logit {:.3f}, with noise {:.3f}, likelier ones have {:.3f}".format(token, *values))
+            values = (float(each_1V[0, token]) for each_1V in columns)
+            text = "{}: logit {:.3f}, with noise {:.3f}, likelier ones have {:.3f} to {:.3f}"
+            lines.append(text.format(token, *values))
         return "\n  ".join(lines)
 
     def mean_logprob(self, ids: SequenceABC[int]) -> float:

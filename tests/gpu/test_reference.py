@@ -128,6 +128,19 @@ def test_what_the_nucleus_cannot_hold_is_refused(engine: Engine, reference: Refe
         reference.check([answer._replace(output_ids=[int(unlikely), *answer.output_ids[1:]])])
 
 
+def test_near_ties_are_in_the_nucleus_in_either_order() -> None:
+    """As an H200 had it: ' fox' 0.829, ' mouse' 0.072 and ' little' 0.053; rounded, ' little' came before ' mouse', and
+    0.909 of the mass."""
+    logits_1V = torch.tensor([[16.875, 14.924, 14.670, 13.399, 12.9, 12.8, 12.3, 12.2]])
+    least_1V, most_1V = Reference._likelier(logits_1V, DRAWN)
+    weights_1V = (logits_1V / DRAWN.temperature).softmax(-1)
+    assert float(least_1V[0, 1]) == pytest.approx(float(weights_1V[0, 0]), abs=1e-6)
+    assert float(most_1V[0, 1]) == pytest.approx(float(weights_1V[0, [0, 2]].sum()), abs=1e-6)
+    assert float(least_1V[0, 2]) == pytest.approx(float(weights_1V[0, 0]), abs=1e-6)
+    assert float(most_1V[0, 0]) == pytest.approx(0.0, abs=1e-6) == float(least_1V[0, 0])
+    assert bool((least_1V <= most_1V + 1e-6).all())
+
+
 def trees(num: int, num_nodes: int) -> Iterator[tuple[Sequence, StepBatch, list[int], list[list[int]]]]:
     """A sequence whose beginning is computed next, a tree after it, the tree's tokens and the longest paths."""
     for seed in range(num):
