@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from autobot_llm.engine.kernels.gpu.scaled_rows import X_GROUP, scale_rows
+from autobot_llm.engine.kernels.gpu.scaled_rows import X_GROUP, scale_rows, scale_rows_reference
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -61,6 +61,18 @@ def test_float16_keeps_what_bfloat16_has() -> None:
     wide = x.double()
     errors = (numbers_of(scaled, scales_TG) - wide).abs() / wide.abs().clamp(min=1e-7 * float(wide.abs().max()))
     assert float(errors.max()) < 2**-11
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("integer", [False, True])
+def test_rows_are_those_of_the_twin(integer: bool, normed: bool) -> None:
+    """But for the last place, where float32 rounds otherwise than float64."""
+    x = random_rows(2, 1408)
+    norm = torch.rand(1408, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(GPU) if normed else None
+    found = numbers_of(*scale_rows(x, integer=integer, unit=0.5, norm=norm, eps=EPS), 0.5)
+    wanted = numbers_of(*scale_rows_reference(x, integer=integer, unit=0.5, norm=norm, eps=EPS), 0.5)
+    steps = (found - wanted).abs() / largest_of_groups(wanted) * 32512
+    assert float(steps.max()) < (1.1 if integer else 16.1) and float((steps > 0.5).double().mean()) < 0.02
 
 
 @pytest.mark.parametrize("integer", [False, True])

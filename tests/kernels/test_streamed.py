@@ -17,9 +17,10 @@ from typing import TypeAlias
 import pytest
 import torch
 
-from autobot_llm.engine.kernels.gpu import nvrtc
+from autobot_llm.engine.kernels.gpu import nvrtc, streamed
 from autobot_llm.engine.kernels.gpu.linear import linear_reference, norm_linear_gated_reference
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
+from autobot_llm.engine.kernels.gpu.scaled_rows import scale_rows_reference
 from autobot_llm.engine.kernels.gpu.stream_tiles import TABLES, Format, StreamTile, choose_stream_tile
 from autobot_llm.engine.kernels.gpu.streamed import (
     INT4_MAGIC,
@@ -150,8 +151,18 @@ def compile_for_processor(constants: dict[str, int], folder: Path, name: str = "
     ],
 )
 def test_the_same_source_computes_the_same_on_a_processor(
-    kind: str, num_outputs: int, num_inputs: int, rows: int, what: str, tile: StreamTile, group: int, tmp_path: Path
+    kind: str,
+    num_outputs: int,
+    num_inputs: int,
+    rows: int,
+    what: str,
+    tile: StreamTile,
+    group: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(streamed, "scale_rows", scale_rows_reference)  # where there is a GPU, Triton wants to have it
+
     def multiply(
         tile: StreamTile,
         x: torch.Tensor,
@@ -185,6 +196,20 @@ def test_the_same_source_computes_the_same_on_a_processor(
 
     num_rows = num_outputs * (2 if what == "gated" else 1)
     check(tile, weight_of(kind, num_rows, num_inputs, group=group, device="cpu"), rows, what, multiply)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_number_that_is_none_is_seen_in_every_output(kind: str, tmp_path: Path) -> None:
+    """Which programs scale themselves."""
+    tile, weight = StreamTile(4, 512, 2, 2, resident=1, x_stays=True), weight_of(kind, 64, 512, device="cpu")
+    x, out = torch.ones(1, 512, dtype=DTYPE), torch.empty(1, 64, dtype=DTYPE)
+    prepared = prepare(tile, rows_for(tile, weight, x), weight, out)
+    library, size = compile_for_processor(prepared.constants, tmp_path), ctypes.c_uint64(prepared.shared_bytes)
+    for value in (1.0, torch.inf, torch.nan):
+        x[0, 200] = value
+        maps = map(ctypes.byref, (Box(), Box()))
+        assert library.run(*maps, ctypes.byref(prepared.arguments), INT4_MAGIC, 2, size)
+        assert bool(out.isfinite().all()) if value == 1.0 else not bool(out.isfinite().any())
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ from autobot_llm.engine.kernels.gpu.launch import (
     let_next_kernel_start,
     wait_for_previous_kernel,
 )
+from autobot_llm.engine.kernels.gpu.norm import rms_norm_reference
 
 # T rows, I inputs, G groups of them
 
 X_GROUP = 128
-_LARGEST = tl.constexpr(32512.0)  # 127 * 256: the high byte of what is rounded up is no more than 127
+LARGEST = 32512.0  # 127 * 256: the high byte of what is rounded up is no more than 127
+_LARGEST = tl.constexpr(LARGEST)
 _INPUTS_AT_ONCE = 1024  # of a program, where nothing has to be known of the whole row
 _SCALES_ALIGNMENT = 4  # of a row's scales: 16 bytes
 
@@ -60,6 +62,23 @@ def scale_rows(
         **launch_options(x_TI.device),
     )
     return out, scales_TG
+
+
+def scale_rows_reference(
+    x_TI: torch.Tensor, *, integer: bool, unit: float = 1.0, norm: torch.Tensor | None = None, eps: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slow twin, in float64; of finite numbers."""
+    num_rows = x_TI.shape[0]
+    wide = x_TI.double() if norm is None else rms_norm_reference(x_TI, norm, eps)
+    groups = wide.view(num_rows, -1, X_GROUP)
+    largest_TG = groups.abs().amax(-1)
+    scaled = (groups * (LARGEST / largest_TG.clamp(min=1e-30))[:, :, None]).flatten(1)
+    scales_TG = torch.nn.functional.pad(largest_TG * (unit / LARGEST), (0, -largest_TG.shape[1] % _SCALES_ALIGNMENT))
+    if not integer:
+        return scaled.half(), scales_TG.float()
+    whole = (scaled + 0.5).floor().int()
+    high = (whole + 128) >> 8
+    return torch.stack((high, whole - 256 * high), 1).to(torch.int8), scales_TG.float()
 
 
 @lean
