@@ -54,11 +54,14 @@ def _shapes(qkv: StreamTile, o: StreamTile, gate_up: StreamTile, down: StreamTil
 _DEEP = StreamTile(8, 2048, 3, 2, resident=1)
 _WIDE = StreamTile(8, 2048, 3, 2, resident=1, x_stays=True)
 _NARROW = StreamTile(8, 1024, 2, 2, x_stays=True)
-_SEVERAL = _shapes(
-    StreamTile(8, 1024, 8, 1, resident=1, x_stays=True),
-    StreamTile(8, 1024, 4, 2, resident=1, x_stays=True),
-    StreamTile(8, 2048, 2, 2, resident=1, x_stays=True),
-    StreamTile(8, 1024, 6, 2, resident=1),
+_SEVERAL_WIDE = StreamTile(4, 2048, 2, 2, resident=1, x_stays=True)
+_SEVERAL_NARROW = StreamTile(8, 1024, 4, 2, resident=1, x_stays=True)
+_SEVERAL_DOWN = StreamTile(8, 1024, 6, 2, resident=1)
+_SEVERAL_OF_EIGHT_BITS = _shapes(
+    StreamTile(8, 1024, 8, 1, resident=1, x_stays=True), _SEVERAL_NARROW, _SEVERAL_WIDE, _SEVERAL_DOWN
+)
+_SEVERAL_OF_FOUR_BITS = _shapes(
+    StreamTile(4, 2048, 4, 1, resident=1, x_stays=True), _SEVERAL_NARROW, _SEVERAL_WIDE, _SEVERAL_DOWN
 )
 _ONE_OF_EIGHT_BITS = _shapes(
     _WIDE, StreamTile(8, 1024, 5, 1, x_stays=True), _WIDE, StreamTile(8, 2048, 5, 1, resident=1, x_stays=True)
@@ -68,9 +71,9 @@ _ONE_OF_FOUR_BITS = _shapes(_NARROW, _NARROW, _WIDE, StreamTile(8, 1024, 4, 1, x
 # For each format: the most rows of a table, ascending, and the table.
 TABLES: Mapping[Format, tuple[tuple[int, Shapes], ...]] = {
     Format.BF16: ((8, _shapes(_DEEP, _DEEP, _DEEP, _DEEP)),),
-    Format.INT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL)),
-    Format.FLOAT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL)),
-    Format.INT4: ((1, _ONE_OF_FOUR_BITS), (8, _SEVERAL)),
+    Format.INT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL_OF_EIGHT_BITS)),
+    Format.FLOAT8: ((1, _ONE_OF_EIGHT_BITS), (8, _SEVERAL_OF_EIGHT_BITS)),
+    Format.INT4: ((1, _ONE_OF_FOUR_BITS), (8, _SEVERAL_OF_FOUR_BITS)),
 }
 
 
