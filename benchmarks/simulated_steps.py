@@ -16,6 +16,7 @@ from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.gpu.graph_sizes import CHAIN_SIZES, padded_size
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.speculative.ngram import NgramProposer, Observer
 from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 from autobot_llm.engine.speculative.speculator import Speculator
 
@@ -41,6 +42,8 @@ class Machine(Protocol):
     room: int
     looking: float
     """For each sequence that is looked at while nothing is computed."""
+    booking: float
+    """Beside that, for each step that does not rest: deciding, measuring and the books."""
     is_beside_host: bool
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float: ...
@@ -82,7 +85,8 @@ class Cpu:
     """One thread of an AMD EPYC with AVX-512 in a busy virtual machine, the embedded model, November 2026."""
 
     room = 256
-    looking = 3e-6
+    looking = 12e-6
+    booking = 40e-6
     is_beside_host = False
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float:
@@ -124,6 +128,7 @@ class Gpu:
     behind: float = 0.001
     waiting: float = 0.24
     looking: float = 0.0
+    booking: float = 0.0
     room: int = 128
     is_beside_host: bool = True
 
@@ -269,6 +274,19 @@ class RecordedDraft:
         return Draft(list(guess)) if guess else None
 
 
+class Looking(NgramProposer):
+    """What takes so many seconds for each text that it looks at."""
+
+    def __init__(self, observe: Observer, clock: Clock, seconds: float) -> None:
+        super().__init__(observe)
+        self._clock = clock
+        self._seconds = seconds
+
+    def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
+        self._clock.now += self._seconds
+        return super().propose(sequence, num_tokens)
+
+
 class Simulation:
     """An engine whose sequences say what was recorded. `seconds` of what was answered, without noise on a CPU."""
 
@@ -327,8 +345,8 @@ class Simulation:
         clock, live, machine, draft = self._clock, self._live, self._machine, self._draft
         begin, room = clock.now, machine.room
         queued, draft.behind, draft.launched = draft.behind, 0.0, 0.0
-        if speculator is not None:
-            clock.now += machine.looking * len(live)
+        rests = speculator is None or (not machine.is_beside_host and speculator.rests())
+        if speculator is not None and not rests:
             sequences = [sequence for sequence, _ in live]
             speculator.propose(sequences, room - len(live), may_wait=machine.is_beside_host)
         left = room - len(live)
@@ -357,8 +375,9 @@ class Simulation:
             pairs = zip(sequence.draft_ids, came, strict=False)
             right = next((i for i, (mine, other) in enumerate(pairs) if mine != other), number)
             num_right.append(min(right, len(came) - 1))
-        clock.now += clock.noisy(self._seconds(num_draft))
-        self._go_on(plan, num_right, speculator, clock.now - begin)
+        clock.now += clock.noisy(self._seconds(num_draft)) + machine.booking * (num_draft > 0)
+        self._go_on(plan, num_right, speculator, None if rests else clock.now - begin)
+        clock.now += machine.booking * (num_draft == 0 and not rests)
         return num_draft > 0
 
     def _plan(self, numbers: list[int]) -> StepPlan:
@@ -372,12 +391,14 @@ class Simulation:
     def _seconds(self, num_draft: int) -> float:
         return self._machine.step(self._live[0][1].mode, len(self._live), num_draft)
 
-    def _go_on(self, plan: StepPlan, num_right: list[int], speculator: Speculator | None, seconds: float) -> None:
-        """What a step of so many seconds made of the sequences."""
+    def _go_on(
+        self, plan: StepPlan, num_right: list[int], speculator: Speculator | None, seconds: float | None
+    ) -> None:
+        """What a step made of the sequences, which took so many seconds; None: nobody has measured it."""
         live = self._live
-        if speculator is not None and plan.num_draft_tokens:
+        if speculator is not None and seconds is not None and plan.num_draft_tokens:
             speculator.record(plan, num_right, seconds, [RequestStats() for _ in live])
-        elif speculator is not None:
+        elif speculator is not None and seconds is not None:
             speculator.record_plain(plan, seconds, self._step_cost)
         self._live = []
         for (sequence, trace), right in zip(live, num_right, strict=True):

@@ -243,9 +243,10 @@ class Engine:
         return outputs
 
     def _step_on_host(self) -> list[Output]:
-        if self.speculator is not None:
-            return self._step_with_drafts(self.speculator)
-        plan = self.scheduler.plan()
+        speculator = self.speculator
+        if speculator is not None and not speculator.rests():
+            return self._step_with_drafts(speculator)
+        plan = self.scheduler.plan(max_draft_tokens=0)
         return [] if plan is None else self._run_on_host(plan)
 
     def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
@@ -255,7 +256,6 @@ class Engine:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
-            speculator.observe(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
         batch = self._batches.build(plan)
@@ -298,12 +298,15 @@ class Engine:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        speculator = self.speculator
-        logits_RV = self.executor.execute(batch) if speculator is None else speculator.execute(self.executor, batch)
+        watching = self.speculator if self.speculator is not None and self.speculator.watches_steps else None
+        logits_RV = self.executor.execute(batch) if watching is None else watching.execute(self.executor, batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)
-        return self._accept_all(plan, tokens_of(outcomes), outcomes, seconds)
+        outputs = self._accept_all(plan, tokens_of(outcomes), outcomes, seconds)
+        if watching is not None:
+            watching.observe(plan)
+        return outputs
 
     def _accept_all(
         self, plan: StepPlan, tokens: SequenceABC[int | None], outcomes: list[Outcome] | None, seconds: float

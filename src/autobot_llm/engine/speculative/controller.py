@@ -77,18 +77,22 @@ class Controller:
         self._uses_costly = False
         self._num_passes = 1  # of the costly method when it was last asked
 
-    def record_step(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
-        """Learn from a step without prompts, drafting not included in its seconds."""
-        self.costs.record(num_sequences, num_draft_tokens, seconds)
+    def record_step(
+        self, num_sequences: int, num_draft_tokens: int, seconds: float, *, num_rested: int = 0
+    ) -> None:
+        """Learn from a step without prompts, drafting not included in its seconds. Before it `num_rested` steps without
+        drafts have passed that nobody measured."""
+        self.costs.record(num_sequences, num_draft_tokens, seconds, num_rested)
         self._num_sequences = num_sequences
         if num_draft_tokens:
             self._num_since_plain += 1
             self._num_since_draft = 0
         else:
             self._num_since_plain = 0
-            self._num_since_draft += 1
-        self._num_since_probe += 1
-        self.credit.wait()
+            self._num_since_draft += 1 + num_rested
+        self._num_since_probe += 1 + num_rested
+        self._num_since_offer += num_rested
+        self.credit.wait(1 + num_rested)
 
     def settle(self, num_sequences: int, results: SequenceABC[DraftResult]) -> None:
         """Book what the drafts of a step that was recorded have cost, and what they have gained."""

@@ -183,16 +183,17 @@ class StepCosts:
         self._added: dict[tuple[int, int], float] = {}
         self._seconds_per_prompt_token: float | None = None
 
-    def record(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
-        """Learn from a step without prompts."""
+    def record(self, num_sequences: int, num_draft_tokens: int, seconds: float, num_unmeasured: int = 0) -> None:
+        """Learn from a step without prompts. Before it so many plain ones have passed unmeasured."""
         if num_draft_tokens == 0:
             plain = self._plain.get(num_sequences)
             if plain is None:
                 plain = self._plain[num_sequences] = deque(maxlen=_NUM_PLAIN)
             elif len(plain) == _NUM_PLAIN:
-                self._num_plain += 1
-                if self._num_plain % _PLAIN_EVERY:  # looking at each takes longer than it is worth
+                self._num_plain += 1 + num_unmeasured
+                if self._num_plain < _PLAIN_EVERY:  # looking at each takes longer than it is worth
                     return
+                self._num_plain = 0
             plain.append(seconds)
             self._plain_costs[num_sequences] = _lower_quartile(plain)
             return
