@@ -48,7 +48,7 @@ class Machine(Protocol):
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float: ...
 
-    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
+    def drafting(self, mode: str, num_sequences: int, num_tokens: int, num_behind: int) -> float:
         """Pass by pass, waited for."""
         ...
 
@@ -68,25 +68,28 @@ class Machine(Protocol):
 
 @dataclass(frozen=True)
 class CpuCosts:
-    """Milliseconds of the processor: a lone sequence's step, each further sequence, a draft token, a step's being
-    verified at all, and what every six rows more cost, the kernels' tile."""
+    """Milliseconds of the processor: a lone sequence's step, each further sequence, a draft token, and the draft's pass
+    over one; a step's being verified at all, what every six rows more cost, the kernels' tile, and what a pass takes
+    however few there are."""
 
     plain: float
     sequence: float
     token: float
+    drafted: float
     verified: float = 0.07
-    tile: float = 0.8
+    tile: float = 0.5
+    draft_pass: float = 0.06
 
 
-CPU_COSTS = {"greedy": CpuCosts(1.51, 0.40, 0.28), "sampled": CpuCosts(1.87, 0.53, 0.35)}
+CPU_COSTS = {"greedy": CpuCosts(1.12, 0.16, 0.125, 0.12), "sampled": CpuCosts(1.49, 0.2, 0.17, 0.3)}
 
 
 class Cpu:
-    """One thread of an AMD EPYC with AVX-512 in a busy virtual machine, the embedded model, November 2026."""
+    """One thread of an AMD EPYC with AVX-512 in a virtual machine, the embedded model, November 2026."""
 
     room = 256
-    looking = 12e-6
-    booking = 40e-6
+    looking = 15e-6
+    booking = 45e-6
     is_beside_host = False
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float:
@@ -95,8 +98,9 @@ class Cpu:
         took = costs.plain + costs.tile * (tiles - 1) + costs.sequence * (num_sequences - 1) + costs.token * num_draft
         return (took + costs.verified * (num_draft > 0)) / 1e3
 
-    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
-        return (num_tokens * (0.25 + 0.15 * num_sequences) + 0.04 * num_behind) / 1e3
+    def drafting(self, mode: str, num_sequences: int, num_tokens: int, num_behind: int) -> float:
+        costs = CPU_COSTS[mode]
+        return (num_tokens * (costs.draft_pass + costs.drafted * num_sequences) + 0.015 * num_behind) / 1e3
 
     def chain(self, mode: str, num_tokens: int, missing: list[int]) -> None:
         return None
@@ -136,7 +140,7 @@ class Gpu:
         added = self._at(self.drafted, num_sequences) + num_draft * self._at(self.token, num_sequences)
         return (self._at(self.plain, num_sequences) + added * (num_draft > 0)) / 1e3
 
-    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
+    def drafting(self, mode: str, num_sequences: int, num_tokens: int, num_behind: int) -> float:
         catching_up = self.catching_up * (num_behind > 2 * num_sequences) + self.behind * num_behind
         return (num_tokens * self._at(self.draft_pass, num_sequences) + catching_up) / 1e3
 
@@ -232,7 +236,9 @@ class RecordedDraft:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         num_behind = sum(self.lag(sequence) - 1 for sequence in sequences)
-        self._clock.now += self._clock.noisy(self._machine.drafting(len(sequences), num_tokens, num_behind))
+        trace = self._traces.get(sequences[0].id)
+        mode = "greedy" if trace is None else trace.mode
+        self._clock.now += self._clock.noisy(self._machine.drafting(mode, len(sequences), num_tokens, num_behind))
         return [self._guess(sequence, num_tokens) for sequence in sequences]
 
     def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:

@@ -50,9 +50,10 @@ RETRY = 256
 been measured at a bad moment, and without drafts they are not measured again."""
 PROBE_EVERY = 128
 """Steps from one try of a costly method that is not expected to pay to the next."""
+MOST_PROBE = 16 * PROBE_EVERY
 PROBE_TOKENS = 2
 LIKELY = 0.5
-CATCH_UP_STEPS = 32
+CATCH_UP_STEPS = 8
 """Steps over which a costly method's catching up with a sequence is expected to pay."""
 
 
@@ -70,29 +71,33 @@ class Controller:
         self._num_since_plain = 0
         self._num_since_draft = 0
         self._num_since_offer = 0
-        self._num_since_probe = PROBE_EVERY
+        self._num_since_probe = self._probe_after = PROBE_EVERY
         self._offer_every = priors.offer_every
         self._is_shared = priors.is_shared
         self._costly_pass = priors.costly_pass
         self._uses_costly = False
         self._num_passes = 1  # of the costly method when it was last asked
 
-    def record_step(
-        self, num_sequences: int, num_draft_tokens: int, seconds: float, *, num_rested: int = 0
-    ) -> None:
-        """Learn from a step without prompts, drafting not included in its seconds. Before it `num_rested` steps without
-        drafts have passed that nobody measured."""
-        self.costs.record(num_sequences, num_draft_tokens, seconds, num_rested)
+    def pass_over(self, num_steps: int) -> None:
+        """Steps without drafts have passed that nobody measured."""
+        self.costs.pass_over(num_steps)
+        self._num_since_draft += num_steps
+        self._num_since_probe += num_steps
+        self._num_since_offer += num_steps
+        self.credit.wait(num_steps)
+
+    def record_step(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
+        """Learn from a step without prompts, drafting not included in its seconds."""
+        self.costs.record(num_sequences, num_draft_tokens, seconds)
         self._num_sequences = num_sequences
         if num_draft_tokens:
             self._num_since_plain += 1
             self._num_since_draft = 0
         else:
             self._num_since_plain = 0
-            self._num_since_draft += 1 + num_rested
-        self._num_since_probe += 1 + num_rested
-        self._num_since_offer += num_rested
-        self.credit.wait(1 + num_rested)
+            self._num_since_draft += 1
+        self._num_since_probe += 1
+        self.credit.wait(1)
 
     def settle(self, num_sequences: int, results: SequenceABC[DraftResult]) -> None:
         """Book what the drafts of a step that was recorded have cost, and what they have gained."""
@@ -158,8 +163,10 @@ class Controller:
         if costly is None:
             return decision, 0.0
         decision, catch_up = self._best_costly(free, costly, decision, seconds, plain, limits)
-        if decision is None and self._num_since_probe >= PROBE_EVERY and room >= PROBE_TOKENS:
+        if decision is None and self._num_since_probe >= self._probe_after and room >= PROBE_TOKENS:
             return self._probe(costly, plain)
+        if decision is not None and decision.num_costly:
+            self._probe_after = PROBE_EVERY
         return decision, catch_up
 
     def _best_free(self, free: Histories, plain: float, limits: _Limits) -> tuple[Decision | None, float]:
@@ -274,6 +281,7 @@ class Controller:
         seconds = costly.num_passes(PROBE_TOKENS) * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
         if catch_up + seconds > self.credit.balance * plain / 2:
             return None, 0.0
+        self._probe_after = min(2 * self._probe_after, MOST_PROBE)
         return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(lag)]), catch_up
 
     def _per_pass(self, num_sequences: int, plain: float) -> float:

@@ -183,14 +183,18 @@ class StepCosts:
         self._added: dict[tuple[int, int], float] = {}
         self._seconds_per_prompt_token: float | None = None
 
-    def record(self, num_sequences: int, num_draft_tokens: int, seconds: float, num_unmeasured: int = 0) -> None:
-        """Learn from a step without prompts. Before it so many plain ones have passed unmeasured."""
+    def pass_over(self, num_steps: int) -> None:
+        """Plain steps have passed that nobody measured: the next one says more."""
+        self._num_plain += num_steps
+
+    def record(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
+        """Learn from a step without prompts."""
         if num_draft_tokens == 0:
             plain = self._plain.get(num_sequences)
             if plain is None:
                 plain = self._plain[num_sequences] = deque(maxlen=_NUM_PLAIN)
             elif len(plain) == _NUM_PLAIN:
-                self._num_plain += 1 + num_unmeasured
+                self._num_plain += 1
                 if self._num_plain < _PLAIN_EVERY:  # looking at each takes longer than it is worth
                     return
                 self._num_plain = 0

@@ -43,7 +43,7 @@ class SuffixIndex:
         """(length, place): the longest run at the end of the text that occurred before, and where its last earlier
         occurrence ended; (0, 0) where none did. The text must be the one before, with more tokens or the same."""
         num_tokens, runs = len(token_ids), self._runs
-        if num_tokens - self._num_indexed > 8:
+        if num_tokens - self._num_indexed > 20:
             self._index_many(token_ids, num_tokens - 1)
         for end in range(self._num_indexed + 1, num_tokens + 1):
             run = token_id = token_ids[end - 1]

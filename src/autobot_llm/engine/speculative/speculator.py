@@ -84,6 +84,7 @@ class Speculator:
         self._features = Features()  # of the step at hand
         self.clock = clock
         self._rests = Rests(may_rest=policy is None and not priors.is_shared)
+        self._num_looked_at = 0  # sequences, when somebody last looked
         self._of_text: dict[int, AcceptanceHistory] = {}  # of a costly method's drafts, by sequence id
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
@@ -144,11 +145,14 @@ class Speculator:
         Unless what runs it `takes_trees`, they are the best paths of those that branch. With `may_wait` some may be
         known to the device alone until `settle`, which is then called before the step's verdict."""
         self.drafting_seconds = 0.0
-        start = self.clock() if self._rests.may_rest else 0.0
-        if self._propose(sequences, room, takes_trees, may_wait):
-            self._rests.end()
-        elif self._rests.may_rest:
-            self._rests.go_on()
+        may_rest = self._rests.may_rest
+        start = self.clock() if may_rest else 0.0
+        if num_rested := self._rests.take():
+            self.controller.pass_over(num_rested)
+        self._num_looked_at = len(sequences)
+        is_in_vain = not self._propose(sequences, room, takes_trees, may_wait)
+        self._rests.looked(is_in_vain)
+        if is_in_vain and may_rest:
             self.drafting_seconds = self.clock() - start
         if self._launching is not None and self._launched is None:
             self._launching.drop_behind()
@@ -246,9 +250,7 @@ class Speculator:
         if plan.num_prompt_tokens:
             self.controller.costs.learn_prompt_token(step_cost.seconds_per_prompt_token)
         else:
-            self.controller.record_step(
-                len(plan.scheduled), 0, seconds - self.drafting_seconds, num_rested=self._rests.take()
-            )
+            self.controller.record_step(len(plan.scheduled), 0, seconds - self.drafting_seconds)
 
     def record(
         self, plan: StepPlan, num_accepted: SequenceABC[int], seconds: float, stats: SequenceABC[RequestStats]
@@ -282,7 +284,8 @@ class Speculator:
 
     def forget(self, sequence: Sequence) -> None:
         self._of_text.pop(sequence.id, None)
-        self._rests.end()
+        if self._num_looked_at <= 1:
+            self._rests.start_over()
         self.controller.welcome_next()
         if self._free is not None:
             self._free.forget(sequence)
