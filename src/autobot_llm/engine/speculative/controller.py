@@ -49,12 +49,9 @@ RETRY = 256
 """Plain steps after which a likely free draft is verified although its measured costs speak against it: they may have
 been measured at a bad moment, and without drafts they are not measured again."""
 PROBE_EVERY = 128
-"""Steps from one try of a costly method that is not expected to pay to the next."""
-MOST_PROBE = 16 * PROBE_EVERY
+"""Steps from one try of a costly method that is not expected to pay to the next, at first."""
 PROBE_TOKENS = 2
 LIKELY = 0.5
-CATCH_UP_STEPS = 8
-"""Steps over which a costly method's catching up with a sequence is expected to pay."""
 
 
 class Controller:
@@ -75,6 +72,8 @@ class Controller:
         self._offer_every = priors.offer_every
         self._is_shared = priors.is_shared
         self._costly_pass = priors.costly_pass
+        self._catch_up_steps = priors.catch_up_steps
+        self._most_probe = priors.most_probe
         self._uses_costly = False
         self._num_passes = 1  # of the costly method when it was last asked
 
@@ -258,7 +257,7 @@ class Controller:
             for i in range(num_sequences)
         ]
         own = self.costs.own_share(num_sequences)
-        shared = plain - own * num_sequences + catch_up / CATCH_UP_STEPS
+        shared = plain - own * num_sequences + catch_up / self._catch_up_steps
         best: Decision | None = None
         for length in range(1, limits.length + 1):
             drafting = costly.num_passes(length) * per_pass
@@ -281,7 +280,7 @@ class Controller:
         seconds = costly.num_passes(PROBE_TOKENS) * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
         if catch_up + seconds > self.credit.balance * plain / 2:
             return None, 0.0
-        self._probe_after = min(2 * self._probe_after, MOST_PROBE)
+        self._probe_after = min(2 * self._probe_after, self._most_probe)
         return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(lag)]), catch_up
 
     def _per_pass(self, num_sequences: int, plain: float) -> float:

@@ -31,7 +31,8 @@ class Priors:
     draft token adds to that, in a sequence's share of a plain one. `costly_pass`: what a pass of a costly method takes,
     in plain steps; `token_behind`: a token that it catches up with, in its passes; `twice_as_many`: how much longer its
     pass takes for two sequences than for one. `offer_every`: steps from one look to the next at a costly method that is
-    not in use.
+    not in use. `catch_up_steps`: steps over which its catching up with a sequence is expected to pay. `most_probe`: steps
+    from one try of it to the next, at most, where it never pays.
     `is_shared`: a step's time is nearly all shared by its sequences, so they gain and lose by drafts together.
     """
 
@@ -41,6 +42,8 @@ class Priors:
     token_behind: float
     twice_as_many: float
     offer_every: int
+    catch_up_steps: int
+    most_probe: int
     is_shared: bool
 
 
@@ -51,6 +54,8 @@ ON_CPU = Priors(
     token_behind=0.25,
     twice_as_many=2.0,
     offer_every=16,
+    catch_up_steps=3,
+    most_probe=2048,
     is_shared=False,
 )
 ON_GPU = Priors(
@@ -60,6 +65,8 @@ ON_GPU = Priors(
     token_behind=1 / 256,
     twice_as_many=1.1,
     offer_every=1,
+    catch_up_steps=32,
+    most_probe=128,
     is_shared=True,
 )
 """A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
