@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST_REST = 32
+MOST_REST = 16
 """Steps that pass unlooked at, at most: what begins to be predictable meanwhile is noticed that much later."""
 PATIENCE = 2
 """Looks in vain until as many steps again pass after each."""

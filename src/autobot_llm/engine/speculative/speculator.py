@@ -160,7 +160,8 @@ class Speculator:
     def _propose(self, sequences: list[Sequence], room: int, takes_trees: bool, may_wait: bool) -> bool:
         """Returns whether something was decided upon."""
         for sequence in sequences:
-            sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
+            if sequence.draft_ids:
+                sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
         if not sequences or room < len(sequences):
             return False
         free, costly = self._free, self._costly
