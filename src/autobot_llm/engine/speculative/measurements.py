@@ -31,8 +31,8 @@ class Priors:
     draft token adds to that, in a sequence's share of a plain one. `costly_pass`: what a pass of a costly method takes,
     in plain steps; `token_behind`: a token that it catches up with, in its passes; `twice_as_many`: how much longer its
     pass takes for two sequences than for one. `offer_every`: steps from one look to the next at a costly method that is
-    not in use. `catch_up_steps`: steps over which its catching up with a sequence is expected to pay. `most_probe`: steps
-    from one try of it to the next, at most, where it never pays.
+    not in use. `catch_up_steps`: steps over which its catching up with a sequence is expected to pay. `most_probe`: the
+    most steps from one try of it to the next, where it never pays.
     `is_shared`: a step's time is nearly all shared by its sequences, so they gain and lose by drafts together.
     """
 
