@@ -76,7 +76,7 @@ class CpuCosts:
     sequence: float
     token: float
     drafted: float
-    verified: float = 0.07
+    verified: float = 0.22
     tile: float = 0.5
     draft_pass: float = 0.06
 
