@@ -35,7 +35,7 @@ class Rests:
     def looked(self, is_in_vain: bool) -> None:
         """Somebody has looked; in vain where nothing is drafted."""
         if not is_in_vain:
-            self._num_vain = 0
+            self._num_left = self._num_vain = 0
         elif self.may_rest:
             self._num_left = min(1 << self._num_vain // PATIENCE, MOST_REST)
             self._num_vain += 1

@@ -84,7 +84,7 @@ class Speculator:
         self._features = Features()  # of the step at hand
         self.clock = clock
         self._rests = Rests(may_rest=policy is None and not priors.is_shared)
-        self._num_looked_at = 0  # sequences, when somebody last looked
+        self._num_known = 0  # of the sequences that were looked at last, those that have not left
         self._of_text: dict[int, AcceptanceHistory] = {}  # of a costly method's drafts, by sequence id
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
@@ -145,25 +145,19 @@ class Speculator:
         Unless what runs it `takes_trees`, they are the best paths of those that branch. With `may_wait` some may be
         known to the device alone until `settle`, which is then called before the step's verdict."""
         self.drafting_seconds = 0.0
-        may_rest = self._rests.may_rest
-        start = self.clock() if may_rest else 0.0
         if num_rested := self._rests.take():
             self.controller.pass_over(num_rested)
-        self._num_looked_at = len(sequences)
-        is_in_vain = not self._propose(sequences, room, takes_trees, may_wait)
-        self._rests.looked(is_in_vain)
-        if is_in_vain and may_rest:
-            self.drafting_seconds = self.clock() - start
-        if self._launching is not None and self._launched is None:
-            self._launching.drop_behind()
-
-    def _propose(self, sequences: list[Sequence], room: int, takes_trees: bool, may_wait: bool) -> bool:
-        """Returns whether something was decided upon."""
         for sequence in sequences:
             if sequence.draft_ids:
                 sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
-        if not sequences or room < len(sequences):
-            return False
+        if sequences and room >= len(sequences):
+            self._look(sequences, room, takes_trees, may_wait)
+        if self._launching is not None and self._launched is None:
+            self._launching.drop_behind()
+
+    def _look(self, sequences: list[Sequence], room: int, takes_trees: bool, may_wait: bool) -> None:
+        start = self.clock() if self._rests.may_rest else 0.0
+        self._num_known = len(sequences)
         free, costly = self._free, self._costly
         drafts: list[Draft | None] = [None] * len(sequences)
         histories: list[AcceptanceHistory | None] = [None] * len(sequences)
@@ -172,11 +166,13 @@ class Speculator:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
         offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
-        if offer is None and histories.count(None) == len(histories):
-            return False
-        decision = self._policy.decide(histories, offer, room)
+        has_any = offer is not None or histories.count(None) < len(histories)
+        decision = self._policy.decide(histories, offer, room) if has_any else None
+        self._rests.looked(is_in_vain=decision is None)
         if decision is None:
-            return False
+            if self._rests.may_rest:
+                self.drafting_seconds = self.clock() - start
+            return
         self._drafted_by.clear()
         for sequence, draft, number in zip(sequences, drafts, decision.num_free, strict=True):
             if number and draft is not None and free is not None:
@@ -185,7 +181,6 @@ class Speculator:
             wanting = [sequences[i] for i in decision.costly_for]
             if not (may_wait and self._launch_costly(wanting, decision.num_costly)):
                 self._run_costly(costly, wanting, decision.num_costly, takes_trees)
-        return True
 
     def launch_behind(self, plan: StepPlan) -> None:
         """Queue the drafts of the step after the one that was launched last, which verifies drafts that nobody knows
@@ -248,9 +243,9 @@ class Speculator:
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
-        if plan.num_prompt_tokens:
+        if plan.num_prompt_tokens or self._rests.may_rest:  # then one may have passed unseen
             self.controller.costs.learn_prompt_token(step_cost.seconds_per_prompt_token)
-        else:
+        if not plan.num_prompt_tokens:
             self.controller.record_step(len(plan.scheduled), 0, seconds - self.drafting_seconds)
 
     def record(
@@ -285,7 +280,8 @@ class Speculator:
 
     def forget(self, sequence: Sequence) -> None:
         self._of_text.pop(sequence.id, None)
-        if self._num_looked_at <= 1:
+        self._num_known -= 1
+        if self._num_known <= 0:
             self._rests.start_over()
         self.controller.welcome_next()
         if self._free is not None:
