@@ -19,7 +19,7 @@ from autobot_llm.engine.engine import Engine
 from autobot_llm.engine.executor import FeatureKinds, Features
 from autobot_llm.engine.request import EngineRequest, RequestStats
 from autobot_llm.engine.sequence import SamplingParams, Sequence
-from autobot_llm.engine.speculative.controller import PROBE_EVERY, Controller
+from autobot_llm.engine.speculative.controller import PROBE_EVERY, PROBES, Controller
 from autobot_llm.engine.speculative.credit import FIRST_STEPS, LOSS_SHARE
 from autobot_llm.engine.speculative.measurements import ENOUGH, ON_CPU, ON_GPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import NgramProposer
@@ -183,7 +183,7 @@ def test_a_costly_method_that_never_pays_is_tried_ever_more_seldom_on_a_cpu(prio
     gaps = [after - before for before, after in itertools.pairwise(looks)]
     assert min(gaps) >= PROBE_EVERY
     if rarer:
-        assert gaps[:3] == [2 * PROBE_EVERY, 4 * PROBE_EVERY, 8 * PROBE_EVERY]
+        assert gaps[: PROBES + 2] == [*[PROBE_EVERY] * PROBES, 2 * PROBE_EVERY, 4 * PROBE_EVERY]
         assert max(gaps) == priors.most_probe
     else:
         assert max(gaps) == PROBE_EVERY

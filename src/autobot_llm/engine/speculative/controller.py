@@ -50,6 +50,9 @@ RETRY = 256
 been measured at a bad moment, and without drafts they are not measured again."""
 PROBE_EVERY = 128
 """Steps from one try of a costly method that is not expected to pay to the next, at first."""
+PROBES = 2
+"""Tries that come to nothing until each is twice as far away as the one before: costs may have been measured at a bad
+moment."""
 PROBE_TOKENS = 2
 LIKELY = 0.5
 
@@ -68,7 +71,8 @@ class Controller:
         self._num_since_plain = 0
         self._num_since_draft = 0
         self._num_since_offer = 0
-        self._num_since_probe = self._probe_after = PROBE_EVERY
+        self._num_since_probe = PROBE_EVERY
+        self._num_probes = 0  # in a row that came to nothing
         self._offer_every = priors.offer_every
         self._is_shared = priors.is_shared
         self._costly_pass = priors.costly_pass
@@ -162,10 +166,10 @@ class Controller:
         if costly is None:
             return decision, 0.0
         decision, catch_up = self._best_costly(free, costly, decision, seconds, plain, limits)
-        if decision is None and self._num_since_probe >= self._probe_after and room >= PROBE_TOKENS:
+        if decision is None and self._num_since_probe >= self._probe_every and room >= PROBE_TOKENS:
             return self._probe(costly, plain)
         if decision is not None and decision.num_costly:
-            self._probe_after = PROBE_EVERY
+            self._num_probes = 0
         return decision, catch_up
 
     def _best_free(self, free: Histories, plain: float, limits: _Limits) -> tuple[Decision | None, float]:
@@ -272,6 +276,10 @@ class Controller:
                 best, best_seconds = Decision(kept, length, chosen), these
         return None if best is None else (best, best_seconds, catch_up)
 
+    @property
+    def _probe_every(self) -> int:
+        return min(PROBE_EVERY << max(0, self._num_probes - PROBES), self._most_probe)
+
     def _probe(self, costly: CostlyOffer, plain: float) -> tuple[Decision | None, float]:
         """Try the costly method on the sequence that it lags behind least, where half of the account pays for that."""
         lag = min(costly.lags)
@@ -280,7 +288,7 @@ class Controller:
         seconds = costly.num_passes(PROBE_TOKENS) * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
         if catch_up + seconds > self.credit.balance * plain / 2:
             return None, 0.0
-        self._probe_after = min(2 * self._probe_after, self._most_probe)
+        self._num_probes += 1
         return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(lag)]), catch_up
 
     def _per_pass(self, num_sequences: int, plain: float) -> float:
