@@ -20,7 +20,8 @@ each size of step costs. Counted in measured costs, that is: where none is known
 lose against, so a plain step is what is run then, and once every REFRESH drafted ones.
 
 What is switched off is looked at again. Free drafts are compared with what came even where they were not verified; a
-costly method is tried on one sequence every PROBE_EVERY steps, while half of the account pays for that.
+costly method is tried on one sequence every PROBE_EVERY steps, where it never pays more and more seldom on a CPU, while
+half of the account pays for that.
 """
 
 from __future__ import annotations
