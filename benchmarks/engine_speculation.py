@@ -1,7 +1,8 @@
 """Speculation on a CPU beside none: the embedded model, the same prompts, in one run.
 
 Each prompt is answered by every method in turn, so that a busy moment of the machine hits all of them; what is counted
-is the time of the decoding steps, prompts excluded, in seconds of the clock and of the processor. `auto` and the
+is the time of the decoding steps, prompts excluded, in seconds of the clock and of the processor; and without the noise
+of plain steps (speculation_ledger.py), which is what to look at for differences of a per cent. `auto` and the
 others keep what they have learned from one prompt to the next, as a server does; `warm-up` prompts are not counted.
 The prompts are those that the controller was not tuned with, unless `--half` says otherwise. Prints tables and one JSON
 line at the end.
@@ -30,6 +31,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from speculation_checks import adversarial, identity
+from speculation_ledger import Ledger, prices, timed
 from speculation_setup import CATEGORIES, DRAFT, METHODS, MODEL, Setup
 
 from autobot_llm.engine.engine import Engine
@@ -48,6 +50,7 @@ class Sums:
     num_steps: int = 0
     seconds: float = 0.0
     processor_seconds: float = 0.0
+    ledger: Ledger = field(default_factory=Ledger)
     tried: list[int] = field(default_factory=lambda: [0] * 64)
     passed: list[int] = field(default_factory=lambda: [0] * 64)
 
@@ -69,7 +72,7 @@ def answer(engine: Engine, asked: list[list[int]], params: SamplingParams, sums:
         )
         start, processor_start, before = time.perf_counter(), time.process_time(), engine.num_generated_tokens
         num_steps = engine.num_steps
-        for output in engine.step():
+        for output in sums.ledger.step(engine):
             texts[output.request_id][0] += output.text
             texts[output.request_id][1] = output.num_tokens
         if not is_prompt:
@@ -102,7 +105,7 @@ def run(setup: Setup, arguments: argparse.Namespace) -> dict[str, Any]:
     differing = 0
     for batch in arguments.batch:
         for mode in ("greedy", "sampled"):
-            every = {name: setup.speculator(name) for name in ("off", *arguments.methods)}
+            every = {name: timed(setup.speculator(name)) for name in ("off", *arguments.methods)}
             found: dict[tuple[str, str], Sums] = defaultdict(Sums)
             asked = {category: setup.prompts(category, arguments.half)[: arguments.prompts] for category in CATEGORIES}
             number_of_each = min(map(len, asked.values()))
@@ -127,15 +130,20 @@ def run(setup: Setup, arguments: argparse.Namespace) -> dict[str, Any]:
                     add_figures(every[name], before, found[category, name])
                 differing += sum(answers[name] != answers["off"] for name in order)
             result[title] = report(title, found, list(every))
-    print(f"\nauto against off, prompts: {arguments.half}, {number_of_each} a category")
+    print(f"\nauto against off (plain steps at their mean), prompts: {arguments.half}, {number_of_each} a category")
     for title, cells in result.items():
-        print(f"  {title:18}", *(f"{cells[f'{category} auto']['speed']:5.2f}" for category in CATEGORIES))
+        every = [cells[f"{category} auto"] for category in CATEGORIES]
+        print(f"  {title:18}", *(f"{cell['speed']:5.2f} ({cell['plain_steps_at_their_mean']:5.3f})" for cell in every))
     assert differing == 0, f"{differing} answers differ"
     return result
 
 
 def report(title: str, found: dict[tuple[str, str], Sums], names: list[str]) -> dict[str, Any]:
-    print(f"\n{title}: speed against off by the clock (by the processor); tokens per step; right by position")
+    print(
+        f"\n{title}: speed against off by the clock (by the processor; plain steps at their mean); tokens per step; "
+        "right by position"
+    )
+    means = prices([found[category, "off"].ledger for category in CATEGORIES])
     cells: dict[str, Any] = {}
     for category in CATEGORIES:
         off = found[category, "off"]
@@ -144,16 +152,18 @@ def report(title: str, found: dict[tuple[str, str], Sums], names: list[str]) -> 
             sums = found[category, name]
             speed = (sums.num_tokens / sums.seconds) / (off.num_tokens / off.seconds)
             by_processor = (sums.num_tokens / sums.processor_seconds) / (off.num_tokens / off.processor_seconds)
+            own = off.ledger.seconds(means) / sums.ledger.seconds(means)
             positions = [
                 round(passed / tried, 2) for passed, tried in zip(sums.passed, sums.tried, strict=True) if tried
             ]
             print(
-                f"         {name:5} {speed:5.2f} ({by_processor:4.2f})  {sums.tokens_per_step:4.2f}  "
+                f"         {name:5} {speed:5.2f} ({by_processor:4.2f}; {own:5.3f})  {sums.tokens_per_step:4.2f}  "
                 f"{' '.join(f'{rate:.2f}' for rate in positions)}"
             )
             cells[f"{category} {name}"] = {
                 "speed": round(speed, 3),
                 "by_processor": round(by_processor, 3),
+                "plain_steps_at_their_mean": round(own, 3),
                 "tokens_per_step": round(sums.tokens_per_step, 3),
                 "by_position": positions,
                 "tokens_per_second_off": round(off.num_tokens / off.seconds, 1),

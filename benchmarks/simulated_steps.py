@@ -16,6 +16,7 @@ from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.gpu.graph_sizes import CHAIN_SIZES, padded_size
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.speculative.ngram import NgramProposer, Observer
 from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 from autobot_llm.engine.speculative.speculator import Speculator
 
@@ -41,11 +42,13 @@ class Machine(Protocol):
     room: int
     looking: float
     """For each sequence that is looked at while nothing is computed."""
+    booking: float
+    """Beside that, for each step that does not rest: deciding, measuring and the books."""
     is_beside_host: bool
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float: ...
 
-    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
+    def drafting(self, mode: str, num_sequences: int, num_tokens: int, num_behind: int) -> float:
         """Pass by pass, waited for."""
         ...
 
@@ -65,24 +68,28 @@ class Machine(Protocol):
 
 @dataclass(frozen=True)
 class CpuCosts:
-    """Milliseconds of the processor: a lone sequence's step, each further sequence, a draft token, a step's being
-    verified at all, and what every six rows more cost, the kernels' tile."""
+    """Milliseconds of the processor: a lone sequence's step, each further sequence, a draft token, and the draft's pass
+    over one; a step's being verified at all, what every six rows more cost, the kernels' tile, and what a pass takes
+    however few there are."""
 
     plain: float
     sequence: float
     token: float
-    verified: float = 0.07
-    tile: float = 0.8
+    drafted: float
+    verified: float = 0.22
+    tile: float = 0.5
+    draft_pass: float = 0.06
 
 
-CPU_COSTS = {"greedy": CpuCosts(1.51, 0.40, 0.28), "sampled": CpuCosts(1.87, 0.53, 0.35)}
+CPU_COSTS = {"greedy": CpuCosts(1.12, 0.16, 0.125, 0.12), "sampled": CpuCosts(1.49, 0.2, 0.17, 0.3)}
 
 
 class Cpu:
-    """One thread of an AMD EPYC with AVX-512 in a busy virtual machine, the embedded model, November 2026."""
+    """One thread of an AMD EPYC with AVX-512 in a virtual machine, the embedded model, November 2026."""
 
     room = 256
-    looking = 3e-6
+    looking = 15e-6
+    booking = 45e-6
     is_beside_host = False
 
     def step(self, mode: str, num_sequences: int, num_draft: int) -> float:
@@ -91,8 +98,9 @@ class Cpu:
         took = costs.plain + costs.tile * (tiles - 1) + costs.sequence * (num_sequences - 1) + costs.token * num_draft
         return (took + costs.verified * (num_draft > 0)) / 1e3
 
-    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
-        return (num_tokens * (0.25 + 0.15 * num_sequences) + 0.04 * num_behind) / 1e3
+    def drafting(self, mode: str, num_sequences: int, num_tokens: int, num_behind: int) -> float:
+        costs = CPU_COSTS[mode]
+        return (num_tokens * (costs.draft_pass + costs.drafted * num_sequences) + 0.015 * num_behind) / 1e3
 
     def chain(self, mode: str, num_tokens: int, missing: list[int]) -> None:
         return None
@@ -124,6 +132,7 @@ class Gpu:
     behind: float = 0.001
     waiting: float = 0.24
     looking: float = 0.0
+    booking: float = 0.0
     room: int = 128
     is_beside_host: bool = True
 
@@ -131,7 +140,7 @@ class Gpu:
         added = self._at(self.drafted, num_sequences) + num_draft * self._at(self.token, num_sequences)
         return (self._at(self.plain, num_sequences) + added * (num_draft > 0)) / 1e3
 
-    def drafting(self, num_sequences: int, num_tokens: int, num_behind: int) -> float:
+    def drafting(self, mode: str, num_sequences: int, num_tokens: int, num_behind: int) -> float:
         catching_up = self.catching_up * (num_behind > 2 * num_sequences) + self.behind * num_behind
         return (num_tokens * self._at(self.draft_pass, num_sequences) + catching_up) / 1e3
 
@@ -227,7 +236,9 @@ class RecordedDraft:
 
     def propose(self, sequences: SequenceABC[Sequence], num_tokens: int) -> list[Draft | None]:
         num_behind = sum(self.lag(sequence) - 1 for sequence in sequences)
-        self._clock.now += self._clock.noisy(self._machine.drafting(len(sequences), num_tokens, num_behind))
+        trace = self._traces.get(sequences[0].id)
+        mode = "greedy" if trace is None else trace.mode
+        self._clock.now += self._clock.noisy(self._machine.drafting(mode, len(sequences), num_tokens, num_behind))
         return [self._guess(sequence, num_tokens) for sequence in sequences]
 
     def launch(self, sequences: SequenceABC[Sequence], num_tokens: int) -> LaunchedDrafts | None:
@@ -267,6 +278,19 @@ class RecordedDraft:
             guess = trace.guesses[len(token_ids) - trace.num_prompt_tokens - 1][:num_tokens]
         self._drafted[sequence.id] = [*token_ids, *guess[:-1]]  # nobody has computed what follows the last one
         return Draft(list(guess)) if guess else None
+
+
+class Looking(NgramProposer):
+    """What takes so many seconds for each text that it looks at."""
+
+    def __init__(self, observe: Observer, clock: Clock, seconds: float) -> None:
+        super().__init__(observe)
+        self._clock = clock
+        self._seconds = seconds
+
+    def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
+        self._clock.now += self._seconds
+        return super().propose(sequence, num_tokens)
 
 
 class Simulation:
@@ -327,8 +351,8 @@ class Simulation:
         clock, live, machine, draft = self._clock, self._live, self._machine, self._draft
         begin, room = clock.now, machine.room
         queued, draft.behind, draft.launched = draft.behind, 0.0, 0.0
-        if speculator is not None:
-            clock.now += machine.looking * len(live)
+        rests = speculator is None or (not machine.is_beside_host and speculator.rests())
+        if speculator is not None and not rests:
             sequences = [sequence for sequence, _ in live]
             speculator.propose(sequences, room - len(live), may_wait=machine.is_beside_host)
         left = room - len(live)
@@ -357,8 +381,9 @@ class Simulation:
             pairs = zip(sequence.draft_ids, came, strict=False)
             right = next((i for i, (mine, other) in enumerate(pairs) if mine != other), number)
             num_right.append(min(right, len(came) - 1))
-        clock.now += clock.noisy(self._seconds(num_draft))
-        self._go_on(plan, num_right, speculator, clock.now - begin)
+        clock.now += clock.noisy(self._seconds(num_draft)) + machine.booking * (num_draft > 0)
+        self._go_on(plan, num_right, speculator, None if rests else clock.now - begin)
+        clock.now += machine.booking * (num_draft == 0 and not rests)
         return num_draft > 0
 
     def _plan(self, numbers: list[int]) -> StepPlan:
@@ -372,12 +397,14 @@ class Simulation:
     def _seconds(self, num_draft: int) -> float:
         return self._machine.step(self._live[0][1].mode, len(self._live), num_draft)
 
-    def _go_on(self, plan: StepPlan, num_right: list[int], speculator: Speculator | None, seconds: float) -> None:
-        """What a step of so many seconds made of the sequences."""
+    def _go_on(
+        self, plan: StepPlan, num_right: list[int], speculator: Speculator | None, seconds: float | None
+    ) -> None:
+        """What a step made of the sequences, which took so many seconds; None: nobody has measured it."""
         live = self._live
-        if speculator is not None and plan.num_draft_tokens:
+        if speculator is not None and seconds is not None and plan.num_draft_tokens:
             speculator.record(plan, num_right, seconds, [RequestStats() for _ in live])
-        elif speculator is not None:
+        elif speculator is not None and seconds is not None:
             speculator.record_plain(plan, seconds, self._step_cost)
         self._live = []
         for (sequence, trace), right in zip(live, num_right, strict=True):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from speculation_ledger import Ledger, prices, timed
 from speculation_setup import CATEGORIES, METHODS, Setup
 
 from autobot_llm.engine.batching.plan import StepBatch
@@ -99,11 +100,12 @@ def scripts(source: list[int], seed: int) -> dict[str, list[int]]:
 def adversarial(setup: Setup, num_rounds: int) -> dict[str, Any]:
     """Speed of auto against off on such answers, by what the decoding steps took."""
     engine, executor = setup.engine, setup.engine.executor
-    auto = setup.speculator("auto")
+    auto = timed(setup.speculator("auto"))
     sources = [ids for ids in setup.prompts("copy") if len(ids) >= 150]
     result: dict[str, Any] = {}
     for size in (1, 8):
         sums: dict[tuple[str, str], list[float]] = {}
+        ledgers: dict[tuple[str, str], Ledger] = defaultdict(Ledger)
         for number in track(
             range(num_rounds + 1), description=f"batch {size}", transient=True, console=Console(stderr=True)
         ):
@@ -114,7 +116,8 @@ def adversarial(setup: Setup, num_rounds: int) -> dict[str, Any]:
                 random.Random(number).shuffle(order)
                 for method in order:
                     engine.speculator = None if method == "off" else auto
-                    seconds = _decode(setup, source, size, len(answer))
+                    ledger = ledgers[name, method] if number else Ledger()
+                    seconds = _decode(setup, source, size, len(answer), ledger)
                     if number:  # the first round is for learning costs
                         total = sums.setdefault((name, method), [0.0, 0.0])
                         total[0] += seconds[0]
@@ -122,13 +125,22 @@ def adversarial(setup: Setup, num_rounds: int) -> dict[str, Any]:
         for name in scripts(sources[0], 0):
             off, ours = sums[name, "off"], sums[name, "auto"]
             by_clock, by_processor = off[0] / ours[0], off[1] / ours[1]
-            print(f"  batch {size}, {name:42} {by_clock:5.3f} by the clock, {by_processor:5.3f} by the processor")
-            result[f"batch {size}, {name}"] = {"speed": round(by_clock, 3), "by_processor": round(by_processor, 3)}
+            means = prices([ledgers[other, "off"] for other in scripts(sources[0], 0)])
+            own = ledgers[name, "off"].seconds(means) / ledgers[name, "auto"].seconds(means)
+            print(
+                f"  batch {size}, {name:42} {by_clock:5.3f} by the clock, {by_processor:5.3f} by the processor, "
+                f"{own:5.3f} with plain steps at their mean"
+            )
+            result[f"batch {size}, {name}"] = {
+                "speed": round(by_clock, 3),
+                "by_processor": round(by_processor, 3),
+                "plain_steps_at_their_mean": round(own, 3),
+            }
     engine.executor = executor
     return result
 
 
-def _decode(setup: Setup, source: list[int], size: int, num_tokens: int) -> tuple[float, float]:
+def _decode(setup: Setup, source: list[int], size: int, num_tokens: int, ledger: Ledger) -> tuple[float, float]:
     """Seconds of the clock and of the processor for the steps after the prompts."""
     engine = setup.engine
     for i in range(size):
@@ -140,7 +152,7 @@ def _decode(setup: Setup, source: list[int], size: int, num_tokens: int) -> tupl
             for choice in engine._choices.values()
         )
         start, processor_start = time.perf_counter(), time.process_time()
-        engine.step()
+        ledger.step(engine)
         if not is_prompt:
             seconds += time.perf_counter() - start
             processor_seconds += time.process_time() - processor_start

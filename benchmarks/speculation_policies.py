@@ -20,16 +20,16 @@ import math
 import random
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
-from simulated_steps import MACHINES, Clock, Machine, RecordedDraft, Simulation, Trace
+from simulated_steps import MACHINES, Clock, Looking, Machine, RecordedDraft, Simulation, Trace
 from speculation_setup import DRAFT, Half, Setup
 
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.measurements import ON_CPU, ON_GPU
-from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.policy import Always
 from autobot_llm.engine.speculative.speculator import Speculator
 
@@ -71,12 +71,13 @@ def compare(traces: list[Trace], machine: Machine, size: int, num_prompts: int, 
         clock = Clock(machine, seed)
         draft = RecordedDraft(machine, clock)
         simulation = Simulation(machine, clock, draft)
+        make_free = partial(Looking, clock=clock, seconds=machine.looking)
         priors, always = ON_GPU if machine.is_beside_host else ON_CPU, Always(NUM_TOKENS)
         every = {
             "off": None,
-            "ngram": Speculator(NUM_TOKENS, make_free=NgramProposer, policy=always, clock=clock),
+            "ngram": Speculator(NUM_TOKENS, make_free=make_free, policy=always, clock=clock),
             "draft": Speculator(NUM_TOKENS, costly=draft, policy=always, clock=clock),
-            "auto": Speculator(NUM_TOKENS, make_free=NgramProposer, costly=draft, priors=priors, clock=clock),
+            "auto": Speculator(NUM_TOKENS, make_free=make_free, costly=draft, priors=priors, clock=clock),
         }
         if not machine.is_beside_host:  # as where an engine starts
             every["auto"].rehearse(Sequence(-1, [0, 0], SamplingParams(max_tokens=1, temperature=0.0)))

@@ -13,7 +13,7 @@ from autobot_llm.engine.batching.scheduler import Scheduler
 from autobot_llm.engine.choice import Choice, info_of
 from autobot_llm.engine.description import CacheDescription
 from autobot_llm.engine.detokenizer import Detokenizer
-from autobot_llm.engine.executor import Executor, Features, PipelinedExecutor, TreeExecutor
+from autobot_llm.engine.executor import Executor, PipelinedExecutor, TreeExecutor
 from autobot_llm.engine.models.config import ModelConfig
 from autobot_llm.engine.request import EngineRequest, Output, RequestStats
 from autobot_llm.engine.sampler import (
@@ -243,9 +243,10 @@ class Engine:
         return outputs
 
     def _step_on_host(self) -> list[Output]:
-        if self.speculator is not None:
-            return self._step_with_drafts(self.speculator)
-        plan = self.scheduler.plan()
+        speculator = self.speculator
+        if speculator is not None and not speculator.rests():
+            return self._step_with_drafts(speculator)
+        plan = self.scheduler.plan(max_draft_tokens=0)
         return [] if plan is None else self._run_on_host(plan)
 
     def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
@@ -255,12 +256,14 @@ class Engine:
             return []
         if not plan.num_draft_tokens:
             outputs = self._run_on_host(plan)
-            speculator.observe(plan)
             speculator.record_plain(plan, speculator.clock() - begin_time, self.scheduler.step_cost)
             return outputs
         batch = self._batches.build(plan)
         verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
-        return self._tell(self._take(speculator, plan, batch, verdicts, begin_time, None))
+        judged = self._take(plan, batch, verdicts)
+        outputs = self._tell(judged)  # before it learns: a plain step's seconds hold its text, too
+        learn(speculator, plan, verdicts, judged, speculator.clock() - begin_time)
+        return outputs
 
     def _judge(self, speculator: Speculator, step: StepInFlight) -> Judged:
         """Wait for a step with drafts, and take its verdict."""
@@ -268,22 +271,15 @@ class Engine:
         sampled = step.launched.wait()
         speculator.settle()
         verdicts = verify_sampled(sampled, step.plan.scheduled)
-        return self._take(speculator, step.plan, step.batch, verdicts, step.start_time, step.launched.features)
-
-    def _take(
-        self,
-        speculator: Speculator,
-        plan: StepPlan,
-        batch: StepBatch,
-        verdicts: list[Verdict],
-        begin_time: float,
-        features: Features | None,
-    ) -> Judged:
-        judged = take_verdicts(plan, batch, verdicts, self.scheduler, self._choices, self._mover)
-        self.num_steps += 1
-        learn(speculator, plan, verdicts, speculator.clock() - begin_time, self._choices, features)
+        judged = self._take(step.plan, step.batch, verdicts)
+        seconds = speculator.clock() - step.start_time
+        learn(speculator, step.plan, verdicts, judged, seconds, step.launched.features)
         self._last_end_time = self._clock()
         return judged
+
+    def _take(self, plan: StepPlan, batch: StepBatch, verdicts: list[Verdict]) -> Judged:
+        self.num_steps += 1
+        return take_verdicts(plan, batch, verdicts, self.scheduler, self._choices, self._mover)
 
     def _tell(self, judged: Judged) -> list[Output]:
         """What choices get of a step with drafts: one output each. What comes after an end is dropped."""
@@ -298,12 +294,15 @@ class Engine:
         batch = self._batches.build(plan)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         start_time = self._clock()
-        speculator = self.speculator
-        logits_RV = self.executor.execute(batch) if speculator is None else speculator.execute(self.executor, batch)
+        watching = self.speculator if self.speculator is not None and self.speculator.watches_steps else None
+        logits_RV = self.executor.execute(batch) if watching is None else watching.execute(self.executor, batch)
         outcomes = self._sampler.sample(logits_RV, sampling) if sampling else []
         seconds = self._clock() - start_time
         self.scheduler.advance(plan)
-        return self._accept_all(plan, tokens_of(outcomes), outcomes, seconds)
+        outputs = self._accept_all(plan, tokens_of(outcomes), outcomes, seconds)
+        if watching is not None:
+            watching.observe(plan)
+        return outputs
 
     def _accept_all(
         self, plan: StepPlan, tokens: SequenceABC[int | None], outcomes: list[Outcome] | None, seconds: float

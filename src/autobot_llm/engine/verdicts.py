@@ -66,16 +66,15 @@ def learn(
     speculator: Speculator,
     plan: StepPlan,
     verdicts: SequenceABC[Verdict],
+    judged: Judged,
     seconds: float,
-    choices: Mapping[int, Choice],
-    features: Features | None,
+    features: Features | None = None,
 ) -> None:
-    """Let the speculator see a plan that was resolved, and what its drafts came to, unless somebody has left: then the
-    step says little. `features` None: those that it has kept itself."""
+    """Let the speculator see a plan that was resolved, and what its drafts came to, unless somebody had left before:
+    then the step says little. `features` None: those that it has kept itself."""
     speculator.observe(plan, verdicts, features)
-    found = [choices.get(item.sequence.id) for item in plan.scheduled if item.samples]
-    stats = [choice.stats for choice in found if choice is not None]
-    if len(stats) == len(found):
+    if len(judged) == len(verdicts):
+        stats = [choice.stats for choice, _, _ in judged]
         speculator.record(plan, [verdict.num_accepted for verdict in verdicts], seconds, stats)
 
 

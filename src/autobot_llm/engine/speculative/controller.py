@@ -20,7 +20,8 @@ each size of step costs. Counted in measured costs, that is: where none is known
 lose against, so a plain step is what is run then, and once every REFRESH drafted ones.
 
 What is switched off is looked at again. Free drafts are compared with what came even where they were not verified; a
-costly method is tried on one sequence every PROBE_EVERY steps, while half of the account pays for that.
+costly method is tried on one sequence every PROBE_EVERY steps, where it never pays more and more seldom on a CPU, while
+half of the account pays for that.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ RETRY = 256
 """Plain steps after which a likely free draft is verified although its measured costs speak against it: they may have
 been measured at a bad moment, and without drafts they are not measured again."""
 PROBE_EVERY = 128
-"""Steps from one try of a costly method that is not expected to pay to the next."""
+"""Steps from one try of a costly method that is not expected to pay to the next, at first."""
+PROBES = 2
+"""Tries that come to nothing until each is twice as far away as the one before: costs may have been measured at a bad
+moment."""
 PROBE_TOKENS = 2
 LIKELY = 0.5
-CATCH_UP_STEPS = 32
-"""Steps over which a costly method's catching up with a sequence is expected to pay."""
 
 
 class Controller:
@@ -71,11 +73,22 @@ class Controller:
         self._num_since_draft = 0
         self._num_since_offer = 0
         self._num_since_probe = PROBE_EVERY
+        self._num_probes = 0  # in a row that came to nothing
         self._offer_every = priors.offer_every
         self._is_shared = priors.is_shared
         self._costly_pass = priors.costly_pass
+        self._catch_up_steps = priors.catch_up_steps
+        self._most_probe = priors.most_probe
         self._uses_costly = False
         self._num_passes = 1  # of the costly method when it was last asked
+
+    def pass_over(self, num_steps: int) -> None:
+        """Steps without drafts have passed that nobody measured."""
+        self.costs.pass_over(num_steps)
+        self._num_since_draft += num_steps
+        self._num_since_probe += num_steps
+        self._num_since_offer += num_steps
+        self.credit.wait(num_steps)
 
     def record_step(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
         """Learn from a step without prompts, drafting not included in its seconds."""
@@ -88,7 +101,7 @@ class Controller:
             self._num_since_plain = 0
             self._num_since_draft += 1
         self._num_since_probe += 1
-        self.credit.wait()
+        self.credit.wait(1)
 
     def settle(self, num_sequences: int, results: SequenceABC[DraftResult]) -> None:
         """Book what the drafts of a step that was recorded have cost, and what they have gained."""
@@ -154,8 +167,10 @@ class Controller:
         if costly is None:
             return decision, 0.0
         decision, catch_up = self._best_costly(free, costly, decision, seconds, plain, limits)
-        if decision is None and self._num_since_probe >= PROBE_EVERY and room >= PROBE_TOKENS:
+        if decision is None and self._num_since_probe >= self._probe_every and room >= PROBE_TOKENS:
             return self._probe(costly, plain)
+        if decision is not None and decision.num_costly:
+            self._num_probes = 0
         return decision, catch_up
 
     def _best_free(self, free: Histories, plain: float, limits: _Limits) -> tuple[Decision | None, float]:
@@ -247,7 +262,7 @@ class Controller:
             for i in range(num_sequences)
         ]
         own = self.costs.own_share(num_sequences)
-        shared = plain - own * num_sequences + catch_up / CATCH_UP_STEPS
+        shared = plain - own * num_sequences + catch_up / self._catch_up_steps
         best: Decision | None = None
         for length in range(1, limits.length + 1):
             drafting = costly.num_passes(length) * per_pass
@@ -262,6 +277,10 @@ class Controller:
                 best, best_seconds = Decision(kept, length, chosen), these
         return None if best is None else (best, best_seconds, catch_up)
 
+    @property
+    def _probe_every(self) -> int:
+        return min(PROBE_EVERY << max(0, self._num_probes - PROBES), self._most_probe)
+
     def _probe(self, costly: CostlyOffer, plain: float) -> tuple[Decision | None, float]:
         """Try the costly method on the sequence that it lags behind least, where half of the account pays for that."""
         lag = min(costly.lags)
@@ -270,6 +289,7 @@ class Controller:
         seconds = costly.num_passes(PROBE_TOKENS) * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
         if catch_up + seconds > self.credit.balance * plain / 2:
             return None, 0.0
+        self._num_probes += 1
         return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(lag)]), catch_up
 
     def _per_pass(self, num_sequences: int, plain: float) -> float:

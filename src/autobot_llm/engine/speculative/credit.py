@@ -30,9 +30,9 @@ class Credit:
     def __init__(self) -> None:
         self.balance = FIRST_STEPS
 
-    def wait(self) -> None:
-        """A step has passed."""
-        self.book(LOSS_SHARE)
+    def wait(self, num_steps: int) -> None:
+        """Steps have passed."""
+        self.book(LOSS_SHARE * num_steps)
 
     def welcome(self, num_sequences: int) -> None:
         """An answer begins, as one of so many."""

@@ -31,7 +31,8 @@ class Priors:
     draft token adds to that, in a sequence's share of a plain one. `costly_pass`: what a pass of a costly method takes,
     in plain steps; `token_behind`: a token that it catches up with, in its passes; `twice_as_many`: how much longer its
     pass takes for two sequences than for one. `offer_every`: steps from one look to the next at a costly method that is
-    not in use.
+    not in use. `catch_up_steps`: steps over which its catching up with a sequence is expected to pay. `most_probe`: the
+    most steps from one try of it to the next, where it never pays.
     `is_shared`: a step's time is nearly all shared by its sequences, so they gain and lose by drafts together.
     """
 
@@ -41,6 +42,8 @@ class Priors:
     token_behind: float
     twice_as_many: float
     offer_every: int
+    catch_up_steps: int
+    most_probe: int
     is_shared: bool
 
 
@@ -51,6 +54,8 @@ ON_CPU = Priors(
     token_behind=0.25,
     twice_as_many=2.0,
     offer_every=16,
+    catch_up_steps=3,
+    most_probe=2048,
     is_shared=False,
 )
 ON_GPU = Priors(
@@ -60,6 +65,8 @@ ON_GPU = Priors(
     token_behind=1 / 256,
     twice_as_many=1.1,
     offer_every=1,
+    catch_up_steps=32,
+    most_probe=128,
     is_shared=True,
 )
 """A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
@@ -183,6 +190,10 @@ class StepCosts:
         self._added: dict[tuple[int, int], float] = {}
         self._seconds_per_prompt_token: float | None = None
 
+    def pass_over(self, num_steps: int) -> None:
+        """Plain steps have passed that nobody measured: the next one says more."""
+        self._num_plain += num_steps
+
     def record(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
         """Learn from a step without prompts."""
         if num_draft_tokens == 0:
@@ -191,8 +202,9 @@ class StepCosts:
                 plain = self._plain[num_sequences] = deque(maxlen=_NUM_PLAIN)
             elif len(plain) == _NUM_PLAIN:
                 self._num_plain += 1
-                if self._num_plain % _PLAIN_EVERY:  # looking at each takes longer than it is worth
+                if self._num_plain < _PLAIN_EVERY:  # looking at each takes longer than it is worth
                     return
+                self._num_plain = 0
             plain.append(seconds)
             self._plain_costs[num_sequences] = _lower_quartile(plain)
             return
@@ -279,8 +291,8 @@ class CostlyCosts:
         self._priors = priors
         self._most: dict[int, float] = {}
         """What a pass takes at most, by size: of drafts that began with much to catch up with."""
-        self._passes: dict[int, deque[float]] = {}
-        self._catch_up: dict[int, deque[float]] = {}
+        self._passes = _Medians()
+        self._catch_up = _Medians()
         """Seconds for each token that is caught up with, by the size of their number."""
         self._tokens: dict[tuple[int, int], float] = {}
 
@@ -301,22 +313,21 @@ class CostlyCosts:
         """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
         size = num_sequences.bit_length()
         if num_behind <= 2 * num_sequences:
-            self._passes.setdefault(size, deque(maxlen=ENOUGH)).append(seconds / num_passes)
-        elif self._passes:
+            self._passes.record(size, seconds / num_passes)
+        elif self._passes.known:
             each = self.per_pass(num_sequences)
             assert each is not None
-            caught_up = self._catch_up.setdefault(num_behind.bit_length(), deque(maxlen=ENOUGH))
-            caught_up.append(max(0.0, seconds - num_passes * each) / num_behind)
+            self._catch_up.record(num_behind.bit_length(), max(0.0, seconds - num_passes * each) / num_behind)
         else:
             self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
 
     def per_pass(self, num_sequences: int) -> float | None:
         """Of so many sequences, or of the nearest number that was measured; None where none was."""
-        known = {size: float(median(passes)) for size, passes in self._passes.items()} or self._most
+        known = self._passes.known or self._most
         if not known:
             return None
         size = num_sequences.bit_length()
-        nearest = min(known, key=lambda other: abs(other - size))
+        nearest = size if size in known else min(known, key=lambda other: abs(other - size))
         return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
 
     def catch_up(self, num_behind: int, per_pass: float) -> float:
@@ -324,13 +335,27 @@ class CostlyCosts:
         what was measured a token takes no more than it is taken for: most of catching up with a few is that there are
         any."""
         each = per_pass * self._priors.token_behind
-        if not self._catch_up:
+        known = self._catch_up.known
+        if not known:
             return num_behind * each
         size = num_behind.bit_length()
-        nearest = min(self._catch_up, key=lambda other: abs(other - size))
-        measured = float(median(self._catch_up[nearest]))
+        nearest = size if size in known else min(known, key=lambda other: abs(other - size))
+        measured = known[nearest]
         num_measured = min(num_behind, (1 << nearest) - 1)
         return num_measured * measured + (num_behind - num_measured) * min(measured, each)
+
+
+class _Medians:
+    """Of the last ENOUGH seconds of each size, computed as they come: they are asked for much more often."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, float] = {}
+        self._seconds: dict[int, deque[float]] = {}
+
+    def record(self, size: int, seconds: float) -> None:
+        of_size = self._seconds.setdefault(size, deque(maxlen=ENOUGH))
+        of_size.append(seconds)
+        self.known[size] = median(of_size)
 
 
 def _size(number: int) -> int:

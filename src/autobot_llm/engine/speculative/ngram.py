@@ -42,33 +42,35 @@ class SuffixIndex:
     def find(self, token_ids: list[int]) -> tuple[int, int]:
         """(length, place): the longest run at the end of the text that occurred before, and where its last earlier
         occurrence ended; (0, 0) where none did. The text must be the one before, with more tokens or the same."""
-        num_tokens, runs = len(token_ids), self._runs
-        if num_tokens - self._num_indexed > 8:
-            self._index_many(token_ids, num_tokens - 1)
-        for end in range(self._num_indexed + 1, num_tokens + 1):
-            run = token_id = token_ids[end - 1]
-            length = place = 0
+        num_tokens = len(token_ids)
+        if num_tokens == self._num_indexed:
+            return self._found
+        if num_tokens - self._num_indexed > 1:
+            self._index(token_ids, num_tokens - 1)
+        runs, run = self._runs, token_ids[-1]
+        token_id, length, place = run, 0, 0
+        for i, ends in self._ends:
+            if (found := ends.get(run)) is not None:
+                length, place = i + 1, found
+            ends[run] = num_tokens
+            before, runs[i] = runs[i], run
+            if before is None:
+                break  # the text is not longer
+            run = before << _ID_BITS | token_id
+        self._num_indexed, self._found = num_tokens, (length, place)
+        return self._found
+
+    def _index(self, token_ids: list[int], num_tokens: int) -> None:
+        """The same for tokens of which nobody asks where they were before."""
+        runs, start = self._runs, self._num_indexed
+        for end, token_id in enumerate(token_ids[start:num_tokens], start + 1):
+            run = token_id
             for i, ends in self._ends:
-                if (found := ends.get(run)) is not None:
-                    length, place = i + 1, found
                 ends[run] = end
                 before, runs[i] = runs[i], run
                 if before is None:
-                    break  # the text is not longer
+                    break
                 run = before << _ID_BITS | token_id
-            self._num_indexed, self._found = end, (length, place)
-        return self._found
-
-    def _index_many(self, token_ids: list[int], num_tokens: int) -> None:
-        """The same for a prompt, one length after the other, in a third of the time."""
-        first = max(0, self._num_indexed - self.max_length + 1)
-        runs = ids = token_ids[first:num_tokens]
-        for i, ends in self._ends:
-            ends.update(zip(runs, range(first + i + 1, num_tokens + 1), strict=True))
-            self._runs[i] = runs[-1]
-            runs = [run << _ID_BITS | token_id for run, token_id in zip(runs, ids[i + 1 :], strict=False)]
-            if not runs:
-                break
         self._num_indexed = num_tokens
 
 

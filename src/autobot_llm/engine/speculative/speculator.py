@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller
+from autobot_llm.engine.speculative.figures import MethodFigures
 from autobot_llm.engine.speculative.measurements import MADE_TO_GUESS, ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
@@ -32,40 +32,9 @@ from autobot_llm.engine.speculative.proposer import (
     LaunchedDrafts,
     LaunchingProposer,
 )
+from autobot_llm.engine.speculative.rests import Rests
 
-MOST_REST = 4  # steps
 REHEARSED = (1, 1, 1, 32, 32)  # by how many tokens a sequence grows while a method's costs are measured
-
-
-@dataclass(slots=True)
-class MethodFigures:
-    """What a method's drafts came to since the start: tokens verified, tokens accepted, drafts, and by position how
-    many were looked at and how many were right."""
-
-    num_proposed: int = 0
-    num_accepted: int = 0
-    num_drafts: int = 0
-    tried: list[int] = field(default_factory=list)
-    passed: list[int] = field(default_factory=list)
-
-    def record(self, num_proposed: int, depth: int, num_accepted: int) -> None:
-        """`depth`: how many of a draft's tokens could have been accepted, which for a line is all of them."""
-        self.num_drafts += 1
-        self.num_proposed += num_proposed
-        self.num_accepted += num_accepted
-        missing = depth - len(self.tried)
-        if missing > 0:
-            self.tried += [0] * missing
-            self.passed += [0] * missing
-        for position in range(min(depth, num_accepted + 1)):
-            self.tried[position] += 1
-        for position in range(num_accepted):
-            self.passed[position] += 1
-
-    @property
-    def by_position(self) -> list[float]:
-        """Share of right tokens at each position, among drafts that were right before it."""
-        return [passed / tried for passed, tried in zip(self.passed, self.tried, strict=True) if tried]
 
 
 class _Launched(NamedTuple):
@@ -103,7 +72,7 @@ class Speculator:
         self.histories: dict[tuple[str, str], AcceptanceHistory] = {}
         self.num_steps = 0
         self.drafting_seconds = 0.0
-        """What the costly method took in the step at hand."""
+        """What the costly method took in the step at hand, and looking in vain, where that is timed."""
         self._policy: DraftPolicy = self.controller if policy is None else policy
         self._free = None if make_free is None else make_free(self._observe_free)
         self._costly = costly
@@ -114,9 +83,8 @@ class Speculator:
         self._wanted = None if costly is None else costly.wanted
         self._features = Features()  # of the step at hand
         self.clock = clock
-        # To look at many sequences in vain takes a few per cent of a small model's step: some steps pass unlooked at.
-        self._looking_costs = not priors.is_shared
-        self._num_to_rest = 0
+        self._rests = Rests(may_rest=policy is None and not priors.is_shared)
+        self._num_known = 0  # of the sequences that were looked at last, those that have not left
         self._of_text: dict[int, AcceptanceHistory] = {}  # of a costly method's drafts, by sequence id
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
@@ -160,6 +128,16 @@ class Speculator:
                 self.controller.costly_costs.record(1, costly.num_passes(1), num_behind, self.clock() - start)
         costly.forget(sequence)
 
+    def rests(self) -> bool:
+        """Whether the step at hand is better left alone: then neither `propose` nor `record_plain` is called for it,
+        and it has no drafts."""
+        return self._rests.passes()
+
+    @property
+    def watches_steps(self) -> bool:
+        """Whether `execute` and `observe` have something to do in every step, those that rest included."""
+        return self._wanted is not None
+
     def propose(
         self, sequences: list[Sequence], room: int, *, takes_trees: bool = False, may_wait: bool = False
     ) -> None:
@@ -167,19 +145,19 @@ class Speculator:
         Unless what runs it `takes_trees`, they are the best paths of those that branch. With `may_wait` some may be
         known to the device alone until `settle`, which is then called before the step's verdict."""
         self.drafting_seconds = 0.0
-        self._propose(sequences, room, takes_trees, may_wait)
+        if num_rested := self._rests.take():
+            self.controller.pass_over(num_rested)
+        for sequence in sequences:
+            if sequence.draft_ids:
+                sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
+        if sequences and room >= len(sequences):
+            self._look(sequences, room, takes_trees, may_wait)
         if self._launching is not None and self._launched is None:
             self._launching.drop_behind()
 
-    def _propose(self, sequences: list[Sequence], room: int, takes_trees: bool, may_wait: bool) -> None:
-        for sequence in sequences:
-            sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
-        if not sequences or room < len(sequences):
-            return
-        if self._num_to_rest:
-            self._num_to_rest -= 1
-            return
-        self._num_to_rest = min(len(sequences) // 2, MOST_REST) if self._looking_costs else 0
+    def _look(self, sequences: list[Sequence], room: int, takes_trees: bool, may_wait: bool) -> None:
+        start = self.clock() if self._rests.may_rest else 0.0
+        self._num_known = len(sequences)
         free, costly = self._free, self._costly
         drafts: list[Draft | None] = [None] * len(sequences)
         histories: list[AcceptanceHistory | None] = [None] * len(sequences)
@@ -188,12 +166,13 @@ class Speculator:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
         offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
-        if offer is None and histories.count(None) == len(histories):
-            return
-        decision = self._policy.decide(histories, offer, room)
+        has_any = offer is not None or histories.count(None) < len(histories)
+        decision = self._policy.decide(histories, offer, room) if has_any else None
+        self._rests.looked(is_in_vain=decision is None)
         if decision is None:
+            if self._rests.may_rest:
+                self.drafting_seconds = self.clock() - start
             return
-        self._num_to_rest = 0
         self._drafted_by.clear()
         for sequence, draft, number in zip(sequences, drafts, decision.num_free, strict=True):
             if number and draft is not None and free is not None:
@@ -264,9 +243,9 @@ class Speculator:
 
     def record_plain(self, plan: StepPlan, seconds: float, step_cost: StepCost) -> None:
         """Learn from a step without drafts, which took so long, in vain drafting included."""
-        if plan.num_prompt_tokens:
+        if plan.num_prompt_tokens or self._rests.may_rest:  # then one may have passed unseen
             self.controller.costs.learn_prompt_token(step_cost.seconds_per_prompt_token)
-        else:
+        if not plan.num_prompt_tokens:
             self.controller.record_step(len(plan.scheduled), 0, seconds - self.drafting_seconds)
 
     def record(
@@ -301,6 +280,9 @@ class Speculator:
 
     def forget(self, sequence: Sequence) -> None:
         self._of_text.pop(sequence.id, None)
+        self._num_known -= 1
+        if self._num_known <= 0:
+            self._rests.start_over()
         self.controller.welcome_next()
         if self._free is not None:
             self._free.forget(sequence)
