@@ -15,7 +15,10 @@ from autobot_llm.engine.gpu.options import GpuLimits
 
 # What steps that are not captured are made of: (sequences that decode, tokens of a prompt's next part, tokens of the
 # prompt in the cache before it). Each line leads to kernels, or sizes of their tiles, of its own.
-_MIXES = ((1, 64, 64), (30, 64, 64), (90, 64, 64), (1, 8, 24), (1, 16, 16), (1, 64, 0), (1, 2048, 64))
+_MIXES = (
+    *((1, 64, 64), (30, 64, 64), (90, 64, 64), (1, 8, 24), (1, 16, 16), (1, 64, 0), (1, 2048, 64)),
+    *((1, 4, 28), (12, 4, 28), (30, 4, 28), (90, 4, 28), (30, 8, 24)),  # the rest of a prompt, beside few and many
+)
 
 
 def warm_up(executor: GpuExecutor) -> None:

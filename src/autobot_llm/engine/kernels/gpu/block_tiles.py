@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 
 FEWEST_ROWS, MOST_ROWS = 9, 128
-FEWEST_ROUNDED_ROWS = 17  # fewer stay whole: what matters is how fast W is read
 _RING_BYTES = 200 << 10  # of a multiprocessor's shared memory; small kernels find room beside it
 _MOST_STAGES = 16
 _MULTIPROCESSORS = 132

@@ -1,4 +1,4 @@
-"""Products of 17 to 128 rows by streamed_blocks.cu. Knows its constants and what fits it; chooses no tiles."""
+"""Products of 9 to 128 rows by streamed_blocks.cu. Knows its constants and what fits it; chooses no tiles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 from autobot_llm.engine.kernels.gpu.arrange import arrange
 from autobot_llm.engine.kernels.gpu.block_tiles import (
-    FEWEST_ROUNDED_ROWS,
     BlockTile,
     choose_block_tile,
     copying_threads,
@@ -16,6 +15,7 @@ from autobot_llm.engine.kernels.gpu.block_tiles import (
 )
 from autobot_llm.engine.kernels.gpu.nvrtc import CudaKernel, find_nvrtc, map_of_bytes
 from autobot_llm.engine.kernels.gpu.quantized_many import round_rows
+from autobot_llm.engine.kernels.gpu.quantized_tiles import MAX_EXACT_ROWS
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, Prepared, address_of, format_of
@@ -28,7 +28,7 @@ _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
 
 def rounds(weight: PackedWeight, num_rows: int) -> bool:
     """Whether rows are multiplied in 8 bits: if the scheme says so, and there are several."""
-    return weight.activations is not None and num_rows >= FEWEST_ROUNDED_ROWS
+    return weight.activations is not None and num_rows > MAX_EXACT_ROWS
 
 
 def block_tile_for(x_TI: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> BlockTile | None:

@@ -16,7 +16,9 @@
 #include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed.py: FORMAT, INPUTS, GROUP and OFFSETS (of 4 bits), GATED, X_ROWS (most
-// rows of x), X_STAYS (in shared memory; otherwise it comes from the cache), SCALES_X (is told of bfloat16, if x stays), NORM, WARPS, BLOCKS (of 16 rows of W in a tile), SEGMENT (bytes of a row in a stage), STAGES, RESIDENT.
+// rows of x: 1 or 8), X_STAYS (in shared memory; otherwise it comes from the cache), SCALES_X (is told of bfloat16, if x
+// stays), NORM (before that), WARPS, BLOCKS (of 16 rows of W in a tile), SEGMENT (bytes of a row in a stage), STAGES,
+// RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int TILE_OUTPUTS = 16 * BLOCKS / HALVES;
 constexpr int ROW_BYTES = FORMAT == BF16 ? 2 * INPUTS : FORMAT == INT4 ? INPUTS / 2 : INPUTS;
