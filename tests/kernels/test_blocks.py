@@ -33,7 +33,7 @@ from autobot_llm.engine.kernels.gpu.streamed_blocks import (
 )
 from autobot_llm.engine.quantization.packed import PackedWeight
 from autobot_llm.engine.quantization.rounding import round_activations
-from tests.kernels.test_streamed import MULTIPROCESSOR_BYTES, check_chain, compile_for_processor, weight_of
+from tests.kernels.test_streamed import MULTIPROCESSOR_BYTES, Box, check_chain, compile_for_processor, weight_of
 
 Multiply: TypeAlias = Callable[..., torch.Tensor]
 
@@ -115,16 +115,6 @@ def normed_rows(x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 
 
 # --- on the processor ---------------------------------------------------------------------------------------------
-
-
-class Box(ctypes.Structure):
-    """`Matrix` of instructions.h."""
-
-    _fields_ = (
-        ("start", ctypes.c_void_p),
-        *((name, ctypes.c_uint64) for name in ("num_rows", "row_bytes", "stride", "box_rows", "box_bytes")),
-        ("unused", ctypes.c_uint64 * 10),
-    )
 
 
 @pytest.mark.parametrize(
