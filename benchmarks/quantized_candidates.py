@@ -88,15 +88,20 @@ def block_candidates(fmt: str, num_rows: int, shape: Shape) -> list[Candidate]:
         return []
     weight_rows, num_inputs = shape.weight_shape
     tiles: list[Candidate] = []
-    for groups, parts, segment, resident in itertools.product((1, 2), (1, 2, 4), (64, 128), (1, 2, 3)):
-        programs = weight_rows // (64 * groups) * parts
+    tiles_of_x = (0, 64) if stored == "int4" and num_rows > 64 else (0,)
+    for (groups, turns), rows, parts, segment, resident in itertools.product(
+        ((1, 1), (2, 1), (2, 2)), tiles_of_x, (1, 2, 4), (64, 128), (1, 2, 3)
+    ):
+        if turns > 1 and (rounded or resident > 1):
+            continue
+        programs = weight_rows // (64 * groups // turns) * parts * (2 if rows else 1)
         if programs < 2 * MULTIPROCESSORS // 3 or (parts > 1 and programs > 2 * MULTIPROCESSORS + 36):
             continue
         if segment != 128 and (rounded or (stored != "int4" and num_rows <= 64)):
             continue
         if (num_inputs // 2 if stored == "int4" else num_inputs) % (segment * parts):
             continue
-        empty = BlockTile(groups, parts, segment, resident=resident)
+        empty = BlockTile(groups, parts, segment, resident=resident, rows=rows, turns=turns)
         tile = filled(empty, num_rows, STREAMED[stored], rounded=rounded, offsets=False)
         if tile.num_stages >= 2:
             tiles.append(tile)
