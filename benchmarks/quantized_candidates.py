@@ -9,6 +9,7 @@ from linear_gpu import Shape
 
 from autobot_llm.engine.kernels.gpu.block_tiles import FEWEST_ROWS, MOST_ROWS, BlockTile, filled
 from autobot_llm.engine.kernels.gpu.many_tiles import Library, ManyTile, Way
+from autobot_llm.engine.kernels.gpu.quantized_tiles import MAX_EXACT_ROWS
 from autobot_llm.engine.kernels.gpu.stream_tiles import MAX_STREAMED_ROWS, Format, StreamTile
 from autobot_llm.engine.kernels.gpu.streamed import MULTIPROCESSOR_BYTES, SYSTEM_BYTES, shared_bytes
 from autobot_llm.engine.kernels.gpu.tiles import Kind, RowsTile
@@ -84,7 +85,8 @@ def stream_candidates(fmt: str, num_rows: int, shape: Shape) -> list[Candidate]:
 def block_candidates(fmt: str, num_rows: int, shape: Shape) -> list[Candidate]:
     """As many programs as fill the device once or twice, or, of wide products, whatever there are."""
     stored, rounded = fmt.removesuffix("a8"), fmt.endswith("a8")
-    if stored not in STREAMED or not FEWEST_ROWS <= num_rows <= MOST_ROWS:
+    fewest = MAX_EXACT_ROWS + 1 if rounded else FEWEST_ROWS
+    if stored not in STREAMED or not fewest <= num_rows <= MOST_ROWS:
         return []
     weight_rows, num_inputs = shape.weight_shape
     tiles: list[Candidate] = []
