@@ -23,8 +23,8 @@ from autobot_llm.engine.kernels.gpu.block_tiles import (
 )
 from autobot_llm.engine.kernels.gpu.linear import linear_reference
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
-from autobot_llm.engine.kernels.gpu.streamed import MAGIC
 from autobot_llm.engine.kernels.gpu.streamed_blocks import (
+    MAGIC,
     X_COPY_BYTES,
     block_tile_for,
     multiply_blocks,

@@ -212,6 +212,17 @@ def test_a_number_that_is_none_is_seen_in_every_output(kind: str, tmp_path: Path
         assert bool(out.isfinite().all()) if value == 1.0 else not bool(out.isfinite().any())
 
 
+def test_a_norm_that_no_whole_load_reads_is_left_to_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "scale_rows", scale_rows_reference)
+    tile, weight = StreamTile(4, 512, 2, 2, resident=1, x_stays=True), weight_of("int8", 64, 512, device="cpu")
+    x, norm = torch.ones(1, 512, dtype=DTYPE), torch.ones(513, dtype=DTYPE)
+    assert rows_for(tile, weight, x, norm[:512], EPS).scales is None
+    scaled = rows_for(tile, weight, x, norm[1:], EPS)
+    assert scaled.scales is not None and scaled.norm is None
+    prepared = prepare(tile, scaled, weight, torch.empty(1, 64, dtype=DTYPE))
+    assert not prepared.constants["SCALES_X"] and not prepared.constants["NORM"]
+
+
 # --- on a GPU -----------------------------------------------------------------------------------------------------
 
 

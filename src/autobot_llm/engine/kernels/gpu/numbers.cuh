@@ -24,21 +24,6 @@ __device__ __forceinline__ u32 float8_pair(u32 a) {
   return multiply_add(merge<0x07f007f0u>(a >> 4, a & 0x80008000u), 0x7b807b80u, 0x80008000u);
 }
 
-__device__ __forceinline__ void widen(u32 bytes, u32 magic, u32& low, u32& high) {
-  if (FORMAT == INT8) {
-    low = int8_pair(__byte_perm(bytes, 0, 0x4140), magic);
-    high = int8_pair(__byte_perm(bytes, 0, 0x4342), magic);
-  } else {
-    low = float8_pair(__byte_perm(bytes, 0, 0x1404));
-    high = float8_pair(__byte_perm(bytes, 0, 0x3424));
-  }
-}
-
-// Two numbers of 4 bits in the low bytes, less 8: in the fraction of 128.0, and 136 taken off.
-__device__ __forceinline__ u32 int4_pair(u32 a, u32 magic) {
-  return multiply_add(merge<0x000f000fu>(a, magic), 0x3f803f80u, 0xc308c308u);
-}
-
 // The four numbers in the high halves of bytes, less 8, as int8 and INT4_UNIT times as large. `magic` is 8 in each of them.
 constexpr u32 INT4_UNIT = 16;
 __device__ __forceinline__ u32 int4_bytes(u32 a, u32 magic) { return flip<0xf0f0f0f0u>(a, magic); }

@@ -23,8 +23,7 @@ _BLOCK = 16  # rows of W
 MULTIPROCESSOR_BYTES = 227 << 10  # shared memory that a program may have on Hopper
 SYSTEM_BYTES = 2 << 10  # of it, for each program: a kilobyte is the system's, and parts begin at whole ones
 GROUPS = (64, 128)
-MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernels' compiler must not see it
-INT4_MAGIC = 0x80808080  # nor this one, of streamed_rows.cu: the highest bit of each byte
+INT4_MAGIC = 0x80808080  # the highest bit of each byte: the kernel's compiler must not see it
 _WARP_SPAN = 512  # inputs of x that a warp scales at once, 8 registers each
 _MOST_SPANS = 8
 _INT4_UNIT = 16  # how much larger than they are it has numbers of 4 bits
@@ -155,16 +154,16 @@ def rows_for(
     fmt = format_of(weight)
     if fmt is Format.BF16:
         return Rows(x_TI if norm is None else rms_norm(x_TI, norm, eps))
-    if _scales_x(tile, fmt, *x_TI.shape):
+    if _scales_x(tile, *x_TI.shape) and (norm is None or norm.data_ptr() % ALIGNMENT == 0):
         return Rows(x_TI, None, norm, eps)
     unit = 1 / _INT4_UNIT if fmt is Format.INT4 else 1.0
     return Rows(*scale_rows(x_TI, integer=_is_integer(fmt), unit=unit, norm=norm, eps=eps))
 
 
-def _scales_x(tile: StreamTile, fmt: Format, num_rows: int, num_inputs: int) -> bool:
-    """Whether every program scales all rows by itself, sooner than another kernel would: if registers hold them."""
+def _scales_x(tile: StreamTile, num_rows: int, num_inputs: int) -> bool:
+    """Whether every program had better scale all rows by itself, sooner than another kernel: if registers hold them."""
     spans = -(-num_inputs // (tile.num_warps * _WARP_SPAN))
-    return tile.x_stays and fmt is not Format.BF16 and most_rows(num_rows) * spans <= _MOST_SPANS
+    return tile.x_stays and most_rows(num_rows) * spans <= _MOST_SPANS
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +248,7 @@ def prepare(
         "GATED": int(gated),
         "X_ROWS": most_rows(num_rows),
         "X_STAYS": int(tile.x_stays),
-        "SCALES_X": int(_scales_x(tile, fmt, num_rows, num_inputs)),
+        "SCALES_X": int(fmt is not Format.BF16 and rows.scales is None),
         "NORM": int(rows.norm is not None),
         "WARPS": tile.num_warps,
         "BLOCKS": tile.blocks,

@@ -15,7 +15,7 @@
 #include "numbers.cuh"
 
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
-// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 32, 64 or 128), X_TILES, WARPGROUPS, TURNS (warpgroups that
+// GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 16 to 128), X_TILES, WARPGROUPS, TURNS (warpgroups that
 // take a tile's stages in turns), COPYING_THREADS, PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in
 // a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;

@@ -18,10 +18,11 @@ from autobot_llm.engine.kernels.gpu.quantized_many import round_rows
 from autobot_llm.engine.kernels.gpu.quantized_tiles import MAX_EXACT_ROWS
 from autobot_llm.engine.kernels.gpu.row_launch import ALIGNMENT, capability_of
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
-from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, MAGIC, Prepared, address_of, format_of
+from autobot_llm.engine.kernels.gpu.streamed import GROUPS, HOPPER, Prepared, address_of, format_of
 from autobot_llm.engine.quantization.packed import PackedWeight
 
 X_COPY_BYTES = 128  # of a row of x: what is copied at a time
+MAGIC = 0x43004300  # 128.0 twice, in bfloat16: the kernel's compiler must not see it
 
 _kernel = CudaKernel("streamed_blocks.cu", "streamed_blocks")
 

@@ -2,14 +2,14 @@
 //
 // One warp of a program copies W into a ring in shared memory, by copies that a barrier counts. It does not wait for the
 // previous kernel, which does not write W, so the ring is full when x is there; where x has room beside the ring, it is
-// copied once for all tiles. The other warps share a tile's inputs:
-// each multiplies its part of every stage on the matrix units and the sums meet in shared memory.
+// copied once for all tiles. The other warps share a tile's inputs: each multiplies its part of every stage on the matrix
+// units and the sums meet in shared memory.
 //
 // Which of a tile's numbers a thread multiplies is free, as long as it takes the same ones of x: so a thread takes 16
 // neighbouring bytes of W, where the instruction's own order would have it take them from all over.
 //
 // Turning W into bfloat16 would take longer than reading it. So whole numbers are multiplied as int8, and x is what
-// changes, once: scaled_rows.py has made 16 bits of fixed point of it, a high and a low byte, each a column of its own.
+// changes, once: to 16 bits of fixed point, a high and a low byte, each a column of its own, by scaled_rows.py or scale_x.cuh.
 // There is an instruction from float8 to float16, and x is scaled to fit that.
 
 #include "hopper.cuh"
