@@ -53,6 +53,9 @@ class TreeGuesser:
         self._vocab_size = vocab_size
         self._num_tokens = num_tokens
 
+    def read(self, sequence: Sequence, num_tokens: int) -> None:
+        pass
+
     def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
         rng = self._rng
         truth = self.output_of(sequence)[sequence.num_output_tokens :]

@@ -24,11 +24,20 @@ def naive(token_ids: list[int], max_length: int) -> tuple[int, int]:
     return 0, 0
 
 
-@given(token_ids=TEXTS, max_length=st.integers(1, 5), cuts=st.sets(st.integers(1, 60)))
-def test_the_index_finds_what_a_search_of_the_text_finds(token_ids: list[int], max_length: int, cuts: set[int]) -> None:
-    """Whatever the pieces are in which the text grows."""
+@given(
+    token_ids=TEXTS,
+    max_length=st.integers(1, 5),
+    cuts=st.sets(st.integers(1, 60)),
+    reads=st.lists(st.integers(0, 60), max_size=10),
+)
+def test_the_index_finds_what_a_search_of_the_text_finds(
+    token_ids: list[int], max_length: int, cuts: set[int], reads: list[int]
+) -> None:
+    """Whatever the pieces are in which the text grows, and in which it was taken in before."""
     index = SuffixIndex(max_length)
-    for end in sorted({*(cut for cut in cuts if cut <= len(token_ids)), len(token_ids)}):
+    for i, end in enumerate(sorted({*(cut for cut in cuts if cut <= len(token_ids)), len(token_ids)})):
+        for num_read in reads[i::10]:
+            index.read(token_ids[:end], min(num_read, end - 1))
         assert index.find(token_ids[:end]) == naive(token_ids[:end], max_length)
 
 

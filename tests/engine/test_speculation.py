@@ -38,6 +38,9 @@ class Guesser:
         self._rng = random.Random(seed)
         self._sampler = Sampler(VOCAB_SIZE)
 
+    def read(self, sequence: Sequence, num_tokens: int) -> None:
+        pass
+
     def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
         token_ids = list(sequence.token_ids)
         num_tokens = self._rng.randint(0, num_tokens)

@@ -269,6 +269,32 @@ def test_who_leaves_while_its_drafts_are_verified_is_gone_at_once() -> None:
     assert draft.pool.num_free == draft.pool.num_blocks and not speculator._of_text
 
 
+def test_prompts_are_taken_in_while_the_device_computes_them() -> None:
+    """In the parts that steps compute, all but the last token, before anybody asks for a draft, and once."""
+    heard: list[tuple[int, int]] = []
+
+    class Reading(AfterKnown):
+        def read(self, sequence: Sequence, num_tokens: int) -> None:
+            assert sequence.id not in asked and num_tokens < len(sequence.token_ids)
+            heard.append((sequence.id, num_tokens))
+
+        def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
+            asked.add(sequence.id)
+            return super().propose(sequence, num_tokens)
+
+    asked: set[int] = set()
+    speculator = Speculator(3, make_free=lambda _: Reading(1.0, 0), policy=Always(3), clock=lambda: 0.0)
+    driver = Driver(drafting(FakePipelinedDevice(32, SIZE), 32, speculator, max_num_batched_tokens=10))
+    arrivals = [Arrival(prefix=i, max_tokens=6, temperature=0.0) for i in range(3)]
+    for i, arrival in enumerate(arrivals):
+        driver.add(i, arrival.request())
+    driver.run()
+    lengths = [len(arrival.request().prompt_ids) for arrival in arrivals]
+    last = dict(heard)
+    assert sorted(last.values()) == sorted(length - 1 for length in lengths) and len(heard) > len(last)
+    assert asked == set(last)
+
+
 def test_nothing_is_waited_for_while_nothing_is_drafted() -> None:
     """A speculator whose policy never drafts leaves the steps side by side."""
     device = FakePipelinedDevice(32, SIZE)

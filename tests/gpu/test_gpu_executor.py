@@ -57,6 +57,17 @@ def test_a_replayed_graph_answers_what_its_launches_do(
     assert engines["graphs"].executor.graphs.keys and not engines["launches"].executor.graphs.keys
 
 
+def test_prompts_beside_a_crowd_are_replayed_and_answered_as_ever(
+    engines: dict[str, Engine], reference: Reference
+) -> None:
+    """A hundred sequences: prompts beside more than 64 have graphs of their own."""
+    params = dataclasses.replace(GREEDY, max_tokens=6)
+    texts = [f"{number}. {TEXTS[number % len(TEXTS)]}" for number in range(100)]
+    assert "crowds 1024" in engines["graphs"].executor.graphs.keys
+    for name in ("graphs", "launches"):
+        reference.check(answers(engines[name], params, texts=texts))
+
+
 def test_vectors_are_those_of_plain_torch_on_a_cpu(engines: dict[str, Engine]) -> None:
     """bfloat16 products here, float32 there: the directions agree, the last digits do not."""
     host = load_engine(dataclasses.replace(OPTIONS, device="cpu", compiled_step="off"))

@@ -14,6 +14,7 @@ from autobot_llm.engine.gpu.graph_sizes import (
     BYTES_PER_CHAIN,
     BYTES_PER_GRAPH,
     chain_sizes,
+    crowd_graph_sizes,
     decode_graph_sizes,
     long_graph_sizes,
     prompt_graph_sizes,
@@ -182,6 +183,7 @@ def estimated_graph_bytes(
         num_bytes_each=num_bytes_each,
     )
     num_graphs = len(sizes) + len(long_graph_sizes(max_num_seqs, max_model_len)) + len(prompt_sizes)
+    num_graphs += len(crowd_graph_sizes(num_batched_tokens, max_num_seqs))
     if takes_trees:
         num_graphs += len(tree_graph_sizes(num_batched_tokens))
     num_chains = 2 * sum(chain_sizes(max_num_seqs, longest_chain).values())

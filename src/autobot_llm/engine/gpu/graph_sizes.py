@@ -19,6 +19,10 @@ compute."""
 MAX_PROMPTS = 64
 """Sequences of such a step at most, those that decode included."""
 
+CROWD_SIZES = (192, 256, 384, 512, 640, 768, 1024)
+"""Numbers of tokens of a step with prompts beside more sequences than that, as many as there may be. It has a graph of
+its own, because its block tables and logits would be a burden for a single prompt."""
+
 MAX_ROWS = 128
 """Tokens of such a step up to which it may want the logits of all of them, to verify drafts."""
 
@@ -34,11 +38,6 @@ docs/log.md."""
 
 BYTES_PER_CHAIN = 10 * 2**20
 """The same for a chain of a draft's passes, of two layers and three passes on average."""
-
-
-def num_logit_rows(num_tokens: int) -> int:
-    """Tokens of a captured step with prompts or drafts whose logits are computed, whether they are wanted or not."""
-    return num_tokens if num_tokens <= MAX_ROWS else MAX_PROMPTS
 
 
 def padded_size(num_sequences: int, sizes: tuple[int, ...] = DECODE_SIZES) -> int | None:
@@ -63,6 +62,13 @@ def long_graph_sizes(max_num_seqs: int, max_model_len: int) -> tuple[int, ...]:
 def prompt_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
     """The numbers of tokens to capture a step with prompts for."""
     return tuple(size for size in PROMPT_SIZES if size <= max_num_batched_tokens)
+
+
+def crowd_graph_sizes(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
+    """The same for those with more than MAX_PROMPTS sequences."""
+    if max_num_seqs <= MAX_PROMPTS:
+        return ()
+    return tuple(size for size in CROWD_SIZES if size <= max_num_batched_tokens)
 
 
 def chain_sizes(max_num_seqs: int, longest: int) -> dict[int, int]:

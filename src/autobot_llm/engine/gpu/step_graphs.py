@@ -25,9 +25,10 @@ from autobot_llm.engine.gpu.decoder import DecoderInputs
 from autobot_llm.engine.gpu.graph_sizes import (
     LONG_CONTEXT,
     MAX_PROMPTS,
+    MAX_ROWS,
+    crowd_graph_sizes,
     decode_graph_sizes,
     long_graph_sizes,
-    num_logit_rows,
     padded_size,
     prompt_graph_sizes,
     tree_graph_sizes,
@@ -37,9 +38,9 @@ from autobot_llm.engine.gpu.staging import FetchedStaging, Layout
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-DECODE, LONG, PROMPTS, TREES = "decode", "long", "prompts", "trees"
-"""One token for every sequence; the same after long contexts; few tokens of prompts or of drafts; the same where a
-draft may be a tree."""
+DECODE, LONG, PROMPTS, CROWDS, TREES = "decode", "long", "prompts", "crowds", "trees"
+"""One token for every sequence; the same after long contexts; few tokens of prompts or of drafts; of prompts beside
+more than MAX_PROMPTS sequences; of drafts that may be trees."""
 
 
 # T packed tokens, R rows whose logits are wanted
@@ -94,12 +95,15 @@ class StepGraphs:
         self._window = window
         self._item_cut = ItemCut()
         self._graphs: dict[str, StepGraph] = {}
-        self._sizes: dict[str, tuple[int, ...]] = dict.fromkeys((DECODE, LONG, PROMPTS, TREES), ())
+        sizes = decode_graph_sizes(limits.max_num_seqs)
+        self._most_sequences = {PROMPTS: self.max_prompts, TREES: self.max_prompts, CROWDS: sizes[-1]}
+        self._sizes: dict[str, tuple[int, ...]] = dict.fromkeys((DECODE, LONG, PROMPTS, CROWDS, TREES), ())
         if attention.can_capture:
-            self._sizes[DECODE] = decode_graph_sizes(limits.max_num_seqs)
+            self._sizes[DECODE] = sizes
         if attention.can_capture and isinstance(attention, TritonPagedAttention):
             self._sizes[LONG] = long_graph_sizes(limits.max_num_seqs, limits.max_model_len)
             self._sizes[PROMPTS] = prompt_graph_sizes(limits.max_num_batched_tokens)
+            self._sizes[CROWDS] = crowd_graph_sizes(limits.max_num_batched_tokens, limits.max_num_seqs)
             self._sizes[TREES] = tree_graph_sizes(limits.max_num_batched_tokens) if takes_trees else ()
         self._layouts = {
             f"{kind} {size}": self._layout(kind, size) for kind, sizes in self._sizes.items() for size in sizes
@@ -131,9 +135,11 @@ class StepGraphs:
                 return None
             is_long = size in self.sizes(LONG) and int(batch.context_lens.sum()) >= LONG_CONTEXT * num_rows
             return self._graphs[f"{LONG if is_long else DECODE} {size}"]
-        kind = PROMPTS if batch.tree_masks_T is None else TREES
-        size = padded_size(batch.num_tokens, self.sizes(kind))
-        if size is None or batch.num_sequences > self.max_prompts or num_rows > num_logit_rows(size):
+        kind = TREES
+        if batch.tree_masks_T is None:
+            kind = PROMPTS if batch.num_sequences <= self.max_prompts else CROWDS
+        size, most = padded_size(batch.num_tokens, self.sizes(kind)), self._most_sequences[kind]
+        if size is None or batch.num_sequences > most or num_rows > self._num_logit_rows(kind, size):
             return None
         return self._graphs[f"{kind} {size}"]
 
@@ -158,9 +164,14 @@ class StepGraphs:
         else:
             assert isinstance(self._attention, TritonPagedAttention)
             sizes = self._attention.prompt_sizes(
-                size, self.max_prompts, self._table_width, takes_trees=kind == TREES
-            ) | {"logit_rows": (num_logit_rows(size),)}
+                size, self._most_sequences[kind], self._table_width, takes_trees=kind == TREES
+            ) | {"logit_rows": (self._num_logit_rows(kind, size),)}
         return Layout.of({name: (shape, np.int32) for name, shape in sizes.items()} | token_shapes(size))
+
+    def _num_logit_rows(self, kind: str, num_tokens: int) -> int:
+        """Tokens of a step whose logits are computed, whether they are wanted or not: one of each sequence, or all
+        where they may be drafts."""
+        return num_tokens if num_tokens <= MAX_ROWS else self._most_sequences[kind]
 
     def _graph(self, key: str, layout: Layout, staging: FetchedStaging, last_tokens: torch.Tensor) -> StepGraph:
         tensors = layout.on_device(staging.on_device)

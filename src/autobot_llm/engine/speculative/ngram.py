@@ -60,6 +60,11 @@ class SuffixIndex:
         self._num_indexed, self._found = num_tokens, (length, place)
         return self._found
 
+    def read(self, token_ids: list[int], num_tokens: int) -> None:
+        """Take in the first tokens of a text that has more."""
+        if num_tokens > self._num_indexed:
+            self._index(token_ids, num_tokens)
+
     def _index(self, token_ids: list[int], num_tokens: int) -> None:
         """The same for tokens of which nobody asks where they were before."""
         runs, start = self._runs, self._num_indexed
@@ -122,10 +127,11 @@ class NgramProposer:
         self._max_length = max_length
         self._texts: dict[int, _Text] = {}
 
+    def read(self, sequence: Sequence, num_tokens: int) -> None:
+        self._text(sequence).index.read(sequence.token_ids, num_tokens)
+
     def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
-        text = self._texts.get(sequence.id)
-        if text is None:
-            text = self._texts[sequence.id] = _Text(self._max_length)
+        text = self._text(sequence)
         token_ids = sequence.token_ids
         if token_ids[-1] == UNKNOWN_TOKEN:
             token_ids = token_ids[:-1]
@@ -148,6 +154,12 @@ class NgramProposer:
 
     def forget(self, sequence: Sequence) -> None:
         self._texts.pop(sequence.id, None)
+
+    def _text(self, sequence: Sequence) -> _Text:
+        text = self._texts.get(sequence.id)
+        if text is None:
+            text = self._texts[sequence.id] = _Text(self._max_length)
+        return text
 
     def _look_back(self, text: _Text, token_ids: list[int]) -> None:
         """Compare the last draft with what came: as far as it was right, the text is its own continuation."""

@@ -62,6 +62,10 @@ class FreeProposer(Protocol):
 
     name: str
 
+    def read(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take in the first tokens of a sequence that has more, ahead of its first draft: no effect but on its time."""
+        ...
+
     def propose(self, sequence: Sequence, num_tokens: int) -> Draft | None:
         """At most that many tokens after the last one that is known; None where it has no idea."""
         ...

@@ -182,6 +182,16 @@ class Speculator:
             if not (may_wait and self._launch_costly(wanting, decision.num_costly)):
                 self._run_costly(costly, wanting, decision.num_costly, takes_trees)
 
+    def read_prompts(self, plan: StepPlan) -> None:
+        """Let the free method take in the prompts of a step while a device computes them. A thousand tokens take it up
+        to a millisecond: everybody would wait for that where the first drafts are asked for."""
+        if self._free is None:
+            return
+        for item in plan.scheduled:
+            num_prompt_tokens = item.sequence.num_prompt_tokens
+            if item.start < num_prompt_tokens:
+                self._free.read(item.sequence, min(item.start + item.num_tokens, num_prompt_tokens - 1))
+
     def launch_behind(self, plan: StepPlan) -> None:
         """Queue the drafts of the step after the one that was launched last, which verifies drafts that nobody knows
         yet: where it verifies them all, and the step before it had drafts of the same sequences, too."""
