@@ -55,14 +55,13 @@ _DEEP = StreamTile(8, 2048, 3, 2, resident=1)
 _WIDE = StreamTile(8, 2048, 3, 2, resident=1, x_stays=True)
 _NARROW = StreamTile(8, 1024, 2, 2, x_stays=True)
 _SEVERAL_WIDE = StreamTile(4, 2048, 2, 2, resident=1, x_stays=True)
+_SEVERAL_SHORT = StreamTile(4, 2048, 4, 1, resident=1, x_stays=True)
 _SEVERAL_NARROW = StreamTile(8, 1024, 4, 2, resident=1, x_stays=True)
 _SEVERAL_DOWN = StreamTile(8, 1024, 6, 2, resident=1)
 _SEVERAL_OF_EIGHT_BITS = _shapes(
     StreamTile(8, 1024, 8, 1, resident=1, x_stays=True), _SEVERAL_NARROW, _SEVERAL_WIDE, _SEVERAL_DOWN
 )
-_SEVERAL_OF_FOUR_BITS = _shapes(
-    StreamTile(4, 2048, 4, 1, resident=1, x_stays=True), _SEVERAL_NARROW, _SEVERAL_NARROW, _SEVERAL_DOWN
-)
+_SEVERAL_OF_FOUR_BITS = _shapes(_SEVERAL_SHORT, _SEVERAL_SHORT, _SEVERAL_NARROW, _SEVERAL_DOWN)
 _ONE_OF_EIGHT_BITS = _shapes(
     _WIDE, StreamTile(8, 1024, 5, 1, x_stays=True), _WIDE, StreamTile(8, 2048, 5, 1, resident=1, x_stays=True)
 )
