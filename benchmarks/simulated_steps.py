@@ -254,11 +254,12 @@ class RecordedDraft:
         drafts = [self._guess(sequence, num_tokens) for sequence in sequences]
         return LaunchedDrafts([list(range(num_tokens)) for _ in sequences], lambda: (drafts, seconds))
 
-    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> bool:
         found = self._machine.chain(self._traces[sequences[0].id].mode, num_tokens, [2] * len(sequences))
         if found is not None:
             self.behind = self._clock.noisy(found)
             self._behind = _Chain(list(sequences), num_tokens, self.behind)
+        return found is not None
 
     def drop_behind(self) -> None:
         self._behind = None

@@ -152,6 +152,8 @@ class Controller:
             self._num_since_probe = 0
             self._num_passes = costly.num_passes(num_costly)
             self.credit.book(-catch_up / plain)
+        elif costly.num_ready:
+            self.credit.book(-costly.num_passes(costly.num_ready) * self._per_pass(len(free), plain) / plain)
         return decision
 
     def _choose(
@@ -251,7 +253,9 @@ class Controller:
             return None
         num_sequences = len(free)
         per_pass = self._per_pass(len(chosen), plain)
-        catch_up = self.costly_costs.catch_up(sum(costly.lags[i] - 1 for i in chosen), per_pass)
+        num_ready = costly.num_ready if len(chosen) == num_sequences else 0
+        num_behind = 0 if num_ready else sum(costly.lags[i] - 1 for i in chosen)
+        catch_up = self.costly_costs.catch_up(num_behind, per_pass)
         if catch_up > limits.seconds:
             return None
         is_chosen = set(chosen)
@@ -265,7 +269,7 @@ class Controller:
         shared = plain - own * num_sequences + catch_up / self._catch_up_steps
         best: Decision | None = None
         for length in range(1, limits.length + 1):
-            drafting = costly.num_passes(length) * per_pass
+            drafting = 0.0 if length <= num_ready else costly.num_passes(length) * per_pass
             tokens = self.costly_costs.tokens(len(chosen), length)
             number = num_kept + tokens * len(chosen)
             if number > limits.room or catch_up + drafting + self.costs.added(num_sequences, number) > limits.seconds:

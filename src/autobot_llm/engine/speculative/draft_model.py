@@ -124,15 +124,15 @@ class DraftModel:
         launched = self._chains.launch_chain(batch, sampling, num_tokens, before=before)
         return self._give_out(_Chain(launched, shadows, num_tokens, num_tokens))
 
-    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> bool:
         before, wanted = self._under_way, {s.id for s in sequences}
         shadows = [self._shadows[s.id] for s in sequences if s.id in self._shadows]
         if self._chains is None or before is None or before.shadows != shadows:
-            return
+            return False
         # as far as if all drafts were right, and one token more
         has_room = all(self._make_room(shadow, num_tokens + 1, wanted) for shadow in shadows)
         if not has_room or not self._chains.takes_chain([2] * len(shadows), num_tokens):
-            return
+            return False
         parts = [ScheduledSequence(s, len(s.token_ids) - before.num_tokens - 1, 2, True) for s in shadows]
         batch = build_batch(parts, self.pool.block_size)
         number = before.num_given + num_tokens
@@ -142,6 +142,7 @@ class DraftModel:
         self._behind = _Chain(
             self._chains.launch_chain(batch, sampling, num_tokens, after), shadows, num_tokens, num_tokens
         )
+        return True
 
     def drop_behind(self) -> None:
         self._behind = None

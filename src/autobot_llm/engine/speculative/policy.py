@@ -34,11 +34,13 @@ Histories = SequenceABC[AcceptanceHistory | None]
 @dataclass(frozen=True, slots=True)
 class CostlyOffer:
     """What a costly method has to offer each sequence, how many tokens it lags behind, and the passes that drafts of
-    some depth take it; as many as that, unless it says otherwise."""
+    some depth take it; as many as that, unless it says otherwise. `num_ready`: drafts for all of the sequences are
+    under way already, so deep; they take what they take, whether they are wanted or not."""
 
     histories: Histories
     lags: list[int]
     num_passes: Callable[[int], int] = int
+    num_ready: int = 0
 
 
 class DraftPolicy(Protocol):

@@ -80,6 +80,7 @@ class Speculator:
         self._launched: _Launched | None = None  # whose drafts nobody but the device knows
         self._last_wanted: tuple[int, list[int]] = 0, []  # when drafts were launched last: how deep, and of whom
         self._num_behind = 0  # tokens of the drafts that are launched before they are wanted
+        self._ready: tuple[list[Sequence], int] = [], 0  # those that were: whose, and how deep
         self._wanted = None if costly is None else costly.wanted
         self._features = Features()  # of the step at hand
         self.clock = clock
@@ -152,6 +153,7 @@ class Speculator:
                 sequence.draft_ids, sequence.draft_parents, sequence.draft_rows = [], [], []
         if sequences and room >= len(sequences):
             self._look(sequences, room, takes_trees, may_wait)
+        self._ready = [], 0
         if self._launching is not None and self._launched is None:
             self._launching.drop_behind()
 
@@ -204,8 +206,9 @@ class Speculator:
                 return
             first_rows.append(row)
             row += 1 + item.num_draft
-        if [item.sequence for item in plan.scheduled] == launched.sequences:
-            self._launching.launch_behind(launched.sequences, self._num_behind, first_rows)
+        sequences = [item.sequence for item in plan.scheduled]
+        if sequences == launched.sequences and self._launching.launch_behind(sequences, self._num_behind, first_rows):
+            self._ready = sequences, self._num_behind
 
     def settle(self) -> None:
         """Fill in the drafts that were launched, where there are any: waits for them."""
@@ -356,7 +359,13 @@ class Speculator:
             self._text_history(costly.name, sequence) if usable[self._kind(sequence)] else None
             for sequence in sequences
         ]
-        return CostlyOffer(histories, [costly.lag(sequence) for sequence in sequences], costly.num_passes)
+        ready, num_ready = self._ready
+        return CostlyOffer(
+            histories,
+            [costly.lag(sequence) for sequence in sequences],
+            costly.num_passes,
+            num_ready if ready == sequences else 0,
+        )
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
         history = self._history(method, kind)
