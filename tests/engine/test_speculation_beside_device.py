@@ -213,8 +213,8 @@ class Lengths(Always):
 class NeverBehind(DraftModel):
     """Waits for each verdict before it drafts again."""
 
-    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> None:
-        pass
+    def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> bool:
+        return False
 
 
 @pytest.mark.parametrize("lazy", [False, True])

@@ -382,3 +382,26 @@ def test_a_method_that_drafts_in_one_pass_pays_for_one() -> None:
     assert controller.wants_offer()
     controller.decide([None], CostlyOffer(likely, [1]), ROOM)
     assert not controller.wants_offer(), "three passes cost more than three right tokens are worth: a probe at most"
+
+
+def test_drafts_that_are_under_way_are_free_and_paid_for_either_way() -> None:
+    """They take what they take. Where they are not there yet, a copy that is not quite as good is better."""
+    passes, extra = 5 * PLAIN / 20, EXTRA / 20
+
+    def decided(num_ready: int, costly: AcceptanceHistory) -> tuple[bool, float]:
+        """Whether it is the costly method's, and what was booked for that, in plain steps."""
+        controller = measured(extra=extra, priors=ON_GPU)
+        for _ in range(ENOUGH):
+            controller.costly_costs.record(1, 5, 0, passes)
+        offer = CostlyOffer([costly], [3], num_ready=num_ready)
+        before = controller.credit.balance
+        decision = controller.decide([history(4, 5)], offer, ROOM)
+        assert decision is not None and (decision.num_costly == 5 or decision.num_free[0] >= 4)
+        return decision.num_costly > 0, before - controller.credit.balance
+
+    better = history(6, 6)
+    assert decided(0, better) == (False, 0.0)
+    assert decided(3, better)[0] is False, "five are wanted: they would be computed anew"
+    assert decided(5, better) == (True, 0.0), "it is booked once the step has been"
+    is_costly, booked = decided(5, history(0, 1))
+    assert not is_costly and booked == pytest.approx(passes / PLAIN)
