@@ -23,9 +23,9 @@ from gpu.report import Clock, Report
 CASES = (
     Case(1, 512, repeats=3),
     Case(1, 2048, num_new_tokens=32),
-    Case(8, 512, num_new_tokens=64, repeats=2, bounded=False),
-    Case(32, 512, num_new_tokens=64, repeats=2, bounded=False),
-    Case(128, 512, num_new_tokens=48, repeats=1, bounded=False),
+    Case(8, 512, repeats=2, bounded=False),
+    Case(32, 512, repeats=2, bounded=False),
+    Case(128, 512, repeats=2, bounded=False),
 )
 QUICK_CASES = (Case(1, 64, 8, 1), Case(4, 64, 8, 1, bounded=False))
 # inter-token ms at batch 1, 8, 32, 128, and first-token ms of 2,048 tokens, on an H200

@@ -21,7 +21,12 @@ from autobot_llm.engine.kernels.gpu.block_tiles import (
     filled,
     shared_bytes,
 )
-from autobot_llm.engine.kernels.gpu.linear import linear_reference
+from autobot_llm.engine.kernels.gpu.linear import (
+    feed_forward_add,
+    linear_add,
+    linear_reference,
+    norm_linear_gated,
+)
 from autobot_llm.engine.kernels.gpu.stream_tiles import Format
 from autobot_llm.engine.kernels.gpu.streamed_blocks import (
     MAGIC,
@@ -50,7 +55,7 @@ def check(
     kind: str, shape: tuple[int, int], rows: int, what: str, multiply: Multiply, *, group: int = 128, device: str = GPU
 ) -> None:
     stored, rounded = kind.removesuffix(", rounded"), kind.endswith(", rounded")
-    gated, num_inputs = what == "gated", shape[1]
+    gated, num_inputs = what.startswith("gated"), shape[1]
     weight = weight_of(stored, shape[0] * (2 if gated else 1), num_inputs, group=group, device=device)
     assert isinstance(weight, PackedWeight)
     generator = torch.Generator().manual_seed(rows)
@@ -59,7 +64,7 @@ def check(
         return torch.randn(size, generator=generator).to(DTYPE).to(device)
 
     x = random(rows, num_inputs + 24)[:, 8 : num_inputs + 8]
-    norm = 1 + 0.3 * random(num_inputs) if what in ("norm", "gated") else None
+    norm = 1 + 0.3 * random(num_inputs) if gated or what == "norm" else None
     bias = random(weight.num_outputs) if rows % 2 else None
     around = torch.full((rows, shape[0] + 16), torch.nan, dtype=DTYPE, device=device)
     out = around[:, 8 : shape[0] + 8]
@@ -134,6 +139,8 @@ def normed_rows(x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         ("int4", (128, 512), 9, "gated", BlockTile(1, 1, 128, 3), 128),
         ("int8", (128, 512), 16, "add", BlockTile(2, 1, 128, 4, turns=2), 128),
         ("int4", (128, 512), 128, "gated", BlockTile(2, 1, 128, 2), 128),  # a warpgroup copies
+        ("int4", (256, 512), 33, "gated, arranged", BlockTile(2, 1, 128, 3), 128),
+        ("int8, rounded", (192, 256), 20, "arranged", BlockTile(1, 1, 128, 3), 128),
     ],
 )
 def test_the_same_source_computes_the_same_on_a_processor(
@@ -156,7 +163,9 @@ def test_the_same_source_computes_the_same_on_a_processor(
             numbers, x_scales = round_activations(wide, cast(Literal["int8", "fp8"], kind.removesuffix(", rounded")))
         else:
             numbers = arranged_reference(wide.to(DTYPE))
-        prepared = prepare(tile, x_scales, weight, out, bias=bias, residual=residual, gated=gated)
+        prepared = prepare(
+            tile, x_scales, weight, out, bias=bias, residual=residual, gated=gated, arranges=what.endswith("arranged")
+        )
         library = compile_for_processor(prepared.constants, tmp_path, "streamed_blocks.cu")
         values, row_bytes = weight.values, numbers.shape[1] * numbers.element_size()
         w = Box(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
@@ -165,6 +174,9 @@ def test_the_same_source_computes_the_same_on_a_processor(
         given = (ctypes.byref(w), ctypes.byref(x_box), ctypes.byref(prepared.arguments))
         is_inside = library.run(*given, MAGIC, prepared.num_tiles * tile.parts, size)
         assert is_inside, "a copy that is not aligned, or leaves its memory"
+        if what.endswith("arranged"):  # so that they are compared in the order of the weight's rows
+            words = out.unflatten(1, (-1, 4, 2, 4, 2))
+            out.copy_(words.permute(0, 1, 4, 2, 5, 3).reshape(out.shape))
 
     check(kind, shape, rows, what, cast(Multiply, multiply), group=group, device="cpu")
 
@@ -208,6 +220,24 @@ def test_a_chain_of_products_in_a_graph_gives_what_one_after_the_other_does() ->
         lambda hidden: multiply_as_chosen(hidden, up, inner, rounded=True, norm=norm, eps=EPS, gated=True),
         lambda hidden: multiply_as_chosen(inner, down, hidden, rounded=True, residual=hidden),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", [("int4", "int4 with zeros"), ("int8", "int4"), ("int8, rounded", "int8, rounded")])
+def test_what_lies_between_two_products_lies_as_the_second_wants_it(kinds: tuple[str, str]) -> None:
+    """Bit for bit what they give one after the other, with x as an operator gets it."""
+    torch.manual_seed(0)
+    weights = []
+    for kind, shape in zip(kinds, ((2 * 2048, 1024), (1024, 2048)), strict=True):
+        weight = cast(PackedWeight, weight_of(kind.removesuffix(", rounded"), *shape))
+        weights.append(replace(weight, activations="int8") if kind.endswith(", rounded") else weight)
+    norm, bias = torch.rand(1024, device="cuda").to(DTYPE), torch.randn(1024, device="cuda").to(DTYPE)
+    for rows in (1, 9, 16, 32, 100, 128, 130):
+        x = torch.randn(rows, 1024, device="cuda").to(DTYPE)
+        inner = norm_linear_gated(x, norm, EPS, weights[0])
+        expected = linear_add(inner, weights[1], bias, x)
+        found = feed_forward_add(x, norm, EPS, weights[0], None, weights[1], bias, out=torch.empty_like(x))
+        assert torch.equal(found, expected), f"{kinds}, {rows} rows"
 
 
 # --- tiles --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 
 from autobot_llm.engine.kernels.gpu import row_launch
 from autobot_llm.engine.kernels.gpu.linear import (
+    feed_forward_add,
     linear,
     linear_add,
     linear_add_reference,
@@ -121,6 +122,16 @@ def test_float32_weights_take_the_route_of_torch(num_rows: int, device: torch.de
     assert_close(linear(case.x, case.weight), linear_reference(case.x, case.weight))
     gated = norm_linear_gated(case.x, case.norm, EPS, case.weight)
     assert_close(gated, norm_linear_gated_reference(case.x, case.norm, EPS, case.weight))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_feed_forward_is_its_two_products(in_place: bool, device: torch.device, dtype: torch.dtype) -> None:
+    up, down = Case(5, 40, 24, device, dtype, halves=2), Case(5, 24, 40, device, dtype)
+    inner = norm_linear_gated(up.x, up.norm, EPS, up.weight, up.bias)
+    expected = linear_add(inner, down.weight, down.bias, up.x)
+    out = up.x if in_place else down.out
+    assert feed_forward_add(up.x, up.norm, EPS, up.weight, up.bias, down.weight, down.bias, out=out) is out
+    assert torch.equal(out, expected)
 
 
 def test_no_rows_give_no_rows(device: torch.device, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from autobot_llm.engine.attention.paged import PagedAttention
 from autobot_llm.engine.executor import Features
 from autobot_llm.engine.gpu.features import NOTHING
 from autobot_llm.engine.kernels.gpu.embedding import embed
-from autobot_llm.engine.kernels.gpu.linear import linear_add, norm_linear, norm_linear_gated
+from autobot_llm.engine.kernels.gpu.linear import feed_forward_add, linear_add, norm_linear
 from autobot_llm.engine.kernels.gpu.norm import rms_norm
 from autobot_llm.engine.kernels.gpu.rotary import rotate_and_store
 from autobot_llm.engine.kv_cache.storage import PagedStorage
@@ -108,10 +108,16 @@ class FusedDecoder:
                 hidden_TE = hidden_TE.index_select(0, inputs.logit_rows_R)
                 attended_TA = attended_TA.index_select(0, inputs.logit_rows_R)
             linear_add(attended_TA, layer.o_weight, layer.o_bias, hidden_TE, out=hidden_TE)
-            activated_TF = norm_linear_gated(
-                hidden_TE, layer.post_norm_E, config.rms_norm_eps, layer.gate_up_weight, layer.gate_up_bias
+            feed_forward_add(
+                hidden_TE,
+                layer.post_norm_E,
+                config.rms_norm_eps,
+                layer.gate_up_weight,
+                layer.gate_up_bias,
+                layer.down_weight,
+                layer.down_bias,
+                out=hidden_TE,
             )
-            linear_add(activated_TF, layer.down_weight, layer.down_bias, hidden_TE, out=hidden_TE)
         if config.num_layers in kept:
             self._keep(config.num_layers, hidden_TE, streams_TF)
             if inputs.logit_rows_R is not None:

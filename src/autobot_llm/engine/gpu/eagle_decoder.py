@@ -12,7 +12,7 @@ import torch
 from autobot_llm.engine.attention.paged import PagedAttention
 from autobot_llm.engine.gpu.decoder import FusedDecoder
 from autobot_llm.engine.kernels.gpu.draft_input import draft_input
-from autobot_llm.engine.kernels.gpu.linear import linear, linear_add, norm_linear, norm_linear_gated
+from autobot_llm.engine.kernels.gpu.linear import feed_forward_add, linear, linear_add, norm_linear
 from autobot_llm.engine.kv_cache.storage import PagedStorage
 from autobot_llm.engine.models.weights import DecoderWeights, LayerWeights
 from autobot_llm.engine.quantization.online import online_scheme, rounded
@@ -97,9 +97,16 @@ class EagleDecoder(FusedDecoder):
         weights, eps = self._weights, self._config.rms_norm_eps
         layer = weights.layers[0]
         linear_add(self._gathered(0, qkv_TC, metadata), layer.o_weight, layer.o_bias, residual_TE, out=residual_TE)
-        activated_TF = norm_linear_gated(residual_TE, layer.post_norm_E, eps, layer.gate_up_weight, layer.gate_up_bias)
-        returned_TE = self._returned_RE[: len(residual_TE)]
-        linear_add(activated_TF, layer.down_weight, layer.down_bias, residual_TE, out=returned_TE)
+        returned_TE = feed_forward_add(
+            residual_TE,
+            layer.post_norm_E,
+            eps,
+            layer.gate_up_weight,
+            layer.gate_up_bias,
+            layer.down_weight,
+            layer.down_bias,
+            out=self._returned_RE[: len(residual_TE)],
+        )
         return norm_linear(returned_TE, weights.norm_E, eps, weights.lm_head_VE, out_dtype=torch.float32)
 
 

@@ -140,7 +140,7 @@ class LaunchingProposer(CostlyProposer, Protocol):
     def launch_behind(self, sequences: SequenceABC[Sequence], num_tokens: int, first_rows: list[int]) -> bool:
         """Queue drafts for after the target's step that was launched last, which verifies all of those that were
         launched before: `first_rows` are its rows of the choices after the sequences' last known tokens. `launch` gives
-        them out if it is asked for no more and for the same sequences, and else they are forgotten. False: it cannot."""
+        them out if it is asked for no more and for the same sequences; else they are forgotten. False: it cannot."""
         ...
 
     def drop_behind(self) -> None:

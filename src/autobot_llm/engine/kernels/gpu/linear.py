@@ -32,7 +32,7 @@ from autobot_llm.engine.kernels.gpu.row_launch import (
 from autobot_llm.engine.kernels.gpu.skinny import matvec_kernel, rows_kernel
 from autobot_llm.engine.kernels.gpu.stream_tiles import StreamTile, choose_stream_tile
 from autobot_llm.engine.kernels.gpu.streamed import Weight, format_of, multiply_streamed, why_not_streamed
-from autobot_llm.engine.kernels.gpu.streamed_blocks import block_tile_for, multiply_blocks
+from autobot_llm.engine.kernels.gpu.streamed_blocks import block_tile_for, multiply_blocks, rounds
 from autobot_llm.engine.kernels.gpu.tiles import Kind, MatvecTile, RowsTile, Tile, choose_tile
 from autobot_llm.engine.quantization.packed import PackedWeight
 
@@ -97,6 +97,36 @@ def norm_linear_gated(
     """
     out = _output(x_TI, _num_outputs(weight_2FI) // 2, out, None)
     return _by_table(Kind.GATED, x_TI, weight_2FI, out, norm=norm_I, eps=eps, bias=bias_2F, gated=True)
+
+
+def feed_forward_add(
+    x_TI: torch.Tensor,
+    norm_I: torch.Tensor,
+    eps: float,
+    gate_up_2FI: Weight,
+    gate_up_bias_2F: torch.Tensor | None,
+    down_OF: Weight,
+    down_bias_O: torch.Tensor | None,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """x + W f + bias with f = `norm_linear_gated`, whose numbers lie as W's product wants them where both have the same
+    kernel. Returns `out`, which may be `x_TI`."""
+    inner_TF = _output(x_TI, _num_outputs(gate_up_2FI) // 2, None, None)
+    tile, down_tile = _tile_for(Kind.GATED, x_TI, gate_up_2FI, inner_TF), None
+    if isinstance(tile, BlockTile) and isinstance(down_OF, PackedWeight) and not rounds(down_OF, x_TI.shape[0]):
+        down_tile = _tile_for(Kind.PLAIN, inner_TF, down_OF, out)
+    if not (isinstance(tile, BlockTile) and isinstance(down_tile, BlockTile)):
+        norm_linear_gated(x_TI, norm_I, eps, gate_up_2FI, gate_up_bias_2F, out=inner_TF)
+        return linear_add(inner_TF, down_OF, down_bias_O, x_TI, out=out)
+    assert isinstance(gate_up_2FI, PackedWeight) and isinstance(down_OF, PackedWeight), "the kernel knows no other"
+    try:
+        multiply_blocks(
+            tile, x_TI, gate_up_2FI, inner_TF, norm=norm_I, eps=eps, bias=gate_up_bias_2F, gated=True, arranges=True
+        )
+        return multiply_blocks(down_tile, inner_TF, down_OF, out, bias=down_bias_O, residual=x_TI, is_arranged=True)
+    except CompilationError:  # of a kernel that is not chosen again; nothing was added yet
+        return feed_forward_add(x_TI, norm_I, eps, gate_up_2FI, gate_up_bias_2F, down_OF, down_bias_O, out=out)
 
 
 def _by_table(kind: Kind, x_TI: torch.Tensor, weight: Weight, out: torch.Tensor, **around: Any) -> torch.Tensor:

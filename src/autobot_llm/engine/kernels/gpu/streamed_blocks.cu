@@ -17,7 +17,7 @@
 // Constants of a compilation, defined by streamed_blocks.py: FORMAT, ROUNDED (x is in W's 8 bits, not in bfloat16), INPUTS,
 // GROUP and OFFSETS (of 4 bits), GATED, ROWS (of x, of a tile: 16 to 128), X_TILES, WARPGROUPS, TURNS (warpgroups that
 // take a tile's stages in turns), COPYING_THREADS, PARTS (programs that share a tile's inputs), SEGMENT (bytes of a row in
-// a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT.
+// a stage: 128, or 64 if not ROUNDED), STAGES, RESIDENT, ARRANGES (outputs: as arrange.py would, for the next product).
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 32 * WARPS;  // that multiply
@@ -307,8 +307,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING_THREADS, RESIDENT
       }
       narrowed[i] = narrow(v + wide(i % 2 ? both >> 16 : both & 0xffff));
     }
-    *(uint2*)(p.out + (first_x + n) * p.out_stride + output) =
-        make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+    u16* const to = p.out + (first_x + n) * p.out_stride;
+    if (ARRANGES) {  // a thread's word of W are these four outputs: two even and two odd bytes
+      const int thread = output % 64 / 16, word = output % 16 / 4;
+      u32* const even = (u32*)(to + output / 64 * 64 + word * 16 + thread * 2);
+      even[0] = narrowed[0] | (u32)narrowed[2] << 16, even[4] = narrowed[1] | (u32)narrowed[3] << 16;
+    } else {
+      *(uint2*)(to + output) = make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+    }
   }
   if (PARTS > 1) leave_cluster();  // a program that ended would take its sums along
 }

@@ -73,18 +73,25 @@ def multiply_blocks(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gated: bool = False,
+    is_arranged: bool = False,
+    arranges: bool = False,
 ) -> torch.Tensor:
-    """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels."""
+    """The product with what surrounds it, as `multiply_many` in quantized_many.py, in two kernels.
+
+    `arranges`: the outputs, as arrange.py would; with such rows, `is_arranged`, it is one kernel.
+    """
     num_rows, values = x_TI.shape[0], weight.values
-    x_scales_T = None
+    x, x_scales_T = x_TI, None
     if rounds(weight, num_rows):
+        assert not is_arranged
         x, x_scales_T = round_rows(x_TI, values.dtype, norm, eps)
-    else:
+    elif not is_arranged:
         x = arrange(x_TI, norm, eps)
+    assert not is_arranged or (norm is None and x.is_contiguous())
     w_map = map_of_bytes(values.data_ptr(), *values.shape, values.stride(0), tile.weight_rows // 2, tile.segment)
     row_bytes = x.shape[1] * x.element_size()
     x_map = map_of_bytes(x.data_ptr(), num_rows, row_bytes, row_bytes, tile.tile_rows(num_rows), X_COPY_BYTES)
-    prepared = prepare(tile, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated)
+    prepared = prepare(tile, x_scales_T, weight, out, bias=bias, residual=residual, gated=gated, arranges=arranges)
     _kernel.launch(
         prepared.constants,
         (w_map, x_map, prepared.arguments, ctypes.c_uint(MAGIC)),
@@ -106,6 +113,7 @@ def prepare(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gated: bool,
+    arranges: bool = False,
 ) -> Prepared:
     """What the kernel is launched with beside maps of W and of x: as `arrange` has left it, or rounded, with scales."""
     rounded = x_scales_T is not None
@@ -119,6 +127,7 @@ def prepare(
     assert not (rounded and (fmt is Format.INT4 or tile.segment != 128))
     assert fmt is not Format.INT4 or weight.scales.dtype == out.dtype
     assert tile.num_stages >= 2 and tile.num_stages % tile.turns == 0
+    assert not arranges or (num_outputs % 64 == 0 and residual is None)
     num_tiles, rest = divmod(weight.values.shape[0], tile.weight_rows)
     rows = tile.tile_rows(num_rows)
     x_tiles = -(-num_rows // rows)
@@ -144,6 +153,7 @@ def prepare(
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
+        "ARRANGES": int(arranges),
     }
     shared = shared_bytes(tile, num_rows, fmt, rounded=rounded, offsets=offsets is not None)
     return Prepared(constants, arguments, num_tiles * x_tiles, shared)
