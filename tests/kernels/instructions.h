@@ -46,8 +46,14 @@ constexpr int MOST_WARPS = 4 * WARPGROUPS;
 constexpr int MOST_WARPS = WARPS;
 #endif
 
+struct Row {  // of a warp's threads
+  float values[32];
+};
+
 // What a program's threads share. Programs of a cluster run side by side.
 struct Program {
+  Row exchanged[MOST_WARPS];
+  uint32_t fragments[MOST_WARPS][32][6];
   uint8_t* shared;
   uint64_t shared_size;
   int rank;
@@ -59,14 +65,10 @@ static thread_local std::optional<std::barrier<>::arrival_token> arrival;  // at
 static bool out_of_bounds;
 #define dynamic_shared (program->shared)
 
-struct Row {  // of a warp's threads
-  float values[32];
-};
-static Row exchanged[MOST_WARPS];
 inline void __syncthreads() { program->everybody->arrive_and_wait(); }
 inline void __syncwarp() { program->warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline float other_lane(float v, int distance) {
-  Row& of_warp = exchanged[threadIdx.x / 32];
+  Row& of_warp = program->exchanged[threadIdx.x / 32];
   of_warp.values[threadIdx.x % 32] = v;
   __syncwarp();
   const float other = of_warp.values[threadIdx.x % 32 ^ distance];
@@ -111,6 +113,12 @@ inline uint32_t shared_address(const void* p) { return (const uint8_t*)p - progr
 inline float4 read_from(int rank, const float* local) {
   float4 v;
   std::memcpy(&v, programs[rank]->shared + shared_address(local), 16);
+  return v;
+}
+
+inline float read_one_from(int rank, const float* local) {
+  float v;
+  std::memcpy(&v, programs[rank]->shared + shared_address(local), 4);
   return v;
 }
 
@@ -224,11 +232,10 @@ inline float half(uint32_t bits) {
 }
 
 // mma: thread 4 g + t holds rows g and g + 8 of A and column g of B, words t and 4 + t of the 32 bytes of each
-static uint32_t fragments[MOST_WARPS][32][6];
 template <class Sum, class Product>
 inline void multiply_fragments(Sum (&sums)[4], const uint32_t (&mine)[6], const Product& product_of_words) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  auto& of_warp = fragments[warp];
+  auto& of_warp = program->fragments[warp];
   std::memcpy(of_warp[lane], mine, sizeof mine);
   __syncwarp();
   for (int i = 0; i < 4; ++i) {
@@ -334,7 +341,7 @@ void end_products(Sum (&)[SUMS]) {}
 void end_older_products(Sum (&)[SUMS]) {}
 #else
 constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
-constexpr int CLUSTER = 1;
+constexpr int CLUSTER = PARTS;
 #endif
 
 // Returns whether every copy was aligned and stayed inside the program's memory.

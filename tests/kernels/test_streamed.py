@@ -146,6 +146,9 @@ def compile_for_processor(constants: dict[str, int], folder: Path, name: str = "
         ("int4", 64, 5120, 8, "plain", StreamTile(4, 512, 2, 2, x_stays=True), 128),  # x stays, and was scaled before
         ("fp8", 64, 1792, 3, "gated", StreamTile(4, 512, 2, 2, x_stays=True), 128),  # every program scales all rows
         ("int8", 64, 1536, 1, "add", StreamTile(8, 1024, 2, 2, x_stays=True), 128),  # more warps than groups
+        ("int8", 64, 2048, 8, "add", StreamTile(4, 512, 2, 2, parts=2), 128),  # programs share a tile's inputs
+        ("int4", 128, 4096, 5, "plain", StreamTile(4, 512, 2, 4, parts=4), 128),
+        ("fp8", 32, 2048, 3, "gated", StreamTile(4, 512, 3, 2, parts=2), 128),
         ("int4 with zeros", 96, 1280, 3, "add", StreamTile(4, 512, 2, 1), 64),
         ("int4 with zeros", 64, 2304, 7, "gated", StreamTile(4, 1024, 2, 2), 128),
     ],
@@ -188,8 +191,9 @@ def test_the_same_source_computes_the_same_on_a_processor(
                 box_of(one, groups)
                 for one in (weight.scales, weight.scales if weight.offsets is None else weight.offsets)
             ]
+        programs = prepared.num_tiles * tile.parts if tile.parts > 1 else prepared.num_tiles // 2
         is_inside = library.run(
-            *map(ctypes.byref, maps), ctypes.byref(prepared.arguments), INT4_MAGIC, prepared.num_tiles // 2, size
+            *map(ctypes.byref, maps), ctypes.byref(prepared.arguments), INT4_MAGIC, programs, size
         )
         assert is_inside, "a copy that is not aligned, or leaves its memory"
         return out
@@ -328,8 +332,8 @@ def test_a_tile_fits_a_multiprocessor_as_often_as_it_says(fmt: Format) -> None:
     for most_rows, shapes in TABLES[fmt]:
         for tile in {tile for of_kind in shapes.values() for tile in of_kind.values()}:
             bare = replace(tile, x_stays=False)  # which x does where there is no room for it
-            parts = shared_bytes(bare, fmt, 128, 4096, most_rows, offsets=False)
-            assert (sum(parts) + SYSTEM_BYTES) * tile.resident <= MULTIPROCESSOR_BYTES, f"{tile}: {parts} bytes"
+            size = shared_bytes(bare, fmt, 128, 4096, most_rows, offsets=False)
+            assert (size + SYSTEM_BYTES) * tile.resident <= MULTIPROCESSOR_BYTES, f"{tile}: {size} bytes"
             assert tile.segment % (64 * tile.num_warps) == 0
             assert fmt is not Format.INT4 or tile.segment // tile.num_warps % 128 == 0
 

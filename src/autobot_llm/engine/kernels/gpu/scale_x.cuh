@@ -28,25 +28,32 @@ __device__ __forceinline__ void scale_x(const Product& p, u8* ring, float* sums,
   if (NORM) {
 #pragma unroll
     for (int r = 0; r < X_ROWS; ++r) {
-      float squares = 0.f;
+      float squares = 0.f, largest = 0.f;
 #pragma unroll
       for (int i = 0; i < MOST; ++i)
 #pragma unroll
-        for (int j = 0; j < SPAN; ++j) squares += number(x[r][i], j) * number(x[r][i], j);
+        for (int j = 0; j < SPAN; ++j) {
+          squares += number(x[r][i], j) * number(x[r][i], j);
+          if (ROWS_SHARE_SCALES) largest = larger(largest, fabsf(number(x[r][i], j) * number(weight[i], j)));
+        }
 #pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) squares += other_lane(squares, distance);
-      if (lane == 0) sums[r * WARPS + warp] = squares;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        squares += other_lane(squares, distance);
+        if (ROWS_SHARE_SCALES) largest = larger(largest, other_lane(largest, distance));
+      }
+      if (lane == 0) sums[r * WARPS + warp] = squares, sums[(X_ROWS + r) * WARPS + warp] = largest;
     }
     meet(THREADS);
   }
 #pragma unroll
   for (int r = 0; r < X_ROWS; ++r) {
     if (r >= p.num_rows) break;
-    float factor = 0.f;
+    float factor = 0.f, of_row = 0.f;
     if (NORM) {
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) factor += sums[r * WARPS + w];
+      for (int w = 0; w < WARPS; ++w) factor += sums[r * WARPS + w], of_row = larger(of_row, sums[(X_ROWS + r) * WARPS + w]);
       factor = rsqrtf(factor / INPUTS + p.eps);
+      of_row *= factor;
     }
     u8* const columns = ring + X_AT + r * PLANES * X_STRIDE;
 #pragma unroll
@@ -55,10 +62,12 @@ __device__ __forceinline__ void scale_x(const Product& p, u8* ring, float* sums,
 #pragma unroll
       for (int j = 0; j < SPAN; ++j) {
         v[j] = NORM ? number(x[r][i], j) * factor * number(weight[i], j) : number(x[r][i], j);
-        largest = larger(largest, fabsf(v[j]));
+        if (!ROWS_SHARE_SCALES) largest = larger(largest, fabsf(v[j]));
       }
+      if (ROWS_SHARE_SCALES) largest = of_row;
 #pragma unroll
-      for (int distance = 1; distance < X_GROUP / SPAN; distance *= 2) largest = larger(largest, other_lane(largest, distance));
+      for (int distance = 1; distance < X_GROUP / SPAN && !ROWS_SHARE_SCALES; distance *= 2)
+        largest = larger(largest, other_lane(largest, distance));
       const int input = (i * THREADS + warp * 32 + lane) * SPAN;
       if (input >= INPUTS) continue;
       const float inverse = LARGEST_OF_X / fmaxf(largest, 1e-30f);  // NaN times a scale that is none stays that

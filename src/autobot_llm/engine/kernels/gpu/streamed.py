@@ -59,7 +59,7 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
         return "inputs that were padded"
     if values.shape[0] % (2 * _BLOCK):
         return f"{values.shape[0]} outputs, not a multiple of {2 * _BLOCK}"
-    row_bytes = values.shape[1] * values.element_size()
+    row_bytes = row_bytes_of(weight)
     strides = (values.stride(0) * values.element_size(), x_TI.stride(0) * x_TI.element_size())
     addresses = (values.data_ptr(), x_TI.data_ptr(), *strides)
     if row_bytes % _LINE or any(address % ALIGNMENT for address in addresses):
@@ -71,8 +71,8 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
 
 def shared_bytes(
     tile: StreamTile, fmt: Format, group: int, num_inputs: int, num_rows: int, *, offsets: bool
-) -> tuple[int, int]:
-    """Shared memory of a program, as streamed_rows.cu lays it out: what it is launched with, and sums and barriers."""
+) -> int:
+    """Shared memory of a program, as streamed_rows.cu lays it out."""
     groups = 2 * tile.segment // group if fmt is Format.INT4 else 0
     stage = _BLOCK * tile.blocks * (tile.segment + 64) + groups * tile.blocks * 32 * (1 + offsets)
     size = tile.num_stages * (-(-stage // _LINE) * _LINE)
@@ -81,9 +81,15 @@ def shared_bytes(
     if tile.x_stays:
         size += columns * (num_inputs * number_bytes + (16 if fmt is Format.FLOAT8 else 64))
         size += 0 if fmt is Format.BF16 else max_rows * -(-num_inputs // (4 * X_GROUP)) * 16
-    sums = -(-columns // 8) * (4 * 24 if _is_integer(fmt) else 8 * 20) * 4 * tile.blocks * tile.num_warps
+    size += -(-columns // 8) * (4 * 24 if _is_integer(fmt) else 8 * 20) * 4 * tile.blocks * tile.num_warps
     segment_inputs = tile.segment // 2 if fmt is Format.BF16 else tile.segment * (2 if fmt is Format.INT4 else 1)
-    return size, sums + 8 * (2 * tile.num_stages + -(-num_inputs // segment_inputs))
+    return size + 8 * (2 * tile.num_stages + -(-num_inputs // segment_inputs))
+
+
+def row_bytes_of(weight: Weight) -> int:
+    """Bytes of a row of W."""
+    values = weight if isinstance(weight, torch.Tensor) else weight.values
+    return values.shape[1] * values.element_size()
 
 
 def most_rows(num_rows: int) -> int:
@@ -111,14 +117,15 @@ def multiply_streamed(
     tile = fitting(tile, weight, x_TI.shape[0], gated=gated)
     rows = rows_for(tile, weight, x_TI, norm, eps)
     prepared = prepare(tile, rows, weight, out, bias=bias, residual=residual, gated=gated)
-    multiprocessors = torch.cuda.get_device_properties(x_TI.device).multi_processor_count
+    most_programs = torch.cuda.get_device_properties(x_TI.device).multi_processor_count * tile.resident
     _kernel.launch(
         prepared.constants,
         (*scale_maps(tile, weight), prepared.arguments, ctypes.c_uint(INT4_MAGIC)),
-        programs=min(prepared.num_tiles, multiprocessors * tile.resident),
+        programs=prepared.num_tiles * tile.parts if tile.parts > 1 else min(prepared.num_tiles, most_programs),
         threads=32 * (tile.num_warps + 1),
         shared_bytes=prepared.shared_bytes,
         device=x_TI.device,
+        cluster=tile.parts,
     )
     return out
 
@@ -177,18 +184,20 @@ class Prepared:
 
 
 def fitting(tile: StreamTile, weight: Weight, num_rows: int, *, gated: bool) -> StreamTile:
-    """This tile with as many blocks as the product can be cut into, of both halves if gated, and with x and stages
-    in shared memory as there is room."""
+    """This tile with as many blocks and parts as the product can be cut into, of both halves if gated, and with x and
+    stages in shared memory as there is room."""
     fmt, (weight_rows, num_inputs) = format_of(weight), _shape(weight)
     blocks = max(tile.blocks, 2 if gated else 1)
     while weight_rows % (_BLOCK * blocks):
         blocks //= 2
-    tile = replace(tile, blocks=blocks)
+    if most_rows(num_rows) % tile.parts or row_bytes_of(weight) % (tile.segment * tile.parts):
+        tile = replace(tile, parts=1)
+    tile = replace(tile, blocks=blocks, x_stays=tile.x_stays and tile.parts == 1)
     offsets = isinstance(weight, PackedWeight) and weight.offsets is not None
 
     def fits(tile: StreamTile) -> bool:
-        parts = shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets)
-        return (sum(parts) + SYSTEM_BYTES) * tile.resident <= MULTIPROCESSOR_BYTES
+        size = shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets)
+        return (size + SYSTEM_BYTES) * tile.resident <= MULTIPROCESSOR_BYTES
 
     if not fits(tile):
         tile = replace(tile, x_stays=False)
@@ -255,8 +264,9 @@ def prepare(
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
+        "PARTS": tile.parts,
     }
-    shared, _ = shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets is not None)
+    shared = shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets is not None)
     return Prepared(constants, arguments, weight_rows // (_BLOCK * tile.blocks), shared)
 
 

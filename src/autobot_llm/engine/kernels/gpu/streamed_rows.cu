@@ -3,7 +3,8 @@
 // One warp of a program copies W into a ring in shared memory, by copies that a barrier counts. It does not wait for the
 // previous kernel, which does not write W, so the ring is full when x is there; where x has room beside the ring, it is
 // copied once for all tiles. The other warps share a tile's inputs: each multiplies its part of every stage on the matrix
-// units and the sums meet in shared memory.
+// units and the sums meet in shared memory. So may the programs of a cluster, where x is as many bytes as a tile of W: then
+// each reads a part of it for more outputs.
 //
 // Which of a tile's numbers a thread multiplies is free, as long as it takes the same ones of x: so a thread takes 16
 // neighbouring bytes of W, where the instruction's own order would have it take them from all over.
@@ -18,11 +19,12 @@
 // Constants of a compilation, defined by streamed.py: FORMAT, INPUTS, GROUP and OFFSETS (of 4 bits), GATED, X_ROWS (most
 // rows of x: 1 or 8), X_STAYS (in shared memory; otherwise it comes from the cache), SCALES_X (is told of bfloat16, if x
 // stays), NORM (before that), WARPS, BLOCKS (of 16 rows of W in a tile), SEGMENT (bytes of a row in a stage), STAGES,
-// RESIDENT.
+// RESIDENT, PARTS (programs that share a tile's inputs).
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int TILE_OUTPUTS = 16 * BLOCKS / HALVES;
 constexpr int ROW_BYTES = FORMAT == BF16 ? 2 * INPUTS : FORMAT == INT4 ? INPUTS / 2 : INPUTS;
 constexpr int SEGMENTS = (ROW_BYTES + SEGMENT - 1) / SEGMENT;
+constexpr int PART_SEGMENTS = SEGMENTS / PARTS;  // of a program
 constexpr int SEGMENT_INPUTS = FORMAT == BF16 ? SEGMENT / 2 : FORMAT == INT4 ? SEGMENT * 2 : SEGMENT;
 constexpr int CHUNK = 64;  // bytes of each of 16 rows that a warp multiplies at a time: 16 to a thread, of two rows
 constexpr int CHUNKS = ROW_BYTES / CHUNK;
@@ -34,16 +36,20 @@ constexpr int X_SIZE = IS_INTEGER ? 1 : 2;  // bytes of one of its numbers
 constexpr int X_TILES = (PLANES * X_ROWS + 7) / 8;
 constexpr int X_WORDS = FORMAT == BF16 || FORMAT == INT8 ? 4 : 8;  // of a thread, for a chunk of W
 constexpr int X_GROUP = 128;  // inputs of a row of x that share a scale, except of bfloat16
+// A float16 has as many bits beside a larger one: where programs know rows as wholes, these share one scale.
+constexpr bool ROWS_SHARE_SCALES = FORMAT == FLOAT8 && NORM;
+constexpr bool HAS_GROUPS = FORMAT != BF16 && !ROWS_SHARE_SCALES;
 constexpr float LARGEST_OF_X = 32512.f;  // of a scaled row: 127 * 256
 constexpr int GROUP_CHUNKS = FORMAT == INT4 ? GROUP / CHUNK : X_GROUP / CHUNK;  // whose sums are made numbers together
 constexpr int TILE_SUMS = IS_INTEGER ? 2 : 4;  // of a thread, in a block and a tile of columns, once planes are one
 constexpr int SUM_X_ROWS = IS_INTEGER ? 1 : 2;  // rows of x that these are of
 constexpr int SUM_ROWS = (IS_INTEGER ? 4 : 8) * X_TILES;
 constexpr int SUMS_STRIDE = IS_INTEGER ? 24 : 20;  // 16, and what keeps a warp's stores in different banks
-constexpr int ELEMENTS = (TILE_OUTPUTS * X_ROWS + WARPS * 32 - 1) / (WARPS * 32);  // outputs that a thread finishes
+constexpr int PART_ROWS = X_ROWS / PARTS;  // of x, that one of a tile's programs finishes
+constexpr int ELEMENTS = (TILE_OUTPUTS * PART_ROWS + WARPS * 32 - 1) / (WARPS * 32);  // outputs that a thread finishes
 
 // A stage: rows of W, then scales and offsets of its groups, for each block. Behind the stages, if X_STAYS: columns of x, then
-// scales of its rows. Strides keep a warp's loads in different banks.
+// scales of its rows; then the warps' sums, and barriers. Strides keep a warp's loads in different banks.
 constexpr int W_STRIDE = SEGMENT + 64;
 constexpr int SCALES_AT = 16 * BLOCKS * W_STRIDE;
 constexpr int STAGE_GROUPS = FORMAT == INT4 ? 2 * SEGMENT / GROUP : 0;
@@ -55,6 +61,10 @@ constexpr int X_STRIDE = INPUTS * X_SIZE + (FORMAT == FLOAT8 ? 16 : 64);
 constexpr int X_SCALES_AT = X_AT + PLANES * X_ROWS * X_STRIDE;
 constexpr int X_SCALES = FORMAT == BF16 ? 0 : (INPUTS / X_GROUP + 3) / 4 * 4;  // of a row
 
+constexpr int SUMS_AT = X_STAYS ? X_SCALES_AT + X_ROWS * X_SCALES * 4 : X_AT;
+constexpr int BARRIERS_AT = SUMS_AT + WARPS * BLOCKS * SUM_ROWS * SUMS_STRIDE * 4;
+
+static_assert(PARTS == 1 || (ROW_BYTES % (SEGMENT * PARTS) == 0 && X_ROWS % PARTS == 0 && !X_STAYS), "");
 static_assert(WARP_CHUNKS % GROUP_CHUNKS == 0 && CHUNKS % GROUP_CHUNKS == 0, "a warp multiplies whole groups");
 
 __device__ __forceinline__ int input_of(int chunk) {
@@ -114,7 +124,7 @@ struct Product {
 
 // `scales` and `offsets` of 4 bits are bfloat16 [groups, outputs]; offsets are added to each number of a group, before its scale.
 __device__ __forceinline__ void fill_ring(const Product& p, const Matrix& scales, const Matrix& offsets, u8* ring, u64* full,
-                                          u64* empty, u64* x_full, int lane) {
+                                          u64* empty, u64* x_full, int first_segment, int lane) {
   const u64 policy = read_once();
   const int num_tiles = p.num_outputs / TILE_OUTPUTS;
   auto segment_bytes = [](int s) { return SEGMENT * (s + 1) > ROW_BYTES ? ROW_BYTES - SEGMENT * s : SEGMENT; };
@@ -133,12 +143,12 @@ __device__ __forceinline__ void fill_ring(const Product& p, const Matrix& scales
     }
     has_x = true;
   };
-  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+  for (int tile = blockIdx.x / PARTS; tile < num_tiles; tile += gridDim.x / PARTS) {
     auto output_of = [&](int block) {  // the first row of W in a block
       return GATED ? (tile * (BLOCKS / 2) + block % (BLOCKS / 2)) * 16 + block / (BLOCKS / 2) * p.num_outputs
                    : tile * TILE_OUTPUTS + block * 16;
     };
-    for (int s = 0; s < SEGMENTS; ++s) {
+    for (int s = first_segment; s < first_segment + PART_SEGMENTS; ++s) {
       if (!has_x && num_filled++ == STAGES) copy_x();
       wait(&empty[slot], parity);
       u8* to = ring + slot * STAGE_BYTES;
@@ -169,10 +179,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
     streamed_rows(const __grid_constant__ Matrix scales, const __grid_constant__ Matrix offsets, const Product p, u32 magic) {
   let_next_kernel_start();
   u8* const ring = dynamic_shared;
-  __shared__ u64 full[STAGES], empty[STAGES], x_full[SEGMENTS];
-  __shared__ float sums[WARPS][BLOCKS][SUM_ROWS * SUMS_STRIDE];
+  float* const sums = (float*)(ring + SUMS_AT);  // [WARPS, BLOCKS, SUM_ROWS, SUMS_STRIDE]
+  u64* const full = (u64*)(ring + BARRIERS_AT);
+  u64* const empty = full + STAGES;
+  u64* const x_full = empty + STAGES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;  // a thread's rows of W are g and g + 8, its column of x is g
+  const int part = PARTS > 1 ? rank_in_cluster() : 0, first_segment = part * PART_SEGMENTS;
+  const int first_chunk = first_segment * STAGE_CHUNKS + warp * WARP_CHUNKS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init(&full[i], 1);
@@ -183,11 +197,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
   }
   __syncthreads();
   if (warp == WARPS) {
-    fill_ring(p, scales, offsets, ring, full, empty, x_full, lane);
+    fill_ring(p, scales, offsets, ring, full, empty, x_full, first_segment, lane);
     return;
   }
   if (SCALES_X)
-    scale_x(p, ring, &sums[0][0][0], warp, lane);
+    scale_x(p, ring, sums, warp, lane);
   else
     wait_for_previous_kernel();
 
@@ -207,15 +221,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
   auto fetch_x = [&](u32(&to)[X_TILES][X_WORDS], int chunk) {
     read_x(to, x_thread + X_SIZE * input_of(min(chunk, CHUNKS - 1)), p.x_stride);
   };
-  if (!X_STAYS) fetch_x(xs, warp * WARP_CHUNKS);
+  if (!X_STAYS) fetch_x(xs, first_chunk);
 
+  auto row_of = [&](int element) { return element / TILE_OUTPUTS < PART_ROWS ? part * PART_ROWS + element / TILE_OUTPUTS : X_ROWS; };
   int slot = 0, parity = 0;
-  for (int tile = blockIdx.x; tile < p.num_outputs / TILE_OUTPUTS; tile += gridDim.x) {
+  for (int tile = blockIdx.x / PARTS; tile < p.num_outputs / TILE_OUTPUTS; tile += gridDim.x / PARTS) {
     // Asked for now, used when the sums are there.
     float scale[ELEMENTS], up_scale[ELEMENTS], bias[ELEMENTS], up_bias[ELEMENTS], residual[ELEMENTS];
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
-      const int i = threadIdx.x + e * WARPS * 32, row = i / TILE_OUTPUTS, output = tile * TILE_OUTPUTS + i % TILE_OUTPUTS;
+      const int i = threadIdx.x + e * WARPS * 32, output = tile * TILE_OUTPUTS + i % TILE_OUTPUTS, row = row_of(i);
       scale[e] = up_scale[e] = 1.f, bias[e] = up_bias[e] = residual[e] = 0.f;
       if (row >= p.num_rows) continue;
       if (FORMAT == INT8 || FORMAT == FLOAT8) {
@@ -230,16 +245,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
     }
 
     float y[BLOCKS][X_TILES][TILE_SUMS] = {};
+    // Of a group's inputs, unscaled: of 4 bits two groups, from the low and the high halves of the bytes, and sums of their x.
+    Sum low[BLOCKS][X_TILES][4] = {}, high[BLOCKS][X_TILES][4] = {};
+    Sum low_x[X_TILES][4] = {}, high_x[X_TILES][4] = {};
 #pragma unroll 1
-    for (int s = 0; s < SEGMENTS; ++s) {
+    for (int s = first_segment; s < first_segment + PART_SEGMENTS; ++s) {
       const int first = s * STAGE_CHUNKS + warp * WARP_CHUNKS;
-      if (X_STAYS && !SCALES_X && tile == blockIdx.x) wait(&x_full[s], 0);
+      if (X_STAYS && !SCALES_X && tile == blockIdx.x / PARTS) wait(&x_full[s], 0);
       wait(&full[slot], parity);
       const u8* stage = ring + slot * STAGE_BYTES;
       const u8* w_thread = stage + g * W_STRIDE + warp * (WARP_CHUNKS * CHUNK) + t * 16;
-      // Of a group's inputs, unscaled: of 4 bits two groups, from the low and the high halves of the bytes, and sums of their x.
-      Sum low[BLOCKS][X_TILES][4] = {}, high[BLOCKS][X_TILES][4] = {};
-      Sum low_x[X_TILES][4] = {}, high_x[X_TILES][4] = {};
       float low_scales[X_TILES][SUM_X_ROWS], high_scales[X_TILES][SUM_X_ROWS];  // of x
 #pragma unroll
       for (int n = 0; n < X_TILES; ++n)
@@ -251,9 +266,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
         if (X_STAYS)
           read_x(xs, ring + X_AT + g * X_STRIDE + X_THREAD * t + X_SIZE * input_of(min(first + c, CHUNKS - 1)), X_STRIDE);
         else
-          fetch_x(next_xs, c + 1 < WARP_CHUNKS ? first + c + 1 : s + 1 < SEGMENTS ? first + STAGE_CHUNKS : warp * WARP_CHUNKS);
+          fetch_x(next_xs, c + 1 < WARP_CHUNKS ? first + c + 1 : s + 1 < first_segment + PART_SEGMENTS ? first + STAGE_CHUNKS : first_chunk);
         if (CHUNKS % STAGE_CHUNKS == 0 || first + c < CHUNKS) {
-          if (FORMAT != BF16 && c % GROUP_CHUNKS == 0) {  // asked for now, used at the group's end
+          if (HAS_GROUPS && c % GROUP_CHUNKS == 0) {  // asked for now, used at the group's end
             auto x_scale = [&](int row, int input) {
               if (row >= p.num_rows) return 0.f;
               if (X_STAYS) return ((const float*)(ring + X_SCALES_AT))[row * X_SCALES + input / X_GROUP];
@@ -311,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
                 product(high_x[n], ones, xs[n][X_WORDS / 2 + 2 * j], xs[n][X_WORDS / 2 + 2 * j + 1]);
               }
           }
-          if ((c + 1) % GROUP_CHUNKS == 0) {
+          if (HAS_GROUPS && (c + 1) % GROUP_CHUNKS == 0) {
             const u8* groups = stage + SCALES_AT + (warp * WARP_CHUNKS + c) / GROUP_CHUNKS * 64 + g * 2;
 #pragma unroll
             for (int n = 0; n < X_TILES; ++n)
@@ -352,30 +367,53 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
       }
     }
 
+    if (!HAS_GROUPS) {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+        for (int n = 0; n < X_TILES; ++n)
+#pragma unroll
+          for (int i = 0; i < TILE_SUMS; ++i) y[b][n][i] = sum_of(low[b][n], i);
+    }
     meet(WARPS * 32);  // the tile before has been read
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
       for (int n = 0; n < X_TILES; ++n) {
-        float* to = sums[warp][b] + (IS_INTEGER ? 4 * n + t : 8 * n + 2 * t) * SUMS_STRIDE + g;
+        const int row = IS_INTEGER ? 4 * n + t : 8 * n + 2 * t;
+        float* to = sums + ((warp * BLOCKS + b) * SUM_ROWS + row) * SUMS_STRIDE + g;
 #pragma unroll
         for (int i = 0; i < TILE_SUMS; ++i)
           to[IS_INTEGER ? 8 * i : i % 2 * SUMS_STRIDE + i / 2 * 8] = y[b][n][i];
       }
-    meet(WARPS * 32);
+    if (PARTS > 1) {  // each program has one tile
+      arrive_at_cluster();
+      wait_for_cluster();
+    } else {
+      meet(WARPS * 32);
+    }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
-      const int i = threadIdx.x + e * WARPS * 32, row = i / TILE_OUTPUTS, output = i % TILE_OUTPUTS;
+      const int i = threadIdx.x + e * WARPS * 32, output = i % TILE_OUTPUTS, row = row_of(i);
       if (row >= p.num_rows) continue;
       float sum = 0.f, up = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) {
-        sum += sums[w][output / 16][row * SUMS_STRIDE + output % 16];
-        if (GATED) up += sums[w][BLOCKS / 2 + output / 16][row * SUMS_STRIDE + output % 16];
+      for (int w = 0; w < PARTS * WARPS; ++w) {
+        auto of = [&](int block) {
+          const float* at = sums + ((w % WARPS * BLOCKS + block) * SUM_ROWS + row) * SUMS_STRIDE + output % 16;
+          return PARTS > 1 ? read_one_from(w / WARPS, at) : *at;
+        };
+        sum += of(output / 16);
+        if (GATED) up += of(BLOCKS / 2 + output / 16);
+      }
+      if (ROWS_SHARE_SCALES) {
+        const float x_scale = ((const float*)(ring + X_SCALES_AT))[row * X_SCALES];
+        sum *= x_scale, up *= x_scale;
       }
       sum = sum * scale[e] + bias[e];
       if (GATED) sum = sum / (1.f + __expf(-sum)) * (up * up_scale[e] + up_bias[e]);
       p.out[row * p.out_stride + tile * TILE_OUTPUTS + output] = narrow(sum + residual[e]);
     }
   }
+  if (PARTS > 1) leave_cluster();  // a program that ended would take its sums along
 }
