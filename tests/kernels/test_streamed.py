@@ -192,9 +192,7 @@ def test_the_same_source_computes_the_same_on_a_processor(
                 for one in (weight.scales, weight.scales if weight.offsets is None else weight.offsets)
             ]
         programs = prepared.num_tiles * tile.parts if tile.parts > 1 else prepared.num_tiles // 2
-        is_inside = library.run(
-            *map(ctypes.byref, maps), ctypes.byref(prepared.arguments), INT4_MAGIC, programs, size
-        )
+        is_inside = library.run(*map(ctypes.byref, maps), ctypes.byref(prepared.arguments), INT4_MAGIC, programs, size)
         assert is_inside, "a copy that is not aligned, or leaves its memory"
         return out
 

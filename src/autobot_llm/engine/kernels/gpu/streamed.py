@@ -69,9 +69,7 @@ def why_not_streamed(x_TI: torch.Tensor, weight: Weight, out_dtype: torch.dtype)
     return None
 
 
-def shared_bytes(
-    tile: StreamTile, fmt: Format, group: int, num_inputs: int, num_rows: int, *, offsets: bool
-) -> int:
+def shared_bytes(tile: StreamTile, fmt: Format, group: int, num_inputs: int, num_rows: int, *, offsets: bool) -> int:
     """Shared memory of a program, as streamed_rows.cu lays it out."""
     groups = 2 * tile.segment // group if fmt is Format.INT4 else 0
     stage = _BLOCK * tile.blocks * (tile.segment + 64) + groups * tile.blocks * 32 * (1 + offsets)
