@@ -231,6 +231,8 @@ class Controller:
                 if other is None or other.expected()[num_free[i]] < its.expected()[limits.length]:
                     lacking.append(i)
         best, best_seconds, catch_up = decision, seconds / MARGIN if decision is None else seconds, 0.0
+        if decision is not None and costly.num_ready:  # it is not asked now, so its next drafts are not under way then
+            best_seconds *= 1.0 + costly.num_passes(costly.num_ready) * self._per_pass(num_sequences, plain) / plain
         for chosen in (able,) if len(lacking) == len(able) else (able, lacking):
             found = self._costly_for(chosen, free, num_free, costly, best_seconds, plain, limits)
             if found is not None:
@@ -268,7 +270,7 @@ class Controller:
         own = self.costs.own_share(num_sequences)
         shared = plain - own * num_sequences + catch_up / self._catch_up_steps
         best: Decision | None = None
-        for length in range(1, limits.length + 1):
+        for length in range(max(1, min(num_ready, limits.length)), limits.length + 1):
             drafting = 0.0 if length <= num_ready else costly.num_passes(length) * per_pass
             tokens = self.costly_costs.tokens(len(chosen), length)
             number = num_kept + tokens * len(chosen)

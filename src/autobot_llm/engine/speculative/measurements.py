@@ -295,19 +295,27 @@ class CostlyCosts:
         self._catch_up = _Medians()
         """Seconds for each token that is caught up with, by the size of their number."""
         self._tokens: dict[tuple[int, int], float] = {}
+        self._expected_tokens: dict[tuple[int, int], int] = {}
 
     def record_tokens(self, num_sequences: int, depth: int, num_tokens: int) -> None:
         """Learn how many tokens so many drafts of that depth had: a tree has more than its depth."""
-        self._tokens[num_sequences.bit_length(), depth] = num_tokens / num_sequences
+        key, each = (num_sequences.bit_length(), depth), num_tokens / num_sequences
+        if self._tokens.get(key) != each:
+            self._tokens[key] = each
+            self._expected_tokens.clear()
 
     def tokens(self, num_sequences: int, depth: int) -> int:
         """Of a draft so deep, where so many are made: a line's, unless the nearest that was seen was a tree."""
         if not self._tokens:
             return depth
-        size = num_sequences.bit_length()
-        nearest = min(self._tokens, key=lambda other: 8 * abs(other[0] - size) + abs(other[1] - depth))
-        found = self._tokens[nearest]
-        return depth if found <= nearest[1] else max(depth, round(found))
+        key = num_sequences.bit_length(), depth
+        expected = self._expected_tokens.get(key)
+        if expected is None:
+            size = key[0]
+            nearest = min(self._tokens, key=lambda other: 8 * abs(other[0] - size) + abs(other[1] - depth))
+            found = self._tokens[nearest]
+            expected = self._expected_tokens[key] = depth if found <= nearest[1] else max(depth, round(found))
+        return expected
 
     def record(self, num_sequences: int, num_passes: int, num_behind: int, seconds: float) -> None:
         """`num_behind` counts the tokens beyond one for each sequence that the first pass caught up with."""
