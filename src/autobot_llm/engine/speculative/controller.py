@@ -81,6 +81,7 @@ class Controller:
         self._most_probe = priors.most_probe
         self._uses_costly = False
         self._num_passes = 1  # of the costly method when it was last asked
+        self._is_ready = False  # whether what was decided last is under way
 
     def pass_over(self, num_steps: int) -> None:
         """Steps without drafts have passed that nobody measured."""
@@ -90,9 +91,14 @@ class Controller:
         self._num_since_offer += num_steps
         self.credit.wait(num_steps)
 
-    def record_step(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
-        """Learn from a step without prompts, drafting not included in its seconds."""
-        self.costs.record(num_sequences, num_draft_tokens, seconds)
+    def record_step(
+        self, num_sequences: int, num_draft_tokens: int, seconds: float, drafting_seconds: float = 0.0
+    ) -> None:
+        """Learn from a step without prompts, and of it what drafting took, or looking in vain."""
+        if self._is_ready:
+            self.costs.record_ready(num_sequences, num_draft_tokens, seconds)
+        else:
+            self.costs.record(num_sequences, num_draft_tokens, seconds - drafting_seconds)
         self._num_sequences = num_sequences
         if num_draft_tokens:
             self._num_since_plain += 1
@@ -112,9 +118,12 @@ class Controller:
         # others soon cannot get a draft any more, and then it saves its own time alone.
         is_worth_all = self._is_shared or len(results) == num_sequences
         worth = plain / num_sequences if is_worth_all else self.costs.own_share(num_sequences)
-        cost = self.costs.added(num_sequences, sum(result.num_tokens for result in results))
-        if num_costly := sum(result.is_costly for result in results):
-            cost += self._num_passes * self._per_pass(num_costly, plain)
+        num_tokens = sum(result.num_tokens for result in results)
+        cost = self.costs.added_ready(num_sequences, num_tokens) if self._is_ready else None
+        if cost is None:
+            cost = self.costs.added(num_sequences, num_tokens)
+            if num_costly := sum(result.is_costly for result in results):
+                cost += self._num_passes * self._per_pass(num_costly, plain)
         self.credit.book((worth * sum(result.num_right for result in results) - cost) / plain)
 
     def welcome_next(self) -> None:
@@ -139,7 +148,7 @@ class Controller:
         return decision is not None
 
     def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
-        plain = self.costs.plain(len(free))
+        plain, self._is_ready = self.costs.plain(len(free)), False
         if not plain or self._num_since_plain >= REFRESH:
             return None
         decision, catch_up = self._choose(free, costly, room, plain)
@@ -148,12 +157,11 @@ class Controller:
         self._num_since_offer = 0
         num_costly = 0 if decision is None else decision.num_costly
         self._uses_costly = num_costly > 0
-        if num_costly:
+        if decision is not None and num_costly:
             self._num_since_probe = 0
             self._num_passes = costly.num_passes(num_costly)
+            self._is_ready = num_costly <= costly.num_ready and len(decision.costly_for) == len(free)
             self.credit.book(-catch_up / plain)
-        elif costly.num_ready:
-            self.credit.book(-costly.num_passes(costly.num_ready) * self._per_pass(len(free), plain) / plain)
         return decision
 
     def _choose(
@@ -232,7 +240,10 @@ class Controller:
                     lacking.append(i)
         best, best_seconds, catch_up = decision, seconds / MARGIN if decision is None else seconds, 0.0
         if decision is not None and costly.num_ready:  # it is not asked now, so its next drafts are not under way then
-            best_seconds *= 1.0 + costly.num_passes(costly.num_ready) * self._per_pass(num_sequences, plain) / plain
+            number = self.costly_costs.tokens(num_sequences, costly.num_ready) * num_sequences
+            if (ready := self.costs.added_ready(num_sequences, number)) is not None:
+                drafting = costly.num_passes(costly.num_ready) * self._per_pass(num_sequences, plain)
+                best_seconds *= 1.0 + max(0.0, self.costs.added(num_sequences, number) + drafting - ready) / plain
         for chosen in (able,) if len(lacking) == len(able) else (able, lacking):
             found = self._costly_for(chosen, free, num_free, costly, best_seconds, plain, limits)
             if found is not None:
@@ -271,9 +282,11 @@ class Controller:
         shared = plain - own * num_sequences + catch_up / self._catch_up_steps
         best: Decision | None = None
         for length in range(max(1, min(num_ready, limits.length)), limits.length + 1):
-            drafting = 0.0 if length <= num_ready else costly.num_passes(length) * per_pass
             tokens = self.costly_costs.tokens(len(chosen), length)
             number = num_kept + tokens * len(chosen)
+            drafting = costly.num_passes(length) * per_pass
+            if length <= num_ready and (ready := self.costs.added_ready(num_sequences, number)) is not None:
+                drafting = ready - self.costs.added(num_sequences, number)
             if number > limits.room or catch_up + drafting + self.costs.added(num_sequences, number) > limits.seconds:
                 break
             lengths = [length if i in is_chosen else number for i, number in enumerate(kept)]

@@ -188,6 +188,8 @@ class StepCosts:
         self._extra: dict[tuple[int, int], deque[float]] = {}
         self._extra_costs: dict[tuple[int, int], float] = {}
         self._added: dict[tuple[int, int], float] = {}
+        self._ready: dict[tuple[int, int], deque[float]] = {}
+        self._ready_costs: dict[tuple[int, int], float] = {}
         self._seconds_per_prompt_token: float | None = None
 
     def pass_over(self, num_steps: int) -> None:
@@ -221,6 +223,14 @@ class StepCosts:
             self._extra_costs[key] = cost
             self._added.clear()
 
+    def record_ready(self, num_sequences: int, num_draft_tokens: int, seconds: float) -> None:
+        """Learn from a step whose drafts were under way when they were wanted, with what it waited for them."""
+        if (before := self._plain_costs.get(num_sequences)) is not None:
+            key = num_sequences, num_draft_tokens
+            samples = self._ready.setdefault(key, deque(maxlen=_NUM_EXTRA))
+            samples.append(seconds - before)
+            self._ready_costs[key] = max(0.0, _lower_quartile(samples))
+
     def learn_prompt_token(self, seconds: float | None) -> None:
         """What a prompt's token adds to a step: a draft's is taken for as much where none was measured."""
         if self._seconds_per_prompt_token is None:
@@ -251,6 +261,10 @@ class StepCosts:
         if added is None:
             added = self._added[key] = num_draft_tokens * self._extra_per_token(num_sequences, num_draft_tokens)
         return added
+
+    def added_ready(self, num_sequences: int, num_draft_tokens: int) -> float | None:
+        """The same of drafts that are under way, with what is waited for them; None where none was measured."""
+        return self._ready_costs.get((num_sequences, num_draft_tokens))
 
     def fixed_part(self, num_sequences: int, num_draft_tokens: int) -> float:
         """What `added` would be for next to no tokens: a step's having drafts at all."""

@@ -259,7 +259,7 @@ class Speculator:
         if plan.num_prompt_tokens or self._rests.may_rest:  # then one may have passed unseen
             self.controller.costs.learn_prompt_token(step_cost.seconds_per_prompt_token)
         if not plan.num_prompt_tokens:
-            self.controller.record_step(len(plan.scheduled), 0, seconds - self.drafting_seconds)
+            self.controller.record_step(len(plan.scheduled), 0, seconds, self.drafting_seconds)
 
     def record(
         self, plan: StepPlan, num_accepted: SequenceABC[int], seconds: float, stats: SequenceABC[RequestStats]
@@ -288,7 +288,7 @@ class Speculator:
                     if (of_text := self._of_text.get(item.sequence.id)) is not None:  # else it has left
                         of_text.record(tried, number)
         if plan.num_prompt_tokens == 0:
-            self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds - self.drafting_seconds)
+            self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds, self.drafting_seconds)
             self.controller.settle(num_scheduled, results)
 
     def forget(self, sequence: Sequence) -> None:
