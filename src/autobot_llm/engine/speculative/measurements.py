@@ -170,6 +170,19 @@ class AcceptanceHistory:
             self._num_passed[position] += sign
 
 
+class Beside:
+    """What drafts for one text are worth where something else is known of the place, too: the better of the two, since a
+    place that is easy in other texts is easy in this one, and a text that is easy is so there. Of an AcceptanceHistory it
+    has what choices need."""
+
+    def __init__(self, of_text: AcceptanceHistory, of_place: AcceptanceHistory) -> None:
+        self._histories = of_text, of_place
+
+    def expected(self) -> list[float]:
+        of_text, of_place = (history._estimate() for history in self._histories)
+        return list(accumulate(accumulate(map(max, of_text, of_place), mul), initial=1.0))
+
+
 class StepCosts:
     """Seconds of steps by the sequences that decode in them, and what draft tokens add.
 

@@ -20,7 +20,13 @@ from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller
 from autobot_llm.engine.speculative.figures import MethodFigures
-from autobot_llm.engine.speculative.measurements import MADE_TO_GUESS, ON_CPU, AcceptanceHistory, Priors
+from autobot_llm.engine.speculative.measurements import (
+    MADE_TO_GUESS,
+    ON_CPU,
+    AcceptanceHistory,
+    Beside,
+    Priors,
+)
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
 from autobot_llm.engine.speculative.possible import possible
@@ -87,6 +93,8 @@ class Speculator:
         self._rests = Rests(may_rest=policy is None and not priors.is_shared)
         self._num_known = 0  # of the sequences that were looked at last, those that have not left
         self._of_text: dict[int, AcceptanceHistory] = {}  # of a costly method's drafts, by sequence id
+        self._of_places: dict[tuple[str, str], AcceptanceHistory] = {}  # the same by what a free method had there
+        self._places: dict[int, str] = {}  # which that is now, by sequence id
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
 
@@ -167,6 +175,7 @@ class Speculator:
             if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
                 drafts[i] = draft
                 histories[i] = self._usable(free.name, draft.kind)
+        self._places = {s.id: d.kind for s, d in zip(sequences, drafts, strict=True) if d is not None}
         offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
         has_any = offer is not None or histories.count(None) < len(histories)
         decision = self._policy.decide(histories, offer, room) if has_any else None
@@ -248,6 +257,7 @@ class Speculator:
             return False
         free, costly = self._free, self._costly
         drafts = [None if free is None else free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
+        self._places = {s.id: d.kind for s, d in zip(sequences, drafts, strict=True) if d is not None}
         histories = [None if draft is None or free is None else self._usable(free.name, draft.kind) for draft in drafts]
         offer = None if costly is None else self._offer(costly, sequences)
         if offer is None and all(history is None for history in histories):
@@ -285,6 +295,8 @@ class Speculator:
                 if is_costly:  # a free method is observed whatever is verified
                     tried = min(depth, number + 1)
                     self._history(method, kind).record(tried, number)
+                    if (place := self._places.get(item.sequence.id)) is not None:
+                        self._place_history(method, item.sequence, place).record(tried, number)
                     if (of_text := self._of_text.get(item.sequence.id)) is not None:  # else it has left
                         of_text.record(tried, number)
         if plan.num_prompt_tokens == 0:
@@ -356,7 +368,7 @@ class Speculator:
     def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
         usable = {kind: self._usable(costly.name, kind) is not None for kind in set(map(self._kind, sequences))}
         histories = [
-            self._text_history(costly.name, sequence) if usable[self._kind(sequence)] else None
+            self._history_here(costly.name, sequence) if usable[self._kind(sequence)] else None
             for sequence in sequences
         ]
         ready, num_ready = self._ready
@@ -385,6 +397,19 @@ class Speculator:
         if history is None:
             prior = self._history(method, self._kind(sequence))
             history = self._of_text[sequence.id] = AcceptanceHistory(self.max_tokens + 1, prior)
+        return history
+
+    def _history_here(self, method: str, sequence: Sequence) -> AcceptanceHistory | Beside:
+        of_text, place = self._text_history(method, sequence), self._places.get(sequence.id)
+        return of_text if place is None else Beside(of_text, self._place_history(method, sequence, place))
+
+    def _place_history(self, method: str, sequence: Sequence, place: str) -> AcceptanceHistory:
+        """How a costly method's drafts went where a free one had such a draft."""
+        kind = self._kind(sequence)
+        history = self._of_places.get((kind, place))
+        if history is None:
+            history = AcceptanceHistory(self.max_tokens + 1, self._history(method, kind))
+            self._of_places[kind, place] = history
         return history
 
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
