@@ -266,7 +266,7 @@ def test_who_leaves_while_its_drafts_are_verified_is_gone_at_once() -> None:
     check.abort(check.open_requests()[0])
     assert len(draft._shadows) == num_drafting - 1
     check.finish()
-    assert draft.pool.num_free == draft.pool.num_blocks and not speculator._of_text
+    assert draft.pool.num_free == draft.pool.num_blocks and not speculator.experience.num_texts
 
 
 def test_prompts_are_taken_in_while_the_device_computes_them() -> None:

@@ -15,6 +15,7 @@ from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.controller import MARGIN, PROBE_EVERY, REFRESH, RETRY, Controller
 from autobot_llm.engine.speculative.credit import FIRST_STEPS, LOSS_SHARE, MOST_STEPS, TEXT_STEPS
+from autobot_llm.engine.speculative.experience import Experience
 from autobot_llm.engine.speculative.measurements import (
     ENOUGH,
     HISTORY,
@@ -384,24 +385,73 @@ def test_a_method_that_drafts_in_one_pass_pays_for_one() -> None:
     assert not controller.wants_offer(), "three passes cost more than three right tokens are worth: a probe at most"
 
 
-def test_drafts_that_are_under_way_are_free_and_paid_for_either_way() -> None:
-    """They take what they take. Where they are not there yet, a copy that is not quite as good is better."""
+def test_drafts_that_are_under_way_cost_what_steps_with_such_took_longer() -> None:
+    """A copy that is not quite as good is better as long as drafts take their time, and not where they are there."""
     passes, extra = 5 * PLAIN / 20, EXTRA / 20
+    controller = measured(extra=extra, priors=ON_GPU)
+    for _ in range(ENOUGH):
+        controller.costly_costs.record(1, 5, 0, passes)
+    copy, better, nothing = history(4, 5), history(6, 6), history(0, 1)
 
-    def decided(num_ready: int, costly: AcceptanceHistory) -> tuple[bool, float]:
-        """Whether it is the costly method's, and what was booked for that, in plain steps."""
-        controller = measured(extra=extra, priors=ON_GPU)
-        for _ in range(ENOUGH):
-            controller.costly_costs.record(1, 5, 0, passes)
-        offer = CostlyOffer([costly], [3], num_ready=num_ready)
-        before = controller.credit.balance
-        decision = controller.decide([history(4, 5)], offer, ROOM)
+    def chosen(num_ready: int) -> str:
+        decision = controller.decide([copy], CostlyOffer([better], [3], num_ready=num_ready), ROOM)
         assert decision is not None and (decision.num_costly == 5 or decision.num_free[0] >= 4)
-        return decision.num_costly > 0, before - controller.credit.balance
+        return "costly" if decision.num_costly else "free"
 
-    better = history(6, 6)
-    assert decided(0, better) == (False, 0.0)
-    assert decided(3, better)[0] is False, "five are wanted: they would be computed anew"
-    assert decided(5, better) == (True, 0.0), "it is booked once the step has been"
-    is_costly, booked = decided(5, history(0, 1))
-    assert not is_costly and booked == pytest.approx(passes / PLAIN)
+    def take_a_step(seconds: float, num_right: int) -> float:
+        """With drafts that are ready, and nothing else to choose; returns what was booked, in plain steps."""
+        controller.credit.balance = 3.0
+        decision = controller.decide([nothing], CostlyOffer([better], [3], num_ready=5), ROOM)
+        assert decision is not None and decision.num_costly == 5
+        controller.record_step(1, 5, PLAIN + seconds, passes)
+        before = controller.credit.balance
+        controller.settle(1, [DraftResult(5, num_right, True)])
+        return controller.credit.balance - before
+
+    assert chosen(0) == chosen(5) == "free", "what they take is not known"
+    assert take_a_step(0.0, 1) == pytest.approx(1.0), "all that they cost is that step's time"
+    assert (chosen(5), chosen(3), chosen(0)) == ("costly", "free", "free"), "three of five would be begun anew"
+    booked = [take_a_step(passes + 5 * extra, 0) for _ in range(30)]
+    assert booked[-1] == pytest.approx(-(passes + 5 * extra) / PLAIN)
+    assert chosen(5) == "free"
+
+
+def test_who_leaves_drafts_that_are_under_way_has_to_begin_anew() -> None:
+    """So a copy must be better by as much."""
+    extra = EXTRA / 20
+    controller = measured(extra=extra, priors=ON_GPU)
+    for _ in range(ENOUGH):
+        controller.costly_costs.record(1, 5, 0, 5 * PLAIN / 20)
+    copy = history(5, 6)
+    for _ in range(20):
+        controller.costs.record_ready(1, 5, PLAIN + PLAIN / 20)
+    same = CostlyOffer([history(5, 6)], [3], num_ready=5)
+    decision = controller.decide([copy], same, ROOM)
+    assert decision is not None and decision.num_costly == 5, "it is 5 % dearer, and 20 % are lost otherwise"
+    again = controller.decide([copy], CostlyOffer([history(5, 6)], [3]), ROOM)
+    assert again is not None and not again.num_costly
+
+
+def test_a_draft_beside_a_copy_is_taken_for_what_drafts_were_there_or_in_its_text() -> None:
+    experience = Experience(6, "ngram")
+    for sequence_id in (1, 2):
+        experience.here("draft", "greedy", sequence_id)  # who is asked about is one to learn of
+    experience.look({1: "match of 4"})
+    for _ in range(HISTORY):
+        experience.record("draft", "greedy", 1, 1, 0)  # a hard text, beside copies
+    experience.look({2: "match of 4", 3: "match of 1"})
+    for _ in range(HISTORY):
+        experience.record("draft", "greedy", 2, 5, 5)  # an easy one
+    experience.look({1: "match of 4", 3: "match of 1"})
+    hard_there = experience.here("draft", "greedy", 1).expected()
+    assert hard_there[5] > 4, "drafts there have been right of late"
+    experience.look({})
+    assert experience.here("draft", "greedy", 1).expected()[5] < 1.2, "and in this text they were not"
+    experience.look({2: "match of 1"})
+    assert experience.here("draft", "greedy", 2).expected()[5] > 5, "an easy text is easy wherever"
+    assert experience.here("draft", "sampled", 4).expected()[1] == pytest.approx(1 + MADE_TO_GUESS)
+    for sequence_id in (1, 2, 4):
+        experience.forget(sequence_id)
+    assert not experience.num_texts
+    experience.record("draft", "greedy", 1, 1, 0)
+    assert not experience.num_texts, "who has left does not come back"

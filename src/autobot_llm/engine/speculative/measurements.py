@@ -136,10 +136,10 @@ class AcceptanceHistory:
 
         They are not estimated cautiously: what is not tried is not learned, and what may be lost is bounded elsewhere.
         """
-        self._estimate()
+        self.rates()
         return self._expected
 
-    def _estimate(self) -> list[float]:
+    def rates(self) -> list[float]:
         """The chance of each position where those before it are right; anew where something was recorded."""
         prior = self._prior
         if self._rates is not None and (prior is None or prior._version == self._version_of_prior):
@@ -148,7 +148,7 @@ class AcceptanceHistory:
         counts = zip(self._num_passed, self._num_tried, strict=True)
         if prior is not None:
             self._version_of_prior = prior._version
-            for (passed, tried), rate in zip(counts, prior._estimate(), strict=True):
+            for (passed, tried), rate in zip(counts, prior.rates(), strict=True):
                 rates.append((passed + TEXT_WEIGHT * rate) / (tried + TEXT_WEIGHT))
         else:
             rate = PRIOR_RATE
@@ -168,19 +168,6 @@ class AcceptanceHistory:
             self._num_tried[position] += sign
         for position in range(passed):
             self._num_passed[position] += sign
-
-
-class Beside:
-    """What drafts for one text are worth where something else is known of the place, too: the better of the two, since a
-    place that is easy in other texts is easy in this one, and a text that is easy is so there. Of an AcceptanceHistory it
-    has what choices need."""
-
-    def __init__(self, of_text: AcceptanceHistory, of_place: AcceptanceHistory) -> None:
-        self._histories = of_text, of_place
-
-    def expected(self) -> list[float]:
-        of_text, of_place = (history._estimate() for history in self._histories)
-        return list(accumulate(accumulate(map(max, of_text, of_place), mul), initial=1.0))
 
 
 class StepCosts:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from autobot_llm.engine.speculative.experience import Beside
 from autobot_llm.engine.speculative.measurements import AcceptanceHistory
 
 
@@ -37,7 +38,7 @@ class CostlyOffer:
     some depth take it; as many as that, unless it says otherwise. `num_ready`: drafts for all of the sequences are
     under way already, so deep; they take what they take, whether they are wanted or not."""
 
-    histories: Histories
+    histories: SequenceABC[AcceptanceHistory | Beside | None]
     lags: list[int]
     num_passes: Callable[[int], int] = int
     num_ready: int = 0

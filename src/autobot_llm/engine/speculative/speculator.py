@@ -19,14 +19,9 @@ from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
 from autobot_llm.engine.speculative.controller import Controller
+from autobot_llm.engine.speculative.experience import Experience
 from autobot_llm.engine.speculative.figures import MethodFigures
-from autobot_llm.engine.speculative.measurements import (
-    MADE_TO_GUESS,
-    ON_CPU,
-    AcceptanceHistory,
-    Beside,
-    Priors,
-)
+from autobot_llm.engine.speculative.measurements import ON_CPU, AcceptanceHistory, Priors
 from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
 from autobot_llm.engine.speculative.possible import possible
@@ -75,12 +70,12 @@ class Speculator:
         self.max_tokens = max_tokens
         self.controller = Controller(max_tokens, floor, priors)
         self.figures: dict[str, MethodFigures] = {}
-        self.histories: dict[tuple[str, str], AcceptanceHistory] = {}
         self.num_steps = 0
         self.drafting_seconds = 0.0
         """What the costly method took in the step at hand, and looking in vain, where that is timed."""
         self._policy: DraftPolicy = self.controller if policy is None else policy
         self._free = None if make_free is None else make_free(self._observe_free)
+        self.experience = Experience(max_tokens + 1, None if self._free is None else self._free.name)
         self._costly = costly
         self._launching = costly if isinstance(costly, LaunchingProposer) else None
         self._launched: _Launched | None = None  # whose drafts nobody but the device knows
@@ -92,9 +87,6 @@ class Speculator:
         self.clock = clock
         self._rests = Rests(may_rest=policy is None and not priors.is_shared)
         self._num_known = 0  # of the sequences that were looked at last, those that have not left
-        self._of_text: dict[int, AcceptanceHistory] = {}  # of a costly method's drafts, by sequence id
-        self._of_places: dict[tuple[str, str], AcceptanceHistory] = {}  # the same by what a free method had there
-        self._places: dict[int, str] = {}  # which that is now, by sequence id
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
 
@@ -169,13 +161,7 @@ class Speculator:
         start = self.clock() if self._rests.may_rest else 0.0
         self._num_known = len(sequences)
         free, costly = self._free, self._costly
-        drafts: list[Draft | None] = [None] * len(sequences)
-        histories: list[AcceptanceHistory | None] = [None] * len(sequences)
-        for i, sequence in enumerate(sequences):
-            if free is not None and (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
-                drafts[i] = draft
-                histories[i] = self._usable(free.name, draft.kind)
-        self._places = {s.id: d.kind for s, d in zip(sequences, drafts, strict=True) if d is not None}
+        drafts, histories = self._look_up(sequences)
         offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
         has_any = offer is not None or histories.count(None) < len(histories)
         decision = self._policy.decide(histories, offer, room) if has_any else None
@@ -255,11 +241,8 @@ class Speculator:
         `room` for. The sequences' other tokens are known."""
         if room < len(sequences):  # where not everybody gets a draft, a device's step saves nothing
             return False
-        free, costly = self._free, self._costly
-        drafts = [None if free is None else free.propose(sequence, self.max_tokens + 1) for sequence in sequences]
-        self._places = {s.id: d.kind for s, d in zip(sequences, drafts, strict=True) if d is not None}
-        histories = [None if draft is None or free is None else self._usable(free.name, draft.kind) for draft in drafts]
-        offer = None if costly is None else self._offer(costly, sequences)
+        _, histories = self._look_up(sequences)
+        offer = None if self._costly is None else self._offer(self._costly, sequences)
         if offer is None and all(history is None for history in histories):
             return False
         return self._policy.may_pay(histories, offer, room)
@@ -294,17 +277,13 @@ class Speculator:
                 results.append(DraftResult(item.num_draft, number, is_costly))
                 if is_costly:  # a free method is observed whatever is verified
                     tried = min(depth, number + 1)
-                    self._history(method, kind).record(tried, number)
-                    if (place := self._places.get(item.sequence.id)) is not None:
-                        self._place_history(method, item.sequence, place).record(tried, number)
-                    if (of_text := self._of_text.get(item.sequence.id)) is not None:  # else it has left
-                        of_text.record(tried, number)
+                    self.experience.record(method, kind, item.sequence.id, tried, number)
         if plan.num_prompt_tokens == 0:
             self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds, self.drafting_seconds)
             self.controller.settle(num_scheduled, results)
 
     def forget(self, sequence: Sequence) -> None:
-        self._of_text.pop(sequence.id, None)
+        self.experience.forget(sequence.id)
         self._num_known -= 1
         if self._num_known <= 0:
             self._rests.start_over()
@@ -365,10 +344,23 @@ class Speculator:
         """Of a costly method's drafts: a model agrees with another's best token more often than with a drawn one."""
         return "greedy" if sequence.params.is_greedy else "sampled"
 
+    def _look_up(self, sequences: list[Sequence]) -> tuple[list[Draft | None], list[AcceptanceHistory | None]]:
+        """What the free method has for each, and how drafts like that went, if they may be used."""
+        drafts: list[Draft | None] = [None] * len(sequences)
+        histories: list[AcceptanceHistory | None] = [None] * len(sequences)
+        places: dict[int, str] = {}
+        if (free := self._free) is not None:
+            for i, sequence in enumerate(sequences):
+                if (draft := free.propose(sequence, self.max_tokens + 1)) is not None:
+                    drafts[i], histories[i] = draft, self._usable(free.name, draft.kind)
+                    places[sequence.id] = draft.kind
+        self.experience.look(places)
+        return drafts, histories
+
     def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
         usable = {kind: self._usable(costly.name, kind) is not None for kind in set(map(self._kind, sequences))}
         histories = [
-            self._history_here(costly.name, sequence) if usable[self._kind(sequence)] else None
+            self.experience.here(costly.name, kind, sequence.id) if usable[kind := self._kind(sequence)] else None
             for sequence in sequences
         ]
         ready, num_ready = self._ready
@@ -380,41 +372,12 @@ class Speculator:
         )
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:
-        history = self._history(method, kind)
+        history = self.experience.of_kind(method, kind)
         return history if self.controller.is_allowed(history) else None
-
-    def _history(self, method: str, kind: str) -> AcceptanceHistory:
-        history = self.histories.get((method, kind))
-        if history is None:
-            is_free = self._free is not None and method == self._free.name
-            presumed = 0.0 if is_free else MADE_TO_GUESS
-            history = self.histories[method, kind] = AcceptanceHistory(self.max_tokens + 1, presumed=presumed)
-        return history
-
-    def _text_history(self, method: str, sequence: Sequence) -> AcceptanceHistory:
-        """How a costly method's drafts for one text went: some texts are easier to guess than others."""
-        history = self._of_text.get(sequence.id)
-        if history is None:
-            prior = self._history(method, self._kind(sequence))
-            history = self._of_text[sequence.id] = AcceptanceHistory(self.max_tokens + 1, prior)
-        return history
-
-    def _history_here(self, method: str, sequence: Sequence) -> AcceptanceHistory | Beside:
-        of_text, place = self._text_history(method, sequence), self._places.get(sequence.id)
-        return of_text if place is None else Beside(of_text, self._place_history(method, sequence, place))
-
-    def _place_history(self, method: str, sequence: Sequence, place: str) -> AcceptanceHistory:
-        """How a costly method's drafts went where a free one had such a draft."""
-        kind = self._kind(sequence)
-        history = self._of_places.get((kind, place))
-        if history is None:
-            history = AcceptanceHistory(self.max_tokens + 1, self._history(method, kind))
-            self._of_places[kind, place] = history
-        return history
 
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
         assert self._free is not None
-        self._history(self._free.name, kind).record(tried, passed)
+        self.experience.of_kind(self._free.name, kind).record(tried, passed)
 
 
 def _computed(plan: StepPlan, verdicts: SequenceABC[Verdict]) -> Iterator[Computed]:
