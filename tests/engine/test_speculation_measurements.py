@@ -41,13 +41,32 @@ def test_catching_up_with_few_tokens_says_nothing_of_many() -> None:
 def test_what_catching_up_with_few_tokens_costs_is_not_what_each_of_many_costs() -> None:
     """On a GPU it is a pass that they cost: nobody would ever catch up with a prompt, at that price."""
     costs = CostlyCosts(ON_GPU)
-    costs.record(1, 1, 0, 0.1e-3)
-    costs.record(1, 1, 12, 0.7e-3)
+    for _ in range(3):
+        costs.record(1, 1, 0, 0.1e-3)
+        costs.record(1, 1, 12, 0.7e-3)
     assert costs.catch_up(12, 0.1e-3) == pytest.approx(0.6e-3)
     assert costs.catch_up(1200, 0.1e-3) < 1.5e-3
     assert costs.catch_up(3, 0.1e-3) < 0.2e-3
-    costs.record(1, 1, 1200, 4.1e-3)
+    for _ in range(3):
+        costs.record(1, 1, 1200, 4.1e-3)
     assert costs.catch_up(1200, 0.1e-3) == pytest.approx(4e-3)
+
+
+def test_one_bad_moment_does_not_end_what_would_not_be_measured_again() -> None:
+    """A first pass of many sequences that meets a compiler, and a first prompt that is caught up with."""
+    presumed = 0.5e-3
+    costs = CostlyCosts(ON_GPU)
+    assert costs.expected_pass(32, presumed) == presumed
+    costs.record(32, 3, 2000, 60e-3)
+    assert costs.expected_pass(32, presumed) == presumed, "twenty are what it is at most"
+    costs.record(1, 3, 0, 0.3e-3)
+    costs.record(32, 3, 2000, 60e-3)
+    assert costs.catch_up(2000, 0.1e-3) < 1e-3
+    for _ in range(3):
+        costs.record(32, 3, 0, 2.4e-3)
+        costs.record(32, 3, 2000, 6.4e-3)
+    assert costs.expected_pass(32, presumed) == pytest.approx(0.8e-3)
+    assert costs.catch_up(2000, 0.8e-3) == pytest.approx(4e-3)
 
 
 def test_what_a_step_costs_for_having_drafts_at_all_is_not_saved_by_who_gets_ahead() -> None:

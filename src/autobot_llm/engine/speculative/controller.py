@@ -312,8 +312,7 @@ class Controller:
         return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(lag)]), catch_up
 
     def _per_pass(self, num_sequences: int, plain: float) -> float:
-        per_pass = self.costly_costs.per_pass(num_sequences)
-        return plain * self._costly_pass if per_pass is None else per_pass
+        return self.costly_costs.expected_pass(num_sequences, plain * self._costly_pass)
 
     def _candidates(self, expected: SequenceABC[SequenceABC[float]], plain: float, own: float) -> Iterator[list[int]]:
         """Lengths that may be the best: each sequence's by its own time, and the likeliest tokens of all as long as

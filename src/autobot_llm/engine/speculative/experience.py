@@ -1,5 +1,5 @@
-"""How drafts have gone, by what is known of a draft: its kind, its text, and what lookup had at its place. Knows counts,
-not costs; and makes no choice.
+"""How drafts have gone, by what is known of a draft: its kind, its text, and what lookup had at its place. Knows no
+costs, and makes no choice.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ before the next one, and kernels of several rows are a little slower (docs/resul
 the host alone, and it is not the host that steps wait for."""
 
 _NUM_PLAIN, _NUM_EXTRA = 9, 15
+_SURE = 3
 _PLAIN_EVERY = 4
 _TOLERANCE = 0.03
 
@@ -343,6 +344,14 @@ class CostlyCosts:
         else:
             self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
 
+    def expected_pass(self, num_sequences: int, presumed: float) -> float:
+        """The same as `per_pass`, and no more than is `presumed` until it was measured some times: a first time may hold
+        a compiler's, and what nobody tries for that is not measured again."""
+        measured = self.per_pass(num_sequences)
+        if measured is None:
+            return presumed
+        return measured if self._passes.is_sure(num_sequences.bit_length()) else min(measured, presumed)
+
     def per_pass(self, num_sequences: int) -> float | None:
         """Of so many sequences, or of the nearest number that was measured; None where none was."""
         known = self._passes.known or self._most
@@ -353,16 +362,16 @@ class CostlyCosts:
         return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
 
     def catch_up(self, num_behind: int, per_pass: float) -> float:
-        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind. Beyond
-        what was measured a token takes no more than it is taken for: most of catching up with a few is that there are
-        any."""
+        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind, once that
+        was measured some times. Beyond what was measured a token takes no more than it is taken for: most of catching
+        up with a few is that there are any."""
         each = per_pass * self._priors.token_behind
         known = self._catch_up.known
         if not known:
             return num_behind * each
         size = num_behind.bit_length()
         nearest = size if size in known else min(known, key=lambda other: abs(other - size))
-        measured = known[nearest]
+        measured = known[nearest] if self._catch_up.is_sure(nearest) else min(known[nearest], each)
         num_measured = min(num_behind, (1 << nearest) - 1)
         return num_measured * measured + (num_behind - num_measured) * min(measured, each)
 
@@ -378,6 +387,11 @@ class _Medians:
         of_size = self._seconds.setdefault(size, deque(maxlen=ENOUGH))
         of_size.append(seconds)
         self.known[size] = median(of_size)
+
+    def is_sure(self, size: int) -> bool:
+        """Whether one bad moment does not decide; also where nothing is known of that very size, but of others."""
+        of_size = self._seconds.get(size) or max(self._seconds.values(), key=len, default=())
+        return len(of_size) >= _SURE
 
 
 def _size(number: int) -> int:
