@@ -345,8 +345,8 @@ class CostlyCosts:
             self._most[size] = min(seconds / num_passes, self._most.get(size, math.inf))
 
     def expected_pass(self, num_sequences: int, presumed: float) -> float:
-        """The same as `per_pass`, and no more than is `presumed` until it was measured some times: a first time may hold
-        a compiler's, and what nobody tries for that is not measured again."""
+        """What a pass is taken for: no more than is `presumed`, until it was measured some times. The first may hold a
+        compiler's time, and what nobody tries for that is not measured again."""
         measured = self.per_pass(num_sequences)
         if measured is None:
             return presumed
@@ -362,8 +362,8 @@ class CostlyCosts:
         return known[nearest] * self._priors.twice_as_many ** max(0, size - nearest)
 
     def catch_up(self, num_behind: int, per_pass: float) -> float:
-        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind, once that
-        was measured some times. Beyond what was measured a token takes no more than it is taken for: most of catching
+        """Seconds of catching up with so many tokens: each takes what it took where about as many were behind, once
+        that was measured some times. Beyond what was measured a token takes no more than it is taken for: most of catching
         up with a few is that there are any."""
         each = per_pass * self._priors.token_behind
         known = self._catch_up.known
