@@ -363,8 +363,8 @@ class CostlyCosts:
 
     def catch_up(self, num_behind: int, per_pass: float) -> float:
         """Seconds of catching up with so many tokens: each takes what it took where about as many were behind, once
-        that was measured some times. Beyond what was measured a token takes no more than it is taken for: most of catching
-        up with a few is that there are any."""
+        that was measured some times. Beyond what was measured a token takes no more than it is taken for: most of
+        catching up with a few is that there are any."""
         each = per_pass * self._priors.token_behind
         known = self._catch_up.known
         if not known:
