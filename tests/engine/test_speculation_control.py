@@ -411,6 +411,10 @@ def test_drafts_that_are_under_way_cost_what_steps_with_such_took_longer() -> No
     assert chosen(0) == chosen(5) == "free", "what they take is not known"
     assert take_a_step(0.0, 1) == pytest.approx(1.0), "all that they cost is that step's time"
     assert (chosen(5), chosen(3), chosen(0)) == ("costly", "free", "free"), "three of five would be begun anew"
+    take_a_step(0.0, 5)
+    controller.record_step(1, 0, 2 * PLAIN)  # a plain step that nobody decided on
+    assert controller.costs.plain(1) == pytest.approx(PLAIN), "is one more of many"
+    assert controller.costs.added_ready(1, 0) is None
     booked = [take_a_step(passes + 5 * extra, 0) for _ in range(30)]
     assert booked[-1] == pytest.approx(-(passes + 5 * extra) / PLAIN)
     assert chosen(5) == "free"

@@ -10,7 +10,9 @@ every sequence has come as far as a plain step brings it, that is
 seconds, which is what a choice is judged by; the best is taken if it is quicker than a plain step by MARGIN. The shared
 part is saved only where everybody gets ahead: a draft for one of many must be worth its own time, else its owner would
 be served at the expense of the others. For a lone sequence it is (plain + c) / (1 + g), the time of a token. All of it
-is measured: chances by method and kind of draft, seconds by size of step (measurements.py).
+is measured: chances by method, kind and place of a draft (experience.py), seconds by size of step (measurements.py).
+Where a costly method's next drafts are under way, c is what steps with such have taken longer: a device computes them
+while the host is busy anyway. A free draft in their place is charged with the method's beginning anew.
 
 The guarantee. Expectations may be wrong, so nothing is drafted whose cost could not be lost whole (credit.py): there is
 one account, of what drafts have gained lately less what they have cost, verifying, drafting, catching up and looks all
@@ -95,7 +97,7 @@ class Controller:
         self, num_sequences: int, num_draft_tokens: int, seconds: float, drafting_seconds: float = 0.0
     ) -> None:
         """Learn from a step without prompts, and of it what drafting took, or looking in vain."""
-        if self._is_ready:
+        if self._is_ready and num_draft_tokens:
             self.costs.record_ready(num_sequences, num_draft_tokens, seconds)
         else:
             self.costs.record(num_sequences, num_draft_tokens, seconds - drafting_seconds)
