@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobot_llm.engine.speculative.costly_costs import CostlyCosts
 from autobot_llm.engine.speculative.measurements import (
     HISTORY,
     ON_CPU,
     ON_GPU,
     AcceptanceHistory,
-    CostlyCosts,
     StepCosts,
 )
 

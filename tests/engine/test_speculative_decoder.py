@@ -23,8 +23,9 @@ from autobot_llm.engine.models.config import load_config
 from autobot_llm.engine.options import EngineOptions
 from autobot_llm.engine.sequence import SamplingParams, Sequence
 from autobot_llm.engine.speculative.build import SpeculationOptions, Target, build_speculator, make_draft_model
+from autobot_llm.engine.speculative.costly_costs import CostlyCosts
 from autobot_llm.engine.speculative.decoder import SpeculativeConfig, SpeculativeDecoder
-from autobot_llm.engine.speculative.measurements import ON_CPU, CostlyCosts
+from autobot_llm.engine.speculative.measurements import ON_CPU
 from autobot_llm.engine.speculative.pairs import (
     DRAFT_MODEL_RECOMMENDATIONS,
     TINY_LLAMA,

@@ -34,12 +34,12 @@ from collections.abc import Sequence as SequenceABC
 from itertools import pairwise
 from typing import NamedTuple
 
+from autobot_llm.engine.speculative.costly_costs import CostlyCosts
 from autobot_llm.engine.speculative.credit import Credit
 from autobot_llm.engine.speculative.measurements import (
     ENOUGH,
     ON_CPU,
     AcceptanceHistory,
-    CostlyCosts,
     Priors,
     StepCosts,
 )

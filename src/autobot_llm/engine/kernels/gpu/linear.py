@@ -113,19 +113,21 @@ def feed_forward_add(
     """x + W f + bias with f = `norm_linear_gated`, whose numbers lie as W's product wants them where both have the same
     kernel. Returns `out`, which may be `x_TI`."""
     inner_TF = _output(x_TI, _num_outputs(gate_up_2FI) // 2, None, None)
-    tile, down_tile = _tile_for(Kind.GATED, x_TI, gate_up_2FI, inner_TF), None
-    if isinstance(tile, BlockTile) and isinstance(down_OF, PackedWeight) and not rounds(down_OF, x_TI.shape[0]):
-        down_tile = _tile_for(Kind.PLAIN, inner_TF, down_OF, out)
-    if not (isinstance(tile, BlockTile) and isinstance(down_tile, BlockTile)):
-        norm_linear_gated(x_TI, norm_I, eps, gate_up_2FI, gate_up_bias_2F, out=inner_TF)
-        return linear_add(inner_TF, down_OF, down_bias_O, x_TI, out=out)
-    assert isinstance(gate_up_2FI, PackedWeight) and isinstance(down_OF, PackedWeight), "the kernel knows no other"
+    tile, down_tile = _tile_for(Kind.GATED, x_TI, gate_up_2FI, inner_TF), _tile_for(Kind.PLAIN, inner_TF, down_OF, out)
+    around: dict[str, Any] = {"norm": norm_I, "eps": eps, "bias": gate_up_bias_2F, "gated": True}
     try:
-        multiply_blocks(
-            tile, x_TI, gate_up_2FI, inner_TF, norm=norm_I, eps=eps, bias=gate_up_bias_2F, gated=True, arranges=True
-        )
-        return multiply_blocks(down_tile, inner_TF, down_OF, out, bias=down_bias_O, residual=x_TI, is_arranged=True)
-    except CompilationError:  # of a kernel that is not chosen again; nothing was added yet
+        if isinstance(tile, BlockTile) and isinstance(down_tile, BlockTile):
+            assert isinstance(gate_up_2FI, PackedWeight) and isinstance(down_OF, PackedWeight), (
+                "the kernel knows no other"
+            )
+            if not rounds(down_OF, x_TI.shape[0]):
+                multiply_blocks(tile, x_TI, gate_up_2FI, inner_TF, arranges=True, **around)
+                return multiply_blocks(
+                    down_tile, inner_TF, down_OF, out, bias=down_bias_O, residual=x_TI, is_arranged=True
+                )
+        product(tile, x_TI, gate_up_2FI, inner_TF, **around)
+        return product(down_tile, inner_TF, down_OF, out, bias=down_bias_O, residual=x_TI)
+    except CompilationError:  # of a kernel in CUDA C++, which is not chosen again; nothing was added yet
         return feed_forward_add(x_TI, norm_I, eps, gate_up_2FI, gate_up_bias_2F, down_OF, down_bias_O, out=out)
 
 

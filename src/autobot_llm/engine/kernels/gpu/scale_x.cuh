@@ -41,7 +41,8 @@ __device__ __forceinline__ void scale_x(const Product& p, u8* ring, float* sums,
         squares += other_lane(squares, distance);
         if (ROWS_SHARE_SCALES) largest = larger(largest, other_lane(largest, distance));
       }
-      if (lane == 0) sums[r * WARPS + warp] = squares, sums[(X_ROWS + r) * WARPS + warp] = largest;
+      if (lane == 0) sums[r * WARPS + warp] = squares;
+      if (lane == 0 && ROWS_SHARE_SCALES) sums[(X_ROWS + r) * WARPS + warp] = largest;
     }
     meet(THREADS);
   }
@@ -51,7 +52,10 @@ __device__ __forceinline__ void scale_x(const Product& p, u8* ring, float* sums,
     float factor = 0.f, of_row = 0.f;
     if (NORM) {
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) factor += sums[r * WARPS + w], of_row = larger(of_row, sums[(X_ROWS + r) * WARPS + w]);
+      for (int w = 0; w < WARPS; ++w) {
+        factor += sums[r * WARPS + w];
+        if (ROWS_SHARE_SCALES) of_row = larger(of_row, sums[(X_ROWS + r) * WARPS + w]);
+      }
       factor = rsqrtf(factor / INPUTS + p.eps);
       of_row *= factor;
     }

@@ -223,7 +223,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
   };
   if (!X_STAYS) fetch_x(xs, first_chunk);
 
-  auto row_of = [&](int element) { return element / TILE_OUTPUTS < PART_ROWS ? part * PART_ROWS + element / TILE_OUTPUTS : X_ROWS; };
+  auto row_of = [&](int element) {  // of x, that a thread finishes; X_ROWS: there is none
+    const int row = element / TILE_OUTPUTS;
+    return row < PART_ROWS ? part * PART_ROWS + row : X_ROWS;
+  };
   int slot = 0, parity = 0;
   for (int tile = blockIdx.x / PARTS; tile < p.num_outputs / TILE_OUTPUTS; tile += gridDim.x / PARTS) {
     // Asked for now, used when the sums are there.
@@ -245,7 +248,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
     }
 
     float y[BLOCKS][X_TILES][TILE_SUMS] = {};
-    // Of a group's inputs, unscaled: of 4 bits two groups, from the low and the high halves of the bytes, and sums of their x.
+    // Of a group's inputs, or of all if there are no groups, unscaled: of 4 bits two groups, from the low and the high halves
+    // of the bytes, and sums of their x.
     Sum low[BLOCKS][X_TILES][4] = {}, high[BLOCKS][X_TILES][4] = {};
     Sum low_x[X_TILES][4] = {}, high_x[X_TILES][4] = {};
 #pragma unroll 1
@@ -266,7 +270,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
         if (X_STAYS)
           read_x(xs, ring + X_AT + g * X_STRIDE + X_THREAD * t + X_SIZE * input_of(min(first + c, CHUNKS - 1)), X_STRIDE);
         else
-          fetch_x(next_xs, c + 1 < WARP_CHUNKS ? first + c + 1 : s + 1 < first_segment + PART_SEGMENTS ? first + STAGE_CHUNKS : first_chunk);
+          fetch_x(next_xs, c + 1 < WARP_CHUNKS                          ? first + c + 1
+                           : s + 1 < first_segment + PART_SEGMENTS ? first + STAGE_CHUNKS
+                                                                   : first_chunk);
         if (CHUNKS % STAGE_CHUNKS == 0 || first + c < CHUNKS) {
           if (HAS_GROUPS && c % GROUP_CHUNKS == 0) {  // asked for now, used at the group's end
             auto x_scale = [&](int row, int input) {
