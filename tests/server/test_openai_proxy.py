@@ -266,6 +266,10 @@ async def test_three_hundred_requests_leave_no_socket_task_or_memory_behind() ->
             await upstream.until(lambda seen: seen.num_open <= 20)
             gc.collect()
             await asyncio.sleep(0.05)
+            for _ in range(100):  # what is ending takes a moment on a busy machine; what has leaked stays
+                if not measured or len(asyncio.all_tasks()) <= measured[0][0] + 2:
+                    break
+                await asyncio.sleep(0.05)
             measured.append((len(asyncio.all_tasks()), process.num_fds(), process.memory_info().rss))
         tasks, sockets, memory = zip(*measured, strict=True)
         assert tasks[2] <= tasks[0] + 2
