@@ -68,6 +68,42 @@ def test_a_step_may_mix_every_kind_of_sequence(make: object, dtype: torch.dtype,
         assert relative_error(out_THD, step.expected(window=window)) < TOLERANCE[dtype]
 
 
+def test_many_heads_may_share_keys(dtype: torch.dtype, device: torch.device) -> None:
+    """Of 12 heads, as Mistral Large has them, the decode kernel takes 10 tokens, which is no size that steps have."""
+    step = random_step([90, 70], [10, 3], num_heads=12, num_kv_heads=1, head_size=64, dtype=dtype, device=device)
+    assert relative_error(attend(triton_attention(step), step), step.expected()) < TOLERANCE[dtype]
+
+
+def test_kernels_are_met_before_there_is_a_sequence(dtype: torch.dtype, device: torch.device) -> None:
+    step = random_step([90, 70], [1, 4], num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device)
+    attention = triton_attention(step, (0, 24))
+    keys, values = step.keys.clone(), step.values.clone()
+    attention.rehearse(dtype)
+    assert torch.equal(step.keys.nan_to_num(), keys.nan_to_num())
+    assert torch.equal(step.values.nan_to_num(), values.nan_to_num())
+
+
+@pytest.mark.gpu
+def test_after_the_rehearsal_no_step_meets_a_compiler(device: torch.device) -> None:
+    """Sequences, new tokens of each and contexts in every mix that leads to a tile of its own."""
+    triton = pytest.importorskip("triton")
+    compiled: list[str] = []
+    mixes = [(n, q, c) for n in (1, 5, 40, 70, 110) for q in (1, 2, 4, 7, 12, 16, 40) for c in (0, 30)]
+    first = random_step([20] * 3, [1] * 3, num_heads=4, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=device)
+    attention = triton_attention(first, max_sequences=128)
+    attention.rehearse(torch.bfloat16)
+    triton.knobs.runtime.jit_post_compile_hook = lambda *_, **about: compiled.append(str(about.get("repr")))
+    try:
+        for number, new, cached in mixes:
+            step = random_step([new + cached] * number, [new] * number, num_heads=4, num_kv_heads=2, head_size=128,
+                               dtype=torch.bfloat16, device=device)  # fmt: skip
+            other = triton_attention(step, max_sequences=128)
+            assert relative_error(attend(other, step), step.expected()) < TOLERANCE[torch.bfloat16]
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert not compiled
+
+
 def test_a_prompt_in_chunks_gives_what_it_gives_whole(dtype: torch.dtype, device: torch.device) -> None:
     length = 150
     whole = random_step([length], [length], num_heads=4, num_kv_heads=2, head_size=64, dtype=dtype, device=device)

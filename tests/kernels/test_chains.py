@@ -15,7 +15,15 @@ from autobot_llm.engine.batching.plan import ScheduledSequence, StepBatch, build
 from autobot_llm.engine.executor import SamplingArrays, Unverified
 from autobot_llm.engine.gpu.chains import ChainGraphs, padding_of, run
 from autobot_llm.engine.gpu.decoder import FusedDecoder
-from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS, chain_sizes
+from autobot_llm.engine.gpu.graph_sizes import (
+    CHAIN_SIZES,
+    LONGEST_CHAIN,
+    MAX_PROMPTS,
+    MAX_ROWS,
+    chain_sizes,
+    most_chain_rows,
+    padded_size,
+)
 from autobot_llm.engine.gpu.step_graphs import inputs_of
 from autobot_llm.engine.kernels.gpu.sampling import DeviceSampler, SamplingTensors
 from autobot_llm.engine.kv_cache.storage import PagedStorage
@@ -190,9 +198,18 @@ def test_a_chain_computes_what_its_passes_compute(
 
 
 def test_a_chain_is_for_few_missing_tokens_of_few_sequences() -> None:
-    assert chain_sizes(256, 5) == {1: 5, 2: 5, 4: 5, 8: 5, 16: 5}
-    assert chain_sizes(16, 15) == {1: 15, 2: 15, 4: 15, 8: 15, 16: 7}
+    assert chain_sizes(256, 5) == {1: 5, 2: 5, 4: 5, 8: 5, 16: 5, 32: 5, 64: 2}
+    assert chain_sizes(16, 15) == {1: 15, 2: 15, 4: 15, 8: 15, 16: 13}
     assert chain_sizes(100, 0) == {}
+
+
+@pytest.mark.parametrize("num_sequences", range(1, MAX_PROMPTS + 1))
+def test_drafts_that_a_step_has_room_to_verify_are_a_chain(num_sequences: int) -> None:
+    size = padded_size(num_sequences, CHAIN_SIZES)
+    assert size is not None
+    most = chain_sizes(256, LONGEST_CHAIN)[size]
+    assert most >= min(LONGEST_CHAIN, MAX_ROWS // num_sequences - 1)
+    assert size * most <= most_chain_rows()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -6,6 +6,7 @@ new tokens after a cached prefix, and a prompt that starts here, whose keys are 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from autobot_llm.engine.attention.paged import (
 from autobot_llm.engine.attention.sdpa_paged import FreshKernel, attend_fresh
 from autobot_llm.engine.batching.plan import Int32Array, StepBatch
 from autobot_llm.engine.gpu.staging import Layout
-from autobot_llm.engine.kernels.gpu.decode_attention import MAX_ROWS, DecodeWorkspace, paged_decode
+from autobot_llm.engine.kernels.gpu.decode_attention import MAX_ROWS, DecodeWorkspace, item_counts, paged_decode
 from autobot_llm.engine.kernels.gpu.prefill_attention import (
     SMALL_TILE,
     TILE_FIELDS,
@@ -94,12 +95,14 @@ class TritonPagedAttention:
         self._device = keys[0].device
         self._spare_items = full_load(shape.num_kv_heads, _num_processors(self._device))
         self.group_size = shape.group_size
-        self.max_queries = min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size)
+        # a power of two, which steps are padded to
+        self.max_queries = 1 << (min(MAX_DECODE_QUERIES, MAX_ROWS // shape.group_size).bit_length() - 1)
         self._fresh_kernel = fresh_kernel
         self._cut = ItemCut()
         # they never move and never go: graphs hold their addresses
         self._workspaces: dict[int, DecodeWorkspace] = {}
-        self._workspace(max_sequences + self._spare_items)
+        self._most_items = max_sequences + self._spare_items
+        self._workspace(self._most_items)
 
     def prepare(self, batch: StepBatch) -> TritonMetadata:
         if batch.tree_masks_T is not None:
@@ -223,6 +226,27 @@ class TritonPagedAttention:
             paged_prefill(q_THD, keys, values, tables_SB, work.tiles_W8, out_THD, tile=work.tile, window=window)
         if metadata.decode is not None:
             paged_decode(q_THD, keys, values, metadata.decode, out_THD, metadata.workspace, window=window)
+
+    def rehearse(self, dtype: torch.dtype) -> None:
+        """Launch every kernel that a step may want, over no sequence at all: which it is depends on how many sequences
+        there are and on how many tokens are new, and a step that met a compiler would keep all of them waiting."""
+        shape, device = self._shape, self._device
+        q_THD = torch.zeros((1, shape.num_heads, shape.head_size), dtype=dtype, device=device)
+        kv_TKD = torch.zeros((1, shape.num_kv_heads, shape.head_size), dtype=dtype, device=device)
+        table_SB = torch.zeros((1, 1), dtype=torch.int32, device=device)
+        tiles_W8 = torch.zeros((1, TILE_FIELDS), dtype=torch.int32, device=device)
+        items = [torch.full((n, ITEM_FIELDS), -1, dtype=torch.int32, device=device) for n in item_counts(self._most_items)]
+        for layer in {window: layer for layer, window in enumerate(shape.windows)}.values():
+            for tile in {self._tile(1), self._tile(sys.maxsize)}:
+                work = _Tiles(tiles_W8, tile)
+                for fresh, prefixed in ((work, None), (None, work)):
+                    metadata = TritonMetadata(None, self._workspace(0), prefixed, fresh, ((0, 1),), table_SB)
+                    self.attend(layer, q_THD, kv_TKD, kv_TKD, q_THD, metadata)
+            for items_I8 in items:
+                for max_queries in (1 << i for i in range(self.max_queries.bit_length())):
+                    batch = PagedBatch(table_SB, items_I8, max_queries)
+                    metadata = TritonMetadata(batch, self._workspace(len(items_I8)))
+                    self.attend(layer, q_THD, kv_TKD, kv_TKD, q_THD, metadata)
 
     def _takes_whole(self, query_starts: Int32Array) -> bool:
         """Whether an item takes all new tokens of each sequence."""

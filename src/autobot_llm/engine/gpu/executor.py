@@ -25,7 +25,7 @@ from autobot_llm.engine.gpu.chains import ChainGraph, ChainGraphs, run
 from autobot_llm.engine.gpu.chains import padding_of as padding_of_chain
 from autobot_llm.engine.gpu.decoder import DecoderInputs, FusedDecoder
 from autobot_llm.engine.gpu.features import copy_of, first_of, room_for
-from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS, decode_graph_sizes
+from autobot_llm.engine.gpu.graph_sizes import MAX_ROWS, decode_graph_sizes, most_chain_rows
 from autobot_llm.engine.gpu.graphs import CUDAGraphManager
 from autobot_llm.engine.gpu.moves import SlotMover
 from autobot_llm.engine.gpu.options import ChainPlace, GpuLimits
@@ -93,7 +93,7 @@ class GpuExecutor:
         self.stream = stream or (chain and chain.stream) or torch.cuda.Stream(self._device)
         with torch.cuda.stream(self.stream):
             max_rows = max(_most_rows(limits), *decode_graph_sizes(limits.max_num_seqs))  # a graph's padding, too
-            self._sampler = DeviceSampler(vocab_size, max_rows, self._device, num_draft_rows=MAX_ROWS)
+            self._sampler = DeviceSampler(vocab_size, max_rows, self._device, num_draft_rows=most_chain_rows())
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
             self._staging = Staging(_eager_layout(limits).num_bytes, self._device)
             self._takes_trees = features != NO_FEATURES and isinstance(attention, TritonPagedAttention)
@@ -131,7 +131,7 @@ class GpuExecutor:
             )
         self._most_tokens = limits.max_num_batched_tokens
         # What a graph sends goes to the slot that the device counts, so launched steps have slots of their own.
-        self._graph_results, self._results = ResultRing(max(max_rows, MAX_ROWS)), ResultRing(max_rows)
+        self._graph_results, self._results = ResultRing(max(max_rows, most_chain_rows())), ResultRing(max_rows)
         self._turn = 0
         self._swapper = BlockSwapper(storage, self.stream)
         self.copy_out = self._swapper.copy_out
@@ -169,8 +169,10 @@ class GpuExecutor:
             self._chains.is_captured = True
 
     def rehearse(self) -> None:
-        """Launch what `capture` would record, so that its kernels are met."""
+        """Launch what `capture` would record, and attention of every size, so that their kernels are met."""
         with torch.cuda.stream(self.stream), torch.no_grad():
+            if isinstance(self.attention, TritonPagedAttention):
+                self.attention.rehearse(self._decoder.dtype)
             for graph in self._steps.all:
                 self._recorded_step(graph, self._fill_with_padding(graph))(self._graph_staging.on_device)
             for chain in [] if self._chains is None else self._chains.all:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import pairwise
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 """Numbers of sequences with a graph of their own; others are padded to the next."""
@@ -26,8 +27,9 @@ its own, because its block tables and logits would be a burden for a single prom
 MAX_ROWS = 128
 """Tokens of such a step up to which it may want the logits of all of them, to verify drafts."""
 
-CHAIN_SIZES = (1, 2, 4, 8, 16)
-"""Numbers of sequences with graphs for the passes of a draft, one for each number of passes."""
+CHAIN_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of sequences with graphs for the passes of a draft, one for each number of passes: every draft that a step has
+room to verify is one launch."""
 
 LONGEST_CHAIN = 15
 """Passes of such a graph at most."""
@@ -72,10 +74,17 @@ def crowd_graph_sizes(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[i
 
 
 def chain_sizes(max_num_seqs: int, longest: int) -> dict[int, int]:
-    """The numbers of sequences to capture a draft's passes for, and the most passes: a step verifies so many tokens."""
+    """The numbers of sequences to capture a draft's passes for, and the most passes: a step has MAX_ROWS rows for the
+    drafts of the fewest sequences that are padded to a size."""
     last = padded_size(max_num_seqs, CHAIN_SIZES) or CHAIN_SIZES[-1]
-    lengths = {size: min(longest, LONGEST_CHAIN, MAX_ROWS // size - 1) for size in CHAIN_SIZES if size <= last}
+    pairs = pairwise((0, *(size for size in CHAIN_SIZES if size <= last)))
+    lengths = {size: min(longest, LONGEST_CHAIN, MAX_ROWS // (before + 1) - 1) for before, size in pairs}
     return {size: length for size, length in lengths.items() if length > 0}
+
+
+def most_chain_rows() -> int:
+    """Tokens of the largest chain, padding included."""
+    return max(size * length for size, length in chain_sizes(CHAIN_SIZES[-1], LONGEST_CHAIN).items())
 
 
 def tree_graph_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:

@@ -58,6 +58,8 @@ PROBES = 2
 moment."""
 PROBE_TOKENS = 2
 LIKELY = 0.5
+TOKENS_PER_STEP = 2.0
+"""What a step with drafts is taken to bring a sequence, to say how many such steps an answer has left at most."""
 
 
 class Controller:
@@ -281,7 +283,8 @@ class Controller:
             for i in range(num_sequences)
         ]
         own = self.costs.own_share(num_sequences)
-        shared = plain - own * num_sequences + catch_up / self._catch_up_steps
+        steps_left = max(1.0, costly.num_left / TOKENS_PER_STEP)
+        shared = plain - own * num_sequences + catch_up / min(self._catch_up_steps, steps_left)
         best: Decision | None = None
         for length in range(max(1, min(num_ready, limits.length)), limits.length + 1):
             tokens = self.costly_costs.tokens(len(chosen), length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ Histories = SequenceABC[AcceptanceHistory | None]
 class CostlyOffer:
     """What a costly method has to offer each sequence, how many tokens it lags behind, and the passes that drafts of
     some depth take it; as many as that, unless it says otherwise. `num_ready`: drafts for all of the sequences are
-    under way already, so deep; they take what they take, whether they are wanted or not."""
+    under way already, so deep; they take what they take, whether they are wanted or not. `num_left`: tokens that the
+    sequences may still get, on the average."""
 
     histories: SequenceABC[AcceptanceHistory | Beside | None]
     lags: list[int]
     num_passes: Callable[[int], int] = int
     num_ready: int = 0
+    num_left: float = math.inf
 
 
 class DraftPolicy(Protocol):

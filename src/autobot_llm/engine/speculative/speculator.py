@@ -369,6 +369,7 @@ class Speculator:
             [costly.lag(sequence) for sequence in sequences],
             costly.num_passes,
             num_ready if ready == sequences else 0,
+            sum(sequence.max_num_tokens - len(sequence.token_ids) for sequence in sequences) / len(sequences),
         )
 
     def _usable(self, method: str, kind: str) -> AcceptanceHistory | None:

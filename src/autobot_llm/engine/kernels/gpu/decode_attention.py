@@ -78,6 +78,11 @@ def choose_decode_tile(num_rows: int, num_items: int, *, rounded: bool = False, 
     raise ValueError(f"{num_rows} query rows for one key/value head: expected at most {MAX_ROWS}")
 
 
+def item_counts(most: int) -> tuple[int, ...]:
+    """Numbers of work items, up to `most`, that lead to every tile there is for so many."""
+    return tuple(sorted({min(few_items, most) for _, few_items, _ in (*_TILES, *_ROUNDED_TILES)}))
+
+
 _ANY = 1 << 30
 
 # (most rows, most items, tile): the quickest of a layer by itself on an H200 (docs/log.md), which has
