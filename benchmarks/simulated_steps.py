@@ -20,6 +20,9 @@ from autobot_llm.engine.speculative.ngram import NgramProposer, Observer
 from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 from autobot_llm.engine.speculative.speculator import Speculator
 
+NEW_TOKENS = 160
+"""The most of an answer."""
+
 MOST_MISSING = 5
 """Tokens of a sequence that the first pass of a chain takes, for the draft's shape."""
 
@@ -125,8 +128,8 @@ class Gpu:
     drafted: tuple[float, ...] = (0.34, 0.75, 0.9, 1.3, 2.5)
     token: tuple[float, ...] = (0.005, 0.01, 0.012, 0.012, 0.02)
     draft_pass: tuple[float, ...] = (0.2, 0.43, 0.44, 0.45, 1.0)
-    chain_pass: tuple[float, ...] = (0.068, 0.1, 0.12)
-    drawn_pass: tuple[float, ...] = (0.095, 0.19, 0.25)
+    chain_pass: tuple[float, ...] = (0.068, 0.1, 0.12, 0.14, 0.25)
+    drawn_pass: tuple[float, ...] = (0.095, 0.19, 0.25, 0.35, 0.9)
     launching: tuple[float, ...] = (0.28, 0.45, 0.6, 0.8, 1.6)
     catching_up: float = 0.3
     behind: float = 0.001
@@ -170,8 +173,8 @@ MACHINES: dict[str, Machine] = {
     "gpu, fp8 weights": Gpu(plain=(2.2, 2.7, 2.9, 3.3, 4.6)),
     "gpu, a slow host": Gpu(launching=(0.5, 0.8, 1.0, 1.4, 2.4), draft_pass=(0.35, 0.6, 0.65, 0.7, 1.2)),
     "gpu, a dearer draft": Gpu(
-        chain_pass=(0.3, 0.4, 0.45),
-        drawn_pass=(0.34, 0.5, 0.6),
+        chain_pass=(0.3, 0.4, 0.45, 0.5, 0.9),
+        drawn_pass=(0.34, 0.5, 0.6, 0.8, 1.8),
         draft_pass=(0.4, 0.55, 0.6, 0.65, 1.1),
         behind=0.004,
     ),
@@ -309,7 +312,7 @@ class Simulation:
         """Seconds that the answers take at once, after their prompts."""
         begin = self._clock.now
         for trace in traces:
-            params = SamplingParams(max_tokens=10**6, temperature=0.0 if trace.mode == "greedy" else 0.8)
+            params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0 if trace.mode == "greedy" else 0.8)
             sequence = Sequence(next(self._ids), trace.token_ids[: trace.num_prompt_tokens + 1], params)
             if len(sequence.token_ids) < len(trace.token_ids):
                 self._draft.follow(sequence, trace)

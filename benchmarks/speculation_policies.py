@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
-from simulated_steps import MACHINES, Clock, Looking, Machine, RecordedDraft, Simulation, Trace
+from simulated_steps import MACHINES, NEW_TOKENS, Clock, Looking, Machine, RecordedDraft, Simulation, Trace
 from speculation_setup import DRAFT, Half, Setup
 
 from autobot_llm.engine.sequence import SamplingParams, Sequence
@@ -37,7 +37,6 @@ TRACES = Path.home() / ".cache" / "autobot_llm" / "speculation_traces.jsonl"
 CATEGORIES = ("chat", "copy", "story", "code", "long_prefix")
 MODES = ("greedy", "sampled")
 NUM_TOKENS = 5
-NEW_TOKENS = 160
 
 
 def record(draft: Path, path: Path, number: int) -> None:

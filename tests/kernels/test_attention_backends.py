@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,16 +90,14 @@ def test_after_the_rehearsal_no_step_meets_a_compiler(device: torch.device) -> N
     triton = pytest.importorskip("triton")
     compiled: list[str] = []
     mixes = [(n, q, c) for n in (1, 5, 40, 70, 110) for q in (1, 2, 4, 7, 12, 16, 40) for c in (0, 30)]
-    first = random_step([20] * 3, [1] * 3, num_heads=4, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=device)
-    attention = triton_attention(first, max_sequences=128)
-    attention.rehearse(torch.bfloat16)
+    make = partial(random_step, num_heads=4, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=device)
+    triton_attention(make([20], [1]), max_sequences=128).rehearse(torch.bfloat16)
     triton.knobs.runtime.jit_post_compile_hook = lambda *_, **about: compiled.append(str(about.get("repr")))
     try:
         for number, new, cached in mixes:
-            step = random_step([new + cached] * number, [new] * number, num_heads=4, num_kv_heads=2, head_size=128,
-                               dtype=torch.bfloat16, device=device)  # fmt: skip
-            other = triton_attention(step, max_sequences=128)
-            assert relative_error(attend(other, step), step.expected()) < TOLERANCE[torch.bfloat16]
+            step = make([new + cached] * number, [new] * number)
+            attention = triton_attention(step, max_sequences=128)
+            assert relative_error(attend(attention, step), step.expected()) < TOLERANCE[torch.bfloat16]
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
     assert not compiled

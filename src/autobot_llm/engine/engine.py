@@ -220,8 +220,8 @@ class Engine:
         sampling = self._sampling_arrays.build([item.sequence for item in plan.scheduled if item.samples])
         start_time = self._clock()
         launched = executor.launch(batch, sampling)
-        if plan.num_prompt_tokens and self.speculator is not None:
-            self.speculator.read_prompts(plan)
+        if self.speculator is not None:
+            self.speculator.read(plan)
         self.scheduler.advance(plan)
         return StepInFlight(plan, launched, start_time)
 

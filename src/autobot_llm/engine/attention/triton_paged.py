@@ -235,7 +235,9 @@ class TritonPagedAttention:
         kv_TKD = torch.zeros((1, shape.num_kv_heads, shape.head_size), dtype=dtype, device=device)
         table_SB = torch.zeros((1, 1), dtype=torch.int32, device=device)
         tiles_W8 = torch.zeros((1, TILE_FIELDS), dtype=torch.int32, device=device)
-        items = [torch.full((n, ITEM_FIELDS), -1, dtype=torch.int32, device=device) for n in item_counts(self._most_items)]
+        items = [
+            torch.full((n, ITEM_FIELDS), -1, dtype=torch.int32, device=device) for n in item_counts(self._most_items)
+        ]
         for layer in {window: layer for layer, window in enumerate(shape.windows)}.values():
             for tile in {self._tile(1), self._tile(sys.maxsize)}:
                 work = _Tiles(tiles_W8, tile)

@@ -48,7 +48,7 @@ class StepPlan:
     num_draft_tokens: int = 0
 
 
-_FEW_SEQUENCES, _FEW_TOKENS = 6, 32  # up to so many, lists are quicker than arrays
+_FEW_SEQUENCES, _FEW_TOKENS = 6, 64  # up to so many, lists are quicker than arrays
 
 
 # T packed tokens, S sequences, B blocks of the longest sequence, R rows whose logits are wanted
@@ -140,7 +140,7 @@ class BatchBuilder:
         return StepBatch(
             ids_T=tokens.ids_T,
             positions_T=positions_T,
-            slots_T=_slots(tables_SB, before.context_lens, self._block_size),
+            slots_T=_slots(tables_SB, np.arange(len(tables_SB)), before.context_lens, self._block_size),
             query_starts=before.query_starts,
             context_lens=before.context_lens + np.int32(1),
             block_tables_SB=tables_SB,
@@ -177,52 +177,45 @@ def build_batch(scheduled: SequenceABC[ScheduledSequence], block_size: int) -> S
 def many_tokens_batch(
     scheduled: SequenceABC[ScheduledSequence], block_tables_SB: Int32Array, block_size: int
 ) -> StepBatch:
-    """Any step, in arrays: some ten microseconds for each sequence, and hardly more for its tokens."""
-    num_tokens = sum(item.num_tokens for item in scheduled)
-    ids_T = np.empty(num_tokens, np.int64)
-    positions_T = np.empty(num_tokens, np.int32)
-    slots_T = np.empty(num_tokens, np.int64)
-    pending_rows_T = np.full(num_tokens, NO_ROW, np.int32)
-    has_trees = any(item.num_draft and item.sequence.draft_parents for item in scheduled)
-    tree_masks_T = np.zeros(num_tokens, np.uint64) if has_trees else None
-    ends = []
-    logit_rows: list[int] = []
-    row = 0
-    for s, (sequence, start, num_new_tokens, samples, _epoch, num_draft) in enumerate(scheduled):
-        end, stop = row + num_new_tokens, start + num_new_tokens
-        positions = np.arange(start, stop, dtype=np.int32)
-        ids_T[row : end - num_draft] = sequence.token_ids[start : stop - num_draft]
+    """Any step, in arrays: of a sequence, only what it has in lists takes Python."""
+    ids: list[int] = []
+    pending_rows: list[int] = []
+    for sequence, start, num_new_tokens, _samples, _epoch, num_draft in scheduled:
+        ids += sequence.token_ids[start : start + num_new_tokens - num_draft]
         if num_draft:
-            ids_T[end - num_draft : end] = sequence.draft_ids[:num_draft]
-            if sequence.draft_rows:
-                pending_rows_T[end - num_draft : end] = sequence.draft_rows[:num_draft]
-        positions_T[row:end] = positions
-        places = positions - sequence.num_evicted_tokens
-        blocks = block_tables_SB[s, places // block_size].astype(np.int64)
-        slots_T[row:end] = blocks * block_size + places % block_size
-        if tree_masks_T is not None and num_draft and sequence.draft_parents:
-            parents = sequence.draft_parents[:num_draft]
-            assert num_new_tokens == 1 + num_draft <= draft_tree.MAX_TREE_TOKENS
+            ids += sequence.draft_ids[:num_draft]
+        pending_rows += _pending_rows(sequence, num_new_tokens, num_draft)
+    starts_S, num_new_S, num_draft_S, num_evicted_S = np.array(
+        [(item.start, item.num_tokens, item.num_draft, item.sequence.num_evicted_tokens) for item in scheduled],
+        np.int32,
+    ).T
+    query_starts = np.zeros(len(scheduled) + 1, np.int32)
+    np.cumsum(num_new_S, out=query_starts[1:])
+    sequences_T = np.arange(len(scheduled)).repeat(num_new_S)
+    rows_T = np.arange(len(ids), dtype=np.int32)
+    positions_T = rows_T + (starts_S - query_starts[:-1])[sequences_T]
+    slots_T = _slots(block_tables_SB, sequences_T, positions_T - num_evicted_S[sequences_T], block_size)
+    first_logits_S = np.where([item.samples for item in scheduled], query_starts[1:] - 1 - num_draft_S, len(ids))
+    tree_masks_T = None
+    for (sequence, start, *_), row, num_draft in zip(
+        scheduled, query_starts.tolist(), num_draft_S.tolist(), strict=False
+    ):
+        if num_draft and sequence.draft_parents:
+            if tree_masks_T is None:
+                tree_masks_T = np.zeros(len(ids), np.uint64)
+            end, parents = row + 1 + num_draft, sequence.draft_parents[:num_draft]
+            assert num_draft < draft_tree.MAX_TREE_TOKENS
             positions_T[row + 1 : end] = np.add(draft_tree.depths(parents), start)
             tree_masks_T[row:end] = draft_tree.masks(parents)
-        if num_new_tokens == 1:  # only a sequence that decodes has a token that is not known yet
-            pending_rows_T[row] = sequence.pending_row
-        ends.append(end)
-        if samples:
-            logit_rows.extend(range(end - 1 - num_draft, end))
-        row = end
-    query_starts = np.array([0, *ends], np.int32)
     return StepBatch(
-        ids_T=ids_T,
+        ids_T=np.array(ids, np.int64),
         positions_T=positions_T,
         slots_T=slots_T,
         query_starts=query_starts,
-        context_lens=np.array(
-            [item.start + item.num_tokens - item.sequence.num_evicted_tokens for item in scheduled], np.int32
-        ),
+        context_lens=starts_S + num_new_S - num_evicted_S,
         block_tables_SB=block_tables_SB,
-        logit_rows_R=np.array(logit_rows, np.int64),
-        pending_rows_T=pending_rows_T,
+        logit_rows_R=np.flatnonzero(rows_T >= first_logits_S[sequences_T]),
+        pending_rows_T=np.array(pending_rows, np.int32),
         tree_masks_T=tree_masks_T,
     )
 
@@ -243,11 +236,9 @@ def few_tokens_batch(
         positions += range(start, stop)
         places = range(start - num_evicted, stop - num_evicted)
         slots += [block_ids[place // block_size] * block_size + place % block_size for place in places]
-        # only a sequence that decodes has a token that is not known yet
-        pending_rows += [sequence.pending_row] if num_new_tokens == 1 else [NO_ROW] * (num_new_tokens - num_draft)
         if num_draft:
             ids += sequence.draft_ids[:num_draft]
-            pending_rows += sequence.draft_rows[:num_draft] or [NO_ROW] * num_draft
+        pending_rows += _pending_rows(sequence, num_new_tokens, num_draft)
         end = len(ids)
         if samples:
             logit_rows += range(end - 1 - num_draft, end)
@@ -263,6 +254,13 @@ def few_tokens_batch(
         logit_rows_R=np.array(logit_rows, np.int64),
         pending_rows_T=np.array(pending_rows, np.int32),
     )
+
+
+def _pending_rows(sequence: Sequence, num_new_tokens: int, num_draft: int) -> list[int]:
+    """Of a sequence's new tokens; only one that decodes has a token that is not known yet, besides drafts."""
+    if num_new_tokens == 1:
+        return [sequence.pending_row]
+    return [NO_ROW] * (num_new_tokens - num_draft) + (sequence.draft_rows[:num_draft] or [NO_ROW] * num_draft)
 
 
 def _block_tables(tables: SequenceABC[array[int]]) -> Int32Array:
@@ -285,7 +283,7 @@ def single_token_batch(
     return StepBatch(
         ids_T=tokens.ids_T,
         positions_T=np.array(starts, np.int32),
-        slots_T=_slots(block_tables_SB, places_T, block_size),
+        slots_T=_slots(block_tables_SB, rows_T, places_T, block_size),
         query_starts=np.arange(num_sequences + 1, dtype=np.int32),
         context_lens=places_T + np.int32(1),
         block_tables_SB=block_tables_SB,
@@ -307,7 +305,7 @@ def _tokens_of(scheduled: SequenceABC[ScheduledSequence]) -> _Tokens:
     )
 
 
-def _slots(block_tables_SB: Int32Array, places_S: Int32Array, block_size: int) -> Int64Array:
-    """Where a sequence's token at this place of its table goes, one for each sequence."""
-    blocks_S = block_tables_SB[np.arange(len(places_S)), places_S // block_size]
-    return blocks_S.astype(np.int64) * block_size + places_S % block_size
+def _slots(block_tables_SB: Int32Array, sequences_T: Int64Array, places_T: Int32Array, block_size: int) -> Int64Array:
+    """Where tokens go that have these places in the tables of these sequences."""
+    blocks_T = block_tables_SB[sequences_T, places_T // block_size]
+    return blocks_T.astype(np.int64) * block_size + places_T % block_size

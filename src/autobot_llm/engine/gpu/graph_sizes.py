@@ -28,8 +28,8 @@ MAX_ROWS = 128
 """Tokens of such a step up to which it may want the logits of all of them, to verify drafts."""
 
 CHAIN_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of sequences with graphs for the passes of a draft, one for each number of passes: every draft that a step has
-room to verify is one launch."""
+"""Numbers of sequences with graphs for the passes of a draft, one for each number of passes: every draft that a step
+has room to verify is one launch."""
 
 LONGEST_CHAIN = 15
 """Passes of such a graph at most."""

@@ -35,6 +35,8 @@ from autobot_llm.engine.speculative.proposer import (
 )
 from autobot_llm.engine.speculative.rests import Rests
 
+READ_EVERY = 16
+"""Steps from one time that lookup takes in what the answers have got to the next, where nobody is drafted for."""
 REHEARSED = (1, 1, 1, 32, 32)  # by how many tokens a sequence grows while a method's costs are measured
 
 
@@ -86,6 +88,7 @@ class Speculator:
         self._features = Features()  # of the step at hand
         self.clock = clock
         self._rests = Rests(may_rest=policy is None and not priors.is_shared)
+        self._num_unread = 0  # steps
         self._num_known = 0  # of the sequences that were looked at last, those that have not left
         # by sequence id: method, kind and the parents of a tree, of the step at hand
         self._drafted_by: dict[int, tuple[str, str, list[int]]] = {}
@@ -179,15 +182,21 @@ class Speculator:
             if not (may_wait and self._launch_costly(wanting, decision.num_costly)):
                 self._run_costly(costly, wanting, decision.num_costly, takes_trees)
 
-    def read_prompts(self, plan: StepPlan) -> None:
-        """Let the free method take in the prompts of a step while a device computes them. A thousand tokens take it up
-        to a millisecond: everybody would wait for that where the first drafts are asked for."""
+    def read(self, plan: StepPlan) -> None:
+        """Let the free method take in what it would be late to look at when the first drafts are asked for: the prompts
+        of a step while a device computes them, a thousand tokens take it up to a millisecond, and now and then what
+        came since, for there may be too many sequences to draft for until some have left."""
         if self._free is None:
             return
-        for item in plan.scheduled:
-            num_prompt_tokens = item.sequence.num_prompt_tokens
-            if item.start < num_prompt_tokens:
-                self._free.read(item.sequence, min(item.start + item.num_tokens, num_prompt_tokens - 1))
+        self._num_unread += 1
+        reads_answers = self._num_unread >= READ_EVERY
+        for sequence, start, num_tokens, *_ in plan.scheduled:
+            if start < sequence.num_prompt_tokens:
+                self._free.read(sequence, min(start + num_tokens, sequence.num_prompt_tokens - 1))
+            elif reads_answers:
+                self._free.read(sequence, start - 1)
+        if reads_answers:
+            self._num_unread = 0
 
     def launch_behind(self, plan: StepPlan) -> None:
         """Queue the drafts of the step after the one that was launched last, which verifies drafts that nobody knows
@@ -239,7 +248,7 @@ class Speculator:
     def is_promising(self, sequences: list[Sequence], room: int) -> bool:
         """Whether drafts after tokens that a step under way samples may be worth waiting for these, as many as there is
         `room` for. The sequences' other tokens are known."""
-        if room < len(sequences):  # where not everybody gets a draft, a device's step saves nothing
+        if not sequences or room < len(sequences):  # where not everybody gets a draft, a device's step saves nothing
             return False
         _, histories = self._look_up(sequences)
         offer = None if self._costly is None else self._offer(self._costly, sequences)
