@@ -12,7 +12,6 @@ from autobot_llm.engine.speculative.eagle.on_device import Roots, Streams, Taken
 
 class TorchEagleDevice:
     max_sequences = 3
-    most_root_rows = 4
 
     def __init__(
         self,
@@ -35,6 +34,9 @@ class TorchEagleDevice:
         self.num_taken = self.num_trees = 0
         self.is_closed = False
 
+    def most_root_rows(self, num_sequences: int) -> int:
+        return max(4, 6 // num_sequences)
+
     def num_tree_rows(self, depth: int) -> int:
         return self._num_branches * (depth - 1)
 
@@ -49,7 +51,10 @@ class TorchEagleDevice:
     @torch.inference_mode()
     def grow(self, taken: Taken, roots: Roots, depth: int, num_nodes: int) -> list[Tree]:
         num_sequences, branches = len(roots.context_lens_S), self._num_branches
-        assert num_sequences <= self.max_sequences and len(taken.ids_T) <= self.most_root_rows * self.max_sequences
+        assert (
+            num_sequences <= self.max_sequences
+            and len(taken.ids_T) <= self.most_root_rows(num_sequences) * num_sequences
+        )
         assert depth <= self.max_depth
         self._take(taken)
         growths = [Growth(0) for _ in range(num_sequences)]

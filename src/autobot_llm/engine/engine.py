@@ -221,7 +221,7 @@ class Engine:
         start_time = self._clock()
         launched = executor.launch(batch, sampling)
         if self.speculator is not None:
-            self.speculator.read(plan)
+            self.speculator.read(plan, launched.features)
         self.scheduler.advance(plan)
         return StepInFlight(plan, launched, start_time)
 

@@ -27,10 +27,16 @@ NUM_BRANCHES = 8
 
 MAX_DEPTH = 8
 
-ROOT_ROWS = 8
-"""Tokens of a sequence that are taken in by a captured draft: as many as a step verifies, and a few."""
+_ROOT_ROWS = 8
+_LONE_ROOT_ROWS = 32
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def root_rows(num_sequences: int) -> int:
+    """Tokens of each of so many sequences that are taken in by a captured draft: as many as a step verifies and a few,
+    and of the only one what a run of copies leaves, which would cost as much to take in by itself as a draft does."""
+    return max(_ROOT_ROWS, _LONE_ROOT_ROWS // num_sequences)
 
 
 def num_tree_rows(depth: int) -> int:
@@ -41,7 +47,7 @@ def num_tree_rows(depth: int) -> int:
 # T tokens, S sequences, D levels, M nodes of a level of all sequences, I work items
 def draft_layout(num_sequences: int, *, table_width: int, spare_items: int) -> Layout:
     """What the host writes of a draft, padded to so many sequences."""
-    tokens, sequences = (num_sequences * ROOT_ROWS,), (num_sequences,)
+    tokens, sequences = (num_sequences * root_rows(num_sequences),), (num_sequences,)
     shapes: dict[str, tuple[int, ...]] = {
         "items": (num_sequences + spare_items, ITEM_FIELDS),
         "block_tables": (num_sequences, table_width),

@@ -24,13 +24,13 @@ from autobot_llm.engine.gpu.eagle_decoder import EagleDecoder, EagleTokens
 from autobot_llm.engine.gpu.eagle_steps import (
     MAX_DEPTH,
     NUM_BRANCHES,
-    ROOT_ROWS,
     SIZES,
     Arrays,
     draft_layout,
     fill_draft,
     levels_layout,
     num_tree_rows,
+    root_rows,
 )
 from autobot_llm.engine.gpu.graph_sizes import BYTES_PER_GRAPH, MAX_ROWS, padded_size
 from autobot_llm.engine.gpu.graphs import CUDAGraphManager
@@ -73,7 +73,6 @@ class EagleTrees:
     step whose features a draft finds where they are; positions lie below `max_context`."""
 
     max_sequences = SIZES[-1]
-    most_root_rows = ROOT_ROWS
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class EagleTrees:
             )
             self._staging = FetchedStaging(self._layouts[SIZES[-1]].num_bytes, device)
             self._tokens_staging = Staging(_tokens_layout(max_tokens).num_bytes, device)
-            shape_in = (max(MAX_ROWS, SIZES[-1] * ROOT_ROWS), stream_width)
+            shape_in = (max(MAX_ROWS, *(size * root_rows(size) for size in SIZES)), stream_width)
             self._streams_in = torch.zeros(shape_in, dtype=decoder.dtype, device=device)
             level_bytes = torch.zeros(levels.num_bytes, dtype=torch.uint8, device=device)
         chosen = torch.zeros((SIZES[-1], _MOST_CHOSEN, CHOICE_FIELDS), dtype=torch.int32, pin_memory=True)
@@ -122,6 +121,9 @@ class EagleTrees:
             for size in SIZES
             for depth in range(1, self.max_depth + 1)
         }
+
+    def most_root_rows(self, num_sequences: int) -> int:
+        return root_rows(padded_size(num_sequences, SIZES) or SIZES[-1])
 
     def num_tree_rows(self, depth: int) -> int:
         return num_tree_rows(depth)
@@ -147,7 +149,7 @@ class EagleTrees:
     def grow(self, taken: Taken, roots: Roots, depth: int, num_nodes: int) -> list[Tree]:
         num_sequences = len(roots.context_lens_S)
         size = padded_size(num_sequences, SIZES)
-        assert size is not None and len(taken.ids_T) <= size * ROOT_ROWS
+        assert size is not None and len(taken.ids_T) <= size * root_rows(size)
         draft = self._drafts[size, depth]
         num_chosen = min(num_nodes, _MOST_CHOSEN, self._grower.num_nodes(depth))
         with torch.cuda.stream(self._stream), torch.no_grad():

@@ -58,7 +58,11 @@ def known(token_ids: list[int]) -> list[int]:
 
 
 def make_room(
-    pool: BlockPool, shadow: Sequence, num_rows: int, idle: Iterable[Sequence], give_up: Callable[[Sequence], None]
+    pool: BlockPool,
+    shadow: Sequence,
+    num_rows: int,
+    idle: Iterable[Sequence] = (),
+    give_up: Callable[[Sequence], None] = lambda _: None,
 ) -> bool:
     """Take blocks for so many rows of a sequence; where none are left, those that the `idle` hold, in their order."""
     num_blocks = -(-num_rows // pool.block_size) - len(shadow.block_ids)

@@ -120,6 +120,16 @@ class CostlyProposer(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class ReadingProposer(CostlyProposer, Protocol):
+    """A method that can take in prompts while a device computes them: else they are waited for with the first draft."""
+
+    def take_in(self, computed: SequenceABC[Computed], features: Features) -> None:
+        """Observe parts of prompts that a step under way computes, all of whose next tokens are known, and queue what
+        drafts after them need, where there is room. `observe` may be told of them again."""
+        ...
+
+
 class LaunchedDrafts(NamedTuple):
     """Drafts that a device computes: `rows` say for each sequence where a step finds the tokens (Sequence.draft_rows).
     `wait`, called once, gives the drafts, and the seconds that they took the device."""

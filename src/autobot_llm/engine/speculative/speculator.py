@@ -5,7 +5,7 @@ hands on, and knows nothing of what is in them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from autobot_llm.engine.executor import Executor, FeatureExecutor, Features
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict
+from autobot_llm.engine.speculative.computed import computed_of, prompts_of
 from autobot_llm.engine.speculative.controller import Controller
 from autobot_llm.engine.speculative.experience import Experience
 from autobot_llm.engine.speculative.figures import MethodFigures
@@ -26,15 +27,17 @@ from autobot_llm.engine.speculative.ngram import Observer
 from autobot_llm.engine.speculative.policy import CostlyOffer, DraftPolicy, DraftResult
 from autobot_llm.engine.speculative.possible import possible
 from autobot_llm.engine.speculative.proposer import (
-    Computed,
     CostlyProposer,
     Draft,
     FreeProposer,
     LaunchedDrafts,
     LaunchingProposer,
+    ReadingProposer,
 )
 from autobot_llm.engine.speculative.rests import Rests
 
+READ_AT_MOST = 8
+"""Sequences of a step whose prompts a costly method takes in at once: in a crowd, most are never drafted for."""
 READ_EVERY = 16
 """Steps from one time that lookup takes in what the answers have got to the next, where nobody is drafted for."""
 REHEARSED = (1, 1, 1, 32, 32)  # by how many tokens a sequence grows while a method's costs are measured
@@ -79,6 +82,7 @@ class Speculator:
         self._free = None if make_free is None else make_free(self._observe_free)
         self.experience = Experience(max_tokens + 1, None if self._free is None else self._free.name)
         self._costly = costly
+        self._reading = costly if isinstance(costly, ReadingProposer) else None
         self._launching = costly if isinstance(costly, LaunchingProposer) else None
         self._launched: _Launched | None = None  # whose drafts nobody but the device knows
         self._last_wanted: tuple[int, list[int]] = 0, []  # when drafts were launched last: how deep, and of whom
@@ -182,10 +186,12 @@ class Speculator:
             if not (may_wait and self._launch_costly(wanting, decision.num_costly)):
                 self._run_costly(costly, wanting, decision.num_costly, takes_trees)
 
-    def read(self, plan: StepPlan) -> None:
-        """Let the free method take in what it would be late to look at when the first drafts are asked for: the prompts
-        of a step while a device computes them, a thousand tokens take it up to a millisecond, and now and then what
-        came since, for there may be too many sequences to draft for until some have left."""
+    def read(self, plan: StepPlan, features: Features) -> None:
+        """Let the methods take in, while a device computes a step, what they would be late to look at when the first
+        drafts are asked for: its prompts, of which a thousand tokens take lookup up to a millisecond, and now and then
+        what came since, for there may be too many sequences to draft for until some have left."""
+        if self._reading is not None and plan.num_prompt_tokens and len(plan.scheduled) <= READ_AT_MOST:
+            self._reading.take_in(list(prompts_of(plan)), features)
         if self._free is None:
             return
         self._num_unread += 1
@@ -243,7 +249,7 @@ class Speculator:
             return
         if features is None:
             features, self._features = self._features, Features()
-        self._costly.observe(list(_computed(plan, verdicts)), features)
+        self._costly.observe(list(computed_of(plan, verdicts)), features)
 
     def is_promising(self, sequences: list[Sequence], room: int) -> bool:
         """Whether drafts after tokens that a step under way samples may be worth waiting for these, as many as there is
@@ -388,21 +394,3 @@ class Speculator:
     def _observe_free(self, kind: str, tried: int, passed: int) -> None:
         assert self._free is not None
         self.experience.of_kind(self._free.name, kind).record(tried, passed)
-
-
-def _computed(plan: StepPlan, verdicts: SequenceABC[Verdict]) -> Iterator[Computed]:
-    """What a step settled of each sequence that has its blocks still, which who left it has not."""
-    row = logit_row = 0
-    given = iter(verdicts)
-    for sequence, start, num_tokens, samples, epoch, num_draft in plan.scheduled:
-        end = row + num_tokens - num_draft
-        rows, chosen_from = list(range(row, end)), None
-        if samples:
-            chosen_from = logit_row
-            if (verdict := next(given, None)) is not None:
-                rows += [end + node for node in verdict.path]
-                chosen_from = verdict.rows[-1]
-            logit_row += 1 + num_draft
-        if sequence.epoch == epoch:
-            yield Computed(sequence, start, rows, chosen_from)
-        row += num_tokens

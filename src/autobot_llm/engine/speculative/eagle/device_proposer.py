@@ -123,6 +123,12 @@ class DeviceEagleProposer:
         while self._num_bytes > self._max_bytes:
             self._drop(next(iter(self._windows)))
 
+    def take_in(self, computed: SequenceABC[Computed], features: Features) -> None:
+        self.observe(computed, features)
+        windows = [window for each in computed if (window := self._windows.get(each.sequence.id)) is not None]
+        if windows := [w for w in windows if make_room(self.pool, w.shadow, len(w.shadow.token_ids))]:
+            self._catch_up(windows)
+
     def lag(self, sequence: Sequence) -> int:
         window = self._windows.get(sequence.id)
         return 1 if window is None else max(1, window.num_waiting)
@@ -198,8 +204,9 @@ class DeviceEagleProposer:
     def _catch_up(self, windows: list[_Window]) -> None:
         """Take in all that waits but for what a tree's first pass takes."""
         taken, budget = list[Taken](), self.device.max_tokens
+        most_root_rows = self.device.most_root_rows(len(windows))
         for window in windows:
-            if window.num_waiting <= self.device.most_root_rows:
+            if window.num_waiting <= most_root_rows:
                 continue
             while (number := min(window.num_waiting - 1, budget)) > 0:
                 taken.append(self._take(window, number))
@@ -237,7 +244,8 @@ class DeviceEagleProposer:
         """Keep a part of a step: as it is, since the next draft takes it in, unless it is a small part of a large step,
         all of which it would keep alive, uncounted. So would many small ones: from time to time they are copied."""
         streams_TF, rows = streams
-        few = self.device.max_sequences * self.device.most_root_rows
+        most = self.device.max_sequences
+        few = most * self.device.most_root_rows(most)
         if len(streams_TF) > 2 * max(len(rows), few):
             streams = _whole(self.device.keep([streams]))
         window.waiting.append(streams)

@@ -59,8 +59,10 @@ class EagleDevice(Protocol):
     max_sequences: int
     """Trees that grow at a time."""
     max_depth: int
-    most_root_rows: int
-    """Tokens of a sequence that are taken in with its root."""
+
+    def most_root_rows(self, num_sequences: int) -> int:
+        """Tokens of each sequence that are taken in with its root, where so many trees grow."""
+        ...
 
     def num_tree_rows(self, depth: int) -> int:
         """Rows behind its own that a sequence's tree of so many levels takes in the cache."""
