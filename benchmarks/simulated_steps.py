@@ -16,6 +16,7 @@ from autobot_llm.engine.batching.step_cost import StepCost
 from autobot_llm.engine.gpu.graph_sizes import CHAIN_SIZES, padded_size
 from autobot_llm.engine.request import RequestStats
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
+from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer, Observer
 from autobot_llm.engine.speculative.proposer import Computed, Draft, LaunchedDrafts
 from autobot_llm.engine.speculative.speculator import Speculator
@@ -222,8 +223,11 @@ class RecordedDraft:
         self.behind = 0.0
         """And of the one that was queued behind the step before it, whoever takes it."""
 
-    def follow(self, sequence: Sequence, trace: Trace) -> None:
+    def follow(self, sequence: Sequence, trace: Trace, *, is_read: bool) -> None:
+        """`is_read`: its prompt was taken in while the device computed it."""
         self._traces[sequence.id] = trace
+        if is_read:
+            self._drafted[sequence.id] = sequence.token_ids[:-1]
 
     def observe(self, computed: SequenceABC[Computed], features: object) -> None:
         raise AssertionError("it wants nothing")
@@ -315,7 +319,8 @@ class Simulation:
             params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0 if trace.mode == "greedy" else 0.8)
             sequence = Sequence(next(self._ids), trace.token_ids[: trace.num_prompt_tokens + 1], params)
             if len(sequence.token_ids) < len(trace.token_ids):
-                self._draft.follow(sequence, trace)
+                is_read = self._machine.is_beside_host and len(traces) <= DraftModel.most_read
+                self._draft.follow(sequence, trace, is_read=is_read)
                 self._live.append((sequence, trace))
         if self._machine.is_beside_host:
             self._beside(speculator)

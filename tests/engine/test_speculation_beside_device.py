@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from schedules import SIZE, Abort, Arrival, Check, Steps, actions, alone, engine_on
 from test_speculation import Guesser
 
+from autobot_llm.engine.batching.plan import ScheduledSequence, StepPlan
 from autobot_llm.engine.engine import Engine
+from autobot_llm.engine.executor import Features
 from autobot_llm.engine.kv_cache.block_pool import BlockPool
 from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.policy import Always, CostlyOffer, Decision, Histories
 from autobot_llm.engine.speculative.proposer import Draft
-from autobot_llm.engine.speculative.speculator import Speculator
+from autobot_llm.engine.speculative.speculator import READ_EVERY, Speculator
 
 
 class AfterKnown(Guesser):
@@ -125,9 +127,13 @@ def test_any_schedule_gives_the_answers_without_drafts(
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("is_chained", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_draft_model_equal_to_its_target_is_always_right(temperature: float, is_chained: bool, lazy: bool) -> None:
+@pytest.mark.parametrize("most_read", [0, 64])
+def test_a_draft_model_equal_to_its_target_is_always_right(
+    temperature: float, is_chained: bool, lazy: bool, most_read: int
+) -> None:
     device = FakePipelinedDevice(32, SIZE, lazy=lazy)
     draft = draft_model(40, target=device if is_chained else None)
+    draft.most_read = most_read
     speculator = Speculator(4, costly=draft, policy=Always(4), clock=lambda: 0.0)
     driver = Driver(drafting(device, 32, speculator))
     arrivals = [Arrival(prefix=i, max_tokens=11, temperature=temperature) for i in range(3)]
@@ -142,7 +148,8 @@ def test_a_draft_model_equal_to_its_target_is_always_right(temperature: float, i
     assert speculator.num_accepted == speculator.num_proposed
     if isinstance(draft.executor, FakeChainDevice):
         assert draft.executor.num_chains > 1
-        assert draft.executor.num_before > 0, "prompts are longer than what a chain's first pass takes"
+        is_left = draft.executor.num_before > 0  # prompts are longer than what a chain's first pass takes
+        assert is_left == (most_read == 0)
         assert draft.pool.num_free == draft.pool.num_blocks
 
 
@@ -293,6 +300,22 @@ def test_prompts_are_taken_in_while_the_device_computes_them() -> None:
     last = dict(heard)
     assert sorted(last.values()) == sorted(length - 1 for length in lengths) and len(heard) > len(last)
     assert asked == set(last)
+
+
+def test_what_answers_have_got_is_taken_in_now_and_then_where_nobody_is_drafted_for() -> None:
+    heard: list[tuple[int, int]] = []
+
+    class Reading(AfterKnown):
+        def read(self, sequence: Sequence, num_tokens: int) -> None:
+            heard.append((sequence.id, num_tokens))
+
+    speculator = Speculator(3, make_free=lambda _: Reading(1.0, 0), policy=Always(3), clock=lambda: 0.0)
+    sequence = Sequence(7, [1, 2, 3], SamplingParams(max_tokens=99))
+    for _ in range(2 * READ_EVERY):
+        sequence.token_ids.append(4)
+        start = len(sequence.token_ids) - 1
+        speculator.read(StepPlan((ScheduledSequence(sequence, start, 1, True),), 1, 0), Features())
+    assert heard == [(7, 3 + READ_EVERY - 2), (7, 3 + 2 * READ_EVERY - 2)]
 
 
 def test_nothing_is_waited_for_while_nothing_is_drafted() -> None:

@@ -60,6 +60,7 @@ class DraftModel:
 
     name = "draft"
     wanted: FeatureKinds | None = None
+    most_read = 64
 
     def __init__(
         self, executor: Executor, pool: BlockPool, *, vocab_size: int, max_tokens: int, max_model_len: int
@@ -79,6 +80,17 @@ class DraftModel:
 
     def observe(self, computed: SequenceABC[Computed], features: Features) -> None:
         """It looks at tokens alone."""
+
+    def take_in(self, computed: SequenceABC[Computed], features: Features) -> None:
+        """Queue the passes over prompts that the step under way ends."""
+        shadows = []
+        for sequence, start, token_rows, _ in computed:
+            if start + len(token_rows) == sequence.num_prompt_tokens - 1 and sequence.id not in self._shadows:
+                shadow = self._shadows[sequence.id] = self._shadow(sequence)
+                if make_room(self.pool, shadow, len(shadow.token_ids)):
+                    shadows.append(shadow)
+        for parts in self._steps(shadows, num_left=1):
+            self.executor.execute(build_batch(parts, self.pool.block_size))
 
     def lag(self, sequence: Sequence) -> int:
         shadow = self._shadows.get(sequence.id)

@@ -122,7 +122,10 @@ class CostlyProposer(Protocol):
 
 @runtime_checkable
 class ReadingProposer(CostlyProposer, Protocol):
-    """A method that can take in prompts while a device computes them: else they are waited for with the first draft."""
+    """A method that can take in prompts while a device computes them: else they are waited for with the first draft.
+    In a step of more than `most_read` sequences they are left for later: most of a crowd is never drafted for."""
+
+    most_read: int
 
     def take_in(self, computed: SequenceABC[Computed], features: Features) -> None:
         """Observe parts of prompts that a step under way computes, all of whose next tokens are known, and queue what

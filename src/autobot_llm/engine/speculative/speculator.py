@@ -36,8 +36,6 @@ from autobot_llm.engine.speculative.proposer import (
 )
 from autobot_llm.engine.speculative.rests import Rests
 
-READ_AT_MOST = 8
-"""Sequences of a step whose prompts a costly method takes in at once: in a crowd, most are never drafted for."""
 READ_EVERY = 16
 """Steps from one time that lookup takes in what the answers have got to the next, where nobody is drafted for."""
 REHEARSED = (1, 1, 1, 32, 32)  # by how many tokens a sequence grows while a method's costs are measured
@@ -190,8 +188,9 @@ class Speculator:
         """Let the methods take in, while a device computes a step, what they would be late to look at when the first
         drafts are asked for: its prompts, of which a thousand tokens take lookup up to a millisecond, and now and then
         what came since, for there may be too many sequences to draft for until some have left."""
-        if self._reading is not None and plan.num_prompt_tokens and len(plan.scheduled) <= READ_AT_MOST:
-            self._reading.take_in(list(prompts_of(plan)), features)
+        reading = self._reading
+        if reading is not None and plan.num_prompt_tokens and len(plan.scheduled) <= reading.most_read:
+            reading.take_in(list(prompts_of(plan)), features)
         if self._free is None:
             return
         self._num_unread += 1

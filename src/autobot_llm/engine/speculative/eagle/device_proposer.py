@@ -97,6 +97,7 @@ class DeviceEagleProposer:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._windows: OrderedDict[int, _Window] = OrderedDict()  # least recently drafted for first
+        self.most_read = device.max_sequences
 
     @property
     def num_bytes(self) -> int:
