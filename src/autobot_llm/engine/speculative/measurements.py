@@ -35,6 +35,7 @@ class Priors:
     pass takes for two sequences than for one. `offer_every`: steps from one look to the next at a costly method that is
     not in use. `catch_up_steps`: steps over which its catching up with a sequence is expected to pay. `most_probe`: the
     most steps from one try of it to the next, where it never pays.
+    `typical`: which of the measured times is taken for what a step takes, as a share of those below it.
     `is_shared`: a step's time is nearly all shared by its sequences, so they gain and lose by drafts together.
     """
 
@@ -46,6 +47,7 @@ class Priors:
     offer_every: int
     catch_up_steps: int
     most_probe: int
+    typical: float
     is_shared: bool
 
 
@@ -58,6 +60,7 @@ ON_CPU = Priors(
     offer_every=16,
     catch_up_steps=3,
     most_probe=2048,
+    typical=0.25,
     is_shared=False,
 )
 ON_GPU = Priors(
@@ -69,6 +72,7 @@ ON_GPU = Priors(
     offer_every=1,
     catch_up_steps=32,
     most_probe=128,
+    typical=0.5,
     is_shared=True,
 )
 """A step reads all weights whatever it computes, so a few tokens hardly add to it; but the host has to see the tokens
@@ -175,8 +179,9 @@ class AcceptanceHistory:
 class StepCosts:
     """Seconds of steps by the sequences that decode in them, and what draft tokens add.
 
-    Lower quartiles, because what disturbs a step only ever makes it longer: on a busy machine half of them say more
-    about the neighbours than about the step. A plain step's cost is known for a number of sequences once such a step
+    On a CPU these are lower quartiles, because what disturbs a step only ever makes it longer: on a busy machine half of
+    them say more about the neighbours than about the step. Beside a device they are medians: there a busy host delays
+    steps with drafts, which wait for it, and no others, so that is part of what drafts cost. A plain step's cost is known for a number of sequences once such a step
     was measured. What draft tokens add is kept for each number of sequences and of tokens, since steps do not grow
     evenly (kernels take rows by sixes, graphs come in sizes); where a number was not measured, the nearest that was
     says what a token adds.
@@ -209,7 +214,7 @@ class StepCosts:
                     return
                 self._num_plain = 0
             plain.append(seconds)
-            self._plain_costs[num_sequences] = _lower_quartile(plain)
+            self._plain_costs[num_sequences] = self._typical(plain)
             return
         if (before := self._plain_costs.get(num_sequences)) is None:
             return
@@ -219,7 +224,7 @@ class StepCosts:
             guess = self._extra_per_token(num_sequences, num_draft_tokens)
             samples = self._extra[key] = deque((guess,), maxlen=_NUM_EXTRA)
         samples.append((seconds - before) / num_draft_tokens)
-        known, cost = self._extra_costs.get(key), max(0.0, _lower_quartile(samples))
+        known, cost = self._extra_costs.get(key), max(0.0, self._typical(samples))
         if known is None or abs(cost - known) > _TOLERANCE * known:  # all that was derived from it is computed again
             self._extra_costs[key] = cost
             self._added.clear()
@@ -264,7 +269,7 @@ class StepCosts:
     def added_ready(self, num_sequences: int, num_draft_tokens: int) -> float | None:
         """The same of drafts that are under way, with what is waited for them; None where none was measured."""
         samples = self._ready.get((num_sequences, num_draft_tokens))
-        return None if samples is None else max(0.0, _lower_quartile(samples))
+        return None if samples is None else max(0.0, self._typical(samples))
 
     def fixed_part(self, num_sequences: int, num_draft_tokens: int) -> float:
         """What `added` would be for next to no tokens: a step's having drafts at all."""
@@ -273,6 +278,9 @@ class StepCosts:
             return 0.0
         expected = num_draft_tokens * self._expected_per_token(num_sequences, num_draft_tokens)
         return self.added(num_sequences, num_draft_tokens) * fixed / expected
+
+    def _typical(self, values: deque[float]) -> float:
+        return sorted(values)[int(len(values) * self._priors.typical)]
 
     def _extra_per_token(self, num_sequences: int, num_draft_tokens: int) -> float:
         size, number = _size(num_sequences), _size(num_draft_tokens)
@@ -302,7 +310,3 @@ def _size(number: int) -> int:
     """The sizes that are told apart: each up to 8, then four to a doubling."""
     shift = max(0, number.bit_length() - 3)
     return number >> shift << shift
-
-
-def _lower_quartile(values: deque[float]) -> float:
-    return sorted(values)[len(values) // 4]
