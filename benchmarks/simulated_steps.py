@@ -24,6 +24,9 @@ from autobot_llm.engine.speculative.speculator import Speculator
 NEW_TOKENS = 160
 """The most of an answer."""
 
+GOING_ON = 0.5
+"""Of the host's time between tokens and a launch, where the drafts that are under way are taken without a look."""
+
 MOST_MISSING = 5
 """Tokens of a sequence that the first pass of a chain takes, for the draft's shape."""
 
@@ -361,10 +364,10 @@ class Simulation:
         begin, room = clock.now, machine.room
         queued, draft.behind, draft.launched = draft.behind, 0.0, 0.0
         rests = speculator is None or (not machine.is_beside_host and speculator.rests())
-        if speculator is not None and not rests:
-            sequences = [sequence for sequence, _ in live]
-            speculator.propose(sequences, room - len(live), may_wait=machine.is_beside_host)
-        left = room - len(live)
+        sequences, left = [sequence for sequence, _ in live], room - len(live)
+        goes_on = speculator is not None and machine.is_beside_host and speculator.go_on(sequences, left)
+        if speculator is not None and not rests and not goes_on:
+            speculator.propose(sequences, left, may_wait=machine.is_beside_host)
         numbers = []
         for sequence, trace in live:
             numbers.append(min(len(sequence.draft_ids), len(trace.token_ids) - len(sequence.token_ids), left))
@@ -372,7 +375,7 @@ class Simulation:
         num_draft = sum(numbers)
         # The device goes through what was queued behind the last step while the host prepares the next one. A chain is
         # launched half-way through that.
-        host = machine.gap(len(live)) if num_draft else 0.0
+        host = machine.gap(len(live)) * (GOING_ON if goes_on else 1.0) if num_draft else 0.0
         clock.now += max(queued, host / 2 + max(draft.launched, host / 2))
         if not (num_draft or is_plain_run):
             if speculator is not None:
@@ -383,6 +386,7 @@ class Simulation:
             if num_draft:
                 speculator.launch_behind(plan)
             speculator.settle()
+            speculator.look_ahead(sequences, room - len(live))
         num_right = []
         for (sequence, trace), number in zip(live, numbers, strict=True):
             came = trace.token_ids[len(sequence.token_ids) :]

@@ -216,6 +216,20 @@ class Lengths(Always):
         number = self._rng.choice([0, 1, 2, 3, 3])
         return decision._replace(num_costly=number) if number else None
 
+    def goes_on(self, free: Histories, costly: CostlyOffer, room: int) -> bool:
+        return not self._is_varied and super().goes_on(free, costly, room)
+
+
+class Counting(Speculator):
+    """Counts the steps whose drafts were taken without a further look."""
+
+    num_gone_on = 0
+
+    def go_on(self, sequences: list[Sequence], room: int) -> bool:
+        goes_on = super().go_on(sequences, room)
+        self.num_gone_on += goes_on
+        return goes_on
+
 
 class NeverBehind(DraftModel):
     """Waits for each verdict before it drafts again."""
@@ -238,7 +252,7 @@ def test_drafts_behind_a_step_are_those_after_its_verdict(seed: int, temperature
         chains.pool = BlockPool(40, SIZE, prefix_caching=True)
         draft = kind(chains, chains.pool, vocab_size=VOCAB_SIZE, max_tokens=16, max_model_len=32)
         policy = Lengths(seed)
-        speculator = Speculator(3, costly=draft, policy=policy, clock=lambda: 0.0)
+        speculator = Counting(3, costly=draft, policy=policy, clock=lambda: 0.0)
         driver = Driver(drafting(device, 40, speculator))
         arrivals = [Arrival(prefix=i, own=(21 + i,), max_tokens=18, temperature=temperature) for i in range(2)]
         for i, arrival in enumerate(arrivals):
@@ -250,6 +264,7 @@ def test_drafts_behind_a_step_are_those_after_its_verdict(seed: int, temperature
         figures.append((speculator.num_steps, speculator.num_proposed, speculator.num_accepted))
         if kind is DraftModel:
             assert policy._is_varied or chains.num_behind > 1
+            assert (speculator.num_gone_on > 0) != policy._is_varied
             assert policy._is_varied or chains.num_chains <= speculator.num_steps + 5, (
                 "those that were launched are given out"
             )

@@ -403,9 +403,9 @@ def test_drafts_that_are_under_way_cost_what_steps_with_such_took_longer() -> No
         controller.credit.balance = 3.0
         decision = controller.decide([nothing], CostlyOffer([better], [3], num_ready=5), ROOM)
         assert decision is not None and decision.num_costly == 5
-        controller.record_step(1, 5, PLAIN + seconds, passes)
+        controller.record_step(1, 5, PLAIN + seconds, passes, was_ready=True)
         before = controller.credit.balance
-        controller.settle(1, [DraftResult(5, num_right, True)])
+        controller.settle(1, [DraftResult(5, num_right, True)], was_ready=True)
         return controller.credit.balance - before
 
     assert chosen(0) == chosen(5) == "free", "what they take is not known"

@@ -27,7 +27,7 @@ from autobot_llm.engine.sequence import Sequence
 from autobot_llm.engine.speculative.acceptance import Verdict, outcomes_of, row_offsets, verify, verify_sampled
 from autobot_llm.engine.speculative.speculator import Speculator
 from autobot_llm.engine.tokenizer import Tokenizer
-from autobot_llm.engine.verdicts import Judged, StepInFlight, learn, take_verdicts, tokens_of
+from autobot_llm.engine.verdicts import Judged, Lesson, StepInFlight, learn, take_verdicts, tokens_of
 from autobot_llm.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -158,27 +158,41 @@ class Engine:
 
     def _draft_beside_device(self, executor: PipelinedExecutor, speculator: Speculator) -> list[Output]:
         """Wait for the step under way where it has drafts, or where drafts after its tokens may pay for that; else go
-        on beside it."""
+        on beside it. After a verdict the next drafts may be under way already: then the step that verifies them is
+        launched first, and what there is to learn and to decide comes while the device computes."""
         outputs: list[Output] = []
-        judged: Judged | None = None
+        lesson: Lesson | None = None
         if self._in_flight is not None and self._is_worth_waiting_for(self._in_flight, speculator):
             step = self._take_in_flight()
             if step.batch is None:
                 outputs = self._resolve(step)
             else:
-                judged = self._judge(speculator, step)
-                if any(choice.may_end(outcomes, num_before) for choice, outcomes, num_before in judged):
-                    outputs, judged = self._tell(judged), None  # who has ended is not planned any more
+                lesson = self._judge(speculator, step)
+                if lesson.may_end:  # who has ended is not planned any more
+                    learn(speculator, lesson)
+                    outputs, lesson = self._tell(lesson.judged), None
         if self._in_flight is not None:
             return self._step_beside_device(executor)
         begin_time = speculator.clock()
-        plan = self._plan_with_drafts(speculator, may_wait=True)
+        decoding = self.scheduler.decoding
+        room = self._room_for_drafts(len(decoding))
+        goes_on = lesson is not None and speculator.go_on(decoding, room)
+        if lesson is not None and not goes_on:
+            learn(speculator, lesson)
+        if not goes_on:
+            self._propose(speculator, decoding, room, may_wait=True)
+        plan = self.scheduler.plan(max_draft_tokens=room)
         if plan is not None and plan.num_draft_tokens:
             self._in_flight = self._launch_with_drafts(executor, speculator, plan, begin_time)
         else:
             speculator.settle()
             self._in_flight = None if plan is None else self._launch(executor, plan)
-        return outputs if judged is None else self._tell(judged)
+        if lesson is None:
+            return outputs
+        if goes_on:
+            learn(speculator, lesson)
+        speculator.look_ahead(decoding, room)
+        return self._tell(lesson.judged)
 
     def _is_worth_waiting_for(self, step: StepInFlight, speculator: Speculator) -> bool:
         if step.batch is not None:
@@ -197,12 +211,9 @@ class Engine:
         is_alone = num_sequences == scheduler.num_running and scheduler.num_waiting == 0
         return self._pipelined.room_for_drafts(num_sequences) if is_alone else 0
 
-    def _plan_with_drafts(self, speculator: Speculator, *, may_wait: bool = False) -> StepPlan | None:
-        decoding = self.scheduler.decoding
-        room = self._room_for_drafts(len(decoding))
+    def _propose(self, speculator: Speculator, decoding: list[Sequence], room: int, *, may_wait: bool = False) -> None:
         takes_trees = self._mover is not None
         speculator.propose(decoding if room else [], room, takes_trees=takes_trees, may_wait=may_wait)
-        return self.scheduler.plan(max_draft_tokens=room)
 
     def _launch_with_drafts(
         self, executor: PipelinedExecutor, speculator: Speculator, plan: StepPlan, begin_time: float
@@ -228,7 +239,9 @@ class Engine:
     def _resolve(self, step: StepInFlight) -> list[Output]:
         if step.batch is not None:
             assert self.speculator is not None, "who has drafted is there until the verdict"
-            return self._tell(self._judge(self.speculator, step))
+            lesson = self._judge(self.speculator, step)
+            learn(self.speculator, lesson)
+            return self._tell(lesson.judged)
         sampled = step.launched.wait()
         end_time = self._clock()
         seconds = end_time - max(step.start_time, self._last_end_time)
@@ -253,7 +266,10 @@ class Engine:
 
     def _step_with_drafts(self, speculator: Speculator) -> list[Output]:
         begin_time = speculator.clock()
-        plan = self._plan_with_drafts(speculator)
+        decoding = self.scheduler.decoding
+        room = self._room_for_drafts(len(decoding))
+        self._propose(speculator, decoding, room)
+        plan = self.scheduler.plan(max_draft_tokens=room)
         if plan is None:
             return []
         if not plan.num_draft_tokens:
@@ -264,20 +280,18 @@ class Engine:
         verdicts = verify(self._sampler, speculator.execute(self.executor, batch), plan.scheduled)
         judged = self._take(plan, batch, verdicts)
         outputs = self._tell(judged)  # before it learns: a plain step's seconds hold its text, too
-        learn(speculator, plan, verdicts, judged, speculator.clock() - begin_time)
+        learn(speculator, Lesson(plan, verdicts, judged, speculator.clock() - begin_time))
         return outputs
 
-    def _judge(self, speculator: Speculator, step: StepInFlight) -> Judged:
+    def _judge(self, speculator: Speculator, step: StepInFlight) -> Lesson:
         """Wait for a step with drafts, and take its verdict."""
         assert step.batch is not None
         sampled = step.launched.wait()
         speculator.settle()
         verdicts = verify_sampled(sampled, step.plan.scheduled)
         judged = self._take(step.plan, step.batch, verdicts)
-        seconds = speculator.clock() - step.start_time
-        learn(speculator, step.plan, verdicts, judged, seconds, step.launched.features)
         self._last_end_time = self._clock()
-        return judged
+        return Lesson(step.plan, verdicts, judged, speculator.clock() - step.start_time, step.launched.features)
 
     def _take(self, plan: StepPlan, batch: StepBatch, verdicts: list[Verdict]) -> Judged:
         self.num_steps += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autobot_llm.engine.batching.drafts import straighten
 from autobot_llm.engine.batching.plan import StepBatch, StepPlan
@@ -62,16 +63,26 @@ def take_verdicts(
     return judged
 
 
-def learn(
-    speculator: Speculator,
-    plan: StepPlan,
-    verdicts: SequenceABC[Verdict],
-    judged: Judged,
-    seconds: float,
-    features: Features | None = None,
-) -> None:
+class Lesson(NamedTuple):
+    """A step with drafts that was resolved: what it brought to choices, and what it has to teach. `features` None:
+    those that the speculator has kept itself."""
+
+    plan: StepPlan
+    verdicts: SequenceABC[Verdict]
+    judged: Judged
+    seconds: float
+    features: Features | None = None
+
+    @property
+    def may_end(self) -> bool:
+        """Whether one of the choices may have come to its end."""
+        return any(choice.may_end(outcomes, num_before) for choice, outcomes, num_before in self.judged)
+
+
+def learn(speculator: Speculator, lesson: Lesson) -> None:
     """Let the speculator see a plan that was resolved, and what its drafts came to, unless somebody had left before:
-    then the step says little. `features` None: those that it has kept itself."""
+    then the step says little."""
+    plan, verdicts, judged, seconds, features = lesson
     speculator.observe(plan, verdicts, features)
     if len(judged) == len(verdicts):
         stats = [choice.stats for choice, _, _ in judged]

@@ -85,7 +85,6 @@ class Controller:
         self._most_probe = priors.most_probe
         self._uses_costly = False
         self._num_passes = 1  # of the costly method when it was last asked
-        self._is_ready = False  # whether what was decided last is under way
 
     def pass_over(self, num_steps: int) -> None:
         """Steps without drafts have passed that nobody measured."""
@@ -96,10 +95,17 @@ class Controller:
         self.credit.wait(num_steps)
 
     def record_step(
-        self, num_sequences: int, num_draft_tokens: int, seconds: float, drafting_seconds: float = 0.0
+        self,
+        num_sequences: int,
+        num_draft_tokens: int,
+        seconds: float,
+        drafting_seconds: float = 0.0,
+        *,
+        was_ready: bool = False,
     ) -> None:
-        """Learn from a step without prompts, and of it what drafting took, or looking in vain."""
-        if self._is_ready and num_draft_tokens:
+        """Learn from a step without prompts, and of it what drafting took, or looking in vain. `was_ready`: its drafts
+        were under way when they were wanted."""
+        if was_ready:
             self.costs.record_ready(num_sequences, num_draft_tokens, seconds)
         else:
             self.costs.record(num_sequences, num_draft_tokens, seconds - drafting_seconds)
@@ -113,7 +119,7 @@ class Controller:
         self._num_since_probe += 1
         self.credit.wait(1)
 
-    def settle(self, num_sequences: int, results: SequenceABC[DraftResult]) -> None:
+    def settle(self, num_sequences: int, results: SequenceABC[DraftResult], *, was_ready: bool = False) -> None:
         """Book what the drafts of a step that was recorded have cost, and what they have gained."""
         plain = self.costs.plain(num_sequences)
         if not plain or not results:
@@ -123,7 +129,7 @@ class Controller:
         is_worth_all = self._is_shared or len(results) == num_sequences
         worth = plain / num_sequences if is_worth_all else self.costs.own_share(num_sequences)
         num_tokens = sum(result.num_tokens for result in results)
-        cost = self.costs.added_ready(num_sequences, num_tokens) if self._is_ready else None
+        cost = self.costs.added_ready(num_sequences, num_tokens) if was_ready else None
         if cost is None:
             cost = self.costs.added(num_sequences, num_tokens)
             if num_costly := sum(result.is_costly for result in results):
@@ -152,21 +158,34 @@ class Controller:
         return decision is not None
 
     def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
-        plain, self._is_ready = self.costs.plain(len(free)), False
+        plain = self.costs.plain(len(free))
         if not plain or self._num_since_plain >= REFRESH:
             return None
         decision, catch_up = self._choose(free, costly, room, plain)
         if costly is None:
             return decision
-        self._num_since_offer = 0
-        num_costly = 0 if decision is None else decision.num_costly
-        self._uses_costly = num_costly > 0
-        if decision is not None and num_costly:
-            self._num_since_probe = 0
-            self._num_passes = costly.num_passes(num_costly)
-            self._is_ready = num_costly <= costly.num_ready and len(decision.costly_for) == len(free)
+        self._note(decision, costly)
+        if decision is not None and decision.num_costly:
             self.credit.book(-catch_up / plain)
         return decision
+
+    def goes_on(self, free: Histories, costly: CostlyOffer, room: int) -> bool:
+        plain = self.costs.plain(len(free))
+        if not plain or self._num_since_plain >= REFRESH:
+            return False
+        decision, _ = self._choose(free, costly, room, plain)
+        if decision is None or not costly.has_ready(decision.num_costly, decision.costly_for):
+            return False
+        self._note(decision, costly)
+        return True
+
+    def _note(self, decision: Decision | None, costly: CostlyOffer) -> None:
+        """Remember what became of the costly method's offer."""
+        self._num_since_offer = 0
+        self._uses_costly = decision is not None and decision.num_costly > 0
+        if decision is not None and decision.num_costly:
+            self._num_since_probe = 0
+            self._num_passes = costly.num_passes(decision.num_costly)
 
     def _choose(
         self, free: Histories, costly: CostlyOffer | None, room: int, plain: float

@@ -179,12 +179,12 @@ class AcceptanceHistory:
 class StepCosts:
     """Seconds of steps by the sequences that decode in them, and what draft tokens add.
 
-    On a CPU these are lower quartiles, because what disturbs a step only ever makes it longer: on a busy machine half of
-    them say more about the neighbours than about the step. Beside a device they are medians: there a busy host delays
-    steps with drafts, which wait for it, and no others, so that is part of what drafts cost. A plain step's cost is known for a number of sequences once such a step
-    was measured. What draft tokens add is kept for each number of sequences and of tokens, since steps do not grow
-    evenly (kernels take rows by sixes, graphs come in sizes); where a number was not measured, the nearest that was
-    says what a token adds.
+    On a CPU these are lower quartiles, because what disturbs a step only ever makes it longer: on a busy machine half
+    of them say more about the neighbours than about the step. Beside a device they are medians: there a busy host
+    delays steps with drafts, which wait for it, and no others, so that is part of what drafts cost. A plain step's cost
+    is known for a number of sequences once such a step was measured. What draft tokens add is kept for each number of
+    sequences and of tokens, since steps do not grow evenly (kernels take rows by sixes, graphs come in sizes); where a
+    number was not measured, the nearest that was says what a token adds.
     """
 
     def __init__(self, priors: Priors = ON_CPU) -> None:

@@ -46,6 +46,10 @@ class CostlyOffer:
     num_ready: int = 0
     num_left: float = math.inf
 
+    def has_ready(self, num_costly: int, costly_for: SequenceABC[int]) -> bool:
+        """Whether such drafts are under way."""
+        return 0 < num_costly <= self.num_ready and len(costly_for) == len(self.histories)
+
 
 class DraftPolicy(Protocol):
     """Who decides. `room`: the draft tokens that a step has room for."""
@@ -62,6 +66,11 @@ class DraftPolicy(Protocol):
         """Whether `decide` may find something to verify after the token that is under way. Decides nothing."""
         ...
 
+    def goes_on(self, free: Histories, costly: CostlyOffer, room: int) -> bool:
+        """Whether the drafts that are under way would be taken now: then the next step, of which nothing is known yet,
+        takes them without asking again."""
+        ...
+
 
 class Always:
     """DraftPolicy for tests and measurements: as many tokens as there are, whatever they cost; the free draft first."""
@@ -75,8 +84,12 @@ class Always:
     def may_pay(self, free: Histories, costly: CostlyOffer | None, room: int) -> bool:
         return True
 
-    def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision:
+    def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
         num_free = [0 if history is None else self._num_tokens for history in free]
         if costly is None:
             return Decision(num_free)
         return Decision(num_free, self._num_tokens, [i for i, number in enumerate(num_free) if number == 0])
+
+    def goes_on(self, free: Histories, costly: CostlyOffer, room: int) -> bool:
+        decision = self.decide(free, costly, room)
+        return decision is not None and costly.has_ready(decision.num_costly, decision.costly_for)

@@ -86,6 +86,8 @@ class Speculator:
         self._last_wanted: tuple[int, list[int]] = 0, []  # when drafts were launched last: how deep, and of whom
         self._num_behind = 0  # tokens of the drafts that are launched before they are wanted
         self._ready: tuple[list[Sequence], int] = [], 0  # those that were: whose, and how deep
+        self._goes_on = False  # whether they are to be taken without a further look
+        self._is_ready = self._was_ready = False  # whether they were taken by the step at hand, and by the one settled
         self._wanted = None if costly is None else costly.wanted
         self._features = Features()  # of the step at hand
         self.clock = clock
@@ -151,6 +153,7 @@ class Speculator:
         Unless what runs it `takes_trees`, they are the best paths of those that branch. With `may_wait` some may be
         known to the device alone until `settle`, which is then called before the step's verdict."""
         self.drafting_seconds = 0.0
+        self._is_ready = False
         if num_rested := self._rests.take():
             self.controller.pass_over(num_rested)
         for sequence in sequences:
@@ -167,7 +170,9 @@ class Speculator:
         self._num_known = len(sequences)
         free, costly = self._free, self._costly
         drafts, histories = self._look_up(sequences)
-        offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
+        offer = None
+        if costly is not None and self._policy.wants_offer():
+            offer = self._offer(costly, sequences, list(map(costly.lag, sequences)))
         has_any = offer is not None or histories.count(None) < len(histories)
         decision = self._policy.decide(histories, offer, room) if has_any else None
         self._rests.looked(is_in_vain=decision is None)
@@ -175,6 +180,7 @@ class Speculator:
             if self._rests.may_rest:
                 self.drafting_seconds = self.clock() - start
             return
+        self._is_ready = offer is not None and offer.has_ready(decision.num_costly, decision.costly_for)
         self._drafted_by.clear()
         for sequence, draft, number in zip(sequences, drafts, decision.num_free, strict=True):
             if number and draft is not None and free is not None:
@@ -183,6 +189,24 @@ class Speculator:
             wanting = [sequences[i] for i in decision.costly_for]
             if not (may_wait and self._launch_costly(wanting, decision.num_costly)):
                 self._run_costly(costly, wanting, decision.num_costly, takes_trees)
+
+    def look_ahead(self, sequences: list[Sequence], room: int) -> None:
+        """Decide beforehand, while a device verifies drafts, whether those that were queued behind them are taken."""
+        ready, num_ready = self._ready
+        if self._costly is not None and num_ready and ready == sequences:
+            _, histories = self._look_up(sequences)
+            offer = self._offer(self._costly, sequences, [1] * len(sequences))
+            self._goes_on = self._policy.goes_on(histories, offer, room)
+
+    def go_on(self, sequences: list[Sequence], room: int) -> bool:
+        """Take the drafts that are under way, if that was decided and nobody has come or gone; else ask `propose`."""
+        goes_on, self._goes_on = self._goes_on, False
+        ready, num_tokens = self._ready
+        if not goes_on or ready != sequences or room < num_tokens * len(sequences):
+            return False
+        self._ready = [], 0
+        self._is_ready = self._launch_costly(sequences, num_tokens)
+        return self._is_ready
 
     def read(self, plan: StepPlan, features: Features) -> None:
         """Let the methods take in, while a device computes a step, what they would be late to look at when the first
@@ -222,6 +246,7 @@ class Speculator:
     def settle(self) -> None:
         """Fill in the drafts that were launched, where there are any: waits for them."""
         launched, self._launched = self._launched, None
+        self._was_ready = self._is_ready
         if launched is None:
             return
         drafts, self.drafting_seconds = launched.drafts.wait()
@@ -256,7 +281,8 @@ class Speculator:
         if not sequences or room < len(sequences):  # where not everybody gets a draft, a device's step saves nothing
             return False
         _, histories = self._look_up(sequences)
-        offer = None if self._costly is None else self._offer(self._costly, sequences)
+        costly = self._costly
+        offer = None if costly is None else self._offer(costly, sequences, list(map(costly.lag, sequences)))
         if offer is None and all(history is None for history in histories):
             return False
         return self._policy.may_pay(histories, offer, room)
@@ -293,8 +319,9 @@ class Speculator:
                     tried = min(depth, number + 1)
                     self.experience.record(method, kind, item.sequence.id, tried, number)
         if plan.num_prompt_tokens == 0:
-            self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds, self.drafting_seconds)
-            self.controller.settle(num_scheduled, results)
+            took, was_ready = self.drafting_seconds, self._was_ready
+            self.controller.record_step(num_scheduled, plan.num_draft_tokens, seconds, took, was_ready=was_ready)
+            self.controller.settle(num_scheduled, results, was_ready=was_ready)
 
     def forget(self, sequence: Sequence) -> None:
         self.experience.forget(sequence.id)
@@ -371,7 +398,7 @@ class Speculator:
         self.experience.look(places)
         return drafts, histories
 
-    def _offer(self, costly: CostlyProposer, sequences: list[Sequence]) -> CostlyOffer:
+    def _offer(self, costly: CostlyProposer, sequences: list[Sequence], lags: list[int]) -> CostlyOffer:
         usable = {kind: self._usable(costly.name, kind) is not None for kind in set(map(self._kind, sequences))}
         histories = [
             self.experience.here(costly.name, kind, sequence.id) if usable[kind := self._kind(sequence)] else None
@@ -380,7 +407,7 @@ class Speculator:
         ready, num_ready = self._ready
         return CostlyOffer(
             histories,
-            [costly.lag(sequence) for sequence in sequences],
+            lags,
             costly.num_passes,
             num_ready if ready == sequences else 0,
             sum(sequence.max_num_tokens - len(sequence.token_ids) for sequence in sequences) / len(sequences),
