@@ -63,20 +63,18 @@ def stream_candidates(fmt: str, num_rows: int, shape: Shape) -> list[Candidate]:
         return []
     weight_rows, num_inputs = shape.weight_shape
     tiles: list[Candidate] = []
-    row_bytes = num_inputs // 2 if STREAMED[fmt] is Format.INT4 else num_inputs
-    for warps, segment, blocks, resident, (x_stays, parts) in itertools.product(
-        (4, 8), (512, 1024, 2048), (1, 2, 4), (1, 2), ((False, 1), (True, 1), (False, 2))
+    for warps, segment, blocks, resident, x_stays in itertools.product(
+        (4, 8), (512, 1024, 2048), (1, 2, 4), (1, 2), (False, True)
     ):
         is_whole = segment // warps >= 128 and weight_rows % (16 * blocks) == 0
         if (
             not is_whole
-            or (parts > 1 and (num_rows == 1 or row_bytes % (segment * parts)))
-            or weight_rows // (16 * blocks) * parts < 2 * MULTIPROCESSORS // 3
+            or weight_rows // (16 * blocks) < 2 * MULTIPROCESSORS // 3
             or (shape.kind is Kind.GATED and blocks == 1)
         ):
             continue
         for num_stages in range(8, 1, -1):
-            tile = StreamTile(warps, segment, num_stages, blocks, resident, x_stays, parts)
+            tile = StreamTile(warps, segment, num_stages, blocks, resident, x_stays)
             size = shared_bytes(tile, STREAMED[fmt], GROUP, num_inputs, num_rows, offsets=False) + SYSTEM_BYTES
             if size * resident <= MULTIPROCESSOR_BYTES:
                 tiles.append(tile)

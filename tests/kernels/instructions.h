@@ -116,12 +116,6 @@ inline float4 read_from(int rank, const float* local) {
   return v;
 }
 
-inline float read_one_from(int rank, const float* local) {
-  float v;
-  std::memcpy(&v, programs[rank]->shared + shared_address(local), 4);
-  return v;
-}
-
 // --- barriers that count arrivals and bytes; a phase ends when neither is outstanding ---
 
 struct Counter {
@@ -341,7 +335,7 @@ void end_products(Sum (&)[SUMS]) {}
 void end_older_products(Sum (&)[SUMS]) {}
 #else
 constexpr int THREADS_OF_A_PROGRAM = WARPS * 32 + 32;
-constexpr int CLUSTER = PARTS;
+constexpr int CLUSTER = 1;
 #endif
 
 // Returns whether every copy was aligned and stayed inside the program's memory.

@@ -130,14 +130,6 @@ __device__ __forceinline__ float4 read_from(int rank, const float* local) {
   return v;
 }
 
-__device__ __forceinline__ float read_one_from(int rank, const float* local) {
-  u32 address;
-  float v;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-  return v;
-}
-
 __device__ __forceinline__ u16 narrow(float v) {
   u16 r;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));

@@ -29,7 +29,7 @@ class Format(IntEnum):
 class StreamTile:
     """How the kernel cuts a product: warps that multiply, bytes of a row in a stage, stages of the ring, blocks of 16
     rows of W in a tile, programs on a multiprocessor. `x_stays`: x is copied beside the ring, if there is room for it,
-    and comes from the cache otherwise. `parts`: programs that share a tile's inputs.
+    and comes from the cache otherwise.
 
     Two programs to a multiprocessor leave room for the next kernel's while one's last tile is multiplied; with one, the
     ring is twice as long.
@@ -41,7 +41,6 @@ class StreamTile:
     blocks: int
     resident: int = 2
     x_stays: bool = False
-    parts: int = 1
 
 
 Shapes: TypeAlias = Mapping[Kind, Mapping[tuple[int, int], StreamTile]]
@@ -56,14 +55,13 @@ _DEEP = StreamTile(8, 2048, 3, 2, resident=1)
 _WIDE = StreamTile(8, 2048, 3, 2, resident=1, x_stays=True)
 _NARROW = StreamTile(8, 1024, 2, 2, x_stays=True)
 _SEVERAL_WIDE = StreamTile(4, 2048, 2, 2, resident=1, x_stays=True)
-_SEVERAL_SHORT = StreamTile(4, 1024, 4, 2, resident=1, x_stays=True)
 _SEVERAL_NARROW = StreamTile(8, 1024, 4, 2, resident=1, x_stays=True)
 _SEVERAL_DOWN = StreamTile(8, 1024, 6, 2, resident=1)
 _SEVERAL_OF_EIGHT_BITS = _shapes(
     StreamTile(8, 1024, 8, 1, resident=1, x_stays=True), _SEVERAL_NARROW, _SEVERAL_WIDE, _SEVERAL_DOWN
 )
 _SEVERAL_OF_FOUR_BITS = _shapes(
-    _SEVERAL_SHORT, _SEVERAL_SHORT, _SEVERAL_NARROW, StreamTile(4, 512, 5, 2, resident=2, parts=2)
+    StreamTile(4, 2048, 4, 1, resident=1, x_stays=True), _SEVERAL_NARROW, _SEVERAL_NARROW, _SEVERAL_DOWN
 )
 _ONE_OF_EIGHT_BITS = _shapes(
     _WIDE, StreamTile(8, 1024, 5, 1, x_stays=True), _WIDE, StreamTile(8, 2048, 5, 1, resident=1, x_stays=True)

@@ -119,11 +119,10 @@ def multiply_streamed(
     _kernel.launch(
         prepared.constants,
         (*scale_maps(tile, weight), prepared.arguments, ctypes.c_uint(INT4_MAGIC)),
-        programs=prepared.num_tiles * tile.parts if tile.parts > 1 else min(prepared.num_tiles, most_programs),
+        programs=min(prepared.num_tiles, most_programs),
         threads=32 * (tile.num_warps + 1),
         shared_bytes=prepared.shared_bytes,
         device=x_TI.device,
-        cluster=tile.parts,
     )
     return out
 
@@ -182,15 +181,13 @@ class Prepared:
 
 
 def fitting(tile: StreamTile, weight: Weight, num_rows: int, *, gated: bool) -> StreamTile:
-    """This tile with as many blocks and parts as the product can be cut into, of both halves if gated, and with x and
-    stages in shared memory as there is room."""
+    """This tile with as many blocks as the product can be cut into, of both halves if gated, and with x and stages in
+    shared memory as there is room."""
     fmt, (weight_rows, num_inputs) = format_of(weight), _shape(weight)
     blocks = max(tile.blocks, 2 if gated else 1)
     while weight_rows % (_BLOCK * blocks):
         blocks //= 2
-    if most_rows(num_rows) % tile.parts or row_bytes_of(weight) % (tile.segment * tile.parts):
-        tile = replace(tile, parts=1)
-    tile = replace(tile, blocks=blocks, x_stays=tile.x_stays and tile.parts == 1)
+    tile = replace(tile, blocks=blocks)
     offsets = isinstance(weight, PackedWeight) and weight.offsets is not None
 
     def fits(tile: StreamTile) -> bool:
@@ -262,7 +259,6 @@ def prepare(
         "SEGMENT": tile.segment,
         "STAGES": tile.num_stages,
         "RESIDENT": tile.resident,
-        "PARTS": tile.parts,
     }
     shared = shared_bytes(tile, fmt, _group(weight), num_inputs, num_rows, offsets=offsets is not None)
     return Prepared(constants, arguments, weight_rows // (_BLOCK * tile.blocks), shared)

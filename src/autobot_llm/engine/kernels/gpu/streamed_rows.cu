@@ -3,8 +3,7 @@
 // One warp of a program copies W into a ring in shared memory, by copies that a barrier counts. It does not wait for the
 // previous kernel, which does not write W, so the ring is full when x is there; where x has room beside the ring, it is
 // copied once for all tiles. The other warps share a tile's inputs: each multiplies its part of every stage on the matrix
-// units and the sums meet in shared memory. So may the programs of a cluster, where x is as many bytes as a tile of W: then
-// each reads a part of it for more outputs.
+// units and the sums meet in shared memory.
 //
 // Which of a tile's numbers a thread multiplies is free, as long as it takes the same ones of x: so a thread takes 16
 // neighbouring bytes of W, where the instruction's own order would have it take them from all over.
@@ -19,12 +18,11 @@
 // Constants of a compilation, defined by streamed.py: FORMAT, INPUTS, GROUP and OFFSETS (of 4 bits), GATED, X_ROWS (most
 // rows of x: 1 or 8), X_STAYS (in shared memory; otherwise it comes from the cache), SCALES_X (is told of bfloat16, if x
 // stays), NORM (before that), WARPS, BLOCKS (of 16 rows of W in a tile), SEGMENT (bytes of a row in a stage), STAGES,
-// RESIDENT, PARTS (programs that share a tile's inputs).
+// RESIDENT.
 constexpr int HALVES = GATED ? 2 : 1;
 constexpr int TILE_OUTPUTS = 16 * BLOCKS / HALVES;
 constexpr int ROW_BYTES = FORMAT == BF16 ? 2 * INPUTS : FORMAT == INT4 ? INPUTS / 2 : INPUTS;
 constexpr int SEGMENTS = (ROW_BYTES + SEGMENT - 1) / SEGMENT;
-constexpr int PART_SEGMENTS = SEGMENTS / PARTS;  // of a program
 constexpr int SEGMENT_INPUTS = FORMAT == BF16 ? SEGMENT / 2 : FORMAT == INT4 ? SEGMENT * 2 : SEGMENT;
 constexpr int CHUNK = 64;  // bytes of each of 16 rows that a warp multiplies at a time: 16 to a thread, of two rows
 constexpr int CHUNKS = ROW_BYTES / CHUNK;
@@ -45,8 +43,7 @@ constexpr int TILE_SUMS = IS_INTEGER ? 2 : 4;  // of a thread, in a block and a 
 constexpr int SUM_X_ROWS = IS_INTEGER ? 1 : 2;  // rows of x that these are of
 constexpr int SUM_ROWS = (IS_INTEGER ? 4 : 8) * X_TILES;
 constexpr int SUMS_STRIDE = IS_INTEGER ? 24 : 20;  // 16, and what keeps a warp's stores in different banks
-constexpr int PART_ROWS = X_ROWS / PARTS;  // of x, that one of a tile's programs finishes
-constexpr int ELEMENTS = (TILE_OUTPUTS * PART_ROWS + WARPS * 32 - 1) / (WARPS * 32);  // outputs that a thread finishes
+constexpr int ELEMENTS = (TILE_OUTPUTS * X_ROWS + WARPS * 32 - 1) / (WARPS * 32);  // outputs that a thread finishes
 
 // A stage: rows of W, then scales and offsets of its groups, for each block. Behind the stages, if X_STAYS: columns of x, then
 // scales of its rows; then the warps' sums, and barriers. Strides keep a warp's loads in different banks.
@@ -64,7 +61,6 @@ constexpr int X_SCALES = FORMAT == BF16 ? 0 : (INPUTS / X_GROUP + 3) / 4 * 4;  /
 constexpr int SUMS_AT = X_STAYS ? X_SCALES_AT + X_ROWS * X_SCALES * 4 : X_AT;
 constexpr int BARRIERS_AT = SUMS_AT + WARPS * BLOCKS * SUM_ROWS * SUMS_STRIDE * 4;
 
-static_assert(PARTS == 1 || (ROW_BYTES % (SEGMENT * PARTS) == 0 && X_ROWS % PARTS == 0 && !X_STAYS), "");
 static_assert(WARP_CHUNKS % GROUP_CHUNKS == 0 && CHUNKS % GROUP_CHUNKS == 0, "a warp multiplies whole groups");
 
 __device__ __forceinline__ int input_of(int chunk) {
@@ -124,7 +120,7 @@ struct Product {
 
 // `scales` and `offsets` of 4 bits are bfloat16 [groups, outputs]; offsets are added to each number of a group, before its scale.
 __device__ __forceinline__ void fill_ring(const Product& p, const Matrix& scales, const Matrix& offsets, u8* ring, u64* full,
-                                          u64* empty, u64* x_full, int first_segment, int lane) {
+                                          u64* empty, u64* x_full, int lane) {
   const u64 policy = read_once();
   const int num_tiles = p.num_outputs / TILE_OUTPUTS;
   auto segment_bytes = [](int s) { return SEGMENT * (s + 1) > ROW_BYTES ? ROW_BYTES - SEGMENT * s : SEGMENT; };
@@ -143,12 +139,12 @@ __device__ __forceinline__ void fill_ring(const Product& p, const Matrix& scales
     }
     has_x = true;
   };
-  for (int tile = blockIdx.x / PARTS; tile < num_tiles; tile += gridDim.x / PARTS) {
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     auto output_of = [&](int block) {  // the first row of W in a block
       return GATED ? (tile * (BLOCKS / 2) + block % (BLOCKS / 2)) * 16 + block / (BLOCKS / 2) * p.num_outputs
                    : tile * TILE_OUTPUTS + block * 16;
     };
-    for (int s = first_segment; s < first_segment + PART_SEGMENTS; ++s) {
+    for (int s = 0; s < SEGMENTS; ++s) {
       if (!has_x && num_filled++ == STAGES) copy_x();
       wait(&empty[slot], parity);
       u8* to = ring + slot * STAGE_BYTES;
@@ -185,8 +181,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
   u64* const x_full = empty + STAGES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;  // a thread's rows of W are g and g + 8, its column of x is g
-  const int part = PARTS > 1 ? rank_in_cluster() : 0, first_segment = part * PART_SEGMENTS;
-  const int first_chunk = first_segment * STAGE_CHUNKS + warp * WARP_CHUNKS;
+  const int first_chunk = warp * WARP_CHUNKS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init(&full[i], 1);
@@ -197,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
   }
   __syncthreads();
   if (warp == WARPS) {
-    fill_ring(p, scales, offsets, ring, full, empty, x_full, first_segment, lane);
+    fill_ring(p, scales, offsets, ring, full, empty, x_full, lane);
     return;
   }
   if (SCALES_X)
@@ -223,17 +218,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
   };
   if (!X_STAYS) fetch_x(xs, first_chunk);
 
-  auto row_of = [&](int element) {  // of x, that a thread finishes; X_ROWS: there is none
-    const int row = element / TILE_OUTPUTS;
-    return row < PART_ROWS ? part * PART_ROWS + row : X_ROWS;
-  };
   int slot = 0, parity = 0;
-  for (int tile = blockIdx.x / PARTS; tile < p.num_outputs / TILE_OUTPUTS; tile += gridDim.x / PARTS) {
+  for (int tile = blockIdx.x; tile < p.num_outputs / TILE_OUTPUTS; tile += gridDim.x) {
     // Asked for now, used when the sums are there.
     float scale[ELEMENTS], up_scale[ELEMENTS], bias[ELEMENTS], up_bias[ELEMENTS], residual[ELEMENTS];
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
-      const int i = threadIdx.x + e * WARPS * 32, output = tile * TILE_OUTPUTS + i % TILE_OUTPUTS, row = row_of(i);
+      const int i = threadIdx.x + e * WARPS * 32, row = i / TILE_OUTPUTS, output = tile * TILE_OUTPUTS + i % TILE_OUTPUTS;
       scale[e] = up_scale[e] = 1.f, bias[e] = up_bias[e] = residual[e] = 0.f;
       if (row >= p.num_rows) continue;
       if (FORMAT == INT8 || FORMAT == FLOAT8) {
@@ -253,9 +244,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
     Sum low[BLOCKS][X_TILES][4] = {}, high[BLOCKS][X_TILES][4] = {};
     Sum low_x[X_TILES][4] = {}, high_x[X_TILES][4] = {};
 #pragma unroll 1
-    for (int s = first_segment; s < first_segment + PART_SEGMENTS; ++s) {
+    for (int s = 0; s < SEGMENTS; ++s) {
       const int first = s * STAGE_CHUNKS + warp * WARP_CHUNKS;
-      if (X_STAYS && !SCALES_X && tile == blockIdx.x / PARTS) wait(&x_full[s], 0);
+      if (X_STAYS && !SCALES_X && tile == blockIdx.x) wait(&x_full[s], 0);
       wait(&full[slot], parity);
       const u8* stage = ring + slot * STAGE_BYTES;
       const u8* w_thread = stage + g * W_STRIDE + warp * (WARP_CHUNKS * CHUNK) + t * 16;
@@ -270,9 +261,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
         if (X_STAYS)
           read_x(xs, ring + X_AT + g * X_STRIDE + X_THREAD * t + X_SIZE * input_of(min(first + c, CHUNKS - 1)), X_STRIDE);
         else
-          fetch_x(next_xs, c + 1 < WARP_CHUNKS                          ? first + c + 1
-                           : s + 1 < first_segment + PART_SEGMENTS ? first + STAGE_CHUNKS
-                                                                   : first_chunk);
+          fetch_x(next_xs, c + 1 < WARP_CHUNKS ? first + c + 1 : s + 1 < SEGMENTS ? first + STAGE_CHUNKS : first_chunk);
         if (CHUNKS % STAGE_CHUNKS == 0 || first + c < CHUNKS) {
           if (HAS_GROUPS && c % GROUP_CHUNKS == 0) {  // asked for now, used at the group's end
             auto x_scale = [&](int row, int input) {
@@ -392,23 +381,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
         for (int i = 0; i < TILE_SUMS; ++i)
           to[IS_INTEGER ? 8 * i : i % 2 * SUMS_STRIDE + i / 2 * 8] = y[b][n][i];
       }
-    if (PARTS > 1) {  // each program has one tile
-      arrive_at_cluster();
-      wait_for_cluster();
-    } else {
-      meet(WARPS * 32);
-    }
+    meet(WARPS * 32);
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
-      const int i = threadIdx.x + e * WARPS * 32, output = i % TILE_OUTPUTS, row = row_of(i);
+      const int i = threadIdx.x + e * WARPS * 32, row = i / TILE_OUTPUTS, output = i % TILE_OUTPUTS;
       if (row >= p.num_rows) continue;
       float sum = 0.f, up = 0.f;
 #pragma unroll
-      for (int w = 0; w < PARTS * WARPS; ++w) {
-        auto of = [&](int block) {
-          const float* at = sums + ((w % WARPS * BLOCKS + block) * SUM_ROWS + row) * SUMS_STRIDE + output % 16;
-          return PARTS > 1 ? read_one_from(w / WARPS, at) : *at;
-        };
+      for (int w = 0; w < WARPS; ++w) {
+        auto of = [&](int block) { return sums[((w * BLOCKS + block) * SUM_ROWS + row) * SUMS_STRIDE + output % 16]; };
         sum += of(output / 16);
         if (GATED) up += of(BLOCKS / 2 + output / 16);
       }
@@ -421,5 +402,4 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, RESIDENT)
       p.out[row * p.out_stride + tile * TILE_OUTPUTS + output] = narrow(sum + residual[e]);
     }
   }
-  if (PARTS > 1) leave_cluster();  // a program that ended would take its sums along
 }
