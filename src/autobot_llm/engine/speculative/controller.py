@@ -28,14 +28,12 @@ half of the account pays for that.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
-from itertools import pairwise
 from typing import NamedTuple
 
 from autobot_llm.engine.speculative.costly_costs import CostlyCosts
 from autobot_llm.engine.speculative.credit import Credit
+from autobot_llm.engine.speculative.lengths import NOTHING, candidate_lengths, own_length, seconds_of
 from autobot_llm.engine.speculative.measurements import (
     ENOUGH,
     ON_CPU,
@@ -149,8 +147,7 @@ class Controller:
         return self._uses_costly or self._num_since_offer >= self._offer_every
 
     def may_pay(self, free: Histories, costly: CostlyOffer | None, room: int) -> bool:
-        plain = self.costs.plain(len(free))
-        if not plain or self._num_since_plain >= REFRESH:
+        if not (plain := self._known_plain(len(free))):
             return False
         # a draft that begins with the token under way is worth something only if that one is right
         free = [history if history is not None and history.first_chance >= LIKELY else None for history in free]
@@ -158,8 +155,7 @@ class Controller:
         return decision is not None
 
     def decide(self, free: Histories, costly: CostlyOffer | None, room: int) -> Decision | None:
-        plain = self.costs.plain(len(free))
-        if not plain or self._num_since_plain >= REFRESH:
+        if not (plain := self._known_plain(len(free))):
             return None
         decision, catch_up = self._choose(free, costly, room, plain)
         if costly is None:
@@ -170,8 +166,7 @@ class Controller:
         return decision
 
     def goes_on(self, free: Histories, costly: CostlyOffer, room: int) -> bool:
-        plain = self.costs.plain(len(free))
-        if not plain or self._num_since_plain >= REFRESH:
+        if not (plain := self._known_plain(len(free))):
             return False
         decision, _ = self._choose(free, costly, room, plain)
         if decision is None or not costly.has_ready(decision.num_costly, decision.costly_for):
@@ -179,12 +174,17 @@ class Controller:
         self._note(decision, costly)
         return True
 
+    def _known_plain(self, num_sequences: int) -> float | None:
+        """A plain step's seconds, unless they have to be measured first, or again."""
+        return None if self._num_since_plain >= REFRESH else self.costs.plain(num_sequences)
+
     def _note(self, decision: Decision | None, costly: CostlyOffer) -> None:
         """Remember what became of the costly method's offer."""
         self._num_since_offer = 0
         self._uses_costly = decision is not None and decision.num_costly > 0
         if decision is not None and decision.num_costly:
             self._num_since_probe = 0
+            self._num_probes = self._num_probes + 1 if decision.is_probe else 0
             self._num_passes = costly.num_passes(decision.num_costly)
 
     def _choose(
@@ -202,8 +202,6 @@ class Controller:
         decision, catch_up = self._best_costly(free, costly, decision, seconds, plain, limits)
         if decision is None and self._num_since_probe >= self._probe_every and room >= PROBE_TOKENS:
             return self._probe(costly, plain)
-        if decision is not None and decision.num_costly:
-            self._num_probes = 0
         return decision, catch_up
 
     def _best_free(self, free: Histories, plain: float, limits: _Limits) -> tuple[Decision | None, float]:
@@ -231,8 +229,8 @@ class Controller:
             expected[i] = history.expected()[: most + 1]
         shared = plain - own * num_sequences
         best, best_seconds = None, plain / MARGIN
-        for lengths in self._candidates(expected, plain, own):
-            seconds = self._seconds(expected, lengths, shared, own)
+        for lengths in candidate_lengths(self.costs, expected, plain, own):
+            seconds = seconds_of(self.costs, expected, lengths, shared, own)
             if seconds < best_seconds:
                 best, best_seconds = lengths, seconds
         return (None, plain) if best is None else (Decision(best), best_seconds)
@@ -252,7 +250,7 @@ class Controller:
         num_sequences = len(free)
         each = self.costs.added(num_sequences, num_sequences) / num_sequences
         num_free = [
-            0 if its is None else _own_length(its.expected()[: limits.length + 1], plain / num_sequences, each)
+            0 if its is None else own_length(its.expected()[: limits.length + 1], plain / num_sequences, each)
             for its in free
         ]
         able, lacking = [], []
@@ -315,7 +313,7 @@ class Controller:
                 break
             lengths = [length if i in is_chosen else number for i, number in enumerate(kept)]
             counts = [tokens if i in is_chosen else number for i, number in enumerate(kept)]
-            these = self._seconds(expected, lengths, shared + drafting, own, counts)
+            these = seconds_of(self.costs, expected, lengths, shared + drafting, own, counts)
             if these < best_seconds:
                 best, best_seconds = Decision(kept, length, chosen), these
         return None if best is None else (best, best_seconds, catch_up)
@@ -332,60 +330,10 @@ class Controller:
         seconds = costly.num_passes(PROBE_TOKENS) * per_pass + self.costs.added(len(costly.lags), PROBE_TOKENS)
         if catch_up + seconds > self.credit.balance * plain / 2:
             return None, 0.0
-        self._num_probes += 1
-        return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(lag)]), catch_up
+        return Decision([0] * len(costly.lags), PROBE_TOKENS, [costly.lags.index(lag)], is_probe=True), catch_up
 
     def _per_pass(self, num_sequences: int, plain: float) -> float:
         return self.costly_costs.expected_pass(num_sequences, plain * self._costly_pass)
-
-    def _candidates(self, expected: SequenceABC[SequenceABC[float]], plain: float, own: float) -> Iterator[list[int]]:
-        """Lengths that may be the best: each sequence's by its own time, and the likeliest tokens of all as long as
-        the tokens per second grow."""
-        num_sequences, added = len(expected), self.costs.added
-        ranked = [(after - before, i) for i, tokens in enumerate(expected) for before, after in pairwise(tokens)]
-        ranked.sort(key=_chance, reverse=True)
-        if num_sequences > 1:
-            each = added(num_sequences, len(ranked)) / len(ranked)
-            yield [_own_length(tokens, own, each) for tokens in expected]
-        total = float(num_sequences)
-        best_rate, best_number = total / plain, 0
-        for number, (chance, _) in enumerate(ranked, 1):
-            total += chance
-            rate = total / (plain + added(num_sequences, number))
-            if rate > best_rate:
-                best_rate, best_number = rate, number
-        lengths = [0] * num_sequences
-        for _, i in ranked[:best_number]:
-            lengths[i] += 1
-        yield lengths
-
-    def _seconds(
-        self,
-        expected: SequenceABC[SequenceABC[float]],
-        lengths: list[int],
-        shared: float,
-        own: float,
-        counts: list[int] | None = None,
-    ) -> float:
-        """What drafts of these lengths take until every sequence has come as far as a plain step brings it. `counts`:
-        their tokens, where they are trees."""
-        counts = lengths if counts is None else counts
-        each = 0.0
-        if number := sum(counts):
-            fixed = self.costs.fixed_part(len(counts), number)
-            shared += fixed
-            each = (self.costs.added(len(counts), number) - fixed) / number
-        seconds, least = 0.0, math.inf
-        for tokens_by_length, length, count in zip(expected, lengths, counts, strict=True):
-            tokens = tokens_by_length[length]
-            if tokens < least:
-                least = tokens
-            seconds += (own + count * each) / tokens
-        return seconds + shared / least
-
-
-NOTHING = (1.0,)
-"""The tokens that come of a step without a draft."""
 
 
 class _Limits(NamedTuple):
@@ -396,20 +344,8 @@ class _Limits(NamedTuple):
     seconds: float
 
 
-def _own_length(expected: SequenceABC[float], own: float, each: float) -> int:
-    best, best_length = own, 0
-    for length, tokens in enumerate(expected):
-        if (own + length * each) / tokens < best:
-            best, best_length = (own + length * each) / tokens, length
-    return best_length
-
-
 def _likely(free: Histories) -> Decision | None:
     """Two tokens of the draft whose first one is likeliest, if it is more likely than not."""
     known = [(history.first_chance, i) for i, history in enumerate(free) if history is not None]
     chance, best = max(known, default=(0.0, 0))
     return Decision([2 if i == best else 0 for i in range(len(free))]) if chance > 0.5 else None
-
-
-def _chance(ranked: tuple[float, int]) -> float:
-    return ranked[0]

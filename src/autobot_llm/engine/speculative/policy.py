@@ -14,11 +14,12 @@ from autobot_llm.engine.speculative.measurements import AcceptanceHistory
 
 class Decision(NamedTuple):
     """`num_free[i]`: tokens of sequence i's free draft to verify. `num_costly`: tokens that the costly method drafts
-    for each sequence of `costly_for`; 0: it is not run."""
+    for each sequence of `costly_for`; 0: it is not run. `is_probe`: it is, to see whether it would pay."""
 
     num_free: list[int]
     num_costly: int = 0
     costly_for: SequenceABC[int] = ()
+    is_probe: bool = False
 
 
 class DraftResult(NamedTuple):

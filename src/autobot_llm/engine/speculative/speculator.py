@@ -116,11 +116,7 @@ class Speculator:
 
     def lines(self) -> dict[str, str]:
         """Each method's figures in words: `{"acceptance of ngram": "83% of 1,204 tokens; by position 90% 80%"}`."""
-        return {
-            f"acceptance of {method}": f"{figures.num_accepted / max(1, figures.num_proposed):.0%} of "
-            f"{figures.num_proposed:,} tokens; by position {' '.join(f'{rate:.0%}' for rate in figures.by_position)}"
-            for method, figures in self.figures.items()
-        }
+        return {f"acceptance of {method}": str(figures) for method, figures in self.figures.items()}
 
     def rehearse(self, sequence: Sequence) -> None:
         """Find out what the costly method takes, a pass and a token to catch up with, on a sequence that nobody asked
