@@ -22,7 +22,7 @@ from autobot_llm.engine.sequence import UNKNOWN_TOKEN, SamplingParams, Sequence
 from autobot_llm.engine.speculative.draft_model import DraftModel
 from autobot_llm.engine.speculative.ngram import NgramProposer
 from autobot_llm.engine.speculative.policy import Always, CostlyOffer, Decision, Histories
-from autobot_llm.engine.speculative.proposer import Draft
+from autobot_llm.engine.speculative.proposer import Computed, Draft
 from autobot_llm.engine.speculative.speculator import READ_EVERY, Speculator
 
 
@@ -315,6 +315,18 @@ def test_prompts_are_taken_in_while_the_device_computes_them() -> None:
     last = dict(heard)
     assert sorted(last.values()) == sorted(length - 1 for length in lengths) and len(heard) > len(last)
     assert asked == set(last)
+
+
+@pytest.mark.parametrize(("length", "num_blocks"), [(33, 40), (20, 2)])
+def test_a_prompt_that_a_draft_model_has_no_room_for_is_left_to_its_target(length: int, num_blocks: int) -> None:
+    """It is longer than the draft's context, of 32, or than its cache."""
+    draft = draft_model(num_blocks)
+    sequence = Sequence(0, [1] * length, SamplingParams(max_tokens=9))
+    draft.take_in([Computed(sequence, 0, list(range(length - 1)), None)], Features())
+    assert isinstance(draft.executor, FakePipelinedDevice) and draft.executor.num_unwaited == 0
+    assert draft.lag(sequence) == length and draft.propose([sequence], 2) == [None]
+    draft.forget(sequence)
+    assert draft.pool.num_free == draft.pool.num_blocks
 
 
 def test_what_answers_have_got_is_taken_in_now_and_then_where_nobody_is_drafted_for() -> None:

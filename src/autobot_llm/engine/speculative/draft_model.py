@@ -85,7 +85,8 @@ class DraftModel:
         """Queue the passes over prompts that the step under way ends."""
         shadows = []
         for sequence, start, token_rows, _ in computed:
-            if start + len(token_rows) == sequence.num_prompt_tokens - 1 and sequence.id not in self._shadows:
+            ends = start + len(token_rows) == sequence.num_prompt_tokens - 1
+            if ends and sequence.id not in self._shadows and len(sequence.token_ids) <= self._max_model_len:
                 shadow = self._shadows[sequence.id] = self._shadow(sequence)
                 if make_room(self.pool, shadow, len(shadow.token_ids)):
                     shadows.append(shadow)
