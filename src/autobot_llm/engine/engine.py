@@ -187,12 +187,10 @@ class Engine:
         else:
             speculator.settle()
             self._in_flight = None if plan is None else self._launch(executor, plan)
-        if lesson is None:
-            return outputs
-        if goes_on:
+        if lesson is not None and goes_on:
             learn(speculator, lesson)
         speculator.look_ahead(decoding, room)
-        return self._tell(lesson.judged)
+        return outputs if lesson is None else self._tell(lesson.judged)
 
     def _is_worth_waiting_for(self, step: StepInFlight, speculator: Speculator) -> bool:
         if step.batch is not None:

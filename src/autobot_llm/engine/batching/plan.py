@@ -197,14 +197,13 @@ def many_tokens_batch(
     slots_T = _slots(block_tables_SB, sequences_T, positions_T - num_evicted_S[sequences_T], block_size)
     first_logits_S = np.where([item.samples for item in scheduled], query_starts[1:] - 1 - num_draft_S, len(ids))
     tree_masks_T = None
-    for (sequence, start, *_), row, num_draft in zip(
-        scheduled, query_starts.tolist(), num_draft_S.tolist(), strict=False
-    ):
+    for item, row in zip(scheduled, query_starts[:-1].tolist(), strict=True):
+        sequence, start, num_new_tokens, _samples, _epoch, num_draft = item
         if num_draft and sequence.draft_parents:
             if tree_masks_T is None:
                 tree_masks_T = np.zeros(len(ids), np.uint64)
-            end, parents = row + 1 + num_draft, sequence.draft_parents[:num_draft]
-            assert num_draft < draft_tree.MAX_TREE_TOKENS
+            end, parents = row + num_new_tokens, sequence.draft_parents[:num_draft]
+            assert num_new_tokens == 1 + num_draft <= draft_tree.MAX_TREE_TOKENS
             positions_T[row + 1 : end] = np.add(draft_tree.depths(parents), start)
             tree_masks_T[row:end] = draft_tree.masks(parents)
     return StepBatch(

@@ -187,7 +187,8 @@ class Speculator:
                 self._run_costly(costly, wanting, decision.num_costly, takes_trees)
 
     def look_ahead(self, sequences: list[Sequence], room: int) -> None:
-        """Decide beforehand, while a device verifies drafts, whether those that were queued behind them are taken."""
+        """Decide beforehand, while a device verifies drafts, whether those that were queued behind them are taken. Call
+        it whenever some may have been: an older decision is not about them."""
         ready, num_ready = self._ready
         if self._costly is not None and num_ready and ready == sequences:
             _, histories = self._look_up(sequences)
@@ -215,6 +216,8 @@ class Speculator:
             return
         self._num_unread += 1
         reads_answers = self._num_unread >= READ_EVERY
+        if not (plan.num_prompt_tokens or reads_answers):
+            return
         for sequence, start, num_tokens, *_ in plan.scheduled:
             if start < sequence.num_prompt_tokens:
                 self._free.read(sequence, min(start + num_tokens, sequence.num_prompt_tokens - 1))
