@@ -160,8 +160,9 @@ class Controller:
         decision, catch_up = self._choose(free, costly, room, plain)
         if costly is None:
             return decision
-        self._note(decision, costly)
+        self._note(decision)
         if decision is not None and decision.num_costly:
+            self._num_passes = costly.num_passes(decision.num_costly)
             self.credit.book(-catch_up / plain)
         return decision
 
@@ -171,21 +172,21 @@ class Controller:
         decision, _ = self._choose(free, costly, room, plain)
         if decision is None or not costly.has_ready(decision.num_costly, decision.costly_for):
             return False
-        self._note(decision, costly)
+        # not its passes: the step before is not settled yet, and of drafts under way all is measured
+        self._note(decision)
         return True
 
     def _known_plain(self, num_sequences: int) -> float | None:
         """A plain step's seconds, unless they have to be measured first, or again."""
         return None if self._num_since_plain >= REFRESH else self.costs.plain(num_sequences)
 
-    def _note(self, decision: Decision | None, costly: CostlyOffer) -> None:
+    def _note(self, decision: Decision | None) -> None:
         """Remember what became of the costly method's offer."""
         self._num_since_offer = 0
         self._uses_costly = decision is not None and decision.num_costly > 0
         if decision is not None and decision.num_costly:
             self._num_since_probe = 0
             self._num_probes = self._num_probes + 1 if decision.is_probe else 0
-            self._num_passes = costly.num_passes(decision.num_costly)
 
     def _choose(
         self, free: Histories, costly: CostlyOffer | None, room: int, plain: float
