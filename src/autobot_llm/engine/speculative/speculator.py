@@ -166,9 +166,7 @@ class Speculator:
         self._num_known = len(sequences)
         free, costly = self._free, self._costly
         drafts, histories = self._look_up(sequences)
-        offer = None
-        if costly is not None and self._policy.wants_offer():
-            offer = self._offer(costly, sequences, list(map(costly.lag, sequences)))
+        offer = self._offer(costly, sequences) if costly is not None and self._policy.wants_offer() else None
         has_any = offer is not None or histories.count(None) < len(histories)
         decision = self._policy.decide(histories, offer, room) if has_any else None
         self._rests.looked(is_in_vain=decision is None)
@@ -192,7 +190,7 @@ class Speculator:
         ready, num_ready = self._ready
         if self._costly is not None and num_ready and ready == sequences:
             _, histories = self._look_up(sequences)
-            offer = self._offer(self._costly, sequences, [1] * len(sequences))
+            offer = self._offer(self._costly, sequences, are_under_way=True)
             self._goes_on = self._policy.goes_on(histories, offer, room)
 
     def go_on(self, sequences: list[Sequence], room: int) -> bool:
@@ -280,8 +278,7 @@ class Speculator:
         if not sequences or room < len(sequences):  # where not everybody gets a draft, a device's step saves nothing
             return False
         _, histories = self._look_up(sequences)
-        costly = self._costly
-        offer = None if costly is None else self._offer(costly, sequences, list(map(costly.lag, sequences)))
+        offer = None if self._costly is None else self._offer(self._costly, sequences)
         if offer is None and all(history is None for history in histories):
             return False
         return self._policy.may_pay(histories, offer, room)
@@ -397,7 +394,7 @@ class Speculator:
         self.experience.look(places)
         return drafts, histories
 
-    def _offer(self, costly: CostlyProposer, sequences: list[Sequence], lags: list[int]) -> CostlyOffer:
+    def _offer(self, costly: CostlyProposer, sequences: list[Sequence], *, are_under_way: bool = False) -> CostlyOffer:
         usable = {kind: self._usable(costly.name, kind) is not None for kind in set(map(self._kind, sequences))}
         histories = [
             self.experience.here(costly.name, kind, sequence.id) if usable[kind := self._kind(sequence)] else None
@@ -406,7 +403,7 @@ class Speculator:
         ready, num_ready = self._ready
         return CostlyOffer(
             histories,
-            lags,
+            [1 if are_under_way else costly.lag(sequence) for sequence in sequences],
             costly.num_passes,
             num_ready if ready == sequences else 0,
             sum(sequence.max_num_tokens - len(sequence.token_ids) for sequence in sequences) / len(sequences),
